@@ -1,0 +1,1 @@
+//! The C ABI of simlayer. Nothing is exported yet.

@@ -1,0 +1,391 @@
+//! The command line as it is typed. Names and meanings are llama.cpp's where it has the option.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Subcommand, ValueEnum};
+use simlayer::{ggml::Type, lazy::Policy};
+
+/// The whole command line. Options without a command's name are those of generation.
+pub fn command_line() -> clap::Command {
+    let command = GenerateArgs::augment_args(clap::Command::new("simlayer-run"));
+    Command::augment_subcommands(command)
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("Run GGUF models with a KV cache that shrinks where it can")
+        .long_about(
+            "Run GGUF models with a KV cache that shrinks where it can.\n\n\
+             Without a command it continues the text given by -p or -f.",
+        )
+        .subcommand_negates_reqs(true)
+        .max_term_width(110)
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    #[command(skip)]
+    Generate(GenerateArgs),
+    /// Hold a conversation in the terminal
+    Chat(ChatArgs),
+    /// Measure the speed of prefill and decoding
+    Bench(BenchArgs),
+    /// Print shell completions
+    Completions(CompletionsArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    pub common: CommonArgs,
+    #[command(flatten)]
+    pub prompt: PromptArgs,
+    /// Tokens to generate at most; -1: until the model ends or the context is full
+    #[arg(help_heading = "Text", short, long = "predict", alias = "n-predict", value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
+    pub n_predict: i64,
+    /// Print the prompt before the generated text
+    #[arg(help_heading = "Text", long, overrides_with = "no_display_prompt")]
+    pub display_prompt: bool,
+    /// Print the generated text only (this is the default)
+    #[arg(help_heading = "Text", long)]
+    pub no_display_prompt: bool,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct ChatArgs {
+    #[command(flatten)]
+    pub common: CommonArgs,
+    /// System message
+    #[arg(
+        help_heading = "Text",
+        long,
+        visible_alias = "system-prompt",
+        value_name = "TEXT",
+        allow_hyphen_values = true
+    )]
+    pub system: Option<String>,
+    /// Use one of llama.cpp's built-in chat templates instead of the file's own
+    #[arg(help_heading = "Text", long, value_name = "NAME")]
+    pub chat_template: Option<String>,
+    /// Tokens of an answer at most; -1: until the model ends it or the context is full
+    #[arg(help_heading = "Text", short, long = "predict", alias = "n-predict", value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
+    pub n_predict: i64,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    pub common: CommonArgs,
+    /// Prompt lengths to read; 0 for none
+    #[arg(
+        help_heading = "Tests",
+        short,
+        long,
+        alias = "n-prompt",
+        value_name = "N,...",
+        value_delimiter = ',',
+        default_value = "512"
+    )]
+    pub prompt: Vec<usize>,
+    /// Numbers of tokens to generate; 0 for none
+    #[arg(
+        help_heading = "Tests",
+        short = 'n',
+        long,
+        alias = "n-gen",
+        value_name = "N,...",
+        value_delimiter = ',',
+        default_value = "128"
+    )]
+    pub r#gen: Vec<usize>,
+    /// Tokens that are in the context before the measured part
+    #[arg(
+        help_heading = "Tests",
+        short,
+        long,
+        alias = "n-depth",
+        value_name = "N,...",
+        value_delimiter = ',',
+        default_value = "0"
+    )]
+    pub depth: Vec<usize>,
+    /// Repetitions of each test
+    #[arg(help_heading = "Tests", short, long, alias = "repetitions", value_name = "N", default_value_t = 5, value_parser = positive)]
+    pub reps: usize,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct CompletionsArgs {
+    #[arg(value_name = "SHELL")]
+    pub shell: clap_complete::Shell,
+}
+
+/// What every command that runs a model takes.
+#[derive(Debug, Args)]
+pub struct CommonArgs {
+    /// Model file (GGUF); of a split model the first file
+    #[arg(short, long, value_name = "FILE")]
+    pub model: PathBuf,
+    /// Tokens that the context holds; 0: as many as the model was trained for
+    #[arg(short, long, value_name = "N", default_value_t = 0)]
+    pub ctx_size: usize,
+    /// Tokens that are handed over at once
+    #[arg(short, long, value_name = "N", default_value_t = 2048, value_parser = positive)]
+    pub batch_size: usize,
+    /// Tokens that are computed at once (-ub)
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = positive)]
+    pub ubatch_size: usize,
+    /// Threads for decoding [default: all cores]
+    #[arg(short, long, value_name = "N", value_parser = positive)]
+    pub threads: Option<usize>,
+    /// Threads for reading prompts (-tb) [default: as for decoding]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub threads_batch: Option<usize>,
+    /// Layers to keep on the GPU: a number, auto or all (-ngl)
+    #[arg(long, alias = "n-gpu-layers", value_name = "N", value_parser = gpu_layers, allow_negative_numbers = true)]
+    pub gpu_layers: Option<GpuLayers>,
+    /// Devices to use, or none for the processor alone (-dev)
+    #[arg(long, value_name = "DEV,...", value_delimiter = ',')]
+    pub device: Vec<String>,
+    /// Remote devices
+    #[arg(long, value_name = "HOST:PORT,...", value_delimiter = ',')]
+    pub rpc: Vec<String>,
+    /// Flash attention (-fa)
+    #[arg(long, value_name = "on|off|auto", num_args = 0..=1, default_value = "auto", default_missing_value = "on", value_parser = flash_attn, hide_possible_values = true)]
+    pub flash_attn: FlashAttn,
+    /// Type of the keys in the cache, in active layers (-ctk)
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
+    pub cache_type_k: Type,
+    /// Type of the values in the cache, in active layers (-ctv)
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
+    pub cache_type_v: Type,
+    /// Tell more on stderr
+    #[arg(short, long)]
+    pub verbose: bool,
+    #[command(flatten)]
+    pub lazy: LazyFlags,
+}
+
+/// Which layers become lazy, and what they keep.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Lazy layers")]
+pub struct LazyFlags {
+    /// Which layers become lazy: auto, threshold[:τ], budget[:ρ], layers:1,2,... or off
+    #[arg(long, value_name = "RULE", default_value = "auto")]
+    pub lazy: Policy,
+    /// A calibrated profile of the model
+    #[arg(long, value_name = "FILE")]
+    pub lazy_profile: Option<PathBuf>,
+    /// First tokens that a lazy layer keeps
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub lazy_sink: usize,
+    /// Recent tokens that a lazy layer keeps
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = positive)]
+    pub lazy_window: usize,
+    /// Last prompt tokens whose attention is scored
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = positive)]
+    pub lazy_queries: usize,
+    /// Score the prompt's last tokens, or the first generated one
+    #[arg(long, value_name = "WHEN", default_value = "prefill")]
+    pub lazy_at: LazyAt,
+    /// What lazy layers see while the prompt is read [default: window where the layers are known beforehand]
+    #[arg(long, value_name = "WHAT")]
+    pub lazy_prefill: Option<LazyPrefill>,
+    /// Types of a lazy layer's keys and values: one for both, or K/V [default: q4_0, or f16 where heads are too small]
+    #[arg(long, value_name = "T|K/V", value_parser = lazy_types)]
+    pub lazy_type: Option<(Type, Type)>,
+    /// Do not rotate the keys and values of quantised caches
+    #[arg(long)]
+    pub no_kv_rotate: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum LazyAt {
+    Prefill,
+    Decode,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum LazyPrefill {
+    Full,
+    Window,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Text")]
+pub struct PromptArgs {
+    /// The prompt
+    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true, conflicts_with = "file")]
+    pub prompt: Option<String>,
+    /// A file with the prompt; - for stdin
+    #[arg(short, long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// Take \n, \t and the like in -p as they stand
+    #[arg(long)]
+    pub no_escape: bool,
+    /// Replace \n, \t and the like in -p (this is the default)
+    #[arg(short, long, overrides_with = "no_escape")]
+    pub escape: bool,
+}
+
+/// How tokens are chosen. The defaults are llama-cli's.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArgs {
+    /// Temperature; 0 always takes the most probable token
+    #[arg(long, alias = "temperature", value_name = "T", default_value_t = 0.8, allow_negative_numbers = true)]
+    pub temp: f32,
+    /// Keep the K most probable tokens; 0 keeps all
+    #[arg(long, value_name = "K", default_value_t = 40, allow_negative_numbers = true)]
+    pub top_k: i32,
+    /// Keep the most probable tokens that together have this probability; 1 is off
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    pub top_p: f32,
+    /// Keep tokens with this share of the best one's probability; 0 is off
+    #[arg(long, value_name = "P", default_value_t = 0.05)]
+    pub min_p: f32,
+    /// Locally typical sampling; 1 is off
+    #[arg(long, alias = "typical-p", value_name = "P", default_value_t = 1.0)]
+    pub typical: f32,
+    /// Keep tokens within this many standard deviations of the best; -1 is off
+    #[arg(long, alias = "top-n-sigma", value_name = "N", default_value_t = -1.0, allow_negative_numbers = true)]
+    pub top_nsigma: f32,
+    /// Chance that XTC takes the best tokens away; 0 is off
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    pub xtc_probability: f32,
+    /// Probability above which XTC takes a token away
+    #[arg(long, value_name = "P", default_value_t = 0.1)]
+    pub xtc_threshold: f32,
+    /// Width of a temperature range that follows the entropy; 0 is off
+    #[arg(long, value_name = "N", default_value_t = 0.0)]
+    pub dynatemp_range: f32,
+    /// How the entropy maps to that range
+    #[arg(long, value_name = "N", default_value_t = 1.0)]
+    pub dynatemp_exp: f32,
+    /// Last tokens that the penalties look at; 0 is off, -1 the whole context
+    #[arg(long, value_name = "N", default_value_t = 64, allow_negative_numbers = true)]
+    pub repeat_last_n: i32,
+    /// Penalty for tokens seen; 1 is off
+    #[arg(long, value_name = "N", default_value_t = 1.0)]
+    pub repeat_penalty: f32,
+    /// Penalty for each time that a token was seen; 0 is off
+    #[arg(long, value_name = "N", default_value_t = 0.0, allow_negative_numbers = true)]
+    pub frequency_penalty: f32,
+    /// Penalty for tokens seen at all; 0 is off
+    #[arg(long, value_name = "N", default_value_t = 0.0, allow_negative_numbers = true)]
+    pub presence_penalty: f32,
+    /// Strength of DRY, against repeated sequences; 0 is off
+    #[arg(long, value_name = "N", default_value_t = 0.0)]
+    pub dry_multiplier: f32,
+    /// Base of DRY's growth
+    #[arg(long, value_name = "N", default_value_t = 1.75)]
+    pub dry_base: f32,
+    /// Length of a repetition that DRY allows
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub dry_allowed_length: i32,
+    /// Last tokens that DRY looks at; 0 is off, -1 the whole context
+    #[arg(long, value_name = "N", default_value_t = 64, allow_negative_numbers = true)]
+    pub dry_penalty_last_n: i32,
+    /// A text that breaks a repetition (may be given several times; none for none) [default: \n : " *]
+    #[arg(long, value_name = "TEXT", action = ArgAction::Append, allow_hyphen_values = true)]
+    pub dry_sequence_breaker: Vec<String>,
+    /// Mirostat: 0 is off, 1 or 2 its version
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=2))]
+    pub mirostat: u8,
+    /// Mirostat's learning rate
+    #[arg(long, value_name = "N", default_value_t = 0.1)]
+    pub mirostat_lr: f32,
+    /// Mirostat's target entropy
+    #[arg(long, value_name = "N", default_value_t = 5.0)]
+    pub mirostat_ent: f32,
+    /// Add BIAS to a token's logit: 15043+1 or 15043-1 (may be given several times)
+    #[arg(short, long, value_name = "TOKEN(+/-)BIAS", action = ArgAction::Append, value_parser = logit_bias)]
+    pub logit_bias: Vec<(i32, f32)>,
+    /// Seed of the random choices; -1 takes a random one
+    #[arg(short, long, value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
+    pub seed: i64,
+    /// Go on where the model would end
+    #[arg(long)]
+    pub ignore_eos: bool,
+    /// A GBNF grammar that the text must follow
+    #[arg(long, value_name = "GRAMMAR", conflicts_with = "grammar_file")]
+    pub grammar: Option<String>,
+    /// A file with such a grammar
+    #[arg(long, value_name = "FILE")]
+    pub grammar_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Output")]
+pub struct OutputArgs {
+    /// Print one JSON object on stdout instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GpuLayers {
+    Auto,
+    All,
+    Number(u32),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FlashAttn {
+    On,
+    Off,
+    Auto,
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("it must be a whole number above 0".to_owned()),
+        Ok(number) => Ok(number),
+    }
+}
+
+fn gpu_layers(text: &str) -> Result<GpuLayers, String> {
+    match text {
+        "auto" | "-1" => Ok(GpuLayers::Auto),
+        "all" | "-2" => Ok(GpuLayers::All),
+        number => number.parse().map(GpuLayers::Number).map_err(|_| "it must be a number, auto or all".to_owned()),
+    }
+}
+
+fn flash_attn(text: &str) -> Result<FlashAttn, String> {
+    match text {
+        "on" | "1" | "true" | "enabled" => Ok(FlashAttn::On),
+        "off" | "0" | "false" | "disabled" => Ok(FlashAttn::Off),
+        "auto" | "-1" => Ok(FlashAttn::Auto),
+        _ => Err("it must be on, off or auto".to_owned()),
+    }
+}
+
+fn cache_type(text: &str) -> Result<Type, String> {
+    Type::cache_type_from_name(text).ok_or_else(|| {
+        let names: Vec<_> = Type::CACHE.iter().map(|ty| ty.name()).collect();
+        format!("it must be one of {}", names.join(", "))
+    })
+}
+
+fn lazy_types(text: &str) -> Result<(Type, Type), String> {
+    match text.split_once('/') {
+        Some((k, v)) => Ok((cache_type(k)?, cache_type(v)?)),
+        None => cache_type(text).map(|both| (both, both)),
+    }
+}
+
+fn logit_bias(text: &str) -> Result<(i32, f32), String> {
+    let wrong = || "it must be a token's number and a signed bias, such as 15043-1".to_owned();
+    let sign = text.find(['+', '-']).ok_or_else(wrong)?;
+    let (token, bias) = text.split_at(sign);
+    match (token.parse(), bias.parse::<f32>()) {
+        (Ok(token), Ok(bias)) if !bias.is_nan() => Ok((token, bias)),
+        _ => Err(wrong()),
+    }
+}

@@ -1,0 +1,82 @@
+use std::{error::Error, fmt, io};
+
+/// Why a command did not end well.
+#[derive(Debug)]
+pub enum Failure {
+    /// What was asked for makes no sense.
+    Usage(String),
+    /// It failed while running.
+    Run(String),
+    /// Ctrl-C.
+    Interrupted,
+    /// Nobody reads our output any more.
+    Closed,
+}
+
+impl Failure {
+    pub fn usage(message: impl Into<String>) -> Failure {
+        Failure::Usage(message.into())
+    }
+
+    pub fn run(error: impl fmt::Display) -> Failure {
+        Failure::Run(error.to_string())
+    }
+
+    pub fn message(&self) -> Option<&str> {
+        match self {
+            Failure::Usage(message) | Failure::Run(message) => Some(message),
+            Failure::Interrupted | Failure::Closed => None,
+        }
+    }
+
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Failure::Usage(_) => 2,
+            Failure::Run(_) => 1,
+            Failure::Interrupted => 130,
+            Failure::Closed => 0,
+        }
+    }
+}
+
+impl From<simlayer::Error> for Failure {
+    fn from(error: simlayer::Error) -> Failure {
+        match error {
+            simlayer::Error::Interrupted => Failure::Interrupted,
+            error => Failure::run(error),
+        }
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Failure {
+        match error.kind() {
+            io::ErrorKind::BrokenPipe => Failure::Closed,
+            _ => Failure::run(error),
+        }
+    }
+}
+
+impl From<Box<dyn Error>> for Failure {
+    fn from(error: Box<dyn Error>) -> Failure {
+        Failure::run(error)
+    }
+}
+
+macro_rules! failed_while_running {
+    ($($error:ty),+) => {
+        $(impl From<$error> for Failure {
+            fn from(error: $error) -> Failure {
+                Failure::run(error)
+            }
+        })+
+    };
+}
+
+failed_while_running!(
+    simlayer::model::Error,
+    simlayer::vocab::VocabError,
+    simlayer::sampling::SamplingError,
+    simlayer::chat::ChatError,
+    serde_json::Error
+);

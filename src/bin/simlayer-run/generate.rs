@@ -1,0 +1,91 @@
+//! The default command: continue a prompt.
+
+use std::io::{self, Write};
+
+use serde_json::json;
+use simlayer::{Sampler, Token, Vocab};
+
+use crate::{
+    args::GenerateArgs,
+    failure::Failure,
+    options::{self, Run},
+    report,
+    stream::{self, Stop},
+};
+
+pub fn run(args: GenerateArgs) -> Result<(), Failure> {
+    let limit = limit(args.n_predict)?;
+    let json = args.output.json;
+    let run = Run::settle(args.common)?;
+    let prompt = options::prompt(args.prompt)?;
+    let (model, load) = run.load()?;
+    let mut session = run.session(&model)?;
+
+    let tokens = tokenize(model.vocab(), &prompt)?;
+    let n_ctx = session.n_ctx();
+    if tokens.len() > n_ctx {
+        return Err(Failure::run(format!(
+            "the prompt has {} tokens, but the context holds only {n_ctx} (n_ctx): give a larger -c",
+            tokens.len()
+        )));
+    }
+    let mut sampler = Sampler::new(model.vocab(), &options::sampling(args.sampling, n_ctx)?)?;
+    // The penalties count the prompt as well.
+    for &token in &tokens {
+        sampler.accept(token)?;
+    }
+
+    let mut out = io::stdout().lock();
+    if args.display_prompt && !json {
+        out.write_all(&prompt)?;
+    }
+    let answer = stream::answer(&model, &mut session, &mut sampler, &tokens, limit, |text| {
+        if json {
+            return Ok(());
+        }
+        out.write_all(text.as_bytes())?;
+        out.flush()
+    })?;
+    let kv = session.kv();
+    if json {
+        let object = json!({
+            "prompt_tokens": tokens.len(),
+            "generated_tokens": answer.tokens.len(),
+            "text": answer.text,
+            "tokens": answer.tokens,
+            "stop": answer.stop,
+            "seed": sampler.seed(),
+            "kv": kv,
+            "timings": report::timings_json(load, &answer.timings),
+        });
+        serde_json::to_writer(&mut out, &object)?;
+    }
+    if json || !answer.text.ends_with('\n') {
+        writeln!(out)?;
+    }
+    out.flush()?;
+    if answer.stop == Stop::Context {
+        eprintln!("the context of {n_ctx} tokens is full; give a larger -c for more");
+    }
+    report::print(&answer.timings, &kv);
+    if answer.stop == Stop::Interrupted { Err(Failure::Interrupted) } else { Ok(()) }
+}
+
+/// The number of tokens to generate at most; `None` for no limit.
+pub fn limit(n_predict: i64) -> Result<Option<u64>, Failure> {
+    match n_predict {
+        // -2 is llama.cpp's "until the context is full"; the context is never shifted here, so it is the same.
+        -1 | -2 => Ok(None),
+        n => u64::try_from(n).map(Some).map_err(|_| Failure::usage(format!("-n {n}: it must be -1 or more"))),
+    }
+}
+
+/// The prompt's tokens, special ones included. An empty prompt is the token that begins a text.
+fn tokenize(vocab: &Vocab, prompt: &[u8]) -> Result<Vec<Token>, Failure> {
+    let mut tokens = vocab.tokenize_bytes(prompt, true, true)?;
+    if tokens.is_empty() {
+        let bos = vocab.bos().filter(|_| vocab.adds_bos());
+        tokens.push(bos.ok_or_else(|| Failure::run("the prompt is empty"))?);
+    }
+    Ok(tokens)
+}

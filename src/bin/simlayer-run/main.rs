@@ -1,0 +1,45 @@
+//! `simlayer-run`: generate text, hold a conversation, measure speed.
+//!
+//! `args` is what was typed, `options` what it means; then there is one file for each command.
+//! Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+
+mod args;
+mod argv;
+mod bench;
+mod chat;
+mod completions;
+mod failure;
+mod generate;
+mod interrupt;
+mod options;
+mod report;
+mod stream;
+
+use std::process::ExitCode;
+
+use args::Command;
+use failure::Failure;
+
+fn main() -> ExitCode {
+    // Wrong usage, --help and --version end here.
+    let command = argv::parse();
+    match run(command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            if let Some(message) = failure.message() {
+                eprintln!("error: {message}");
+            }
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+fn run(command: Command) -> Result<(), Failure> {
+    interrupt::install()?;
+    match command {
+        Command::Generate(args) => generate::run(args),
+        Command::Chat(args) => chat::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Completions(args) => completions::run(args),
+    }
+}

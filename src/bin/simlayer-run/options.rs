@@ -1,0 +1,238 @@
+//! What the arguments mean: files read, defaults filled in, contradictions refused.
+
+use std::{
+    fs,
+    io::{self, Read},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use simlayer::{
+    KvRotate, Model, ModelParams, SamplerParams, Session, SessionParams,
+    ggml::{self, Device, LogLevel},
+    lazy::{At, PrefillMode},
+    sampling::Mirostat,
+};
+
+use crate::{
+    args::{CommonArgs, FlashAttn, GpuLayers, LazyAt, LazyPrefill, PromptArgs, SamplingArgs},
+    failure::Failure,
+    interrupt,
+};
+
+/// A model and how to run it.
+#[derive(Debug)]
+pub struct Run {
+    pub model_path: PathBuf,
+    pub model: ModelParams,
+    pub session: SessionParams,
+    pub verbose: bool,
+}
+
+impl Run {
+    pub fn settle(args: CommonArgs) -> Result<Run, Failure> {
+        if !args.rpc.is_empty() {
+            return Err(Failure::usage("--rpc: this build cannot use remote devices"));
+        }
+        if args.lazy.lazy_profile.is_some() {
+            return Err(Failure::usage("--lazy-profile: profiles are not available yet"));
+        }
+        check_devices(&args.device)?;
+        ggml::set_log(if args.verbose { LogLevel::Info } else { LogLevel::Silent });
+        if args.verbose && !matches!(args.gpu_layers, None | Some(GpuLayers::Number(0))) {
+            eprintln!("there is no GPU in this build: -ngl has no effect");
+        }
+
+        let mut session = SessionParams::default();
+        session.n_ctx = args.ctx_size;
+        session.n_ubatch = args.ubatch_size.min(args.batch_size);
+        if let Some(threads) = args.threads {
+            session.n_threads = threads;
+        }
+        session.n_threads_batch = args.threads_batch.unwrap_or(session.n_threads);
+        session.type_k = args.cache_type_k;
+        session.type_v = args.cache_type_v;
+        session.flash_attn = args.flash_attn != FlashAttn::Off;
+        (session.lazy_type_k, session.lazy_type_v) = args.lazy.lazy_type.unzip();
+        if args.lazy.no_kv_rotate {
+            session.kv_rotate = KvRotate::Never;
+        }
+        session.lazy.policy = args.lazy.lazy;
+        session.lazy.n_sink = args.lazy.lazy_sink;
+        session.lazy.n_window = args.lazy.lazy_window;
+        session.lazy.n_last = args.lazy.lazy_queries;
+        session.lazy.at = match args.lazy.lazy_at {
+            LazyAt::Prefill => At::Prefill,
+            LazyAt::Decode => At::Decode,
+        };
+        session.lazy.prefill = args.lazy.lazy_prefill.map(|prefill| match prefill {
+            LazyPrefill::Full => PrefillMode::Full,
+            LazyPrefill::Window => PrefillMode::Window,
+        });
+        Ok(Run { model_path: args.model, model: ModelParams::default(), session, verbose: args.verbose })
+    }
+
+    /// Loads the model; also gives the time it took.
+    pub fn load(&self) -> Result<(Model, Duration), Failure> {
+        let start = Instant::now();
+        let model = Model::load(&self.model_path, &self.model)?;
+        Ok((model, start.elapsed()))
+    }
+
+    /// A session on the model that Ctrl-C interrupts.
+    pub fn session(&self, model: &Model) -> Result<Session, Failure> {
+        let session = Session::new(model, self.session.clone())?;
+        interrupt::watch(session.abort_flag());
+        if self.verbose {
+            let threads = (self.session.n_threads, self.session.n_threads_batch);
+            eprintln!(
+                "{} ({}): {} layers, context of {} tokens, {} threads, {} for prompts, lazy layers by {}",
+                model.name().unwrap_or("model"),
+                model.hparams().architecture,
+                model.hparams().n_layer,
+                session.n_ctx(),
+                threads.0,
+                threads.1,
+                self.session.lazy.policy,
+            );
+        }
+        Ok(session)
+    }
+}
+
+/// The processor is the only device: it can be named, or `none` for no other.
+fn check_devices(names: &[String]) -> Result<(), Failure> {
+    let known: Vec<_> = Device::all().iter().map(|device| device.name()).collect();
+    let is_known = |name: &String| name == "none" || known.iter().any(|known| known.eq_ignore_ascii_case(name));
+    match names.iter().find(|name| !is_known(name)) {
+        Some(name) => Err(Failure::usage(format!("--device: there is no {name} here, only {}", known.join(", ")))),
+        None => Ok(()),
+    }
+}
+
+/// The prompt's text, which need not be UTF-8 when it comes from a file.
+pub fn prompt(args: PromptArgs) -> Result<Vec<u8>, Failure> {
+    match (args.prompt, args.file) {
+        (Some(text), _) if args.no_escape => Ok(text.into_bytes()),
+        (Some(text), _) => Ok(unescape(text.as_bytes())),
+        (None, Some(path)) => {
+            let mut bytes = read_file(&path)?;
+            // As llama.cpp does: an editor's last newline is not part of the prompt.
+            if bytes.last() == Some(&b'\n') {
+                bytes.pop();
+            }
+            Ok(bytes)
+        }
+        (None, None) => {
+            Err(Failure::usage("there is no prompt: give -p TEXT or -f FILE, or use the chat command (see --help)"))
+        }
+    }
+}
+
+/// A file's bytes, or those of stdin for `-`.
+pub fn read_file(path: &Path) -> Result<Vec<u8>, Failure> {
+    if path == Path::new("-") {
+        let mut bytes = Vec::new();
+        io::stdin().lock().read_to_end(&mut bytes)?;
+        return Ok(bytes);
+    }
+    fs::read(path).map_err(|error| Failure::run(format!("{}: {error}", path.display())))
+}
+
+/// Replaces what llama.cpp's `--escape` replaces: \n \r \t \' \" \\ and \xHH. Anything else stays.
+fn unescape(text: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((&byte, tail)) = rest.split_first() {
+        let (replaced, length) = match (byte, tail) {
+            (b'\\', [b'n', ..]) => (b'\n', 2),
+            (b'\\', [b'r', ..]) => (b'\r', 2),
+            (b'\\', [b't', ..]) => (b'\t', 2),
+            (b'\\', &[quoted @ (b'\'' | b'"' | b'\\'), ..]) => (quoted, 2),
+            (b'\\', &[b'x', high, low, ..]) if high.is_ascii_hexdigit() && low.is_ascii_hexdigit() => {
+                let digit = |byte: u8| (byte as char).to_digit(16).unwrap_or(0) as u8;
+                (digit(high) << 4 | digit(low), 4)
+            }
+            _ => (byte, 1),
+        };
+        out.push(replaced);
+        rest = &rest[length..];
+    }
+    out
+}
+
+/// How tokens are chosen in a context of `n_ctx` tokens.
+pub fn sampling(args: SamplingArgs, n_ctx: usize) -> Result<SamplerParams, Failure> {
+    let last_n = |n: i32| match n {
+        -1 => Ok(u32::try_from(n_ctx).unwrap_or(u32::MAX)),
+        n => u32::try_from(n)
+            .map_err(|_| Failure::usage(format!("{n} is no number of last tokens: it must be -1 or more"))),
+    };
+    let grammar = match (args.grammar, args.grammar_file) {
+        (Some(grammar), _) => Some(grammar),
+        (None, Some(path)) => {
+            let bytes = read_file(&path)?;
+            let text = String::from_utf8(bytes);
+            Some(text.map_err(|_| Failure::run(format!("{}: the grammar is not valid UTF-8", path.display())))?)
+        }
+        (None, None) => None,
+    };
+    let default = SamplerParams::default();
+    Ok(SamplerParams {
+        seed: match args.seed {
+            -1 => None,
+            seed => Some(u32::try_from(seed).map_err(|_| Failure::usage(format!("--seed {seed} is out of range")))?),
+        },
+        temperature: args.temp,
+        dynatemp_range: args.dynatemp_range,
+        dynatemp_exponent: args.dynatemp_exp,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        min_p: args.min_p,
+        typical_p: args.typical,
+        top_n_sigma: args.top_nsigma,
+        xtc_probability: args.xtc_probability,
+        xtc_threshold: args.xtc_threshold,
+        repeat_last_n: last_n(args.repeat_last_n)?,
+        repeat_penalty: args.repeat_penalty,
+        frequency_penalty: args.frequency_penalty,
+        presence_penalty: args.presence_penalty,
+        dry_multiplier: args.dry_multiplier,
+        dry_base: args.dry_base,
+        dry_allowed_length: args.dry_allowed_length,
+        dry_penalty_last_n: last_n(args.dry_penalty_last_n)?,
+        dry_sequence_breakers: match args.dry_sequence_breaker {
+            breakers if breakers.is_empty() => default.dry_sequence_breakers,
+            breakers => breakers.into_iter().filter(|breaker| breaker != "none").collect(),
+        },
+        mirostat: match args.mirostat {
+            1 => Mirostat::V1 { tau: args.mirostat_ent, eta: args.mirostat_lr },
+            2 => Mirostat::V2 { tau: args.mirostat_ent, eta: args.mirostat_lr },
+            _ => Mirostat::Off,
+        },
+        logit_bias: args.logit_bias,
+        ignore_eos: args.ignore_eos,
+        grammar,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn escapes() {
+        let cases: [(&str, &[u8]); 7] = [
+            (r"a\nb\tc", b"a\nb\tc"),
+            (r#"\"\'\\n"#, b"\"'\\n"),
+            (r"\x41\xff\xg1\x4", b"A\xff\\xg1\\x4"),
+            (r"C:\dir\", b"C:\\dir\\"),
+            (r"\", b"\\"),
+            ("é\\né", "é\né".as_bytes()),
+            ("", b""),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(unescape(text.as_bytes()), expected, "{text}");
+        }
+    }
+}

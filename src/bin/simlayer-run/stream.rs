@@ -1,0 +1,135 @@
+//! Prefill with a progress bar, then tokens as they come.
+
+use std::{
+    io::{self, IsTerminal},
+    time::{Duration, Instant},
+};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use simlayer::{Error, Model, Sampler, Session, Token, vocab::Utf8Stream};
+
+use crate::{failure::Failure, interrupt};
+
+/// Why no more tokens came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stop {
+    /// The model ended its text.
+    Eos,
+    /// As many tokens as were asked for.
+    Length,
+    /// The context is full.
+    Context,
+    Interrupted,
+}
+
+/// What a run of prefill and decoding took.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Timings {
+    pub prefill: Duration,
+    pub prefilled: usize,
+    pub decode: Duration,
+    pub decoded: usize,
+}
+
+#[derive(Debug)]
+pub struct Answer {
+    pub tokens: Vec<Token>,
+    pub text: String,
+    pub stop: Stop,
+    pub timings: Timings,
+}
+
+/// Reads `prompt` and generates at most `limit` tokens. `show` gets the text in pieces of whole characters.
+///
+/// Ctrl-C is no failure: the answer says that it was interrupted.
+pub fn answer(
+    model: &Model,
+    session: &mut Session,
+    sampler: &mut Sampler,
+    prompt: &[Token],
+    limit: Option<u64>,
+    mut show: impl FnMut(&str) -> io::Result<()>,
+) -> Result<Answer, Failure> {
+    let vocab = model.vocab();
+    let mut answer =
+        Answer { tokens: Vec::new(), text: String::new(), stop: Stop::Length, timings: Timings::default() };
+
+    let start = Instant::now();
+    let read = prefill(session, prompt);
+    answer.timings.prefill = start.elapsed();
+    let mut logits = match read {
+        Ok(logits) => logits,
+        Err(Error::Interrupted) => {
+            answer.stop = Stop::Interrupted;
+            return Ok(answer);
+        }
+        Err(error) => return Err(error.into()),
+    };
+    answer.timings.prefilled = prompt.len();
+
+    let mut stream = Utf8Stream::default();
+    let mut add = |answer: &mut Answer, piece: String| {
+        answer.text.push_str(&piece);
+        if piece.is_empty() { Ok(()) } else { show(&piece) }
+    };
+    let n_ctx = session.n_ctx();
+    loop {
+        if interrupt::pressed() {
+            answer.stop = Stop::Interrupted;
+            break;
+        }
+        if limit.is_some_and(|limit| answer.tokens.len() as u64 >= limit) {
+            break;
+        }
+        let token = sampler.sample(&logits)?;
+        if vocab.is_eog(token) {
+            answer.stop = Stop::Eos;
+            break;
+        }
+        answer.tokens.push(token);
+        add(&mut answer, stream.push(&vocab.piece(token, false)))?;
+        if limit.is_some_and(|limit| answer.tokens.len() as u64 >= limit) {
+            break;
+        }
+        if session.n_past() >= n_ctx {
+            answer.stop = Stop::Context;
+            break;
+        }
+        let start = Instant::now();
+        match session.decode(token) {
+            Ok(next) => logits = next.to_vec(),
+            Err(Error::Interrupted) => {
+                answer.stop = Stop::Interrupted;
+                break;
+            }
+            Err(error) => return Err(error.into()),
+        }
+        answer.timings.decode += start.elapsed();
+        answer.timings.decoded += 1;
+    }
+    add(&mut answer, stream.finish())?;
+    Ok(answer)
+}
+
+/// Prefill with a bar on the terminal.
+pub fn prefill(session: &mut Session, prompt: &[Token]) -> Result<Vec<f32>, Error> {
+    const STEPS: u64 = 1000;
+    // What is done before a bar could be read needs none.
+    const PATIENCE: Duration = Duration::from_millis(400);
+    let bar = ProgressBar::with_draw_target(Some(STEPS), ProgressDrawTarget::hidden())
+        .with_message(format!("{} tokens", prompt.len()));
+    if let Ok(style) = ProgressStyle::with_template("prefill {bar:40} {percent:>3} % of {msg}, {eta} left") {
+        bar.set_style(style);
+    }
+    let start = Instant::now();
+    let terminal = io::stderr().is_terminal();
+    let logits = session.prefill_with(prompt, &mut |share| {
+        if terminal && bar.is_hidden() && start.elapsed() > PATIENCE && share < 1.0 {
+            bar.set_draw_target(ProgressDrawTarget::stderr());
+        }
+        bar.set_position((share * STEPS as f32) as u64);
+    });
+    bar.finish_and_clear();
+    logits.map(<[f32]>::to_vec)
+}

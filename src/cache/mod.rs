@@ -1,0 +1,32 @@
+//! The KV cache of a sequence: for each layer a store of key and value rows. It knows nothing of architectures.
+
+mod meter;
+mod rotation;
+mod shrink;
+mod span;
+mod store;
+
+pub(crate) use meter::{Lease, Meter};
+pub(crate) use rotation::Rotations;
+pub(crate) use shrink::{Move, move_rows};
+pub(crate) use span::Span;
+pub use store::KvRotate;
+pub(crate) use store::{Format, Store};
+
+/// What the cache takes. Bytes are those of the real buffers, not of a formula.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+#[non_exhaustive]
+pub struct KvReport {
+    /// Tokens in the context, over all sequences.
+    pub context_tokens: usize,
+    /// What an uncompressed f16 cache of this context takes.
+    pub f16_bytes: usize,
+    /// What the buffers hold now.
+    pub allocated_bytes: usize,
+    /// The highest sum of all buffers at any moment, prefill's scratch included.
+    pub peak_bytes: usize,
+    /// `f16_bytes / allocated_bytes`; 0 while nothing is allocated.
+    pub compression: f64,
+    pub lazy_layers: usize,
+    pub active_layers: usize,
+}

@@ -1,0 +1,54 @@
+use std::ops::Range;
+
+use super::{Rotations, Store};
+use crate::ggml::{Error, Graph, Scheduler, Tensor};
+
+/// A run of rows: from one store's rows to another's.
+#[derive(Debug, Clone)]
+pub(crate) struct Move {
+    pub from: Range<usize>,
+    pub to: usize,
+}
+
+/// Copies rows from one store into another in one graph, converting types and rotation.
+///
+/// Rows of equal format are copied as they are, so that nothing is quantised twice.
+pub(crate) fn move_rows(
+    scheduler: &mut Scheduler,
+    from: &Store,
+    to: &Store,
+    moves: &[Move],
+    rotations: &Rotations,
+) -> Result<(), Error> {
+    let graph = Graph::new(32 * moves.len().max(1));
+    for Move { from: rows, to: first } in moves {
+        let n = rows.len();
+        let pairs = [
+            (&from.k, &to.k, from.format.rotate_k != to.format.rotate_k, true),
+            (&from.v, &to.v, from.format.rotate_v != to.format.rotate_v, false),
+        ];
+        for (source, target, turn, is_key) in pairs {
+            let source_rows = graph.rows(source, rows.start, n);
+            let target_rows = graph.rows(target, *first, n);
+            let source_rows = converted(&graph, &source_rows, &target_rows, turn, is_key, rotations);
+            graph.expand(&graph.copy(&source_rows, &target_rows));
+        }
+    }
+    scheduler.alloc(&graph)?;
+    scheduler.compute(&graph)?;
+    scheduler.release();
+    Ok(())
+}
+
+/// The rows as f32, turned, unless they can be copied as they are.
+fn converted(graph: &Graph, rows: &Tensor, target: &Tensor, turn: bool, is_key: bool, rotations: &Rotations) -> Tensor {
+    if rows.ty() == target.ty() && !turn {
+        return rows.clone();
+    }
+    let rows = graph.cast(rows, crate::ggml::Type::F32);
+    match (turn, is_key) {
+        (false, _) => rows,
+        (true, true) => rotations.rotate_key(graph, &rows),
+        (true, false) => rotations.rotate_value(graph, &rows),
+    }
+}

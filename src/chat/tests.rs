@@ -1,0 +1,227 @@
+//! Templates written in the manner of the well-known ones, against what those models expect.
+
+use super::*;
+
+const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}\
+    {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+
+const LLAMA3: &str = "{% set loop_messages = messages %}
+{% for message in loop_messages %}
+    {% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' %}
+    {% if loop.index0 == 0 %}
+        {% set content = bos_token + content %}
+    {% endif %}
+    {{- content -}}
+{% endfor %}
+{% if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
+{% endif %}";
+
+const MISTRAL: &str = "{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content'] %}
+    {%- set turns = messages[1:] %}
+{%- else %}
+    {%- set turns = messages %}
+{%- endif %}
+{%- for m in turns %}
+    {%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('user and assistant must take turns') }}
+    {%- endif %}
+    {%- if m['role'] == 'user' %}
+        {%- if loop.last and system is defined %}
+            {{- '[INST] ' + system + '\\n\\n' + m['content'] + '[/INST]' }}
+        {%- else %}
+            {{- '[INST] ' + m['content'] + '[/INST]' }}
+        {%- endif %}
+    {%- else %}
+        {{- ' ' + m['content'] | trim + eos_token }}
+    {%- endif %}
+{%- endfor %}
+";
+
+const GEMMA: &str = "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}\
+    {% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}\
+    {{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}\
+    {% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}";
+
+/// The manner of Qwen 3: tools, namespaces, reversed slices, string methods.
+const QWEN: &str = "{%- if tools %}
+    {{- '<|im_start|>system\\n# Tools\\n' + tools | tojson }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(last_query=messages | length - 1, searching=true) %}
+{%- for message in messages[::-1] %}
+    {%- if ns.searching and message.role == 'user' and not (message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}
+        {%- set ns.searching = false %}
+        {%- set ns.last_query = messages | length - 1 - loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- elif message.role == 'assistant' %}
+        {%- set content = message.content %}
+        {%- if '</think>' in content and loop.index0 < ns.last_query %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {{- '<|im_start|>assistant\\n' + content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}";
+
+fn render(template: &str, messages: &[(&str, &str)], add_generation_prompt: bool) -> Result<String, ChatError> {
+    let messages: Vec<_> = messages.iter().map(|&(role, content)| Message::new(role, content)).collect();
+    ChatTemplate::jinja(template, "<s>", "</s>").render(&messages, add_generation_prompt)
+}
+
+const TURNS: [(&str, &str); 4] =
+    [("system", "Be brief."), ("user", "Hi é"), ("assistant", " Hello! <b>"), ("user", "Bye ")];
+
+#[test]
+fn chatml() {
+    let text = render(CHATML, &TURNS, true).unwrap();
+    assert_eq!(
+        text,
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi é<|im_end|>\n\
+         <|im_start|>assistant\n Hello! <b><|im_end|>\n<|im_start|>user\nBye <|im_end|>\n<|im_start|>assistant\n"
+    );
+    // Two independent ways to the same text.
+    let messages = TURNS.map(|(role, content)| Message::new(role, content));
+    assert_eq!(ChatTemplate::builtin("chatml").unwrap().render(&messages, true).unwrap(), text);
+}
+
+#[test]
+fn llama3() {
+    assert_eq!(
+        render(LLAMA3, &TURNS, true).unwrap(),
+        "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>\
+         <|start_header_id|>user<|end_header_id|>\n\nHi é<|eot_id|>\
+         <|start_header_id|>assistant<|end_header_id|>\n\nHello! <b><|eot_id|>\
+         <|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    );
+}
+
+#[test]
+fn mistral() {
+    assert_eq!(
+        render(MISTRAL, &TURNS, true).unwrap(),
+        "<s>[INST] Hi é[/INST] Hello! <b></s>[INST] Be brief.\n\nBye [/INST]"
+    );
+}
+
+#[test]
+fn gemma_takes_the_system_message_into_the_first_turn() {
+    assert_eq!(
+        render(GEMMA, &TURNS, true).unwrap(),
+        "<s><start_of_turn>user\nBe brief.\n\nHi é<end_of_turn>\n<start_of_turn>model\nHello! <b><end_of_turn>\n\
+         <start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n"
+    );
+}
+
+#[test]
+fn qwen() {
+    let turns = [
+        ("system", "Be brief."),
+        ("user", "Hi"),
+        ("assistant", "<think>\nhm\n</think>\n\nHello"),
+        ("user", "Bye"),
+        ("assistant", "<think>\noh\n</think>\n\nBye!"),
+    ];
+    assert_eq!(
+        render(QWEN, &turns, false).unwrap(),
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n\
+         <|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n\
+         <|im_start|>assistant\n<think>\noh\n</think>\n\nBye!<|im_end|>\n"
+    );
+}
+
+#[test]
+fn dialect_of_hugging_face() {
+    let cases = [
+        // Blocks swallow the newline behind them and the blanks before them.
+        ("  {% if true %}\n  a\n  {% endif %}\nb", "  a\nb"),
+        (
+            "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+            "013",
+        ),
+        ("{%- generation -%} x {%- endgeneration %}", "x"),
+        ("{{ {'a': [1, 'é<', none]} | tojson }}", "{\"a\": [1, \"é<\", null]}"),
+        ("{{ [1, {'a': 2}] | tojson(indent=2) }}", "[\n  1,\n  {\n    \"a\": 2\n  }\n]"),
+        (
+            "{{ tools is none }} {{ tools is iterable }} {{ nothing is defined }} {{ 'a' is iterable }}",
+            "True False False True",
+        ),
+        ("{{ messages[0].content.upper() }}{{ messages[0].get('x', 'y') }}", "HIy"),
+    ];
+    for (template, expected) in cases {
+        assert_eq!(render(template, &[("user", "hi")], true), Ok(expected.to_owned()), "{template}");
+    }
+    let date = render("{{ strftime_now('%Y-%m-%d') }}", &[("user", "hi")], true).unwrap();
+    assert!(date.len() == 10 && date.starts_with("20"), "{date}");
+}
+
+#[test]
+fn a_template_may_refuse() {
+    let error = render(MISTRAL, &[("assistant", "Hi")], true).unwrap_err();
+    assert_eq!(error, ChatError::Refused("user and assistant must take turns".to_owned()));
+    // Also out of a macro, and with a system message that could be merged.
+    let template = "{% macro check(m) %}{{ raise_exception('no ' ~ m.role) }}{% endmacro %}{{ check(messages[0]) }}";
+    assert_eq!(render(template, &TURNS, true), Err(ChatError::Refused("no system".to_owned())));
+}
+
+#[test]
+fn a_broken_template_that_looks_like_a_known_one_still_works() {
+    let broken = "{{ '<|im_start|>' + messages[0].role {% no such thing %}";
+    assert_eq!(
+        render(broken, &[("user", "Hi")], true).unwrap(),
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    );
+    let unknown = render("{{ messages[0].content", &[("user", "Hi")], true).unwrap_err();
+    assert!(matches!(&unknown, ChatError::Template(message) if message.contains("syntax error")), "{unknown}");
+}
+
+#[test]
+fn hostile_templates_give_an_error() {
+    let nested = |open: &str, close: &str, n: usize| format!("{}x{}", open.repeat(n), close.repeat(n));
+    let endless = [
+        "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}x{% endfor %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 100000000000 }}",
+        "{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        // Freeing this by recursion would overflow a stack of the usual size.
+        "{% set ns = namespace(x=[]) %}{% for j in range(9999) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% endfor %}{% endfor %}",
+    ];
+    for template in endless {
+        assert_eq!(render(template, &[("user", "Hi")], true), Err(ChatError::Endless), "{template}");
+    }
+    let broken = [
+        "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}".to_owned(),
+        "{% include 'other' %}".to_owned(),
+        "{{ messages.no.such.thing }}".to_owned(),
+        "{{ strftime_now('%Q%!') }}".to_owned(),
+        "{{ 1 // 0 }}{{ range(1000000000000) | list }}".to_owned(),
+        "{{".to_owned(),
+        nested("{% if true %}", "{% endif %}", 20_000),
+        format!("{{{{ {} }}}}", nested("(", ")", 200_000)),
+    ];
+    for template in broken {
+        let error = render(&template, &[("user", "Hi")], true).unwrap_err();
+        assert!(matches!(error, ChatError::Template(_)), "{error}: {:.80}", template);
+    }
+}
+
+#[test]
+fn builtin_templates() {
+    let names = ChatTemplate::builtin_names();
+    assert!(["chatml", "llama3", "gemma"].iter().all(|&name| names.iter().any(|known| known == name)), "{names:?}");
+    let error = ChatTemplate::builtin("no such").unwrap_err();
+    assert_eq!(error, ChatError::UnknownTemplate("no such".to_owned()));
+    let nul = ChatTemplate::builtin("chatml").unwrap().render(&[Message::new("user", "a\0b")], true);
+    assert!(matches!(nul, Err(ChatError::Template(_))), "{nul:?}");
+}

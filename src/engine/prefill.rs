@@ -1,0 +1,223 @@
+//! A long prompt, layer by layer (layer-major): only one layer's cache is ever uncompressed.
+//!
+//! The hidden states of the whole prompt are kept; each layer reads them ubatch by ubatch over a full-length f16
+//! scratch store, is scored, and moves into its final store before the next layer begins. Peak memory is the final
+//! stores, one layer's scratch and the hidden states.
+
+use super::{
+    Error,
+    attention::{CacheAttention, Score},
+    inputs::{Inputs, Part},
+    sequence::{LayerCache, Sequence},
+    session::{BatchEntry, Outputs, Session, piece_ends, single_part},
+};
+use crate::{
+    cache::{Format, Lease},
+    ggml::{self, Context, Graph, Tensor, Type},
+    lazy::{At, Selector},
+    model::LayerStep,
+};
+
+/// Rows of logits that are computed at once.
+const OUTPUT_ROWS: usize = 512;
+
+/// The hidden states of a prompt, `[n_embd, n_tokens]`.
+struct Hidden {
+    states: Tensor,
+    _lease: Lease,
+}
+
+impl Session {
+    pub(super) fn prefill_layer_major(
+        &mut self,
+        entry: &BatchEntry<'_>,
+        progress: &mut dyn FnMut(f32),
+    ) -> Result<(), Error> {
+        self.decode_graph = None;
+        self.sequences.remove(&entry.seq);
+        let mut sequence = self.new_sequence();
+        let done = self.read_layers(entry, &mut sequence, progress);
+        match done {
+            Ok(hidden) => {
+                self.sequences.insert(entry.seq, sequence);
+                let logits = self.output_logits(entry, &hidden);
+                drop(hidden);
+                ggml::release_free_memory();
+                if logits.is_err() {
+                    self.seq_clear(entry.seq);
+                }
+                logits
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn read_layers(
+        &mut self,
+        entry: &BatchEntry<'_>,
+        sequence: &mut Sequence,
+        progress: &mut dyn FnMut(f32),
+    ) -> Result<Hidden, Error> {
+        let n_tokens = entry.tokens.len();
+        let n_layer = self.model.hparams().n_layer;
+        let ends = piece_ends(n_tokens, self.params.n_ubatch, self.params.lazy.n_last);
+        let hidden = self.embed(entry, &ends)?;
+        let n_score = match self.params.lazy.at {
+            At::Prefill if entry.prompt_end => self.n_score(n_tokens, n_tokens, At::Prefill),
+            _ => 0,
+        };
+        let mut selector = self.selector();
+        for index in 0..n_layer {
+            let score = self.read_layer(entry, sequence, index, &ends, &hidden, n_score, &mut |piece| {
+                progress((index as f32 + piece) / n_layer as f32);
+            })?;
+            self.settle(entry, sequence, index, score, &mut selector)?;
+        }
+        sequence.n_past = n_tokens;
+        sequence.score_next = self.params.lazy.at == At::Decode && entry.prompt_end;
+        Ok(hidden)
+    }
+
+    fn embed(&mut self, entry: &BatchEntry<'_>, ends: &[usize]) -> Result<Hidden, Error> {
+        let n_embd = self.model.hparams().n_embd;
+        let context = Context::new(1);
+        let states = context.tensor(Type::F32, &[n_embd, entry.tokens.len()]).named("hidden");
+        let bytes = context.alloc(self.maker.memory, "the prompt's hidden states")?;
+        let hidden = Hidden { states, _lease: self.maker.meter.lease(bytes) };
+        for piece in pieces(ends) {
+            let graph = Graph::new(8);
+            let mut inputs = Inputs::default();
+            let ids = inputs.tokens(&graph, piece.len());
+            let embedded = self.model.architecture().embed(&graph, &ids);
+            let target = graph.rows(&hidden.states, piece.start, piece.len());
+            graph.expand(&graph.copy(&embedded, &target));
+            self.scheduler.alloc(&graph)?;
+            inputs.fill(&[], &entry.tokens[piece], &[]);
+            self.scheduler.compute(&graph)?;
+        }
+        Ok(hidden)
+    }
+
+    /// All pieces through one layer, over a scratch store that `settle` moves to its final place. The layer's score,
+    /// when one was asked for.
+    #[expect(clippy::too_many_arguments, reason = "the loop's state, used here only")]
+    fn read_layer(
+        &mut self,
+        entry: &BatchEntry<'_>,
+        sequence: &mut Sequence,
+        index: usize,
+        ends: &[usize],
+        hidden: &Hidden,
+        n_score: usize,
+        progress: &mut dyn FnMut(f32),
+    ) -> Result<Option<f32>, Error> {
+        let n_tokens = entry.tokens.len();
+        let hparams = self.model.hparams();
+        let is_last = index + 1 == hparams.n_layer;
+        let layers = &mut sequence.layers;
+        let span = layers[index].span();
+        let rows = span.map_or(n_tokens, |span| span.used_rows(n_tokens));
+        layers[index].put_scratch(self.maker.make(rows, span, Format::F16)?);
+
+        let mut score = None;
+        for piece in pieces(ends) {
+            let ends_prompt = piece.end == n_tokens;
+            let n_score = if ends_prompt { n_score.min(piece.len()) } else { 0 };
+            let parts: [Part; 1] = single_part(piece.len(), piece.start, n_score);
+            let graph = Graph::new(256);
+            let mut inputs = Inputs::default();
+            let positions = inputs.positions(&graph, piece.len());
+            let states = graph.rows(&hidden.states, piece.start, piece.len());
+            // Of the last layer only the tokens with outputs are carried on; all have their keys and values stored.
+            let first_wanted = match entry.outputs {
+                _ if !is_last => 0,
+                Outputs::All => 0,
+                Outputs::Last if ends_prompt => piece.len() - 1,
+                _ => piece.len(),
+            };
+            let outputs: Vec<i32> = (first_wanted..piece.len()).map(|row| row as i32).collect();
+            let keep = (first_wanted > 0).then(|| inputs.outputs(&graph, outputs.len().max(1)));
+            let mut attention = CacheAttention {
+                inputs: &mut inputs,
+                parts: &parts,
+                caches: vec![&*layers],
+                rotations: &self.maker.rotations,
+                head_size: hparams.head_size,
+                flash_attn: self.params.flash_attn,
+                score_span: self.span,
+                scores: Vec::new(),
+            };
+            let step = LayerStep { index, hidden: &states, positions: &positions, keep: keep.as_ref() };
+            let result = self.model.architecture().layer(&graph, &step, &mut attention);
+            let scores = attention.scores;
+            if !outputs.is_empty() {
+                graph.expand(&graph.copy(&result, &graph.rows(&states, first_wanted, outputs.len())));
+            }
+            self.scheduler.alloc(&graph)?;
+            inputs.fill(&parts, &entry.tokens[piece.clone()], &outputs);
+            self.scheduler.compute(&graph)?;
+            score = scores.first().map(Score::mean).or(score);
+            progress(piece.end as f32 / n_tokens as f32);
+        }
+        self.scheduler.release();
+        Ok(score)
+    }
+
+    /// Moves a layer's scratch to its final store, and shrinks the layer that becomes lazy now, if any does.
+    fn settle(
+        &mut self,
+        entry: &BatchEntry<'_>,
+        sequence: &mut Sequence,
+        index: usize,
+        score: Option<f32>,
+        selector: &mut Selector,
+    ) -> Result<(), Error> {
+        let n_tokens = entry.tokens.len();
+        let (span, format) = (self.span, self.lazy_format);
+        sequence.layers[index].score = score.or(sequence.layers[index].score);
+        let known = entry.prompt_end && selector.is_known_lazy(index);
+        let lazy = match score {
+            Some(score) => selector.scored(index, score),
+            None => known.then_some(index),
+        };
+        // Straight from the scratch where this layer is the one, so that nothing is quantised twice.
+        if lazy != Some(index) || !sequence.layers[index].is_active() {
+            sequence.layers[index].keep_scratch(n_tokens, &self.maker, &mut self.scheduler)?;
+        }
+        if let Some(lazy) = lazy {
+            let layer: &mut LayerCache = &mut sequence.layers[lazy];
+            if layer.is_active() {
+                layer.make_lazy(n_tokens, span, format, &self.maker, &mut self.scheduler)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn output_logits(&mut self, entry: &BatchEntry<'_>, hidden: &Hidden) -> Result<(), Error> {
+        let n_tokens = entry.tokens.len();
+        let n_vocab = self.model.hparams().n_vocab;
+        let first = match entry.outputs {
+            Outputs::None => n_tokens,
+            Outputs::Last => n_tokens - 1,
+            Outputs::All => 0,
+        };
+        for start in (first..n_tokens).step_by(OUTPUT_ROWS) {
+            let n = OUTPUT_ROWS.min(n_tokens - start);
+            let graph = Graph::new(32);
+            let states = graph.rows(&hidden.states, start, n);
+            let logits = self.model.architecture().output(&graph, &states).as_output();
+            graph.expand(&logits);
+            self.scheduler.alloc(&graph)?;
+            self.scheduler.compute(&graph)?;
+            let filled = self.logits.len();
+            self.logits.resize(filled + n * n_vocab, 0.0);
+            logits.read(0, &mut self.logits[filled..]);
+        }
+        Ok(())
+    }
+}
+
+fn pieces(ends: &[usize]) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let starts = std::iter::once(0).chain(ends.iter().copied());
+    starts.zip(ends.iter().copied()).map(|(start, end)| start..end)
+}

@@ -1,0 +1,545 @@
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    sync::{Arc, atomic::AtomicBool},
+};
+
+use super::{
+    Error,
+    inputs::Part,
+    sequence::{LayerCache, LayerReport, Sequence, StoreMaker},
+    ubatch::CachedGraph,
+};
+use crate::{
+    cache::{Format, KvReport, KvRotate, Meter, Rotations, Span},
+    ggml::{self, Device, Scheduler, Type},
+    lazy::{At, LazyParams, Policy, Selector, default_threshold},
+    model::Model,
+    vocab::Token,
+};
+
+/// A sequence's number. [`Session::prefill`] and [`Session::decode`] use number 0.
+pub type SeqId = u32;
+
+/// How a session runs. The defaults are llama.cpp's.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct SessionParams {
+    /// Tokens that a sequence can hold; 0 for as many as the model was trained for.
+    pub n_ctx: usize,
+    /// Tokens that are computed at once.
+    pub n_ubatch: usize,
+    /// Threads for decoding.
+    pub n_threads: usize,
+    /// Threads for reading prompts; 0 for as many as for decoding.
+    pub n_threads_batch: usize,
+    /// Types of the active layers' keys and values.
+    pub type_k: Type,
+    pub type_v: Type,
+    /// Types of the lazy layers' keys and values; `None` for q4_0, or f16 where the head size does not allow that.
+    pub lazy_type_k: Option<Type>,
+    pub lazy_type_v: Option<Type>,
+    /// Attention in one operation, without the matrix of all weights.
+    pub flash_attn: bool,
+    /// When keys and values are rotated.
+    pub kv_rotate: KvRotate,
+    /// Read a long prompt layer by layer, so that only one layer's cache is ever uncompressed. Off: ubatch by ubatch.
+    pub layer_major: bool,
+    /// Which layers become lazy.
+    pub lazy: LazyParams,
+}
+
+impl Default for SessionParams {
+    fn default() -> Self {
+        SessionParams {
+            n_ctx: 0,
+            n_ubatch: 512,
+            n_threads: std::thread::available_parallelism().map_or(4, usize::from),
+            n_threads_batch: 0,
+            type_k: Type::F16,
+            type_v: Type::F16,
+            lazy_type_k: None,
+            lazy_type_v: None,
+            flash_attn: true,
+            kv_rotate: KvRotate::default(),
+            layer_major: true,
+            lazy: LazyParams::default(),
+        }
+    }
+}
+
+/// Which tokens' logits are wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Outputs {
+    None,
+    #[default]
+    Last,
+    All,
+}
+
+/// Tokens that continue one sequence.
+#[derive(Debug, Clone, Copy)]
+pub struct BatchEntry<'a> {
+    pub seq: SeqId,
+    pub tokens: &'a [Token],
+    pub outputs: Outputs,
+    /// Whether a prompt ends with these tokens: the sequence's active layers are then scored.
+    pub prompt_end: bool,
+}
+
+/// A model at work: its sequences with their caches, and the memory to compute in.
+pub struct Session {
+    pub(super) model: Model,
+    pub(super) params: SessionParams,
+    pub(super) scheduler: Scheduler,
+    pub(super) maker: StoreMaker,
+    pub(super) sequences: BTreeMap<SeqId, Sequence>,
+    /// Rows of `n_vocab` logits, in the order of the last call's tokens.
+    pub(super) logits: Vec<f32>,
+    pub(super) decode_graph: Option<CachedGraph>,
+    pub(super) span: Span,
+    pub(super) active_format: Format,
+    pub(super) lazy_format: Format,
+    threshold: f32,
+}
+
+impl Session {
+    /// Starts a session. The cache is allocated as tokens come.
+    ///
+    /// # Errors
+    /// When the parameters do not fit the model, or a device cannot be started.
+    pub fn new(model: &Model, mut params: SessionParams) -> Result<Session, Error> {
+        let hparams = model.hparams();
+        if params.n_ctx == 0 {
+            params.n_ctx = hparams.n_ctx_train;
+        }
+        if params.n_threads_batch == 0 {
+            params.n_threads_batch = params.n_threads;
+        }
+        check(&params, hparams.head_size, hparams.n_layer)?;
+        let device = Device::cpu();
+        // A layer has some 30 nodes, a few more for each sequence in a batch; scores and rotations add theirs.
+        let max_nodes = 1024 + 64 * hparams.n_layer * MAX_PARTS;
+        let scheduler = Scheduler::new(&[device], params.n_threads, max_nodes)?;
+        let maker = StoreMaker {
+            width: hparams.head_size * hparams.n_head_kv,
+            memory: device.buffer_type(),
+            meter: Meter::default(),
+            rotations: Rotations::new(hparams.head_size, device.buffer_type())?,
+            n_ctx: params.n_ctx,
+        };
+        let smallest = if hparams.head_size % Type::Q4_0.block_size() == 0 { Type::Q4_0 } else { Type::F16 };
+        let lazy_type = |given: Option<Type>| given.unwrap_or(smallest);
+        let format = |k, v| Format::new(k, v, params.kv_rotate);
+        Ok(Session {
+            span: Span { n_sink: params.lazy.n_sink, n_window: params.lazy.n_window },
+            active_format: format(params.type_k, params.type_v),
+            lazy_format: format(lazy_type(params.lazy_type_k), lazy_type(params.lazy_type_v)),
+            threshold: default_threshold(&hparams.architecture, model.name(), hparams.rope.freq_base),
+            model: model.clone(),
+            params,
+            scheduler,
+            maker,
+            sequences: BTreeMap::new(),
+            logits: Vec::new(),
+            decode_graph: None,
+        })
+    }
+
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Reads a prompt (or a later part of the conversation) and returns the logits of its last token. Layers become
+    /// lazy at its end.
+    ///
+    /// # Errors
+    /// When a token is unknown, the context is full, or memory runs out. The sequence is then as before; where a lazy
+    /// layer had dropped tokens meanwhile it is empty.
+    pub fn prefill(&mut self, tokens: &[Token]) -> Result<&[f32], Error> {
+        self.prefill_with(tokens, &mut |_| {})
+    }
+
+    /// As [`Session::prefill`], telling the share that is done, from 0 to 1.
+    pub fn prefill_with(&mut self, tokens: &[Token], progress: &mut dyn FnMut(f32)) -> Result<&[f32], Error> {
+        let entry = BatchEntry { seq: 0, tokens, outputs: Outputs::Last, prompt_end: true };
+        self.run_with(&[entry], progress)?;
+        Ok(self.last_logits())
+    }
+
+    /// Appends one token and returns the logits that follow it.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`].
+    pub fn decode(&mut self, token: Token) -> Result<&[f32], Error> {
+        self.run(&[BatchEntry { seq: 0, tokens: &[token], outputs: Outputs::Last, prompt_end: false }])?;
+        Ok(self.last_logits())
+    }
+
+    /// Appends tokens to one or more sequences. The logits are then in [`Session::logits`].
+    ///
+    /// # Errors
+    /// As [`Session::prefill`].
+    pub fn run(&mut self, batch: &[BatchEntry<'_>]) -> Result<(), Error> {
+        self.run_with(batch, &mut |_| {})
+    }
+
+    /// As [`Session::run`], telling the share that is done, from 0 to 1.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`].
+    pub fn run_with(&mut self, batch: &[BatchEntry<'_>], progress: &mut dyn FnMut(f32)) -> Result<(), Error> {
+        self.check_batch(batch)?;
+        self.logits.clear();
+        let n_tokens: usize = batch.iter().map(|entry| entry.tokens.len()).sum();
+        let threads = if n_tokens > batch.len() { self.params.n_threads_batch } else { self.params.n_threads };
+        self.scheduler.set_threads(threads)?;
+
+        let total = n_tokens as f32;
+        let mut done = 0;
+        let mut waiting = batch;
+        while let [entry, rest @ ..] = waiting {
+            if self.reads_layer_major(entry) {
+                let share = entry.tokens.len() as f32 / total;
+                let start = done as f32 / total;
+                self.prefill_layer_major(entry, &mut |part| progress(start + share * part))?;
+                done += entry.tokens.len();
+                waiting = rest;
+            } else {
+                // As many entries as fit one ubatch go together; a longer one goes in pieces by itself.
+                let n = self.entries_that_fit(waiting);
+                let (together, rest) = waiting.split_at(n.max(1));
+                if n == 0 {
+                    self.run_in_pieces(entry, &mut |tokens| progress((done + tokens) as f32 / total))?;
+                } else {
+                    self.run_ubatch(together)?;
+                }
+                done += together.iter().map(|entry| entry.tokens.len()).sum::<usize>();
+                waiting = rest;
+            }
+            progress(done as f32 / total);
+        }
+        Ok(())
+    }
+
+    fn check_batch(&self, batch: &[BatchEntry<'_>]) -> Result<(), Error> {
+        let n_vocab = self.model.hparams().n_vocab;
+        let mut seen = BTreeSet::new();
+        for entry in batch {
+            if entry.tokens.is_empty() {
+                return Err(Error::Empty);
+            }
+            if !seen.insert(entry.seq) {
+                return Err(Error::SequenceTwice(entry.seq));
+            }
+            if let Some(&token) =
+                entry.tokens.iter().find(|&&token| usize::try_from(token).map_or(true, |id| id >= n_vocab))
+            {
+                return Err(Error::Token { token, n_vocab });
+            }
+            let needed = self.seq_n_past(entry.seq) + entry.tokens.len();
+            if needed > self.params.n_ctx {
+                return Err(Error::ContextFull { needed, n_ctx: self.params.n_ctx });
+            }
+        }
+        if batch.is_empty() { Err(Error::Empty) } else { Ok(()) }
+    }
+
+    fn entries_that_fit(&self, batch: &[BatchEntry<'_>]) -> usize {
+        let mut tokens = 0;
+        let fits = |entry: &&BatchEntry<'_>| {
+            tokens += entry.tokens.len();
+            tokens <= self.params.n_ubatch && !self.reads_layer_major(entry)
+        };
+        batch.iter().take(MAX_PARTS).take_while(fits).count()
+    }
+
+    fn reads_layer_major(&self, entry: &BatchEntry<'_>) -> bool {
+        self.params.layer_major && self.seq_n_past(entry.seq) == 0 && entry.tokens.len() > self.params.n_ubatch
+    }
+
+    /// The logits of the last call: a row of `n_vocab` for each token that was asked for, in the batch's order.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    fn last_logits(&self) -> &[f32] {
+        let start = self.logits.len().saturating_sub(self.model.hparams().n_vocab);
+        &self.logits[start..]
+    }
+
+    /// Tokens in sequence 0.
+    pub fn n_past(&self) -> usize {
+        self.seq_n_past(0)
+    }
+
+    /// Tokens in a sequence.
+    pub fn seq_n_past(&self, seq: SeqId) -> usize {
+        self.sequences.get(&seq).map_or(0, |sequence| sequence.n_past)
+    }
+
+    /// Tokens that a sequence can hold.
+    pub fn n_ctx(&self) -> usize {
+        self.params.n_ctx
+    }
+
+    /// Empties all sequences and frees their caches.
+    pub fn clear(&mut self) {
+        self.sequences.clear();
+        self.decode_graph = None;
+        ggml::release_free_memory();
+    }
+
+    /// Empties one sequence.
+    pub fn seq_clear(&mut self, seq: SeqId) {
+        self.sequences.remove(&seq);
+        self.decode_graph = None;
+    }
+
+    /// Keeps the first `n` tokens of sequence 0. False, with nothing changed, when a layer has dropped tokens that they
+    /// need: what a lazy layer dropped cannot come back.
+    pub fn truncate(&mut self, n: usize) -> bool {
+        self.seq_truncate(0, n)
+    }
+
+    /// Keeps the first `n` tokens of a sequence; see [`Session::truncate`].
+    pub fn seq_truncate(&mut self, seq: SeqId, n: usize) -> bool {
+        let Some(sequence) = self.sequences.get_mut(&seq) else { return true };
+        if n == 0 {
+            self.seq_clear(seq);
+            return true;
+        }
+        if !sequence.layers.iter().all(|layer| layer.can_truncate(n, sequence.n_past)) {
+            return false;
+        }
+        sequence.n_past = sequence.n_past.min(n);
+        true
+    }
+
+    /// A flag that makes the running call return [`Error::Interrupted`]. It stays set until it is taken back.
+    pub fn abort_flag(&self) -> Arc<AtomicBool> {
+        Arc::clone(self.scheduler.abort_flag())
+    }
+
+    /// What the cache takes. Lazy and active layers are those of the longest sequence.
+    pub fn kv(&self) -> KvReport {
+        let context_tokens: usize = self.sequences.values().map(|sequence| sequence.n_past).sum();
+        let f16_bytes = context_tokens * self.model.hparams().f16_kv_bytes_per_token();
+        let allocated_bytes = self.maker.meter.now();
+        let longest = self.sequences.values().max_by_key(|sequence| sequence.n_past);
+        let lazy_layers = longest.map_or(0, |sequence| sequence.layers.iter().filter(|layer| layer.lazy).count());
+        KvReport {
+            context_tokens,
+            f16_bytes,
+            allocated_bytes,
+            peak_bytes: self.maker.meter.peak(),
+            compression: if allocated_bytes == 0 { 0.0 } else { f16_bytes as f64 / allocated_bytes as f64 },
+            lazy_layers,
+            active_layers: self.model.hparams().n_layer - lazy_layers,
+        }
+    }
+
+    /// Each layer of a sequence: its score, whether it is lazy, its bytes.
+    pub fn layers(&self, seq: SeqId) -> Vec<LayerReport> {
+        let layers = self.sequences.get(&seq).map_or(&[][..], |sequence| &sequence.layers);
+        layers.iter().enumerate().map(|(index, layer)| layer.report(index)).collect()
+    }
+
+    /// The rule for the next prompt of a sequence.
+    pub(super) fn selector(&self) -> Selector {
+        Selector::new(&self.params.lazy.policy, self.threshold, self.scorable_layers())
+    }
+
+    /// Layers that are not sliding-window by their own design.
+    fn scorable_layers(&self) -> usize {
+        if self.model.hparams().sliding_window.is_some() { 0 } else { self.model.hparams().n_layer }
+    }
+
+    /// A sequence without tokens: its layers are full, but for those that are restricted from the first token on.
+    pub(super) fn new_sequence(&self) -> Sequence {
+        let selector = self.selector();
+        let windowed = self.params.lazy.windowed_prefill();
+        let layer = |index| match self.model.hparams().sliding_window {
+            Some(n_window) => LayerCache::new(Some(Span { n_sink: 0, n_window }), false, self.active_format),
+            None if windowed && selector.is_known_lazy(index) => {
+                LayerCache::new(Some(self.span), true, self.lazy_format)
+            }
+            None => LayerCache::new(None, false, self.active_format),
+        };
+        let layers = (0..self.model.hparams().n_layer).map(layer).collect();
+        Sequence { n_past: 0, layers, score_next: false }
+    }
+
+    /// Last tokens of a prompt of `n` tokens whose attention is to be scored when it ends at `n_past`: none while
+    /// everything is within sink and window, where every layer's score is 1 and says nothing.
+    pub(super) fn n_score(&self, n: usize, n_past: usize, at: At) -> usize {
+        if !self.selector().needs_scores() || n_past <= self.params.lazy.n_kept() {
+            return 0;
+        }
+        match at {
+            At::Prefill => self.params.lazy.n_last.min(n),
+            At::Decode => 1,
+        }
+    }
+
+    /// Takes the scores of a sequence's layers, in order, and shrinks what becomes lazy.
+    pub(super) fn decide(&mut self, seq: SeqId, scores: &[(usize, f32)]) -> Result<(), Error> {
+        let mut selector = self.selector();
+        for &(layer, score) in scores {
+            if let Some(sequence) = self.sequences.get_mut(&seq) {
+                sequence.layers[layer].score = Some(score);
+            }
+            if let Some(lazy) = selector.scored(layer, score) {
+                self.make_lazy(seq, lazy)?;
+            }
+        }
+        ggml::release_free_memory();
+        Ok(())
+    }
+
+    /// Shrinks the layers of a fixed set at the end of a prompt that was read with full attention.
+    pub(super) fn shrink_known(&mut self, seq: SeqId) -> Result<(), Error> {
+        let selector = self.selector();
+        let Some(sequence) = self.sequences.get(&seq) else { return Ok(()) };
+        let is_due = |&layer: &usize| sequence.layers[layer].is_active() && selector.is_known_lazy(layer);
+        let due: Vec<usize> = (0..sequence.layers.len()).filter(is_due).collect();
+        for &layer in &due {
+            self.make_lazy(seq, layer)?;
+        }
+        if !due.is_empty() {
+            ggml::release_free_memory();
+        }
+        Ok(())
+    }
+
+    fn make_lazy(&mut self, seq: SeqId, layer: usize) -> Result<(), Error> {
+        let Some(sequence) = self.sequences.get_mut(&seq) else { return Ok(()) };
+        // The old store goes only when no graph refers to it any more.
+        self.decode_graph = None;
+        let n_past = sequence.n_past;
+        sequence.layers[layer].make_lazy(n_past, self.span, self.lazy_format, &self.maker, &mut self.scheduler)?;
+        Ok(())
+    }
+
+    /// A long entry, one ubatch after the other. The last piece holds all tokens that are scored.
+    fn run_in_pieces(&mut self, entry: &BatchEntry<'_>, progress: &mut dyn FnMut(usize)) -> Result<(), Error> {
+        let n = entry.tokens.len();
+        let mut done = 0;
+        for end in piece_ends(n, self.params.n_ubatch, self.params.lazy.n_last) {
+            let is_last = end == n;
+            let outputs = match entry.outputs {
+                Outputs::Last if !is_last => Outputs::None,
+                outputs => outputs,
+            };
+            let piece = BatchEntry {
+                seq: entry.seq,
+                tokens: &entry.tokens[done..end],
+                outputs,
+                prompt_end: entry.prompt_end && is_last,
+            };
+            self.run_ubatch(&[piece])?;
+            done = end;
+            progress(done);
+        }
+        Ok(())
+    }
+
+    /// After a failure in the middle of a ubatch: what was written behind `n_past` is never read, but a ring may have
+    /// lost rows that are still needed.
+    pub(super) fn recover(&mut self, seq: SeqId, n: usize) {
+        self.decode_graph = None;
+        let Some(sequence) = self.sequences.get(&seq) else { return };
+        let end = sequence.n_past + n;
+        let intact = |layer: &LayerCache| layer.span().is_none_or(|span| end <= span.n_rows());
+        if !sequence.layers.iter().all(intact) {
+            self.seq_clear(seq);
+        }
+    }
+}
+
+/// Sequences that go into one ubatch at most.
+pub(super) const MAX_PARTS: usize = 16;
+
+/// Where the pieces of `n` tokens end: each has at most `n_ubatch` tokens, and the last one at least
+/// `min(n, n_last, n_ubatch)`.
+pub(super) fn piece_ends(n: usize, n_ubatch: usize, n_last: usize) -> Vec<usize> {
+    let mut ends: Vec<usize> = (1..n.div_ceil(n_ubatch)).map(|i| i * n_ubatch).collect();
+    if let Some(end) = ends.last_mut() {
+        // Taken from the piece before: moving its end keeps every size within a ubatch.
+        *end = (*end).min(n - n_last.min(n_ubatch));
+    }
+    ends.push(n);
+    ends
+}
+
+/// Parts of a ubatch for one sequence alone.
+pub(super) fn single_part(n: usize, n_past: usize, n_score: usize) -> [Part; 1] {
+    [Part { first: 0, n, n_past, n_score }]
+}
+
+fn check(params: &SessionParams, head_size: usize, n_layer: usize) -> Result<(), Error> {
+    let wrong = |why: &str| Err(Error::Params(why.to_owned()));
+    if params.n_ubatch == 0 {
+        return wrong("a ubatch of 0 tokens: give at least 1");
+    }
+    if params.n_threads == 0 {
+        return wrong("0 threads: give at least 1");
+    }
+    if params.n_ctx > i32::MAX as usize {
+        return wrong("the context size does not fit 31 bits");
+    }
+    if params.lazy.policy != Policy::Off {
+        if params.lazy.n_window == 0 {
+            return wrong("a lazy window of 0 tokens: it holds the query's own, so give at least 1");
+        }
+        if params.lazy.n_last == 0 {
+            return wrong("0 lazy queries: the score needs at least 1");
+        }
+    }
+    if let Policy::Layers(layers) = &params.lazy.policy {
+        if let Some(layer) = layers.iter().find(|&&layer| layer >= n_layer) {
+            return Err(Error::Params(format!(
+                "layer {layer} of --lazy layers: the model has layers 0 to {}",
+                n_layer - 1
+            )));
+        }
+    }
+    let types = [Some(params.type_k), Some(params.type_v), params.lazy_type_k, params.lazy_type_v];
+    for ty in types.into_iter().flatten() {
+        if !Type::CACHE.contains(&ty) {
+            return Err(Error::Params(format!("{ty} is no cache type")));
+        }
+        if head_size % ty.block_size() != 0 {
+            return Err(Error::CacheType { ty, block: ty.block_size(), head_size });
+        }
+    }
+    if !params.flash_attn && params.type_v.is_quantized() {
+        return Err(Error::FlashAttention);
+    }
+    Ok(())
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session").field("params", &self.params).field("kv", &self.kv()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn pieces_cover_the_tokens(n in 1usize..3000, n_ubatch in 1usize..600, n_last in 1usize..100) {
+            let ends = piece_ends(n, n_ubatch, n_last);
+            let sizes: Vec<usize> =
+                ends.iter().scan(0, |start, &end| { let size = end - *start; *start = end; Some(size) }).collect();
+            prop_assert_eq!(sizes.iter().sum::<usize>(), n);
+            prop_assert!(sizes.iter().all(|&size| size <= n_ubatch));
+            prop_assert!(*sizes.last().unwrap() >= n_last.min(n).min(n_ubatch));
+        }
+    }
+}

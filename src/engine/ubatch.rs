@@ -1,0 +1,191 @@
+//! A ubatch through all layers in one graph (chunk-major).
+
+use super::{
+    Error,
+    attention::{CacheAttention, Score},
+    inputs::{Inputs, Part},
+    sequence::LayerCache,
+    session::{BatchEntry, Outputs, Session},
+};
+use crate::{
+    ggml::{Graph, Tensor},
+    lazy::At,
+    model::LayerStep,
+    vocab::Token,
+};
+
+/// A graph with its inputs and outputs. It can run again as long as its key stays the same.
+pub(super) struct CachedGraph {
+    key: Key,
+    graph: Graph,
+    inputs: Inputs,
+    logits: Option<Tensor>,
+    scores: Vec<Score>,
+}
+
+/// What a graph's shape depends on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Key {
+    parts: Vec<Part>,
+    n_outputs: usize,
+    /// For each part and layer: its store, and how many rows attention reads.
+    stores: Vec<(u64, usize)>,
+}
+
+impl Session {
+    /// Runs tokens that fit one ubatch, of one or more sequences, and takes their scores.
+    pub(super) fn run_ubatch(&mut self, batch: &[BatchEntry<'_>]) -> Result<(), Error> {
+        let done = self.try_ubatch(batch);
+        if done.is_err() {
+            for entry in batch {
+                self.recover(entry.seq, entry.tokens.len());
+            }
+        }
+        done
+    }
+
+    fn try_ubatch(&mut self, batch: &[BatchEntry<'_>]) -> Result<(), Error> {
+        let mut parts = Vec::new();
+        let mut tokens: Vec<Token> = Vec::new();
+        let mut outputs: Vec<i32> = Vec::new();
+        for entry in batch {
+            self.reserve(entry)?;
+            let part = self.part(entry, tokens.len());
+            tokens.extend_from_slice(entry.tokens);
+            let wanted = match entry.outputs {
+                Outputs::None => part.n,
+                Outputs::Last => part.n - 1,
+                Outputs::All => 0,
+            };
+            outputs.extend((part.first + wanted..part.first + part.n).map(|row| row as i32));
+            parts.push(part);
+        }
+
+        let mut ready = self.graph_for(batch, &parts, outputs.len())?;
+        ready.inputs.fill(&parts, &tokens, &outputs);
+        self.scheduler.compute(&ready.graph)?;
+        if let Some(logits) = &ready.logits {
+            let start = self.logits.len();
+            self.logits.resize(start + outputs.len() * self.model.hparams().n_vocab, 0.0);
+            logits.read(0, &mut self.logits[start..]);
+        }
+        let mut scores: Vec<Vec<(usize, f32)>> = vec![Vec::new(); parts.len()];
+        for score in &ready.scores {
+            scores[score.part].push((score.layer, score.mean()));
+        }
+        // Only a decode step is likely to come again.
+        self.decode_graph = parts.iter().all(|part| part.n == 1 && part.n_score == 0).then_some(ready);
+
+        for (entry, (part, scores)) in batch.iter().zip(parts.iter().zip(scores)) {
+            self.advance(entry, part, &scores)?;
+        }
+        Ok(())
+    }
+
+    fn reserve(&mut self, entry: &BatchEntry<'_>) -> Result<(), Error> {
+        let fresh = (!self.sequences.contains_key(&entry.seq)).then(|| self.new_sequence());
+        let sequence = self.sequences.entry(entry.seq).or_insert_with(|| fresh.expect("made for a new sequence"));
+        let n_past = sequence.n_past;
+        for layer in &mut sequence.layers {
+            layer.reserve(n_past, entry.tokens.len(), &self.maker, &mut self.scheduler)?;
+        }
+        Ok(())
+    }
+
+    fn part(&self, entry: &BatchEntry<'_>, first: usize) -> Part {
+        let sequence = &self.sequences[&entry.seq];
+        let (n, n_past) = (entry.tokens.len(), sequence.n_past);
+        let n_score = match self.params.lazy.at {
+            At::Prefill if entry.prompt_end => self.n_score(n, n_past + n, At::Prefill),
+            At::Decode if sequence.score_next => self.n_score(n, n_past + n, At::Decode),
+            _ => 0,
+        };
+        Part { first, n, n_past, n_score }
+    }
+
+    /// The graph of the last step when it serves again, else a new one; with memory behind its tensors either way.
+    fn graph_for(&mut self, batch: &[BatchEntry<'_>], parts: &[Part], n_outputs: usize) -> Result<CachedGraph, Error> {
+        let caches: Vec<&[LayerCache]> = batch.iter().map(|entry| &*self.sequences[&entry.seq].layers).collect();
+        let key = Key::new(parts, &caches, n_outputs);
+        if let Some(cached) = self.decode_graph.take() {
+            if cached.key == key && self.scheduler.is_allocated(&cached.graph) {
+                return Ok(cached);
+            }
+        }
+        let hparams = self.model.hparams();
+        let architecture = self.model.architecture();
+        let graph = Graph::new(self.scheduler.max_nodes());
+        let mut inputs = Inputs::default();
+        let n_tokens = parts.iter().map(|part| part.n).sum();
+        let ids = inputs.tokens(&graph, n_tokens);
+        let positions = inputs.positions(&graph, n_tokens);
+        let keep = (n_outputs < n_tokens).then(|| inputs.outputs(&graph, n_outputs.max(1)));
+        let mut hidden = architecture.embed(&graph, &ids);
+        let mut attention = CacheAttention {
+            inputs: &mut inputs,
+            parts,
+            caches,
+            rotations: &self.maker.rotations,
+            head_size: hparams.head_size,
+            flash_attn: self.params.flash_attn,
+            score_span: self.span,
+            scores: Vec::new(),
+        };
+        for index in 0..hparams.n_layer {
+            let is_last = index + 1 == hparams.n_layer;
+            let keep = keep.as_ref().filter(|_| is_last);
+            let step = LayerStep { index, hidden: &hidden, positions: &positions, keep };
+            hidden = architecture.layer(&graph, &step, &mut attention);
+        }
+        let scores = attention.scores;
+        let logits = (n_outputs > 0).then(|| architecture.output(&graph, &hidden).as_output());
+        if let Some(logits) = &logits {
+            graph.expand(logits);
+        }
+        self.scheduler.alloc(&graph)?;
+        Ok(CachedGraph { key, graph, inputs, logits, scores })
+    }
+
+    /// Counts the tokens in, and lets layers become lazy where a prompt has ended.
+    fn advance(&mut self, entry: &BatchEntry<'_>, part: &Part, scores: &[(usize, f32)]) -> Result<(), Error> {
+        let at = self.params.lazy.at;
+        if let Some(sequence) = self.sequences.get_mut(&entry.seq) {
+            sequence.n_past += part.n;
+            match at {
+                At::Decode if entry.prompt_end => sequence.score_next = true,
+                At::Decode if part.n_score > 0 => sequence.score_next = false,
+                _ => {}
+            }
+        }
+        if !scores.is_empty() {
+            self.decide(entry.seq, scores)?;
+        }
+        let decided_now = match at {
+            At::Prefill => entry.prompt_end,
+            At::Decode => part.n_score > 0,
+        };
+        if decided_now || entry.prompt_end {
+            self.shrink_known(entry.seq)?;
+        }
+        Ok(())
+    }
+}
+
+impl Key {
+    fn new(parts: &[Part], caches: &[&[LayerCache]], n_outputs: usize) -> Key {
+        let store = |part: &Part, layer: &LayerCache| {
+            let store = layer.store().map_or((u64::MAX, 0), |store| (store.id(), store.n_rows()));
+            let n_past = part.n_past + part.n;
+            let used = layer.span().map_or(n_past, |span| span.used_rows(n_past));
+            (store.0, used.next_multiple_of(super::attention::ROWS_STEP).min(store.1))
+        };
+        let stores = parts
+            .iter()
+            .zip(caches)
+            .flat_map(|(part, layers)| layers.iter().map(move |layer| store(part, layer)))
+            .collect();
+        // A step differs from the one before by its positions only, which are inputs.
+        let parts = parts.iter().map(|part| Part { n_past: 0, ..*part }).collect();
+        Key { parts, n_outputs, stores }
+    }
+}

@@ -1,0 +1,171 @@
+use std::{
+    ffi::{CStr, c_char, c_void},
+    fmt,
+};
+
+use ggml_sys as sys;
+
+use super::{Context, Type};
+
+/// A device that ggml can compute on. Devices are registered once and never go away.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Device(sys::ggml_backend_dev_t);
+
+// SAFETY: a handle to a registry entry that lives as long as the process and is read-only.
+unsafe impl Send for Device {}
+// SAFETY: as above.
+unsafe impl Sync for Device {}
+
+/// What kind of device it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceKind {
+    Cpu,
+    Gpu,
+    Accelerator,
+}
+
+impl Device {
+    /// The processor.
+    pub fn cpu() -> Device {
+        // SAFETY: the CPU backend is always compiled in, so the handle is not null.
+        Device(unsafe { sys::ggml_backend_dev_by_type(sys::GGML_BACKEND_DEVICE_TYPE_CPU) })
+    }
+
+    /// All devices, in ggml's order.
+    pub fn all() -> Vec<Device> {
+        // SAFETY: the index is below the count.
+        unsafe { (0..sys::ggml_backend_dev_count()).map(|i| Device(sys::ggml_backend_dev_get(i))).collect() }
+    }
+
+    pub(super) fn raw(self) -> sys::ggml_backend_dev_t {
+        self.0
+    }
+
+    /// The device's short name, such as `CPU` or `CUDA0`.
+    pub fn name(self) -> String {
+        // SAFETY: a static string of the device.
+        text(unsafe { sys::ggml_backend_dev_name(self.0) })
+    }
+
+    /// The hardware's own name.
+    pub fn description(self) -> String {
+        // SAFETY: a static string of the device.
+        text(unsafe { sys::ggml_backend_dev_description(self.0) })
+    }
+
+    pub fn kind(self) -> DeviceKind {
+        // SAFETY: a query on a live handle.
+        match unsafe { sys::ggml_backend_dev_type(self.0) } {
+            sys::GGML_BACKEND_DEVICE_TYPE_CPU => DeviceKind::Cpu,
+            sys::GGML_BACKEND_DEVICE_TYPE_ACCEL => DeviceKind::Accelerator,
+            _ => DeviceKind::Gpu,
+        }
+    }
+
+    /// Free and total memory in bytes.
+    pub fn memory(self) -> (usize, usize) {
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: both pointers are to live locals.
+        unsafe { sys::ggml_backend_dev_memory(self.0, &mut free, &mut total) };
+        (free, total)
+    }
+
+    /// The memory that tensors of this device usually live in.
+    pub fn buffer_type(self) -> BufferType {
+        // SAFETY: every device has a default buffer type.
+        BufferType(unsafe { sys::ggml_backend_dev_buffer_type(self.0) })
+    }
+
+    /// Kinds of memory that repack weights for faster matrix products, best first.
+    pub fn repacking_buffer_types(self) -> Vec<BufferType> {
+        type GetExtra = unsafe extern "C" fn(sys::ggml_backend_dev_t) -> *mut sys::ggml_backend_buffer_type_t;
+        // SAFETY: the name is NUL-terminated; the registry belongs to a live device.
+        let address = unsafe {
+            let registry = sys::ggml_backend_dev_backend_reg(self.0);
+            sys::ggml_backend_reg_get_proc_address(registry, c"ggml_backend_dev_get_extra_bufts".as_ptr())
+        };
+        if address.is_null() {
+            return Vec::new();
+        }
+        // SAFETY: ggml documents that this name has the type `ggml_backend_dev_get_extra_bufts_t`, and that the list
+        // ends with a null pointer.
+        unsafe {
+            let get = std::mem::transmute::<*mut c_void, GetExtra>(address);
+            let mut list = get(self.0);
+            let mut found = Vec::new();
+            while !list.is_null() && !(*list).is_null() {
+                found.push(BufferType(*list));
+                list = list.add(1);
+            }
+            found
+        }
+    }
+
+    /// Whether `weight × activations` can run here when a weight of this type and shape lies in `memory`.
+    pub fn can_multiply(self, memory: BufferType, ty: Type, shape: [usize; 2]) -> bool {
+        let context = Context::new(4);
+        let weight = context.tensor(ty, &shape);
+        // The number of tokens does not matter for the answer.
+        let input = context.tensor(Type::F32, &[shape[0], 512]);
+        // SAFETY: the empty buffer only tells which memory is meant, as the device's answer depends on it; it is taken
+        // from the header again before it is freed.
+        unsafe {
+            let product = sys::ggml_mul_mat(context.raw(), weight.raw(), input.raw());
+            let empty = sys::ggml_backend_buft_alloc_buffer(memory.0, 0);
+            if empty.is_null() {
+                return false;
+            }
+            (*weight.raw()).buffer = empty;
+            let supported = sys::ggml_backend_dev_supports_op(self.0, product);
+            (*weight.raw()).buffer = std::ptr::null_mut();
+            sys::ggml_backend_buffer_free(empty);
+            supported
+        }
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Device({})", self.name())
+    }
+}
+
+/// A kind of memory. Lives as long as the process.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct BufferType(sys::ggml_backend_buffer_type_t);
+
+// SAFETY: a handle to a static description.
+unsafe impl Send for BufferType {}
+// SAFETY: as above.
+unsafe impl Sync for BufferType {}
+
+impl BufferType {
+    pub(super) fn raw(self) -> sys::ggml_backend_buffer_type_t {
+        self.0
+    }
+
+    pub fn name(self) -> String {
+        // SAFETY: a static string of the buffer type.
+        text(unsafe { sys::ggml_backend_buft_name(self.0) })
+    }
+
+    /// Whether the processor can read this memory by pointer.
+    pub fn is_host(self) -> bool {
+        // SAFETY: a query on a live handle.
+        unsafe { sys::ggml_backend_buft_is_host(self.0) }
+    }
+}
+
+impl fmt::Debug for BufferType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "BufferType({})", self.name())
+    }
+}
+
+pub(super) fn text(c_string: *const c_char) -> String {
+    if c_string.is_null() {
+        return String::new();
+    }
+    // SAFETY: the callers pass static NUL-terminated strings of ggml.
+    unsafe { CStr::from_ptr(c_string) }.to_string_lossy().into_owned()
+}

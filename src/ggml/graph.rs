@@ -1,0 +1,273 @@
+use std::{fmt, ptr::NonNull};
+
+use ggml_sys as sys;
+
+use super::{Context, Tensor, Type};
+
+/// A graph being built: a function for each operation adds a node and returns its result's tensor.
+///
+/// Nothing is computed until [`super::Scheduler::compute`]. Shapes follow ggml: the first dimension is a row's length.
+pub struct Graph {
+    context: Context,
+    raw: NonNull<sys::ggml_cgraph>,
+    max_nodes: usize,
+}
+
+// SAFETY: the graph is plain memory inside its context; see `context::Inner`.
+unsafe impl Send for Graph {}
+
+/// Which pairs of elements RoPE rotates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopeKind {
+    /// Neighbours: (0, 1), (2, 3), …
+    Norm,
+    /// Halves: (0, n/2), (1, n/2 + 1), …
+    Neox,
+}
+
+/// RoPE's parameters, as `ggml_rope_ext` takes them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rope {
+    pub kind: RopeKind,
+    /// Elements of a head that are rotated.
+    pub n_rot: usize,
+    /// Context the model was trained with before YaRN extended it.
+    pub n_ctx_orig: usize,
+    pub freq_base: f32,
+    /// Positions are multiplied by this (1 / scaling factor).
+    pub freq_scale: f32,
+    /// YaRN's mix of extrapolation, 0 for none.
+    pub ext_factor: f32,
+    pub attn_factor: f32,
+    pub beta_fast: f32,
+    pub beta_slow: f32,
+}
+
+/// Adds one node to the graph: notes the tensors it reads, calls ggml, wraps the result.
+macro_rules! node {
+    ($graph:ident, [$($source:expr),*], $function:ident($($argument:expr),*)) => {{
+        $($graph.context.uses($source);)*
+        // SAFETY: the graph's context and the sources' are alive, and stay so with the graph (`uses`). ggml checks the
+        // shapes itself and aborts on a mismatch.
+        let raw = unsafe { sys::$function($graph.context.raw(), $($argument),*) };
+        $graph.context.wrap(raw)
+    }};
+}
+
+impl Graph {
+    /// An empty graph with room for `max_nodes` operations (views and reshapes count).
+    pub fn new(max_nodes: usize) -> Graph {
+        // SAFETY: computations without side effects.
+        let bytes =
+            unsafe { sys::ggml_graph_overhead_custom(max_nodes, false) + 2 * max_nodes * sys::ggml_tensor_overhead() };
+        let context = Context::with_bytes(bytes);
+        // SAFETY: the arena was made large enough for it.
+        let raw = unsafe { sys::ggml_new_graph_custom(context.raw(), max_nodes, false) };
+        let raw = NonNull::new(raw).expect("ggml aborts rather than return null for a graph");
+        Graph { context, raw, max_nodes }
+    }
+
+    pub(super) fn raw(&self) -> *mut sys::ggml_cgraph {
+        self.raw.as_ptr()
+    }
+
+    pub(super) fn context(&self) -> &Context {
+        &self.context
+    }
+
+    pub(super) fn max_nodes(&self) -> usize {
+        self.max_nodes
+    }
+
+    /// Nodes in the graph now.
+    pub fn n_nodes(&self) -> usize {
+        // SAFETY: a query on a live graph.
+        usize::try_from(unsafe { sys::ggml_graph_n_nodes(self.raw()) }).unwrap_or(0)
+    }
+
+    /// A tensor that the caller fills before each run.
+    pub fn input(&self, ty: Type, shape: &[usize]) -> Tensor {
+        let tensor = self.context.tensor(ty, shape);
+        // SAFETY: sets a flag in the header.
+        unsafe { sys::ggml_set_input(tensor.raw()) };
+        tensor
+    }
+
+    /// Makes the graph compute `tensor` and all it depends on, after what was added before.
+    pub fn expand(&self, tensor: &Tensor) {
+        self.context.uses(tensor);
+        // SAFETY: graph and tensor are alive; `max_nodes` bounds the graph and ggml aborts beyond it.
+        unsafe { sys::ggml_build_forward_expand(self.raw(), tensor.raw()) }
+    }
+
+    // Arithmetic, with ggml's broadcasting of the second operand.
+
+    pub fn add(&self, a: &Tensor, b: &Tensor) -> Tensor {
+        node!(self, [a, b], ggml_add(a.raw(), b.raw()))
+    }
+
+    pub fn mul(&self, a: &Tensor, b: &Tensor) -> Tensor {
+        node!(self, [a, b], ggml_mul(a.raw(), b.raw()))
+    }
+
+    pub fn scale(&self, a: &Tensor, factor: f32) -> Tensor {
+        node!(self, [a], ggml_scale(a.raw(), factor))
+    }
+
+    /// Sums each row: `[n, rows, …]` → `[1, rows, …]`.
+    pub fn sum_rows(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_sum_rows(a.raw()))
+    }
+
+    pub fn rms_norm(&self, a: &Tensor, eps: f32) -> Tensor {
+        node!(self, [a], ggml_rms_norm(a.raw(), eps))
+    }
+
+    /// `silu(gate) × up`, the gated activation of LLaMA's feed-forward.
+    pub fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Tensor {
+        node!(self, [gate, up], ggml_swiglu_split(gate.raw(), up.raw()))
+    }
+
+    /// `weight [k, n] × input [k, m]` → `[n, m]`.
+    pub fn mul_mat(&self, weight: &Tensor, input: &Tensor) -> Tensor {
+        node!(self, [weight, input], ggml_mul_mat(weight.raw(), input.raw()))
+    }
+
+    /// As [`Graph::mul_mat`], with sums in f32 where the device would use less.
+    pub fn mul_mat_f32(&self, weight: &Tensor, input: &Tensor) -> Tensor {
+        let product = self.mul_mat(weight, input);
+        // SAFETY: sets a parameter of the node just made.
+        unsafe { sys::ggml_prec_set_acc(product.raw(), sys::GGML_PREC_F32) };
+        product
+    }
+
+    /// As [`Graph::mul_mat`] with a Walsh-Hadamard matrix, which a device may turn into a fast transform.
+    pub fn mul_mat_hadamard(&self, matrix: &Tensor, input: &Tensor) -> Tensor {
+        let product = self.mul_mat(matrix, input);
+        // SAFETY: sets a parameter of the node just made.
+        unsafe { sys::ggml_mul_mat_set_hint(product.raw(), sys::GGML_HINT_SRC0_IS_HADAMARD) };
+        product
+    }
+
+    // Attention.
+
+    /// Rotates `a` `[head size, heads, tokens]` by the positions `[tokens]` (i32). `factors` are frequency factors.
+    pub fn rope(&self, a: &Tensor, positions: &Tensor, factors: Option<&Tensor>, rope: &Rope) -> Tensor {
+        let mode = match rope.kind {
+            RopeKind::Norm => sys::GGML_ROPE_TYPE_NORMAL as i32,
+            RopeKind::Neox => sys::GGML_ROPE_TYPE_NEOX as i32,
+        };
+        if let Some(factors) = factors {
+            self.context.uses(factors);
+        }
+        node!(
+            self,
+            [a, positions],
+            ggml_rope_ext(
+                a.raw(),
+                positions.raw(),
+                factors.map_or(std::ptr::null_mut(), Tensor::raw),
+                rope.n_rot as i32,
+                mode,
+                rope.n_ctx_orig as i32,
+                rope.freq_base,
+                rope.freq_scale,
+                rope.ext_factor,
+                rope.attn_factor,
+                rope.beta_fast,
+                rope.beta_slow
+            )
+        )
+    }
+
+    /// Attention in one operation.
+    ///
+    /// `q` `[head size, tokens, heads]`, `k` and `v` `[head size, rows, KV heads]`, `mask` f16 `[rows, tokens]` (0 or
+    /// minus infinity) → `[head size, heads, tokens]`, f32.
+    pub fn flash_attn(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor, scale: f32) -> Tensor {
+        let result =
+            node!(self, [q, k, v, mask], ggml_flash_attn_ext(q.raw(), k.raw(), v.raw(), mask.raw(), scale, 0.0, 0.0));
+        // SAFETY: sets a parameter of the node just made.
+        unsafe { sys::ggml_prec_set_acc(result.raw(), sys::GGML_PREC_F32) };
+        result
+    }
+
+    /// Softmax of `scale × a + mask` over each row.
+    pub fn soft_max(&self, a: &Tensor, mask: &Tensor, scale: f32) -> Tensor {
+        node!(self, [a, mask], ggml_soft_max_ext(a.raw(), mask.raw(), scale, 0.0))
+    }
+
+    // Rows and copies.
+
+    /// The rows of `a` that `ids` (i32) names, as f32.
+    pub fn get_rows(&self, a: &Tensor, ids: &Tensor) -> Tensor {
+        node!(self, [a, ids], ggml_get_rows(a.raw(), ids.raw()))
+    }
+
+    /// Writes `rows` into `target` at the row numbers `ids` (i64), in the target's type. The result is the target.
+    pub fn set_rows(&self, target: &Tensor, rows: &Tensor, ids: &Tensor) -> Tensor {
+        node!(self, [target, rows, ids], ggml_set_rows(target.raw(), rows.raw(), ids.raw()))
+    }
+
+    /// Copies `from` into `to`, which has as many elements, in the type of `to`.
+    pub fn copy(&self, from: &Tensor, to: &Tensor) -> Tensor {
+        node!(self, [from, to], ggml_cpy(from.raw(), to.raw()))
+    }
+
+    /// A copy in another type.
+    pub fn cast(&self, a: &Tensor, ty: Type) -> Tensor {
+        node!(self, [a], ggml_cast(a.raw(), ty.raw()))
+    }
+
+    /// A contiguous copy.
+    pub fn contiguous(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_cont(a.raw()))
+    }
+
+    /// `a` itself where its elements lie one behind the other, else a copy of which that is true.
+    pub fn contiguous_if_needed(&self, a: &Tensor) -> Tensor {
+        // SAFETY: a query on a live header.
+        if unsafe { sys::ggml_is_contiguous(a.raw()) } { a.clone() } else { self.contiguous(a) }
+    }
+
+    /// `a` followed by `b` along a dimension.
+    pub fn concat(&self, a: &Tensor, b: &Tensor, dim: usize) -> Tensor {
+        node!(self, [a, b], ggml_concat(a.raw(), b.raw(), dim as i32))
+    }
+
+    // Views: no data moves.
+
+    pub fn reshape(&self, a: &Tensor, shape: &[usize]) -> Tensor {
+        let ne = [0, 1, 2, 3].map(|i| shape.get(i).map_or(1, |&n| n as i64));
+        match shape.len() {
+            1 => node!(self, [a], ggml_reshape_1d(a.raw(), ne[0])),
+            2 => node!(self, [a], ggml_reshape_2d(a.raw(), ne[0], ne[1])),
+            3 => node!(self, [a], ggml_reshape_3d(a.raw(), ne[0], ne[1], ne[2])),
+            _ => node!(self, [a], ggml_reshape_4d(a.raw(), ne[0], ne[1], ne[2], ne[3])),
+        }
+    }
+
+    /// A view with `strides` in bytes for the second and third dimension, from the byte `offset` on.
+    pub fn view(&self, a: &Tensor, shape: [usize; 3], strides: [usize; 2], offset: usize) -> Tensor {
+        let ne = shape.map(|n| n as i64);
+        node!(self, [a], ggml_view_3d(a.raw(), ne[0], ne[1], ne[2], strides[0], strides[1], offset))
+    }
+
+    /// Rows `first..first + n` of a two-dimensional tensor.
+    pub fn rows(&self, a: &Tensor, first: usize, n: usize) -> Tensor {
+        let (width, stride) = (a.shape()[0] as i64, a.strides()[1]);
+        node!(self, [a], ggml_view_2d(a.raw(), width, n as i64, stride, first * stride))
+    }
+
+    /// Dimension `i` of `a` becomes dimension `order[i]`.
+    pub fn permute(&self, a: &Tensor, order: [usize; 4]) -> Tensor {
+        let o = order.map(|i| i as i32);
+        node!(self, [a], ggml_permute(a.raw(), o[0], o[1], o[2], o[3]))
+    }
+}
+
+impl fmt::Debug for Graph {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Graph").field("nodes", &self.n_nodes()).field("max_nodes", &self.max_nodes).finish()
+    }
+}

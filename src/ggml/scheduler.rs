@@ -1,0 +1,212 @@
+use std::{
+    ffi::c_void,
+    fmt,
+    ptr::NonNull,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use ggml_sys as sys;
+
+use super::{Device, DeviceKind, Error, Graph, context::Inner};
+
+/// Runs graphs on one or more devices: splits them, gives their tensors memory, computes.
+pub struct Scheduler {
+    raw: NonNull<sys::ggml_backend_sched>,
+    backends: Vec<Backend>,
+    /// The graph whose tensors have memory now.
+    current: Option<Arc<Inner>>,
+    max_nodes: usize,
+    threads: usize,
+    abort: Arc<AtomicBool>,
+}
+
+// SAFETY: the scheduler and its backends are used through `&mut self` by one thread at a time.
+unsafe impl Send for Scheduler {}
+
+/// A started device.
+struct Backend {
+    raw: NonNull<sys::ggml_backend>,
+    threadpool: Option<ThreadPool>,
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        // SAFETY: the handle is this value's alone; the thread pool, a field, goes after it.
+        unsafe { sys::ggml_backend_free(self.raw.as_ptr()) }
+    }
+}
+
+/// Threads that live as long as the scheduler, so that a decode step starts none.
+struct ThreadPool(NonNull<sys::ggml_threadpool>);
+
+impl ThreadPool {
+    fn new(threads: usize) -> Option<ThreadPool> {
+        // SAFETY: the parameters are a plain struct that ggml fills and reads.
+        unsafe {
+            let mut params = sys::ggml_threadpool_params_default(threads as i32);
+            NonNull::new(sys::ggml_threadpool_new(&mut params)).map(ThreadPool)
+        }
+    }
+}
+
+impl Drop for ThreadPool {
+    fn drop(&mut self) {
+        // SAFETY: the handle is this value's alone and no graph is running.
+        unsafe { sys::ggml_threadpool_free(self.0.as_ptr()) }
+    }
+}
+
+impl Scheduler {
+    /// Starts the devices; the processor is added at the end when it is not among them. `max_nodes` bounds the graphs.
+    pub fn new(devices: &[Device], threads: usize, max_nodes: usize) -> Result<Scheduler, Error> {
+        let mut devices = devices.to_vec();
+        if !devices.contains(&Device::cpu()) {
+            devices.push(Device::cpu());
+        }
+        let abort = Arc::new(AtomicBool::new(false));
+        let mut backends = Vec::new();
+        for device in devices {
+            // SAFETY: a live device, no parameters.
+            let raw = unsafe { sys::ggml_backend_dev_init(device.raw(), std::ptr::null()) };
+            let raw = NonNull::new(raw).ok_or_else(|| Error::Device(device.name()))?;
+            let backend = Backend { raw, threadpool: None };
+            if device.kind() == DeviceKind::Cpu {
+                // SAFETY: the flag outlives the backend: the scheduler owns both and drops the backend first.
+                unsafe {
+                    let flag = Arc::as_ptr(&abort).cast_mut().cast::<c_void>();
+                    sys::ggml_backend_cpu_set_abort_callback(raw.as_ptr(), Some(is_set), flag);
+                }
+            }
+            backends.push(backend);
+        }
+        let mut handles: Vec<_> = backends.iter().map(|backend| backend.raw.as_ptr()).collect();
+        // SAFETY: the list is copied; null buffer types mean each backend's own.
+        let raw = unsafe {
+            sys::ggml_backend_sched_new(
+                handles.as_mut_ptr(),
+                std::ptr::null_mut(),
+                handles.len() as i32,
+                max_nodes,
+                false,
+                true,
+            )
+        };
+        let raw = NonNull::new(raw).ok_or_else(|| Error::Device("scheduler".into()))?;
+        let mut scheduler = Scheduler { raw, backends, current: None, max_nodes, threads: 0, abort };
+        scheduler.set_threads(threads)?;
+        Ok(scheduler)
+    }
+
+    /// Uses this many threads on the processor from now on.
+    pub fn set_threads(&mut self, threads: usize) -> Result<(), Error> {
+        let threads = threads.clamp(1, sys::GGML_MAX_N_THREADS as usize);
+        if threads == self.threads {
+            return Ok(());
+        }
+        for backend in &mut self.backends {
+            // SAFETY: live handles; the new pool is set before the old one is dropped.
+            unsafe {
+                if !sys::ggml_backend_is_cpu(backend.raw.as_ptr()) {
+                    continue;
+                }
+                sys::ggml_backend_cpu_set_n_threads(backend.raw.as_ptr(), threads as i32);
+                let pool = ThreadPool::new(threads).ok_or_else(|| Error::Device("thread pool".into()))?;
+                sys::ggml_backend_cpu_set_threadpool(backend.raw.as_ptr(), pool.0.as_ptr());
+                backend.threadpool = Some(pool);
+            }
+        }
+        self.threads = threads;
+        Ok(())
+    }
+
+    /// A flag that ends a running computation with [`Error::Aborted`] once it is set.
+    pub fn abort_flag(&self) -> &Arc<AtomicBool> {
+        &self.abort
+    }
+
+    /// Gives the graph's tensors memory. The graph that had it before loses it.
+    pub fn alloc(&mut self, graph: &Graph) -> Result<(), Error> {
+        assert!(graph.max_nodes() <= self.max_nodes, "the graph is larger than the scheduler was made for");
+        self.release();
+        // SAFETY: both are alive; the graph's context is kept in `current` while the scheduler refers to its tensors.
+        let done = unsafe { sys::ggml_backend_sched_alloc_graph(self.raw.as_ptr(), graph.raw()) };
+        if !done {
+            // SAFETY: puts the scheduler back into its empty state.
+            unsafe { sys::ggml_backend_sched_reset(self.raw.as_ptr()) };
+            return Err(Error::OutOfMemory {
+                device: "the devices".into(),
+                bytes: 0,
+                what: "the graph's intermediate results (try a smaller ubatch)".into(),
+            });
+        }
+        let inner = Arc::clone(graph.context().inner());
+        inner.has_memory.store(true, Ordering::Release);
+        self.current = Some(inner);
+        Ok(())
+    }
+
+    /// Whether this graph is the one whose tensors have memory now.
+    pub fn is_allocated(&self, graph: &Graph) -> bool {
+        self.current.as_ref().is_some_and(|current| Arc::ptr_eq(current, graph.context().inner()))
+    }
+
+    /// Operations that a graph may have at most.
+    pub fn max_nodes(&self) -> usize {
+        self.max_nodes
+    }
+
+    /// Takes the memory from the current graph's tensors.
+    pub fn release(&mut self) {
+        if let Some(previous) = self.current.take() {
+            previous.has_memory.store(false, Ordering::Release);
+            // SAFETY: a live scheduler; clears its tables without touching the graph.
+            unsafe { sys::ggml_backend_sched_reset(self.raw.as_ptr()) };
+        }
+    }
+
+    /// Computes the graph that was given memory last. May be called again with new inputs.
+    ///
+    /// # Panics
+    /// When another graph, or none, was given memory.
+    pub fn compute(&mut self, graph: &Graph) -> Result<(), Error> {
+        assert!(self.is_allocated(graph), "compute follows alloc of the same graph");
+        // SAFETY: the graph is alive and allocated by this scheduler.
+        let status = unsafe { sys::ggml_backend_sched_graph_compute(self.raw.as_ptr(), graph.raw()) };
+        match status {
+            sys::GGML_STATUS_SUCCESS => Ok(()),
+            sys::GGML_STATUS_ABORTED => Err(Error::Aborted),
+            status => Err(Error::Compute(status)),
+        }
+    }
+
+    /// Bytes that intermediate results take on all devices.
+    pub fn buffer_bytes(&self) -> usize {
+        // SAFETY: live handles.
+        let size = |backend: &Backend| unsafe {
+            sys::ggml_backend_sched_get_buffer_size(self.raw.as_ptr(), backend.raw.as_ptr())
+        };
+        self.backends.iter().map(size).sum()
+    }
+}
+
+impl Drop for Scheduler {
+    fn drop(&mut self) {
+        self.release();
+        // SAFETY: the handle is this value's alone; the backends, fields, go after it.
+        unsafe { sys::ggml_backend_sched_free(self.raw.as_ptr()) }
+    }
+}
+
+unsafe extern "C" fn is_set(flag: *mut c_void) -> bool {
+    // SAFETY: `Scheduler::new` passed a pointer to its flag, which outlives the backend.
+    unsafe { &*flag.cast::<AtomicBool>() }.load(Ordering::Relaxed)
+}
+
+impl fmt::Debug for Scheduler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Scheduler").field("devices", &self.backends.len()).field("threads", &self.threads).finish()
+    }
+}

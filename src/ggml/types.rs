@@ -1,0 +1,122 @@
+use std::ffi::CStr;
+
+use ggml_sys as sys;
+
+/// A ggml element type, such as `f16` or `q4_0`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Type(u32);
+
+impl Type {
+    pub const F32: Type = Type(sys::GGML_TYPE_F32);
+    pub const F16: Type = Type(sys::GGML_TYPE_F16);
+    pub const BF16: Type = Type(sys::GGML_TYPE_BF16);
+    pub const Q4_0: Type = Type(sys::GGML_TYPE_Q4_0);
+    pub const Q4_1: Type = Type(sys::GGML_TYPE_Q4_1);
+    pub const Q5_0: Type = Type(sys::GGML_TYPE_Q5_0);
+    pub const Q5_1: Type = Type(sys::GGML_TYPE_Q5_1);
+    pub const Q8_0: Type = Type(sys::GGML_TYPE_Q8_0);
+    pub const IQ4_NL: Type = Type(sys::GGML_TYPE_IQ4_NL);
+    pub const I32: Type = Type(sys::GGML_TYPE_I32);
+    pub const I64: Type = Type(sys::GGML_TYPE_I64);
+
+    /// The types a KV cache can have, as llama.cpp's `--cache-type-k` lists them.
+    pub const CACHE: [Type; 9] =
+        [Type::F32, Type::F16, Type::BF16, Type::Q8_0, Type::Q4_0, Type::Q4_1, Type::IQ4_NL, Type::Q5_0, Type::Q5_1];
+
+    /// The type with this number in a GGUF file; `None` for a number that ggml does not know or has removed.
+    pub fn from_raw(raw: u32) -> Option<Type> {
+        if raw >= sys::GGML_TYPE_COUNT {
+            return None;
+        }
+        let ty = Type(raw);
+        // Removed types keep their number in ggml's table, with a block size of zero.
+        (ty.block_size() > 0 && ty.block_bytes() > 0).then_some(ty)
+    }
+
+    /// The number that stands for this type in a GGUF file.
+    pub fn raw(self) -> u32 {
+        self.0
+    }
+
+    /// The cache type of this name ("f16", "q4_0", …).
+    pub fn cache_type_from_name(name: &str) -> Option<Type> {
+        Type::CACHE.into_iter().find(|ty| ty.name() == name)
+    }
+
+    /// ggml's name of the type, in small letters.
+    pub fn name(self) -> &'static str {
+        // SAFETY: every `Type` was made from a number below GGML_TYPE_COUNT; the name is a static C string.
+        let name = unsafe { CStr::from_ptr(sys::ggml_type_name(self.0)) };
+        name.to_str().unwrap_or("?")
+    }
+
+    /// Elements in a block: a row's length must be a multiple of it.
+    pub fn block_size(self) -> usize {
+        // SAFETY: a table look-up with a number below GGML_TYPE_COUNT.
+        usize::try_from(unsafe { sys::ggml_blck_size(self.0) }).unwrap_or(0)
+    }
+
+    /// Bytes of a block.
+    pub fn block_bytes(self) -> usize {
+        // SAFETY: a table look-up with a number below GGML_TYPE_COUNT.
+        unsafe { sys::ggml_type_size(self.0) }
+    }
+
+    /// Bytes of a row of `n` elements, `n` being a multiple of the block size.
+    pub fn row_bytes(self, n: usize) -> usize {
+        n / self.block_size() * self.block_bytes()
+    }
+
+    /// Whether a matrix of this type can be multiplied and its rows looked up.
+    pub fn is_weight_type(self) -> bool {
+        if self == Type::F32 {
+            return true;
+        }
+        // SAFETY: tables look-ups with a number below GGML_TYPE_COUNT; the entries live as long as the process.
+        unsafe {
+            let to_float = (*sys::ggml_get_type_traits(self.0)).to_float;
+            let dot = (*sys::ggml_get_type_traits_cpu(self.0)).vec_dot;
+            to_float.is_some() && dot.is_some()
+        }
+    }
+
+    /// Whether rows are stored in blocks with a common scale.
+    pub fn is_quantized(self) -> bool {
+        // SAFETY: a table look-up with a number below GGML_TYPE_COUNT.
+        unsafe { sys::ggml_is_quantized(self.0) }
+    }
+}
+
+impl std::fmt::Debug for Type {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl std::fmt::Display for Type {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_and_names() {
+        assert_eq!((Type::F16.name(), Type::F16.row_bytes(64)), ("f16", 128));
+        assert_eq!((Type::Q4_0.block_size(), Type::Q4_0.row_bytes(64)), (32, 36));
+        assert_eq!(Type::cache_type_from_name("q5_1"), Some(Type::Q5_1));
+        assert_eq!(Type::cache_type_from_name("q3_k"), None);
+    }
+
+    #[test]
+    fn removed_and_unknown_numbers_are_no_types() {
+        // 4 and 5 were q4_2 and q4_3.
+        for raw in [4, 5, 1000, u32::MAX] {
+            assert_eq!(Type::from_raw(raw), None, "{raw}");
+        }
+        assert_eq!(Type::from_raw(0), Some(Type::F32));
+    }
+}

@@ -1,0 +1,81 @@
+//! Which layers are lazy: the policy, from attention scores to decisions. It knows nothing of tensors.
+//!
+//! A layer's score is the share of attention that the last prompt tokens give to the first `n_sink` tokens and to the
+//! `n_window` most recent ones (SimLayerKV, arXiv 2410.13846, section 3). A layer only ever moves from active to lazy.
+
+mod policy;
+mod selector;
+
+use std::path::PathBuf;
+
+pub use policy::{ParsePolicyError, Policy, default_threshold};
+pub use selector::Selector;
+
+/// What the lazy layers keep, and how they are found. The defaults are the paper's.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct LazyParams {
+    pub policy: Policy,
+    /// First tokens that a lazy layer keeps. Without any the model breaks; 2 to 4 are enough.
+    pub n_sink: usize,
+    /// Recent tokens that a lazy layer keeps, the query's own included.
+    pub n_window: usize,
+    /// Last prompt tokens whose attention is scored.
+    pub n_last: usize,
+    /// When the score is taken.
+    pub at: At,
+    /// How the prompt is read; `None` for the policy's own way: windowed when the set is known beforehand.
+    pub prefill: Option<PrefillMode>,
+    /// A calibrated profile; `None` looks beside the model.
+    pub profile: Option<PathBuf>,
+}
+
+impl Default for LazyParams {
+    fn default() -> Self {
+        LazyParams {
+            policy: Policy::Auto,
+            n_sink: 4,
+            n_window: 1024,
+            n_last: 32,
+            at: At::Prefill,
+            prefill: None,
+            profile: None,
+        }
+    }
+}
+
+impl LazyParams {
+    /// A sequence must be longer than this before a lazy layer drops anything.
+    pub fn n_kept(&self) -> usize {
+        self.n_sink + self.n_window
+    }
+
+    /// Whether layers that are lazy from the start see only sink and window while the prompt is read.
+    pub fn windowed_prefill(&self) -> bool {
+        let known = matches!(self.policy, Policy::Layers(_));
+        match self.prefill {
+            Some(PrefillMode::Full) => false,
+            // Nothing is known beforehand under the other policies, so their prefill stays full.
+            Some(PrefillMode::Window) | None => known,
+        }
+    }
+}
+
+/// When a sequence is scored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum At {
+    /// At the end of the prompt, by its last `n_last` tokens.
+    #[default]
+    Prefill,
+    /// By the first generated token alone (the paper's first version).
+    Decode,
+}
+
+/// What the lazy layers attend to while the prompt is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PrefillMode {
+    /// Everything; the cache shrinks when the prompt has been read.
+    Full,
+    /// Sink and window from the first token on.
+    Window,
+}

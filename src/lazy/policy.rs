@@ -1,0 +1,168 @@
+use std::{collections::BTreeSet, fmt, str::FromStr};
+
+/// The rule that makes layers lazy.
+#[derive(Debug, Clone, PartialEq, Default)]
+#[non_exhaustive]
+pub enum Policy {
+    /// No layer is lazy.
+    Off,
+    /// Every layer whose score is above the threshold; `None` for the model's own (see [`default_threshold`]).
+    Threshold(Option<f32>),
+    /// The layers with the highest scores, so that at most `⌈(1 − ρ)·L⌉` of L stay active.
+    Budget(f32),
+    /// These layers, whatever their scores.
+    Layers(BTreeSet<usize>),
+    /// The model's calibrated profile where there is one, else its own threshold.
+    #[default]
+    Auto,
+}
+
+/// The share of lazy layers in `budget` when none is given.
+const DEFAULT_SHARE: f32 = 0.5;
+
+/// Why a `--lazy` argument is not one.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ParsePolicyError {
+    #[error("\"{0}\" is none of auto, threshold[:τ], budget[:ρ], layers:1,2,…, off")]
+    Unknown(String),
+    #[error("\"{value}\" is no number between 0 and 1 in \"{rule}:{value}\"")]
+    Share { rule: String, value: String },
+    #[error("\"{0}\" is no layer number in a list like layers:3,5,9-12")]
+    Layer(String),
+    #[error("profiles are not available yet; use threshold, budget or layers")]
+    Profile,
+}
+
+impl FromStr for Policy {
+    type Err = ParsePolicyError;
+
+    fn from_str(text: &str) -> Result<Policy, ParsePolicyError> {
+        let (rule, value) = match text.split_once(':') {
+            Some((rule, value)) => (rule, Some(value)),
+            None => (text, None),
+        };
+        let share = |value: &str| match value.parse::<f32>() {
+            Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
+            _ => Err(ParsePolicyError::Share { rule: rule.to_owned(), value: value.to_owned() }),
+        };
+        match (rule, value) {
+            ("off", None) => Ok(Policy::Off),
+            ("auto", None) => Ok(Policy::Auto),
+            ("threshold", value) => Ok(Policy::Threshold(value.map(share).transpose()?)),
+            ("budget", value) => Ok(Policy::Budget(value.map_or(Ok(DEFAULT_SHARE), share)?)),
+            ("layers", Some(list)) => parse_layers(list).map(Policy::Layers),
+            ("profile", _) => Err(ParsePolicyError::Profile),
+            _ => Err(ParsePolicyError::Unknown(text.to_owned())),
+        }
+    }
+}
+
+/// `3,5,9-12` → the set of these numbers.
+fn parse_layers(list: &str) -> Result<BTreeSet<usize>, ParsePolicyError> {
+    // No model has more; a typing error must not make a set of billions.
+    const MAX: usize = 4096;
+    let number = |text: &str| text.trim().parse().ok().filter(|&layer: &usize| layer < MAX);
+    let mut layers = BTreeSet::new();
+    for part in list.split(',') {
+        let range = match part.split_once('-') {
+            Some((first, last)) => number(first).zip(number(last)),
+            None => number(part).map(|layer| (layer, layer)),
+        };
+        match range {
+            Some((first, last)) if first <= last => layers.extend(first..=last),
+            _ => return Err(ParsePolicyError::Layer(part.to_owned())),
+        }
+    }
+    Ok(layers)
+}
+
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Policy::Off => f.write_str("off"),
+            Policy::Auto => f.write_str("auto"),
+            Policy::Threshold(None) => f.write_str("threshold"),
+            Policy::Threshold(Some(threshold)) => write!(f, "threshold:{threshold}"),
+            Policy::Budget(share) => write!(f, "budget:{share}"),
+            Policy::Layers(layers) => {
+                let list: Vec<String> = layers.iter().map(usize::to_string).collect();
+                write!(f, "layers:{}", list.join(","))
+            }
+        }
+    }
+}
+
+/// The threshold τ that the paper uses for a family of models.
+///
+/// The family is told by the model's name, its architecture and its RoPE base: Mistral and Qwen by name or
+/// architecture; of the rest of `llama`, a RoPE base of 10,000 is LLaMA 1 and 2's, LLaMA 3 and later have another.
+pub fn default_threshold(architecture: &str, name: Option<&str>, rope_base: f32) -> f32 {
+    let name = name.unwrap_or_default().to_lowercase();
+    let is = |family: &str| name.contains(family) || architecture.starts_with(family);
+    if is("mistral") {
+        0.8
+    } else if is("qwen") {
+        0.85
+    } else if architecture == "llama" && rope_base == 10_000.0 {
+        0.65
+    } else {
+        0.9
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn syntax() {
+        let parse = |text: &str| text.parse::<Policy>();
+        assert_eq!(parse("off"), Ok(Policy::Off));
+        assert_eq!(parse("auto"), Ok(Policy::Auto));
+        assert_eq!(parse("threshold"), Ok(Policy::Threshold(None)));
+        assert_eq!(parse("threshold:0.75"), Ok(Policy::Threshold(Some(0.75))));
+        assert_eq!(parse("budget"), Ok(Policy::Budget(0.5)));
+        assert_eq!(parse("budget:0.8"), Ok(Policy::Budget(0.8)));
+        assert_eq!(parse("layers:3,5,9-11"), Ok(Policy::Layers([3, 5, 9, 10, 11].into())));
+    }
+
+    #[test]
+    fn wrong_syntax_says_what_is_wrong() {
+        for text in [
+            "",
+            "of",
+            "off:1",
+            "auto:",
+            "threshold:",
+            "threshold:2",
+            "budget:nan",
+            "layers",
+            "layers:",
+            "layers:1,,2",
+            "layers:5-3",
+            "layers:-1",
+            "layers:99999999999",
+        ] {
+            let error = text.parse::<Policy>().unwrap_err().to_string();
+            assert!(!error.is_empty(), "{text}");
+        }
+    }
+
+    #[test]
+    fn displays_as_it_is_written() {
+        for text in ["off", "auto", "threshold", "threshold:0.75", "budget:0.5", "layers:1,2,7"] {
+            assert_eq!(text.parse::<Policy>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn families() {
+        assert_eq!(default_threshold("llama", Some("Llama 3.1 8B Instruct"), 500_000.0), 0.9);
+        assert_eq!(default_threshold("llama", Some("LLaMA v2"), 10_000.0), 0.65);
+        assert_eq!(default_threshold("llama", Some("Mistral-7B-Instruct-v0.1"), 10_000.0), 0.8);
+        assert_eq!(default_threshold("mistral3", None, 1e6), 0.8);
+        assert_eq!(default_threshold("qwen2", None, 1e6), 0.85);
+        assert_eq!(default_threshold("llama", Some("SmolLM2 135M"), 100_000.0), 0.9);
+        assert_eq!(default_threshold("gemma2", None, 10_000.0), 0.9);
+    }
+}

@@ -1,0 +1,163 @@
+use std::collections::{HashMap, HashSet};
+
+use super::Error;
+use crate::{
+    ggml::{BufferType, Context, Device, Tensor, Type},
+    gguf::{Gguf, TensorInfo},
+};
+
+/// Where a tensor's data will be.
+#[derive(Clone, Copy, PartialEq)]
+enum Place {
+    /// In the mapped file, by its number.
+    Map(usize),
+    /// Copied (and repacked) into memory of this kind.
+    Memory(BufferType),
+}
+
+/// Finds a model's tensors in its file, checks them, and gives them memory.
+///
+/// An architecture asks for each tensor by name and shape and gets a handle; [`Loader::finish`] then places the data,
+/// so that a file with a wrong tensor fails before anything large is allocated.
+pub(crate) struct Loader<'a> {
+    file: &'a Gguf,
+    device: Device,
+    repacking: Vec<BufferType>,
+    contexts: Vec<(Place, Context, Vec<(Tensor, &'a TensorInfo)>)>,
+    asked: HashSet<&'a str>,
+    /// Whether a kind of memory can multiply a type and shape: asking ggml allocates, and layers are alike.
+    answers: HashMap<(usize, Type, [usize; 2]), bool>,
+}
+
+impl<'a> Loader<'a> {
+    pub(super) fn new(file: &'a Gguf, repack: bool) -> Self {
+        let device = Device::cpu();
+        let repacking = if repack { device.repacking_buffer_types() } else { Vec::new() };
+        Loader { file, device, repacking, contexts: Vec::new(), asked: HashSet::new(), answers: HashMap::new() }
+    }
+
+    /// A matrix that hidden states are multiplied by, `[input width, output width]`.
+    pub fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<Tensor, Error> {
+        let info = self.require(name, &shape)?;
+        self.check_weight_type(info)?;
+        Ok(self.multiplied(info, shape))
+    }
+
+    /// As [`Loader::matrix`], for one that the file may lack.
+    pub fn optional_matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<Option<Tensor>, Error> {
+        self.file.tensor(name).is_some().then(|| self.matrix(name, shape)).transpose()
+    }
+
+    /// The embedding table, `[n_embd, n_vocab]`: rows are looked up by token.
+    pub fn table(&mut self, name: &str, shape: [usize; 2]) -> Result<Tensor, Error> {
+        let info = self.require(name, &shape)?;
+        self.check_weight_type(info)?;
+        Ok(self.add(self.unpacked(info), info))
+    }
+
+    /// A norm's weights, a bias, or frequency factors: one row of f32.
+    pub fn vector(&mut self, name: &str, n: usize) -> Result<Tensor, Error> {
+        let info = self.require(name, &[n])?;
+        if info.ty != Type::F32 {
+            return Err(self.wrong(info, format!("has type {}, expected f32", info.ty)));
+        }
+        Ok(self.add(self.unpacked(info), info))
+    }
+
+    /// As [`Loader::vector`], for one that the file may lack.
+    pub fn optional_vector(&mut self, name: &str, n: usize) -> Result<Option<Tensor>, Error> {
+        self.file.tensor(name).is_some().then(|| self.vector(name, n)).transpose()
+    }
+
+    fn require(&mut self, name: &str, shape: &[usize]) -> Result<&'a TensorInfo, Error> {
+        let file = self.file;
+        let Some(info) = file.tensor(name) else {
+            return Err(Error::MissingTensor { path: file.path().to_owned(), tensor: name.to_owned() });
+        };
+        let found = info.shape.map(|n| n as usize);
+        let expected = [0, 1, 2, 3].map(|i| shape.get(i).copied().unwrap_or(1));
+        if found != expected {
+            let found = &found[..info.n_dims.clamp(1, 4)];
+            return Err(self.wrong(info, format!("has shape {found:?}, expected {shape:?}")));
+        }
+        self.asked.insert(&info.name);
+        Ok(info)
+    }
+
+    fn check_weight_type(&self, info: &TensorInfo) -> Result<(), Error> {
+        if info.ty.is_weight_type() {
+            Ok(())
+        } else {
+            Err(self.wrong(info, format!("type {} cannot be multiplied", info.ty)))
+        }
+    }
+
+    fn wrong(&self, info: &TensorInfo, why: String) -> Error {
+        Error::Tensor { path: self.file.path().to_owned(), tensor: info.name.clone(), why }
+    }
+
+    /// The first kind of repacking memory that has kernels for this weight, else the file.
+    fn multiplied(&mut self, info: &'a TensorInfo, shape: [usize; 2]) -> Tensor {
+        for (i, &memory) in self.repacking.iter().enumerate() {
+            let device = self.device;
+            let answer = self.answers.entry((i, info.ty, shape));
+            if *answer.or_insert_with(|| device.can_multiply(memory, info.ty, shape)) {
+                return self.add(Place::Memory(memory), info);
+            }
+        }
+        self.add(self.unpacked(info), info)
+    }
+
+    /// In the file when its data is aligned as ggml's kernels want it, else copied.
+    fn unpacked(&self, info: &TensorInfo) -> Place {
+        if self.device.buffer_type().is_host() && info.offset % 32 == 0 {
+            Place::Map(info.file)
+        } else {
+            Place::Memory(self.device.buffer_type())
+        }
+    }
+
+    fn add(&mut self, place: Place, info: &'a TensorInfo) -> Tensor {
+        let index = match self.contexts.iter().position(|(other, ..)| *other == place) {
+            Some(index) => index,
+            None => {
+                // A tied embedding is asked for twice, hence twice the file's tensors.
+                self.contexts.push((place, Context::new(2 * self.file.tensors().len()), Vec::new()));
+                self.contexts.len() - 1
+            }
+        };
+        let (_, context, tensors) = &mut self.contexts[index];
+        let shape = info.shape.map(|n| n as usize);
+        let tensor = context.tensor(info.ty, &shape[..info.n_dims.clamp(1, 4)]).named(&info.name);
+        tensors.push((tensor.clone(), info));
+        tensor
+    }
+
+    /// Gives every tensor its data and returns their bytes. A tensor that nobody asked for is an error: the model
+    /// would not be the one that the file's author meant.
+    pub(super) fn finish(self) -> Result<usize, Error> {
+        let path = self.file.path();
+        if let Some(info) = self.file.tensors().iter().find(|info| !self.asked.contains(&*info.name)) {
+            return Err(self.wrong(info, "is not known to this architecture".into()));
+        }
+        let failed = |source| Error::Ggml { path: path.to_owned(), source };
+        let mut bytes = 0;
+        for (place, context, tensors) in &self.contexts {
+            bytes += tensors.iter().map(|(_, info)| info.n_bytes).sum::<usize>();
+            match *place {
+                Place::Map(index) => {
+                    let places: Vec<_> = tensors.iter().map(|(tensor, info)| (tensor, info.offset)).collect();
+                    context.place_in_map(self.device, &self.file.maps()[index], &places).map_err(failed)?;
+                }
+                Place::Memory(memory) => {
+                    context.alloc(memory, "weights").map_err(failed)?;
+                    for (tensor, info) in tensors {
+                        tensor.write(0, self.file.data(info));
+                    }
+                }
+            }
+            context.set_usage_weights();
+        }
+        Ok(bytes)
+    }
+}

@@ -1,0 +1,385 @@
+//! The program as a user runs it: the real binary on the real model.
+
+use std::{
+    io::{Read, Write},
+    process::{Child, Command, Output, Stdio},
+};
+
+use serde_json::Value;
+use simlayer_testkit::smollm2_path;
+
+/// What a run wrote, and how it ended.
+struct Ran {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+impl Ran {
+    fn json(&self) -> Value {
+        assert_eq!(self.code, Some(0), "{}", self.stderr);
+        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {}", self.stdout))
+    }
+
+    fn text(&self) -> &str {
+        assert_eq!(self.code, Some(0), "{}", self.stderr);
+        &self.stdout
+    }
+}
+
+impl From<Output> for Ran {
+    fn from(output: Output) -> Ran {
+        Ran {
+            code: output.status.code(),
+            stdout: String::from_utf8(output.stdout).expect("stdout is UTF-8"),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_simlayer-run"));
+    command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+fn with_stdin(args: &[&str], stdin: &[u8]) -> Ran {
+    let mut child = command(args).spawn().unwrap();
+    // A program that ends before it has read everything closes the pipe.
+    let _ = child.stdin.take().unwrap().write_all(stdin);
+    child.wait_with_output().unwrap().into()
+}
+
+/// Runs the program with these arguments; `@` stands for `-m` and the model.
+macro_rules! run {
+    ($($arg:expr),* $(,)?) => { with_stdin(&arguments(&[$($arg),*]), b"") };
+}
+
+fn model() -> String {
+    smollm2_path().to_str().unwrap().to_owned()
+}
+
+fn arguments<'a>(args: &[&'a str]) -> Vec<&'a str> {
+    let model: &'static str = Box::leak(model().into_boxed_str());
+    args.iter().flat_map(|&arg| if arg == "@" { vec!["-m", model] } else { vec![arg] }).collect()
+}
+
+#[test]
+fn json_is_one_object() {
+    let ran = run!["@", "-p", "The sea is", "-n", "12", "--temp", "0", "--json"];
+    let json = ran.json();
+    assert_eq!(ran.stdout.trim_end().lines().count(), 1);
+    assert_eq!((json["prompt_tokens"].as_u64(), json["generated_tokens"].as_u64()), (Some(3), Some(12)));
+    assert_eq!(json["tokens"].as_array().map(Vec::len), Some(12));
+    assert_eq!(json["stop"], "length");
+    assert!(json["text"].as_str().is_some_and(|text| text.len() > 12));
+    for key in ["context_tokens", "f16_bytes", "allocated_bytes", "peak_bytes", "lazy_layers", "active_layers"] {
+        assert!(json["kv"][key].is_u64(), "{key}");
+    }
+    // The last token of all is not read any more.
+    assert_eq!(json["kv"]["context_tokens"], 14);
+    assert!(json["kv"]["compression"].is_f64());
+    assert_eq!(json["timings"].as_object().map(serde_json::Map::len), Some(5));
+    for key in ["load_ms", "prefill_ms", "decode_ms", "prefill_tokens_per_second", "decode_tokens_per_second"] {
+        assert!(json["timings"][key].as_f64().is_some_and(|value| value > 0.0), "{key}");
+    }
+    for line in ["prefill", "decode", "KV cache", "layers"] {
+        assert!(ran.stderr.contains(line), "{}", ran.stderr);
+    }
+}
+
+#[test]
+fn streamed_text_is_the_text_of_the_json() {
+    let streamed = run!["@", "-p", "Once upon a time", "-n", "24", "--temp", "0"];
+    let json = run!["@", "-p", "Once upon a time", "-n", "24", "--temp", "0", "--json"].json();
+    assert_eq!(streamed.text(), format!("{}\n", json["text"].as_str().unwrap()));
+    let with_prompt = run!["@", "-p", "Once upon a time", "-n", "24", "--temp", "0", "--display-prompt"];
+    assert_eq!(with_prompt.text(), format!("Once upon a time{}", streamed.text()));
+}
+
+#[test]
+fn characters_of_several_tokens_are_shown_whole() {
+    let grammar = "root ::= \"🦙é漢🏳️‍🌈\"";
+    let ran = run!["@", "-p", "Hi", "--grammar", grammar];
+    assert_eq!(ran.text(), "🦙é漢🏳️‍🌈\n");
+    let json = run!["@", "-p", "Hi", "--grammar", grammar, "--json"].json();
+    assert_eq!((json["text"].as_str(), json["stop"].as_str()), (Some("🦙é漢🏳️‍🌈"), Some("eos")));
+    assert!(json["generated_tokens"].as_u64() > Some(4));
+}
+
+#[test]
+fn the_seed_decides() {
+    let text = |seed: &str| run!["@", "-p", "My favourite", "-n", "16", "-s", seed, "--json"].json();
+    let first = text("7");
+    assert_eq!(first["seed"], 7);
+    assert_eq!(first["tokens"], text("7")["tokens"]);
+    assert_ne!(first["tokens"], text("8")["tokens"]);
+    let greedy = |seed: &str| run!["@", "-p", "My favourite", "-n", "16", "--temp", "0", "-s", seed, "--json"].json();
+    assert_eq!(greedy("1")["tokens"], greedy("2")["tokens"]);
+}
+
+#[test]
+fn prompts_from_files_and_stdin() {
+    let tokens = |json: Value| (json["prompt_tokens"].clone(), json["tokens"].clone());
+    let options = ["-n", "8", "--temp", "0", "--json"];
+    let run = |prompt: &[&str], stdin: &[u8]| {
+        tokens(with_stdin(&arguments(&[&["@"], prompt, &options].concat()), stdin).json())
+    };
+    let expected = run(&["-p", "First line\\nSecond line"], b"");
+    assert_eq!(run(&["-f", "-"], b"First line\nSecond line\n"), expected);
+    assert_ne!(run(&["-p", "First line\\nSecond line", "--no-escape"], b""), expected);
+
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "First line\nSecond line").unwrap();
+    assert_eq!(run(&["-f", file.path().to_str().unwrap()], b""), expected);
+    // Special tokens are read as such; bytes that are no text are no error.
+    assert_eq!(run(&["-p", "<|im_start|>user"], b"").0, 2);
+    run(&["-f", "-"], b"\xff\xfe\x00 text");
+}
+
+#[test]
+fn wrong_usage_has_code_2() {
+    let cases: &[&[&str]] = &[
+        &[],
+        &["-p", "x"],
+        &["@"],
+        &["@", "-p", "x", "-f", "y"],
+        &["@", "-p", "x", "--no-such-option"],
+        &["@", "-p", "x", "-n", "-5"],
+        &["@", "-p", "x", "-ctk", "q3_k"],
+        &["@", "-p", "x", "-fa", "perhaps"],
+        &["@", "-p", "x", "-ngl", "some"],
+        &["@", "-p", "x", "-dev", "CUDA7"],
+        &["@", "-p", "x", "--rpc", "host:1"],
+        &["@", "-p", "x", "--lazy", "sometimes"],
+        &["@", "-p", "x", "--lazy", "budget:2"],
+        &["@", "-p", "x", "--lazy", "profile"],
+        &["@", "-p", "x", "--lazy-profile", "file"],
+        &["@", "-p", "x", "--lazy-type", "q4_0/"],
+        &["@", "-p", "x", "--lazy-at", "noon"],
+        &["@", "-p", "x", "--seed", "99999999999"],
+        &["@", "-p", "x", "--repeat-last-n", "-2"],
+        &["@", "-p", "x", "--logit-bias", "12"],
+        &["@", "chat", "--chat-template", "nosuch"],
+        &["@", "bench", "--prompt", "0", "--gen", "0"],
+        &["completions", "nosuch"],
+    ];
+    for case in cases {
+        let ran = with_stdin(&arguments(case), b"");
+        assert_eq!(ran.code, Some(2), "{case:?}: {}", ran.stderr);
+        assert!(ran.stderr.starts_with("error: ") && ran.stdout.is_empty(), "{case:?}: {}", ran.stderr);
+    }
+}
+
+#[test]
+fn failures_have_code_1_and_say_what_failed() {
+    let not_a_model = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(not_a_model.path(), "this is no model").unwrap();
+    let not_a_model = not_a_model.path().to_str().unwrap();
+    let cases: &[(&[&str], &str)] = &[
+        (&["-m", "no/such/model.gguf", "-p", "x"], "no/such/model.gguf"),
+        (&["-m", not_a_model, "-p", "x"], not_a_model),
+        (&["@", "-f", "no/such/prompt.txt"], "no/such/prompt.txt"),
+        (&["@", "-p", "x", "--grammar-file", "no/such.gbnf"], "no/such.gbnf"),
+        (&["@", "-p", "x", "--grammar", "root ::= ("], "grammar"),
+        (&["@", "-p", "x", "--repeat-penalty", "0"], "repeat_penalty"),
+        (&["@", "-p", "a b c d e f g h i j", "-c", "4"], "n_ctx"),
+        (&["@", "-p", ""], ""),
+    ];
+    for (case, mention) in cases {
+        let ran = with_stdin(&arguments(case), b"");
+        if mention.is_empty() {
+            // This model adds no BOS: an empty prompt is nothing to go on from.
+            assert!(ran.stderr.contains("empty"), "{}", ran.stderr);
+        }
+        assert_eq!(ran.code, Some(1), "{case:?}: {}", ran.stderr);
+        assert!(ran.stderr.starts_with("error: ") && ran.stderr.contains(mention), "{case:?}: {}", ran.stderr);
+        assert_eq!(ran.stderr.trim_end().lines().count(), 1, "{case:?}: {}", ran.stderr);
+        assert!(ran.stdout.is_empty());
+    }
+}
+
+fn press_ctrl_c(child: &Child) {
+    let status = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(status.success());
+}
+
+/// Starts the program, waits for the first bytes on the pipe that `from` takes, and presses Ctrl-C.
+fn interrupted(args: &[&str]) -> Ran {
+    let mut child = command(&arguments(args)).spawn().unwrap();
+    let mut first = [0; 16];
+    child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+    press_ctrl_c(&child);
+    let mut ran = Ran::from(child.wait_with_output().unwrap());
+    ran.stdout.insert_str(0, std::str::from_utf8(&first).unwrap());
+    ran
+}
+
+#[test]
+fn ctrl_c_ends_a_generation_cleanly() {
+    let ran = interrupted(&["@", "-p", "1 2 3 4 5", "--ignore-eos", "--temp", "0"]);
+    assert_eq!(ran.code, Some(130), "{}", ran.stderr);
+    assert!(ran.stderr.contains("decode") && ran.stderr.contains("KV cache"), "{}", ran.stderr);
+    assert!(ran.stdout.ends_with('\n'));
+}
+
+#[test]
+fn ctrl_c_ends_a_prefill_and_still_gives_the_json() {
+    let mut child = command(&arguments(&["@", "-f", "-", "-n", "4", "--json", "-v"])).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all("All work and no play makes Jack a dull boy. ".repeat(600).as_bytes()).unwrap();
+    drop(stdin);
+    // The line about the session comes right before the prompt is read.
+    let mut stderr = child.stderr.take().unwrap();
+    let mut seen = Vec::new();
+    while !String::from_utf8_lossy(&seen).contains("lazy layers by") {
+        let mut byte = [0];
+        assert_eq!(stderr.read(&mut byte).unwrap(), 1, "{}", String::from_utf8_lossy(&seen));
+        seen.extend(byte);
+    }
+    press_ctrl_c(&child);
+    let mut rest = String::new();
+    stderr.read_to_string(&mut rest).unwrap();
+    let ran = Ran::from(child.wait_with_output().unwrap());
+    assert_eq!(ran.code, Some(130), "{rest}");
+    let json: Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!((json["stop"].as_str(), json["generated_tokens"].as_u64()), (Some("interrupted"), Some(0)));
+}
+
+#[test]
+fn a_closed_pipe_ends_the_program() {
+    let mut child = command(&arguments(&["@", "-p", "1 2 3", "--ignore-eos"])).spawn().unwrap();
+    drop(child.stdout.take());
+    assert_eq!(Ran::from(child.wait_with_output().unwrap()).code, Some(0));
+}
+
+#[test]
+fn generation_stops_where_it_should() {
+    let full = run!["@", "-p", "1 2 3", "-c", "40", "--ignore-eos", "--temp", "0", "--json"];
+    let json = full.json();
+    let (prompt, generated) = (json["prompt_tokens"].as_u64().unwrap(), json["generated_tokens"].as_u64().unwrap());
+    assert_eq!((json["stop"].as_str(), prompt + generated), (Some("context"), 41));
+    assert!(full.stderr.contains("40"), "{}", full.stderr);
+
+    let none = run!["@", "-p", "1 2 3", "-n", "0", "--json"].json();
+    assert_eq!((none["generated_tokens"].as_u64(), none["kv"]["context_tokens"].as_u64()), (Some(0), Some(prompt)));
+
+    // The end-of-text token wins by its bias, unless it is to be ignored.
+    let eos = ["@", "-p", "1 2 3", "-n", "3", "--temp", "0", "--logit-bias", "2+1000", "--json"];
+    let ended = with_stdin(&arguments(&eos), b"").json();
+    assert_eq!((ended["stop"].as_str(), ended["generated_tokens"].as_u64()), (Some("eos"), Some(0)));
+    let ignored = with_stdin(&arguments(&[&eos[..], &["--ignore-eos"]].concat()), b"").json();
+    assert_eq!((ignored["stop"].as_str(), ignored["generated_tokens"].as_u64()), (Some("length"), Some(3)));
+}
+
+#[test]
+fn grammars() {
+    for seed in ["1", "2", "3"] {
+        let ran = run!["@", "-p", "Is the sky blue?", "--grammar", "root ::= \"yes\" | \"no\"", "-s", seed];
+        assert!(["yes\n", "no\n"].contains(&ran.text()), "{}", ran.stdout);
+    }
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "root ::= [0-9]{3}\n").unwrap();
+    let ran = run!["@", "-p", "A number:", "--grammar-file", file.path().to_str().unwrap()];
+    let number = ran.text().trim_end();
+    assert!(number.len() == 3 && number.bytes().all(|byte| byte.is_ascii_digit()), "{number}");
+}
+
+#[test]
+fn llama_cpps_short_options() {
+    let plain = run!["@", "-p", "The sea", "-n", "8", "--temp", "0", "--json"].json();
+    let ran = run![
+        "@", "-p", "The sea", "-n", "8", "--temp", "0", "--json", "-ngl", "99", "-dev", "none", "-ub=64", "-tb", "1",
+        "-fa", "on", "-ctk", "f16", "-ctv=f16", "-t", "1"
+    ];
+    assert_eq!(ran.json()["tokens"], plain["tokens"]);
+    let small = run!["@", "-p", "The sea", "-n", "8", "--temp", "0", "--json", "-ctk", "q8_0", "-ctv", "q4_0"].json();
+    assert!(small["kv"]["allocated_bytes"].as_u64() < plain["kv"]["allocated_bytes"].as_u64(), "{small}");
+}
+
+/// The numbers of the report on stderr: tokens prefilled, decoded, in the context.
+fn report(stderr: &str) -> [u64; 3] {
+    let number = |start: &str, before: &str| {
+        let line = stderr.lines().find(|line| line.starts_with(start)).unwrap_or_else(|| panic!("{stderr}"));
+        let words: Vec<_> = line.split_whitespace().collect();
+        let at = words.iter().position(|word| word.starts_with(before)).unwrap_or_else(|| panic!("{line}"));
+        words[at - 1].parse().unwrap_or_else(|_| panic!("{line}"))
+    };
+    [number("prefill", "tokens"), number("decode", "tokens"), number("KV cache", "tokens")]
+}
+
+#[test]
+fn a_conversation_over_pipes() {
+    let chat = |lines: &str, options: &[&str]| {
+        with_stdin(&arguments(&[&["@", "chat", "-n", "24", "--temp", "0"], options].concat()), lines.as_bytes())
+    };
+    let ran = chat("Count to five.\n\nWhat did I ask you to do?\nThank you.\n", &[]);
+    assert!(ran.text().trim().len() > 40, "{}", ran.stdout);
+    // Nothing was read twice: each turn continues the cache of the turns before.
+    let [prefilled, decoded, context] = report(&ran.stderr);
+    assert_eq!(prefilled + decoded, context, "{}", ran.stderr);
+
+    let first = chat("Tell me about the sea.\n", &[]);
+    let again = chat("Tell me about the sea.\n/regen\n/clear\nTell me about the sea.\n/exit\nHi\n", &[]);
+    assert_eq!(again.text(), first.text().repeat(3));
+
+    let pirate = chat("Who are you?\n", &["--system", "You are Blackbeard, a pirate."]);
+    assert_ne!(pirate.text(), chat("Who are you?\n", &[]).text());
+    // Without a terminal a failure ends it.
+    let full = chat("Tell me a very long story about everything.\n", &["-c", "16"]);
+    assert!(full.code == Some(1) && full.stderr.contains("n_ctx"), "{}", full.stderr);
+}
+
+#[test]
+fn a_conversation_repeats_with_its_seed() {
+    let chat = |seed: &str| run_chat("Tell me a joke.\n/regen\n", &["-n", "16", "-s", seed]);
+    let first = chat("5");
+    assert_eq!(first, chat("5"));
+    assert_ne!(first, chat("6"));
+}
+
+fn run_chat(lines: &str, options: &[&str]) -> String {
+    with_stdin(&arguments(&[&["@", "chat"], options].concat()), lines.as_bytes()).text().to_owned()
+}
+
+/// Turns that end inside a lazy layer's dropped tokens cannot be taken back: the conversation is read anew.
+#[test]
+fn a_conversation_with_lazy_layers_goes_on() {
+    let options = ["-n", "12", "--temp", "0", "--lazy", "layers:2,3,5-9", "--lazy-window", "16"];
+    let ran = with_stdin(
+        &arguments(&[&["@", "chat"], &options[..]].concat()),
+        "Name three colours of the rainbow and say where they are in it.\n/regen\nThank you.\n".as_bytes(),
+    );
+    assert_eq!(ran.text().trim_end().is_empty(), false);
+    assert!(ran.stderr.contains("layers   7 lazy"), "{}", ran.stderr);
+}
+
+#[test]
+fn bench() {
+    let args = ["bench", "@", "--prompt", "32,48", "--gen", "4", "--depth", "0,64", "-r", "2", "--lazy", "off"];
+    let json = with_stdin(&arguments(&[&args[..], &["--json"]].concat()), b"").json();
+    let runs = json["runs"].as_array().unwrap();
+    let names: Vec<_> =
+        runs.iter().map(|run| (run["test"].as_str().unwrap(), run["depth"].as_u64().unwrap())).collect();
+    assert_eq!(names, [("pp32", 0), ("pp48", 0), ("tg4", 0), ("pp32", 64), ("pp48", 64), ("tg4", 64)]);
+    for run in runs {
+        let samples: Vec<f64> =
+            run["samples"].as_array().unwrap().iter().map(|speed| speed.as_f64().unwrap()).collect();
+        assert!(samples.len() == 2 && samples.iter().all(|&speed| speed > 0.0));
+        assert!((run["tokens_per_second"].as_f64().unwrap() - (samples[0] + samples[1]) / 2.0).abs() < 1e-6);
+        assert!(run["stddev"].as_f64().is_some() && run["kv_bytes"].as_u64() > Some(0), "{run}");
+    }
+    let table = run!["@", "bench", "-p", "16", "-n", "2", "-r", "1"];
+    assert!(table.text().contains("pp16") && table.stdout.contains("tg2"), "{}", table.stdout);
+}
+
+#[test]
+fn completions_and_help() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = run!["completions", shell];
+        assert!(script.text().contains("lazy-window") && script.stdout.contains("bench"), "{shell}");
+    }
+    assert!(run!["--help"].text().contains("--grammar-file"));
+    assert!(run!["chat", "--help"].text().contains("--system"));
+    assert!(run!["--version"].text().starts_with("simlayer-run "));
+}

@@ -1,0 +1,76 @@
+//! What the tests of the engine share.
+#![allow(dead_code, reason = "each test binary uses some of it")]
+
+pub mod reference;
+
+use std::path::Path;
+
+use simlayer::{BatchEntry, Model, ModelParams, Outputs, Session, SessionParams, Token, lazy::Policy};
+use simlayer_testkit::{smollm2_path, workspace_root};
+
+pub fn smollm2() -> Model {
+    load(&smollm2_path())
+}
+
+pub fn load(path: &Path) -> Model {
+    Model::load(path, &ModelParams::default()).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// `n` tokens of English prose: the demo's story, from its beginning as often as needed.
+pub fn story(model: &Model, n: usize) -> Vec<Token> {
+    let text = std::fs::read_to_string(workspace_root().join("xtask/demo/story.txt")).expect("the story");
+    let tokens = model.vocab().tokenize(&text, true, false).expect("tokens");
+    tokens.iter().copied().cycle().take(n).collect()
+}
+
+/// Parameters without any laziness.
+pub fn plain() -> SessionParams {
+    let mut params = SessionParams::default();
+    params.lazy.policy = Policy::Off;
+    params.n_threads = 2;
+    params
+}
+
+/// As [`plain`], with a policy, and f16 in the lazy layers.
+pub fn lazy_f16(policy: &str, n_window: usize) -> SessionParams {
+    let mut params = plain();
+    params.lazy.policy = policy.parse().expect("a policy");
+    params.lazy.n_window = n_window;
+    params.lazy_type_k = Some(simlayer::ggml::Type::F16);
+    params.lazy_type_v = Some(simlayer::ggml::Type::F16);
+    params
+}
+
+pub fn session(model: &Model, params: SessionParams) -> Session {
+    Session::new(model, params).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// The logits behind the last prompt token, then behind each token of `decoded`.
+pub fn logits(model: &Model, params: &SessionParams, prompt: &[Token], decoded: &[Token]) -> Vec<Vec<f32>> {
+    let mut session = session(model, params.clone());
+    let mut rows = vec![session.prefill(prompt).expect("prefill").to_vec()];
+    rows.extend(decoded.iter().map(|&token| session.decode(token).expect("decode").to_vec()));
+    rows
+}
+
+/// Mean negative log-likelihood of `tokens[n_prefill..]`, fed `piece` tokens at a time after the prefill.
+pub fn nll(session: &mut Session, tokens: &[Token], n_prefill: usize, piece: usize) -> f64 {
+    let n_vocab = session.model().hparams().n_vocab;
+    let log_probability = |row: &[f32], token: Token| simlayer_testkit::metrics::log_softmax(row)[token as usize];
+    let first = session.prefill(&tokens[..n_prefill]).expect("prefill").to_vec();
+    let mut sum = -log_probability(&first, tokens[n_prefill]);
+    let scored = &tokens[n_prefill..];
+    let inputs = &scored[..scored.len() - 1];
+    for (i, fed) in inputs.chunks(piece).enumerate() {
+        let entry = BatchEntry { seq: 0, tokens: fed, outputs: Outputs::All, prompt_end: false };
+        session.run(&[entry]).expect("decode");
+        for (row, &next) in session.logits().chunks_exact(n_vocab).zip(&scored[i * piece + 1..]) {
+            sum -= log_probability(row, next);
+        }
+    }
+    sum / scored.len() as f64
+}
+
+pub fn top(logits: &[f32]) -> Token {
+    simlayer_testkit::metrics::top(logits) as Token
+}

@@ -1,0 +1,514 @@
+//! SimLayerKV against unmodified llama.cpp, and against a slow plain reference.
+
+mod common;
+
+use std::{collections::BTreeSet, path::Path};
+
+use common::{lazy_f16, load, logits, nll, plain, reference::Reference, session, smollm2, story, top};
+use simlayer::{
+    KvRotate, Model, Session, SessionParams, Token,
+    ggml::Type,
+    lazy::{At, Policy, PrefillMode, Selector},
+};
+use simlayer_testkit::{
+    RandomModel, Rng, UpstreamRef,
+    metrics::{kl, mean_kl},
+    smollm2_path,
+};
+
+fn write_tokens(folder: &Path, tokens: &[Token]) -> String {
+    let path = folder.join("tokens.json");
+    std::fs::write(&path, serde_json::to_string(tokens).expect("JSON")).expect("written");
+    path.to_string_lossy().into_owned()
+}
+
+/// Scores of upstream's own softmax, by window and number of queries.
+fn upstream_scores(model: &Path, tokens: &[Token]) -> Vec<(usize, usize, Vec<f64>)> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let tokens = write_tokens(folder.path(), tokens);
+    let arguments = ["--tokens", &tokens, "--sinks=4", "--windows=1024,256", "--lasts=1,32"];
+    let answer = UpstreamRef::new().run("scores", model, &arguments);
+    let number = |value: &serde_json::Value, key: &str| value[key].as_u64().expect("a number") as usize;
+    let scores = answer["scores"].as_array().expect("scores");
+    assert_eq!(scores.len(), 4);
+    scores
+        .iter()
+        .map(|entry| {
+            let layers = entry["layers"].as_array().expect("layers");
+            let layers = layers.iter().map(|score| score.as_f64().expect("a score")).collect();
+            (number(entry, "window"), number(entry, "last"), layers)
+        })
+        .collect()
+}
+
+fn check_scores(model: &Model, path: &Path, tokens: &[Token]) {
+    for (window, last, theirs) in upstream_scores(path, tokens) {
+        for layer_major in [true, false] {
+            let mut params = lazy_f16("threshold:1", window);
+            params.lazy.n_last = last;
+            params.layer_major = layer_major;
+            let mut session = session(model, params);
+            session.prefill(tokens).expect("prefill");
+            let layers = session.layers(0);
+            assert_eq!(layers.len(), theirs.len());
+            for (layer, theirs) in layers.iter().zip(&theirs) {
+                let ours = f64::from(layer.score.expect("a score"));
+                let index = layer.index;
+                assert!((ours - theirs).abs() < 0.005, "window {window}, last {last}, layer {index}: {ours}, {theirs}");
+            }
+        }
+    }
+}
+
+#[test]
+fn scores_are_the_attention_mass_that_upstream_gives() {
+    let model = smollm2();
+    check_scores(&model, &smollm2_path(), &story(&model, 3_000));
+}
+
+#[test]
+fn scores_of_random_models_are_upstreams() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let shapes = [
+        RandomModel::default(),
+        RandomModel { seed: 2, n_head_kv: 8, n_layer: 3, ..RandomModel::default() },
+        RandomModel { seed: 3, head_size: 64, qkv_bias: true, ..RandomModel::default() },
+    ];
+    for random in shapes {
+        let path = folder.path().join("random.gguf");
+        random.write(&path);
+        check_scores(&load(&path), &path, &Rng::new(5).tokens(1_500, random.n_vocab()));
+    }
+}
+
+/// Perplexity of unmodified upstream whose softmax rows are restricted in these layers.
+fn upstream_restricted(tokens: &[Token], n_prefill: usize, layers: &[usize], window: usize, from: &str) -> f64 {
+    let folder = tempfile::tempdir().expect("a folder");
+    let tokens_path = write_tokens(folder.path(), tokens);
+    let list: Vec<String> = layers.iter().map(usize::to_string).collect();
+    let (prefill, score) = (n_prefill.to_string(), (tokens.len() - n_prefill).to_string());
+    let (list, window) = (list.join(","), window.to_string());
+    let arguments = [
+        "--tokens",
+        &tokens_path,
+        "--prefill",
+        &prefill,
+        "--score",
+        &score,
+        "--layers",
+        &list,
+        "--sink",
+        "4",
+        "--window",
+        &window,
+        "--from",
+        from,
+    ];
+    UpstreamRef::new().run("restricted", &smollm2_path(), &arguments)["nll"].as_f64().expect("nll").exp()
+}
+
+fn lazy_layers(session: &Session) -> Vec<usize> {
+    session.layers(0).iter().filter(|layer| layer.lazy).map(|layer| layer.index).collect()
+}
+
+#[test]
+fn perplexity_is_that_of_upstream_restricted_to_sink_and_window() {
+    let model = smollm2();
+    let tokens = story(&model, 3_512);
+    for (policy, window) in [("threshold:0.95", 1024), ("threshold:0.9", 256)] {
+        let mut session = session(&model, lazy_f16(policy, window));
+        let ours = nll(&mut session, &tokens, 3_000, 64).exp();
+        let lazy = lazy_layers(&session);
+        assert!(!lazy.is_empty() && lazy.len() < 30, "{policy} makes {lazy:?} lazy");
+        let theirs = upstream_restricted(&tokens, 3_000, &lazy, window, "prefill-end");
+        println!("{policy}, window {window}: {} lazy, perplexity {ours:.4}, upstream {theirs:.4}", lazy.len());
+        assert!((ours / theirs - 1.0).abs() < 0.005, "{policy}, window {window}: {ours} against {theirs}");
+    }
+}
+
+/// 24 layers of 30, those that method papers call lazy and more: which ones does not matter here.
+fn most_layers() -> Vec<usize> {
+    (0..30).filter(|layer| ![3, 7, 15, 18, 20, 23].contains(layer)).collect()
+}
+
+fn layers_policy(layers: &[usize]) -> String {
+    let list: Vec<String> = layers.iter().map(usize::to_string).collect();
+    format!("layers:{}", list.join(","))
+}
+
+#[test]
+fn windowed_prefill_is_upstream_restricted_from_the_first_token_on() {
+    let model = smollm2();
+    let tokens = story(&model, 3_300);
+    let layers = most_layers();
+    let theirs = upstream_restricted(&tokens, 3_000, &layers, 1024, "start");
+    for layer_major in [false, true] {
+        let mut params = lazy_f16(&layers_policy(&layers), 1024);
+        params.layer_major = layer_major;
+        let mut session = session(&model, params);
+        let ours = nll(&mut session, &tokens, 3_000, 64).exp();
+        assert_eq!(lazy_layers(&session), layers);
+        println!("windowed prefill, layer-major {layer_major}: perplexity {ours:.4}, upstream {theirs:.4}");
+        assert!((ours / theirs - 1.0).abs() < 0.005, "{ours} against {theirs}");
+    }
+}
+
+/// Windowed prefill, chunk-major: bounded from the first token on, by the final stores and one ubatch in each lazy layer.
+#[test]
+fn windowed_prefill_is_bounded_from_the_first_token_on() {
+    let model = smollm2();
+    let tokens = story(&model, 8_000);
+    let layers = most_layers();
+    let mut params = lazy_f16(&layers_policy(&layers), 1024);
+    params.layer_major = false;
+    params.n_ubatch = 512;
+    let mut session = session(&model, params);
+    session.prefill(&tokens).expect("prefill");
+    let kv = session.kv();
+    let row = 2 * 2 * model.hparams().n_head_kv * model.hparams().head_size;
+    let bound = kv.allocated_bytes + layers.len() * 512 * row;
+    println!("peak {} of {bound} allowed, {} allocated, {} in f16", kv.peak_bytes, kv.allocated_bytes, kv.f16_bytes);
+    assert!(kv.peak_bytes as f64 <= 1.15 * bound as f64, "{kv:?}");
+}
+
+#[test]
+fn the_peak_of_a_prefill_is_the_final_stores_and_one_layer() {
+    let model = smollm2();
+    let tokens = story(&model, 8_000);
+    let hparams = model.hparams();
+    // Stores are allocated in blocks of 256 rows.
+    let rows = tokens.len().next_multiple_of(256);
+    let one_layer = rows * 2 * 2 * hparams.n_head_kv * hparams.head_size;
+    let hidden = tokens.len() * hparams.n_embd * 4;
+    for (policy, ty) in [("budget:0.5", Type::Q4_0), ("budget:0.5", Type::F16), ("threshold", Type::Q8_0)] {
+        let mut params = plain();
+        params.lazy.policy = policy.parse().expect("a policy");
+        (params.type_k, params.type_v) = (ty, ty);
+        let mut session = session(&model, params);
+        session.prefill(&tokens).expect("prefill");
+        let kv = session.kv();
+        let bound = kv.allocated_bytes + one_layer + hidden;
+        println!("{policy}, {ty}: peak {} of {bound} allowed, compression {:.2}", kv.peak_bytes, kv.compression);
+        assert!(kv.peak_bytes <= bound, "{policy}, {ty}: {kv:?}, bound {bound}");
+        if (policy, ty) == ("budget:0.5", Type::Q4_0) {
+            assert!(kv.compression >= 6.0, "{kv:?}");
+            assert_eq!((kv.lazy_layers, kv.active_layers), (15, 15));
+        }
+    }
+}
+
+#[test]
+fn layer_major_and_chunk_major_give_the_same_logits() {
+    let model = smollm2();
+    let tokens = story(&model, 2_500);
+    let windowed = layers_policy(&most_layers());
+    for (policy, window) in [("off", 1024), ("threshold:0.9", 1024), ("budget:0.5", 300), (&windowed, 700)] {
+        let run = |layer_major, n_ubatch| {
+            let mut params = lazy_f16(policy, window);
+            params.layer_major = layer_major;
+            params.n_ubatch = n_ubatch;
+            logits(&model, &params, &tokens[..2_490], &tokens[2_490..])
+        };
+        let kl = mean_kl(&run(true, 512), &run(false, 200));
+        println!("{policy}, window {window}: mean KL {kl:.3e}");
+        assert!(kl < 1e-5, "{policy}, window {window}: mean KL {kl}");
+    }
+}
+
+#[test]
+fn off_is_the_foundation_bit_for_bit() {
+    let model = smollm2();
+    let tokens = story(&model, 1_400);
+    let run = |params: SessionParams| logits(&model, &params, &tokens[..1_390], &tokens[1_390..]);
+    let foundation = run(plain());
+    let mut chunk_major = plain();
+    chunk_major.layer_major = false;
+    assert!(run(chunk_major) == foundation);
+    // Other laziness parameters change nothing while the policy is off.
+    let mut params = plain();
+    (params.lazy.n_window, params.lazy.n_sink, params.lazy.at) = (16, 0, At::Decode);
+    assert!(run(params) == foundation);
+}
+
+#[test]
+fn a_prompt_within_sink_and_window_gives_the_same_tokens_lazy_or_not() {
+    let model = smollm2();
+    let tokens = story(&model, 900);
+    let generate = |params: SessionParams| {
+        let mut session = session(&model, params);
+        let mut token = top(session.prefill(&tokens).expect("prefill"));
+        let mut generated = vec![token];
+        for _ in 0..60 {
+            token = top(session.decode(token).expect("decode"));
+            generated.push(token);
+        }
+        generated
+    };
+    let expected = generate(plain());
+    let all: Vec<usize> = (0..30).collect();
+    for policy in ["threshold:0", "budget:1", &layers_policy(&all)] {
+        for prefill in [PrefillMode::Full, PrefillMode::Window] {
+            let mut params = lazy_f16(policy, 1024);
+            params.lazy.prefill = Some(prefill);
+            assert_eq!(generate(params), expected, "{policy}");
+        }
+    }
+}
+
+/// Rotation changes nothing but rounding: in f16 stores it can be seen alone.
+#[test]
+fn rotation_changes_f16_logits_by_rounding_only() {
+    let model = smollm2();
+    let tokens = story(&model, 1_400);
+    let run = |rotate| {
+        let mut params = lazy_f16("budget:0.5", 512);
+        params.layer_major = false;
+        params.kv_rotate = rotate;
+        logits(&model, &params, &tokens[..1_390], &tokens[1_390..])
+    };
+    let kl = mean_kl(&run(KvRotate::Never), &run(KvRotate::Always));
+    println!("rotation of f16 stores: mean KL {kl:.3e}");
+    // The weights' own activations are quantised to 8 bits, which turns the last bit of f16 into about this much.
+    assert!(kl < 2e-3, "mean KL {kl}");
+
+    // Without quantised weights there is nothing but f16's rounding.
+    let folder = tempfile::tempdir().expect("a folder");
+    for random in [RandomModel::default(), RandomModel { head_size: 24, n_head: 4, ..RandomModel::default() }] {
+        let path = folder.path().join("random.gguf");
+        random.write(&path);
+        let model = load(&path);
+        let tokens = Rng::new(9).tokens(400, random.n_vocab());
+        let run = |rotate| {
+            let mut params = lazy_f16("budget:0.5", 128);
+            params.kv_rotate = rotate;
+            logits(&model, &params, &tokens[..380], &tokens[380..])
+        };
+        let kl = mean_kl(&run(KvRotate::Never), &run(KvRotate::Always));
+        println!("rotation of f16 stores, random model: mean KL {kl:.3e}");
+        assert!(kl < 1e-5, "mean KL {kl}");
+    }
+}
+
+/// The engine beside the slow reference, which is told which layers are lazy since when.
+struct Beside {
+    session: Session,
+    reference: Reference,
+    lazy: BTreeSet<usize>,
+    params: SessionParams,
+    worst: f64,
+}
+
+impl Beside {
+    fn new(path: &Path, model: &Model, params: SessionParams) -> Beside {
+        let reference = Reference::load(path, model.hparams());
+        Beside { session: session(model, params.clone()), reference, lazy: BTreeSet::new(), params, worst: 0.0 }
+    }
+
+    fn step(&mut self, token: Token) -> Vec<f32> {
+        let (n_sink, n_window) = (self.params.lazy.n_sink, self.params.lazy.n_window);
+        let lazy = &self.lazy;
+        self.reference
+            .decode(token, &|layer, query, key| !lazy.contains(&layer) || key < n_sink || key + n_window > query)
+    }
+
+    fn compare(&mut self, theirs: &[f32], ours: &[f32]) {
+        self.worst = self.worst.max(kl(theirs, ours));
+    }
+
+    /// A prompt through both; the reference's own attention weights decide, by the same rule.
+    fn prefill(&mut self, tokens: &[Token]) -> Vec<f32> {
+        let lazy_params = self.params.lazy.clone();
+        let n_layer = self.session.model().hparams().n_layer;
+        let mut theirs = Vec::new();
+        let mut masses = vec![Vec::new(); n_layer];
+        let start = self.session.n_past();
+        for (i, &token) in tokens.iter().enumerate() {
+            theirs = self.step(token);
+            if i + lazy_params.n_last < tokens.len() {
+                continue;
+            }
+            let query = start + i;
+            for (layer, heads) in self.reference.weights.iter().enumerate() {
+                for weights in heads {
+                    let kept = |key: &usize| *key < lazy_params.n_sink || key + lazy_params.n_window > query;
+                    let mass: f32 = (0..weights.len()).filter(kept).map(|key| weights[key]).sum();
+                    masses[layer].push(mass);
+                }
+            }
+        }
+        let ours = self.session.prefill(tokens).expect("prefill").to_vec();
+        self.compare(&theirs, &ours);
+        if start + tokens.len() > lazy_params.n_kept() {
+            let mut selector = Selector::new(&lazy_params.policy, 0.9, n_layer);
+            for (layer, masses) in masses.iter().enumerate() {
+                if !self.lazy.contains(&layer) {
+                    let score = masses.iter().sum::<f32>() / masses.len() as f32;
+                    self.lazy.extend(selector.scored(layer, score));
+                }
+            }
+        }
+        let ours_lazy: BTreeSet<usize> = lazy_layers(&self.session).into_iter().collect();
+        assert_eq!(ours_lazy, self.lazy, "other layers are lazy");
+        ours
+    }
+
+    fn decode(&mut self, token: Token) -> Vec<f32> {
+        let theirs = self.step(token);
+        let ours = self.session.decode(token).expect("decode").to_vec();
+        self.compare(&theirs, &ours);
+        ours
+    }
+}
+
+fn random_model(folder: &Path, n_layer: usize) -> (std::path::PathBuf, Model, usize) {
+    let path = folder.join("random.gguf");
+    let random = RandomModel {
+        n_layer,
+        n_embd: 64,
+        n_head: 4,
+        n_head_kv: 2,
+        head_size: 16,
+        n_ff: 96,
+        n_ctx_train: 8192,
+        ..RandomModel::default()
+    };
+    random.write(&path);
+    let model = load(&path);
+    (path, model, random.n_vocab())
+}
+
+#[test]
+fn a_conversation_of_three_turns_equals_the_plain_reference() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (path, model, n_vocab) = random_model(folder.path(), 6);
+    for (policy, n_ubatch) in [("budget:0.5", 512), ("budget:0.5", 50), ("threshold:0.45", 64)] {
+        let mut params = lazy_f16(policy, 60);
+        params.n_ubatch = n_ubatch;
+        let mut beside = Beside::new(&path, &model, params);
+        let mut rng = Rng::new(11);
+        // The first turn is within sink and window but for the last: nothing can be scored before.
+        for turn in [40, 250, 130] {
+            let mut token = top(&beside.prefill(&rng.tokens(turn, n_vocab)));
+            for _ in 0..30 {
+                token = top(&beside.decode(token));
+            }
+        }
+        println!("{policy}, ubatch {n_ubatch}: {} of 6 lazy, worst KL {:.3e}", beside.lazy.len(), beside.worst);
+        assert!(!beside.lazy.is_empty(), "{policy}: nothing became lazy");
+        assert!(beside.worst < 1e-4, "{policy}: worst KL {}", beside.worst);
+    }
+}
+
+#[test]
+fn six_thousand_tokens_equal_the_plain_reference() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (path, model, n_vocab) = random_model(folder.path(), 2);
+    let mut params = lazy_f16("budget:0.5", 100);
+    params.n_threads = 1;
+    let mut beside = Beside::new(&path, &model, params);
+    let mut rng = Rng::new(13);
+    beside.prefill(&rng.tokens(300, n_vocab));
+    assert_eq!(beside.lazy.len(), 1);
+    for _ in 0..6_000 {
+        let token = rng.below(n_vocab) as Token;
+        beside.decode(token);
+    }
+    println!("worst KL of 6000 tokens {:.3e}", beside.worst);
+    assert!(beside.worst < 1e-4, "worst KL {}", beside.worst);
+}
+
+/// Batches of any size over a wrapped ring: the next tokens are those of one token at a time.
+#[test]
+fn batches_over_a_wrapped_ring_equal_single_tokens() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (_, model, n_vocab) = random_model(folder.path(), 4);
+    let tokens = Rng::new(17).tokens(900, n_vocab);
+    let n_prefill = 400;
+    let run = |piece| {
+        let mut params = lazy_f16("layers:0,2", 70);
+        params.n_ubatch = 256;
+        nll(&mut session(&model, params), &tokens, n_prefill, piece)
+    };
+    let single = run(1);
+    for piece in [2, 69, 70, 71, 74, 75, 200] {
+        let batched = run(piece);
+        assert!((batched - single).abs() < 1e-4, "{piece} at once: {batched} against {single}");
+    }
+}
+
+#[test]
+fn the_decode_variant_decides_at_the_first_generated_token() {
+    let model = smollm2();
+    let tokens = story(&model, 1_500);
+    let mut params = lazy_f16("budget:0.5", 512);
+    params.lazy.at = At::Decode;
+    let mut session = session(&model, params);
+    let mut token = top(session.prefill(&tokens).expect("prefill"));
+    assert_eq!(session.kv().lazy_layers, 0);
+    token = top(session.decode(token).expect("decode"));
+    assert_eq!(session.kv().lazy_layers, 15);
+    let scores: Vec<f32> = session.layers(0).iter().map(|layer| layer.score.expect("a score")).collect();
+    session.decode(token).expect("decode");
+    let later: Vec<f32> = session.layers(0).iter().map(|layer| layer.score.expect("a score")).collect();
+    assert_eq!(scores, later, "only one token is scored");
+}
+
+/// Two sequences with different lazy layers decode together as if each were alone.
+#[test]
+fn sequences_have_lazy_layers_of_their_own() {
+    use simlayer::{BatchEntry, Outputs};
+
+    let model = smollm2();
+    let text = story(&model, 3_400);
+    let prompts = [&text[..1_100], &text[1_500..3_300]];
+    let params = || lazy_f16("threshold:0.9", 256);
+    let mut both = session(&model, params());
+    for (seq, tokens) in (0..).zip(prompts) {
+        both.run(&[BatchEntry { seq, tokens, outputs: Outputs::Last, prompt_end: true }]).expect("prefill");
+    }
+    let lazy = |session: &Session, seq| -> Vec<bool> { session.layers(seq).iter().map(|layer| layer.lazy).collect() };
+    assert_ne!(lazy(&both, 0), lazy(&both, 1), "the test wants prompts whose lazy layers differ");
+    let n_vocab = model.hparams().n_vocab;
+    let next: Vec<Token> = text[3_300..3_305].to_vec();
+    let mut together = vec![Vec::new(); 2];
+    for token in &next {
+        let token = [*token];
+        let entries = [0, 1].map(|seq| BatchEntry { seq, tokens: &token, outputs: Outputs::Last, prompt_end: false });
+        both.run(&entries).expect("decode");
+        for (seq, row) in both.logits().chunks_exact(n_vocab).enumerate() {
+            together[seq].push(row.to_vec());
+        }
+    }
+    for (prompt, together) in prompts.iter().zip(&together) {
+        let alone = logits(&model, &params(), prompt, &next);
+        let kl = mean_kl(&alone[1..], together);
+        assert!(kl < 1e-4, "mean KL {kl}");
+    }
+}
+
+#[test]
+fn what_was_dropped_cannot_come_back() {
+    let model = smollm2();
+    let tokens = story(&model, 1_500);
+    let mut session = session(&model, lazy_f16("budget:0.5", 256));
+    let before = session.prefill(&tokens).expect("prefill").to_vec();
+    assert!(!session.truncate(1_400), "the lazy layers have dropped what token 1400 needs");
+    assert_eq!(session.n_past(), 1_500);
+    assert!(session.truncate(0));
+    assert_eq!((session.n_past(), session.kv().allocated_bytes), (0, 0));
+    assert!(session.prefill(&tokens).expect("prefill") == before, "a cleared session starts anew");
+
+    let mut active = session_with(&model, Policy::Off);
+    active.prefill(&tokens).expect("prefill");
+    assert!(active.truncate(1_000));
+    let continued = active.decode(tokens[1_000]).expect("decode").to_vec();
+    let mut fresh = session_with(&model, Policy::Off);
+    fresh.prefill(&tokens[..1_000]).expect("prefill");
+    assert!(kl(&continued, fresh.decode(tokens[1_000]).expect("decode")) < 1e-4);
+}
+
+fn session_with(model: &Model, policy: Policy) -> Session {
+    let mut params = plain();
+    params.lazy.policy = policy;
+    session(model, params)
+}

@@ -1,0 +1,36 @@
+//! What the tests need: GGUF files with random weights or deliberate faults, the reference program (unmodified
+//! llama.cpp in a process of its own), and the metrics that compare the two.
+//!
+//! A test's helper may panic: a panic is a failed test.
+
+pub mod gguf;
+pub mod metrics;
+mod model;
+mod quantize;
+mod rng;
+mod upstream;
+mod vocab;
+
+use std::path::{Path, PathBuf};
+
+/// An allocator that knows the most that was allocated at once.
+pub use peak_alloc::PeakAlloc;
+
+pub use model::{RandomModel, RopeScaling};
+pub use quantize::{WeightType, quantize};
+pub use rng::Rng;
+pub use upstream::{Greedy, Logits, UpstreamRef};
+pub use vocab::Vocabulary;
+
+/// The workspace's root folder.
+pub fn workspace_root() -> PathBuf {
+    let support = Path::new(env!("CARGO_MANIFEST_DIR"));
+    support.ancestors().nth(2).expect("tests/support lies two folders below the root").to_path_buf()
+}
+
+/// The real model that the tests use.
+pub fn smollm2_path() -> PathBuf {
+    let path = workspace_root().join("models/SmolLM2-135M-Instruct.Q4_1.gguf");
+    assert!(path.is_file(), "{} is missing: run `cargo xtask test`, which fetches it", path.display());
+    path
+}

@@ -1,0 +1,153 @@
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use serde::Deserialize;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{metrics::read_rows, workspace_root};
+
+/// The reference: unmodified llama.cpp of the same revision, in a process of its own (`tests/upstream`).
+#[derive(Debug, Clone)]
+pub struct UpstreamRef {
+    program: PathBuf,
+    /// Options for every run, such as `-fa off` or `-t 2`.
+    options: Vec<String>,
+}
+
+/// What to compute logits for.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Logits<'a> {
+    pub prompts: &'a [Vec<i32>],
+    /// Rows for every token of the prompts, not only for the last.
+    pub all: bool,
+    /// Tokens to decode one by one after each prompt, one more row for each.
+    pub decode: Option<&'a [Vec<i32>]>,
+}
+
+/// A greedy continuation.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Greedy {
+    pub tokens: Vec<i32>,
+    /// The two largest logits of every step, with their tokens.
+    pub top2: Vec<[(i32, f32); 2]>,
+}
+
+impl Default for UpstreamRef {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl UpstreamRef {
+    /// The program that `SIMLAYER_UPSTREAM_REF` names, or the one built in the workspace.
+    pub fn new() -> UpstreamRef {
+        let program = std::env::var_os("SIMLAYER_UPSTREAM_REF")
+            .map_or_else(|| workspace_root().join("tests/upstream/target/release/upstream-ref"), PathBuf::from);
+        let hint = "run `cargo xtask test`, which builds it";
+        assert!(program.is_file(), "the reference program {} is missing: {hint}", program.display());
+        UpstreamRef { program, options: Vec::new() }
+    }
+
+    /// Adds options to every run, such as `["-fa", "off"]`.
+    pub fn with_options(mut self, options: &[&str]) -> UpstreamRef {
+        self.options.extend(options.iter().map(|&option| option.to_owned()));
+        self
+    }
+
+    /// Runs a command on a model and returns what it prints, or what it wrote to stderr when it fails.
+    pub fn try_run(&self, command: &str, model: &Path, arguments: &[&str]) -> Result<Value, String> {
+        let mut run = Command::new(&self.program);
+        run.arg(command).arg("-m").arg(model).args(arguments).args(&self.options);
+        let output = run.output().unwrap_or_else(|error| panic!("cannot start {}: {error}", self.program.display()));
+        if !output.status.success() {
+            return Err(format!("{run:?}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr)));
+        }
+        let printed = String::from_utf8_lossy(&output.stdout);
+        Ok(serde_json::from_str(&printed)
+            .unwrap_or_else(|error| panic!("{run:?} printed no JSON ({error}): {printed}")))
+    }
+
+    /// As [`UpstreamRef::try_run`]; a failure fails the test.
+    pub fn run(&self, command: &str, model: &Path, arguments: &[&str]) -> Value {
+        self.try_run(command, model, arguments).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// The model's sizes and special tokens.
+    pub fn info(&self, model: &Path) -> Value {
+        self.run("info", model, &[])
+    }
+
+    /// The tokens of each text.
+    pub fn tokenize(&self, model: &Path, texts: &[&[u8]], add_special: bool, parse_special: bool) -> Vec<Vec<i32>> {
+        let input = Input::new(texts);
+        let mut arguments = vec!["--in", input.path()];
+        if !add_special {
+            arguments.push("--no-special");
+        }
+        if parse_special {
+            arguments.push("--parse-special");
+        }
+        member(self.run("tokenize", model, &arguments), "tokens")
+    }
+
+    /// The bytes that each list of tokens stands for. Special tokens are shown with `unparse_special`.
+    pub fn detokenize(&self, model: &Path, lists: &[Vec<i32>], unparse_special: bool) -> Vec<Vec<u8>> {
+        let input = Input::new(lists);
+        let mut arguments = vec!["--in", input.path()];
+        if unparse_special {
+            arguments.push("--unparse-special");
+        }
+        member(self.run("detokenize", model, &arguments), "bytes")
+    }
+
+    /// Rows of logits, prompt by prompt: of the last token or all, then of the decoded ones.
+    pub fn logits(&self, model: &Path, what: Logits<'_>) -> Vec<Vec<f32>> {
+        let input = Input::new(what.prompts);
+        let decode = what.decode.map(Input::new);
+        let rows = input.folder.path().join("rows.f32");
+        let mut arguments = vec!["--in", input.path(), "--out", rows.to_str().expect("temporary paths are UTF-8")];
+        if what.all {
+            arguments.push("--all");
+        }
+        if let Some(decode) = &decode {
+            arguments.extend(["--decode", decode.path()]);
+        }
+        let n_vocab = member(self.run("logits", model, &arguments), "n_vocab");
+        read_rows(&rows, n_vocab)
+    }
+
+    /// `n` greedily chosen tokens after each prompt. The end of the text does not stop it.
+    pub fn greedy(&self, model: &Path, prompts: &[Vec<i32>], n: usize) -> Vec<Greedy> {
+        let input = Input::new(prompts);
+        member(self.run("greedy", model, &["--in", input.path(), "-n", &n.to_string()]), "results")
+    }
+}
+
+/// A file with JSON for the program to read; gone when dropped.
+struct Input {
+    folder: TempDir,
+    path: String,
+}
+
+impl Input {
+    fn new(value: &(impl serde::Serialize + ?Sized)) -> Input {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("input.json");
+        fs::write(&path, serde_json::to_vec(value).expect("lists become JSON"))
+            .expect("the temporary folder is writable");
+        let path = path.to_str().expect("temporary paths are UTF-8").to_owned();
+        Input { folder, path }
+    }
+
+    fn path(&self) -> &str {
+        &self.path
+    }
+}
+
+fn member<T: serde::de::DeserializeOwned>(mut printed: Value, name: &str) -> T {
+    serde_json::from_value(printed[name].take()).unwrap_or_else(|error| panic!("the reference's {name}: {error}"))
+}

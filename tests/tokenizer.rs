@@ -1,0 +1,183 @@
+//! Text to tokens and back on the real model, against unmodified llama.cpp.
+
+use std::collections::HashSet;
+
+use simlayer::{
+    chat::{ChatTemplate, Message},
+    vocab::{SpecialToken, Utf8Stream, Vocab, VocabKind},
+};
+use simlayer_testkit::{Rng, UpstreamRef, smollm2_path};
+
+const PICKED: &[&str] = &[
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\n\n\n",
+    "\t \t\r\n ",
+    "Hello, world!",
+    " leading and trailing ",
+    "The quick brown fox jumps over the lazy dog.",
+    "it's we'll they're I'd you've 'S 'LL don't",
+    "3.14159 1,000,000 0x1F 1e-9 ½ ² ٣٤ 12345678901234567890",
+    "naïve façade Ærøskøbing Škoda żółć",
+    "Größe, Straße, Übermut",
+    "Привет, мир! Съешь же ещё этих мягких французских булок",
+    "Καλημέρα κόσμε",
+    "你好，世界。今天天气不错。",
+    "こんにちは世界、カタカナとひらがな",
+    "안녕하세요 세계",
+    "مرحبا بالعالم",
+    "שלום עולם",
+    "नमस्ते दुनिया",
+    "สวัสดีชาวโลก",
+    "🦙🔥 👨‍👩‍👧‍👦 🏳️‍🌈 ❤️ 👍🏽 🇩🇪",
+    "e\u{301} vs \u{e9}, A\u{30a} vs \u{c5}",
+    "\u{200b}\u{200d}\u{feff}\u{2028}\u{a0}\u{3000}x",
+    "\u{0}\u{1}\u{7f}\u{85}",
+    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𐍈 𒀀 \u{10ffff}",
+    "fn main() {\n    println!(\"{}\", 1 + 2);\n}\n",
+    "def f(x):\n\treturn x ** 2  # square\n\n\nclass A(object):\n    pass\n",
+    "#include <stdio.h>\nint main(void) { return printf(\"%d\\n\", 42) < 0; }",
+    "SELECT a.b, COUNT(*) FROM t AS a WHERE x <> 'y' GROUP BY 1;",
+    "{\"key\": [1, 2.5, null, true, \"\\u00e9\"]}",
+    "<div class=\"a\">&nbsp;</div><!-- c -->",
+    "https://example.org/path?q=a+b&c=%20#frag",
+    "$$\\int_0^\\infty e^{-x^2}\\,dx = \\frac{\\sqrt{\\pi}}{2}$$",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "................................................................",
+    "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|><|im_end|><|endoftext|><s></s>",
+    "<|im_start",
+    "CamelCaseWordsAndSCREAMING_SNAKE_CASE-kebab-case",
+];
+
+/// Hand-picked texts, and random mixtures of scripts, code, white space and emoji: 300 in all.
+fn texts() -> Vec<String> {
+    let fragments: Vec<&str> = PICKED.iter().flat_map(|text| text.split_inclusive(' ')).collect();
+    let spaces = [" ", "  ", "\n", "\n\n", "\t", "", "", "\r\n", "\u{a0}"];
+    let mut rng = Rng::new(2024);
+    let mut texts: Vec<String> = PICKED.iter().map(|&text| text.to_owned()).collect();
+    while texts.len() < 300 {
+        let mut text = String::new();
+        for _ in 0..1 + rng.below(24) {
+            match rng.below(4) {
+                0 => text.push_str(spaces[rng.below(spaces.len())]),
+                1 => {
+                    // Any character of any plane, surrogates excepted.
+                    let range = [0x80, 0x800, 0x1_0000, 0x11_0000][rng.below(4)];
+                    text.extend(u32::try_from(rng.below(range)).ok().and_then(char::from_u32));
+                }
+                _ => text.push_str(fragments[rng.below(fragments.len())]),
+            }
+        }
+        texts.push(text);
+    }
+    texts
+}
+
+#[test]
+fn tokens_are_those_of_llama_cpp() {
+    let vocab = Vocab::load(&smollm2_path()).unwrap();
+    let texts = texts();
+    let bytes: Vec<&[u8]> = texts.iter().map(|text| text.as_bytes()).collect();
+    let reference = UpstreamRef::new();
+    for (add_special, parse_special) in [(true, true), (false, false)] {
+        let expected = reference.tokenize(&smollm2_path(), &bytes, add_special, parse_special);
+        let tokens: Vec<_> =
+            texts.iter().map(|text| vocab.tokenize(text, add_special, parse_special).unwrap()).collect();
+        for ((text, tokens), expected) in texts.iter().zip(&tokens).zip(&expected) {
+            assert_eq!(tokens, expected, "{text:?}");
+        }
+        assert_eq!(expected.len(), 300);
+        for special in [true, false] {
+            let expected = reference.detokenize(&smollm2_path(), &tokens, special);
+            for (tokens, expected) in tokens.iter().zip(&expected) {
+                assert_eq!(&vocab.detokenize_bytes(tokens, special).unwrap(), expected);
+            }
+        }
+    }
+}
+
+#[test]
+fn bytes_that_are_no_text_tokenize_alike() {
+    let vocab = Vocab::load(&smollm2_path()).unwrap();
+    let mut rng = Rng::new(7);
+    let texts: Vec<Vec<u8>> = (0..40).map(|_| (0..1 + rng.below(40)).map(|_| rng.below(256) as u8).collect()).collect();
+    let bytes: Vec<&[u8]> = texts.iter().map(Vec::as_slice).collect();
+    let expected = UpstreamRef::new().tokenize(&smollm2_path(), &bytes, true, true);
+    for (text, expected) in texts.iter().zip(expected) {
+        assert_eq!(vocab.tokenize_bytes(text, true, true).unwrap(), expected, "{text:?}");
+    }
+}
+
+#[test]
+fn tokens_give_the_text_back() {
+    let vocab = Vocab::load(&smollm2_path()).unwrap();
+    // This vocabulary has no tokens for some bytes, which only rare characters need; they are lost.
+    let pieces: HashSet<Vec<u8>> = (0..).take(vocab.n_tokens()).map(|token| vocab.piece(token, false)).collect();
+    let whole = |text: &String| text.bytes().all(|byte| pieces.contains(&vec![byte]));
+    let texts: Vec<_> = texts().into_iter().filter(whole).collect();
+    assert!(texts.len() >= 200, "{}", texts.len());
+    for text in texts {
+        let tokens = vocab.tokenize(&text, false, true).unwrap();
+        assert_eq!(vocab.detokenize(&tokens, true).unwrap(), text);
+        // Token by token, as a stream shows it.
+        let mut stream = Utf8Stream::default();
+        let mut shown: String = tokens.iter().map(|&token| stream.push(&vocab.piece(token, true))).collect();
+        shown.push_str(&stream.finish());
+        assert_eq!(shown, text);
+    }
+}
+
+#[test]
+fn special_tokens() {
+    let vocab = Vocab::load(&smollm2_path()).unwrap();
+    let info = UpstreamRef::new().info(&smollm2_path());
+    let id = |name: &str| info["special"][name].as_i64().filter(|&id| id >= 0).map(|id| id as i32);
+    assert_eq!(vocab.kind(), VocabKind::Bpe);
+    assert_eq!(Some(vocab.n_tokens() as u64), info["n_vocab"].as_u64());
+    assert_eq!(Some(vocab.adds_bos()), info["add_bos"].as_bool());
+    assert_eq!((vocab.bos(), vocab.eos(), vocab.eot()), (id("bos"), id("eos"), id("eot")));
+    assert_eq!(vocab.special(SpecialToken::Pad), id("pad"));
+    let eog: Vec<_> = info["eog"].as_array().unwrap().iter().map(|id| id.as_i64().unwrap() as i32).collect();
+    assert_eq!(vocab.eog_tokens(), eog);
+    let end = vocab.eos().unwrap();
+    assert_eq!((vocab.name(end).as_str(), vocab.piece(end, false)), ("<|im_end|>", Vec::new()));
+    assert!(vocab.is_control(end) && !vocab.is_control(400));
+}
+
+#[test]
+fn numbers_that_are_no_tokens() {
+    let vocab = Vocab::load(&smollm2_path()).unwrap();
+    for token in [-1, i32::MIN, i32::MAX, vocab.n_tokens() as i32] {
+        assert!(vocab.piece(token, true).is_empty() && !vocab.is_eog(token) && !vocab.is_control(token));
+        assert!(vocab.detokenize(&[1, token], true).is_err());
+    }
+}
+
+#[test]
+fn the_models_own_chat_template() {
+    let vocab = Vocab::load(&smollm2_path()).unwrap();
+    let model = simlayer::gguf::Gguf::open(&smollm2_path()).unwrap();
+    let template = ChatTemplate::new(model.str("tokenizer.chat_template").unwrap(), &vocab);
+    let user = Message::new("user", "Hi!");
+    let prompt = template.render(std::slice::from_ref(&user), true).unwrap();
+    // The model's template adds a system message where there is none.
+    assert_eq!(
+        prompt,
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n\
+         <|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n"
+    );
+    let turns =
+        [Message::new("system", "Be brief."), user, Message::new("assistant", "Hello."), Message::new("user", "Bye.")];
+    let prompt = template.render(&turns, true).unwrap();
+    assert_eq!(
+        prompt,
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi!<|im_end|>\n\
+         <|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\nBye.<|im_end|>\n<|im_start|>assistant\n"
+    );
+    let tokens = template.tokenize(&vocab, &prompt).unwrap();
+    assert_eq!(vocab.detokenize(&tokens, true).unwrap(), prompt);
+    assert_eq!(tokens.iter().filter(|&&token| Some(token) == vocab.eos()).count(), 4);
+}

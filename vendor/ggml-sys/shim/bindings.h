@@ -1,0 +1,8 @@
+// What bindgen reads: ggml, gguf, llama.h (for the vocabulary, sampler and chat parts) and our shim.
+#include "ggml.h"
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
+#include "ggml-cpu.h"
+#include "gguf.h"
+#include "llama.h"
+#include "vocab.h"

@@ -1,0 +1,337 @@
+//! Our speed against upstream's llama-bench.
+//!
+//! The two alternate within each round, so that a machine that slows down or speeds up meanwhile
+//! does so for both; figures are medians over the rounds.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use crate::prepare::{self, Env};
+use crate::{sh, upstream};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// A GGUF model; default: the one that demo and tests use.
+    #[arg(short, long)]
+    model: Option<PathBuf>,
+    /// Tokens in the cache before the measurement starts.
+    #[arg(long, value_delimiter = ',', default_value = "0")]
+    depths: Vec<u32>,
+    /// Cache types, for K and V alike.
+    #[arg(long, value_delimiter = ',', default_value = "f16")]
+    types: Vec<String>,
+    /// Tokens of the measured prefill; 0: none.
+    #[arg(long, default_value_t = 512)]
+    prompt: u32,
+    /// Tokens of the measured decode; 0: none.
+    #[arg(long = "gen", default_value_t = 64)]
+    generate: u32,
+    #[arg(short, long, default_value_t = 2)]
+    threads: u32,
+    #[arg(long, default_value_t = 5)]
+    rounds: u32,
+    /// Upstream without (0) and with (1) flash attention; the better of them is the base.
+    #[arg(long, value_delimiter = ',', default_value = "0,1")]
+    fa: Vec<u8>,
+    /// One more setting of ours: a name, a colon, and the options that make it, for instance
+    /// "half lazy:--lazy budget:0.5 -ctk q4_0 -ctv q4_0". May be given several times.
+    #[arg(long)]
+    ours: Vec<String>,
+    /// Writes everything measured to this file.
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+/// Something that is measured.
+#[derive(Debug)]
+struct Contender {
+    name: String,
+    upstream: bool,
+    /// The cache type; none for settings that `--ours` adds.
+    kv_type: Option<String>,
+    args: Vec<String>,
+}
+
+/// Samples in tokens/s, by contender, depth, and test ("pp512", "tg64").
+type Samples = BTreeMap<(usize, u32, String), Vec<f64>>;
+
+pub fn run(args: &Args) -> Result<()> {
+    if args.rounds == 0 || args.depths.is_empty() || (args.prompt == 0 && args.generate == 0) {
+        bail!("nothing to measure: give at least one round, one depth, and --prompt or --gen");
+    }
+    let mut env = Env::default();
+    prepare::libclang(&mut env)?;
+    let model = match &args.model {
+        Some(path) => path.clone(),
+        None => prepare::model()?,
+    };
+    let bench = upstream::tool("llama-bench")?;
+    let ours = env.build_simlayer_run()?;
+    let contenders = contenders(args)?;
+    sh::warn_if_busy();
+    let load_before = sh::load_average();
+
+    let mut samples = Samples::new();
+    for round in 1..=args.rounds {
+        for &depth in &args.depths {
+            for (index, contender) in contenders.iter().enumerate() {
+                eprintln!("round {round}/{}, depth {depth}: {}", args.rounds, contender.name);
+                let program = if contender.upstream { &bench } else { &ours };
+                let runs = measure(&env, program, &model, contender, args, depth)?;
+                for (test, speed) in runs {
+                    samples.entry((index, depth, test)).or_default().push(speed);
+                }
+            }
+        }
+    }
+
+    let rows = rows(&contenders, &samples, &args.types[0]);
+    print_table(&rows);
+    if let Some(path) = &args.json {
+        let report = json!({
+            "model": model.file_name().map(|n| n.to_string_lossy()),
+            "cpu": cpu_name(),
+            "threads": args.threads,
+            "rounds": args.rounds,
+            "load_before": load_before,
+            "results": rows.iter().map(Row::json).collect::<Vec<_>>(),
+        });
+        std::fs::write(path, serde_json::to_string_pretty(&report)? + "\n")
+            .with_context(|| path.display().to_string())?;
+    }
+    Ok(())
+}
+
+fn contenders(args: &Args) -> Result<Vec<Contender>> {
+    let mut contenders = Vec::new();
+    for kv_type in &args.types {
+        let cache = ["-ctk", kv_type, "-ctv", kv_type].map(String::from);
+        for fa in &args.fa {
+            // Upstream cannot read quantised values without flash attention.
+            if *fa == 0 && !matches!(kv_type.as_str(), "f16" | "bf16" | "f32") {
+                continue;
+            }
+            let mut with_fa = cache.to_vec();
+            with_fa.extend(["-fa".into(), fa.to_string()]);
+            contenders.push(Contender {
+                name: format!("llama.cpp {kv_type} fa={fa}"),
+                upstream: true,
+                kv_type: Some(kv_type.clone()),
+                args: with_fa,
+            });
+        }
+        contenders.push(Contender {
+            name: format!("simlayer {kv_type}"),
+            upstream: false,
+            kv_type: Some(kv_type.clone()),
+            args: [&cache[..], &["--lazy".into(), "off".into()]].concat(),
+        });
+    }
+    for text in &args.ours {
+        let Some((name, options)) = text.split_once(':') else {
+            bail!("--ours {text:?}: expected NAME:OPTIONS");
+        };
+        contenders.push(Contender {
+            name: format!("simlayer {}", name.trim()),
+            upstream: false,
+            kv_type: None,
+            args: options.split_whitespace().map(String::from).collect(),
+        });
+    }
+    Ok(contenders)
+}
+
+/// One run of one contender: the tests it made, with tokens/s.
+fn measure(
+    env: &Env,
+    program: &Path,
+    model: &Path,
+    contender: &Contender,
+    args: &Args,
+    depth: u32,
+) -> Result<Vec<(String, f64)>> {
+    let mut command = env.command(&program.display().to_string());
+    if contender.upstream {
+        command.arg("-m").arg(model).args(["-r", "1", "-o", "json"]);
+        command.args(["-p", &args.prompt.to_string(), "-n", &args.generate.to_string()]);
+        command.args(["-d", &depth.to_string(), "-t", &args.threads.to_string()]);
+    } else {
+        command.arg("bench").arg("-m").arg(model).args(["-r", "1", "--json"]);
+        command.args(["--prompt", &args.prompt.to_string(), "--gen", &args.generate.to_string()]);
+        command.args(["--depth", &depth.to_string(), "-t", &args.threads.to_string()]);
+    }
+    command.args(&contender.args);
+    let text = sh::output(&mut command)?;
+    let answer: Value =
+        serde_json::from_str(&text).with_context(|| format!("`{}` wrote no JSON:\n{text}", sh::shown(&command)))?;
+    let runs = if contender.upstream { upstream_runs(&answer) } else { our_runs(&answer) };
+    runs.filter(|runs| !runs.is_empty())
+        .with_context(|| format!("`{}` wrote JSON without the expected runs:\n{text}", sh::shown(&command)))
+}
+
+fn upstream_runs(answer: &Value) -> Option<Vec<(String, f64)>> {
+    let run = |run: &Value| {
+        let (prompt, generated) = (run["n_prompt"].as_u64()?, run["n_gen"].as_u64()?);
+        let test = if generated == 0 { format!("pp{prompt}") } else { format!("tg{generated}") };
+        Some((test, run["avg_ts"].as_f64()?))
+    };
+    answer.as_array()?.iter().map(run).collect()
+}
+
+fn our_runs(answer: &Value) -> Option<Vec<(String, f64)>> {
+    let run = |run: &Value| Some((run["test"].as_str()?.to_string(), run["tokens_per_second"].as_f64()?));
+    answer["runs"].as_array()?.iter().map(run).collect()
+}
+
+/// One line of the table.
+#[derive(Debug)]
+struct Row {
+    name: String,
+    upstream: bool,
+    test: String,
+    depth: u32,
+    samples: Vec<f64>,
+    median: f64,
+    /// Against upstream's best with the same cache type.
+    vs_same_type: Option<f64>,
+    /// Against upstream's best with the first of `--types`.
+    vs_first_type: Option<f64>,
+}
+
+impl Row {
+    fn json(&self) -> Value {
+        json!({
+            "name": self.name,
+            "upstream": self.upstream,
+            "test": self.test,
+            "depth": self.depth,
+            "tokens_per_second": self.median,
+            "samples": self.samples,
+            "vs_best_same_type": self.vs_same_type,
+            "vs_best_first_type": self.vs_first_type,
+        })
+    }
+}
+
+fn rows(contenders: &[Contender], samples: &Samples, first_type: &str) -> Vec<Row> {
+    let best = |depth: u32, test: &str, kv_type: &str| {
+        let medians = samples.iter().filter_map(|((index, d, t), speeds)| {
+            let contender = &contenders[*index];
+            let fits = contender.upstream && contender.kv_type.as_deref() == Some(kv_type);
+            (fits && *d == depth && t == test).then(|| median(speeds))
+        });
+        medians.reduce(f64::max)
+    };
+    let mut rows: Vec<Row> = samples
+        .iter()
+        .map(|((index, depth, test), speeds)| {
+            let contender = &contenders[*index];
+            let median = median(speeds);
+            let same = contender.kv_type.as_deref().and_then(|t| best(*depth, test, t));
+            Row {
+                name: contender.name.clone(),
+                upstream: contender.upstream,
+                test: test.clone(),
+                depth: *depth,
+                samples: speeds.clone(),
+                median,
+                vs_same_type: same.map(|best| median / best),
+                vs_first_type: best(*depth, test, first_type).map(|best| median / best),
+            }
+        })
+        .collect();
+    // By depth and test first; the sort is stable, so contenders stay in their order.
+    rows.sort_by(|a, b| (a.depth, &a.test).cmp(&(b.depth, &b.test)));
+    rows
+}
+
+fn print_table(rows: &[Row]) {
+    let width = rows.iter().map(|row| row.name.len()).max().unwrap_or(0);
+    let ratio = |r: Option<f64>| r.map_or("–".to_string(), |r| format!("{r:.2} ×"));
+    println!(
+        "| depth | test  | {:width$} | tokens/s | lowest | highest | vs llama.cpp, same types | vs its best |",
+        "setting"
+    );
+    println!("|---|---|---|---|---|---|---|---|");
+    for row in rows {
+        let lowest = row.samples.iter().copied().fold(f64::INFINITY, f64::min);
+        let highest = row.samples.iter().copied().fold(0.0, f64::max);
+        println!(
+            "| {:5} | {:5} | {:width$} | {:8.2} | {lowest:6.2} | {highest:7.2} | {} | {} |",
+            row.depth,
+            row.test,
+            row.name,
+            row.median,
+            ratio(row.vs_same_type),
+            ratio(row.vs_first_type),
+        );
+    }
+}
+
+/// The middle value; of an even number the mean of the two middle ones.
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let n = sorted.len();
+    if n % 2 == 1 { sorted[n / 2] } else { (sorted[n / 2 - 1] + sorted[n / 2]) / 2.0 }
+}
+
+fn cpu_name() -> Option<String> {
+    let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = info.lines().find(|line| line.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn median_of_odd_and_even() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+    }
+
+    #[test]
+    fn both_formats_are_read() {
+        let upstream = json!([
+            {"n_prompt": 512, "n_gen": 0, "n_depth": 0, "avg_ts": 250.5},
+            {"n_prompt": 0, "n_gen": 64, "n_depth": 0, "avg_ts": 99.0},
+        ]);
+        let ours = json!({"runs": [
+            {"test": "pp512", "depth": 0, "tokens_per_second": 250.5, "stddev": 0.0},
+            {"test": "tg64", "depth": 0, "tokens_per_second": 99.0, "stddev": 0.0},
+        ]});
+        let expected = vec![("pp512".to_string(), 250.5), ("tg64".to_string(), 99.0)];
+        assert_eq!(upstream_runs(&upstream), Some(expected.clone()));
+        assert_eq!(our_runs(&ours), Some(expected));
+        assert_eq!(our_runs(&json!({"runs": [{"test": "pp512"}]})), None);
+    }
+
+    #[test]
+    fn ratios_are_against_upstreams_best_of_the_type() {
+        let contender = |name: &str, upstream, kv: &str| Contender {
+            name: name.into(),
+            upstream,
+            kv_type: Some(kv.into()),
+            args: vec![],
+        };
+        let contenders = [
+            contender("up f16 fa=0", true, "f16"),
+            contender("up f16 fa=1", true, "f16"),
+            contender("up q4_0", true, "q4_0"),
+            contender("ours q4_0", false, "q4_0"),
+        ];
+        let speeds = [10.0, 20.0, 5.0, 40.0];
+        let samples: Samples =
+            speeds.into_iter().enumerate().map(|(i, s)| ((i, 0, "tg64".to_string()), vec![s])).collect();
+        let rows = rows(&contenders, &samples, "f16");
+        assert_eq!(rows[3].name, "ours q4_0");
+        assert_eq!(rows[3].vs_same_type, Some(8.0));
+        assert_eq!(rows[3].vs_first_type, Some(2.0));
+        assert_eq!(rows[0].vs_same_type, Some(0.5));
+    }
+}

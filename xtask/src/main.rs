@@ -1,0 +1,62 @@
+//! The project's chores, run as `cargo xtask <command>`.
+
+mod compare;
+mod demo;
+mod fuzz;
+mod prepare;
+mod rss;
+mod sh;
+mod test;
+mod upstream;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Fetch a small model, build, and answer a question about a long text.
+    Demo,
+    /// Everything that continuous integration checks.
+    Test,
+    /// Build llama.cpp's own tools, to compare with.
+    Upstream(upstream::Args),
+    /// Our speed against llama-bench, in alternating runs.
+    Compare(compare::Args),
+    /// Our resident memory against llama-simple's.
+    Rss(rss::Args),
+    /// Run the fuzz target.
+    Fuzz(fuzz::Args),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Demo => demo::run(),
+        Command::Test => test::run(),
+        Command::Upstream(args) => upstream::run(&args),
+        Command::Compare(args) => compare::run(&args),
+        Command::Rss(args) => rss::run(&args),
+        Command::Fuzz(args) => fuzz::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("\nxtask: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The repository's root.
+fn root() -> PathBuf {
+    let manifest = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    manifest.parent().map_or(manifest.clone(), |p| p.to_path_buf())
+}

@@ -1,0 +1,85 @@
+//! Running other programs, and saying so.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+/// The command line as one would type it, for messages.
+pub fn shown(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(|w| w.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
+}
+
+/// Prints the command and runs it; its output goes where ours goes.
+pub fn run(command: &mut Command) -> Result<()> {
+    let line = shown(command);
+    eprintln!("$ {line}");
+    let status = command.status().with_context(|| format!("cannot start `{line}`"))?;
+    if !status.success() {
+        bail!("`{line}` failed: {status}");
+    }
+    Ok(())
+}
+
+/// Runs the command and returns what it writes to stdout; stderr is shown only when it fails.
+pub fn output(command: &mut Command) -> Result<String> {
+    let line = shown(command);
+    let out = command.stdin(Stdio::null()).output().with_context(|| format!("cannot start `{line}`"))?;
+    if !out.status.success() {
+        let stderr = String::from_utf8_lossy(&out.stderr);
+        bail!("`{line}` failed: {}\n{}", out.status, stderr.trim_end());
+    }
+    String::from_utf8(out.stdout).with_context(|| format!("`{line}` wrote no UTF-8"))
+}
+
+/// Whether the command can be started and succeeds, silently.
+pub fn succeeds(command: &mut Command) -> bool {
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+/// Whether `program` is found on the PATH.
+pub fn on_path(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
+}
+
+/// Runs one named part of a chore, prints what it took, and names it where it fails.
+pub fn step<T>(name: &str, body: impl FnOnce() -> Result<T>) -> Result<T> {
+    eprintln!("\n== {name}");
+    let start = Instant::now();
+    let result = body();
+    let took = start.elapsed().as_secs_f64();
+    match &result {
+        Ok(_) => eprintln!("== {name}: done in {took:.1} s"),
+        Err(_) => eprintln!("== {name}: FAILED after {took:.1} s"),
+    }
+    result.with_context(|| format!("step `{name}` failed"))
+}
+
+/// The bytes of a file as lower-case hexadecimal SHA-256.
+pub fn sha256(path: &Path) -> Result<String> {
+    use sha2::Digest;
+    let mut file = std::fs::File::open(path).with_context(|| path.display().to_string())?;
+    let mut hash = sha2::Sha256::new();
+    std::io::copy(&mut file, &mut hash).with_context(|| path.display().to_string())?;
+    Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
+}
+
+/// How busy the machine is: the mean number of running tasks over the last minute.
+pub fn load_average() -> Option<f64> {
+    std::fs::read_to_string("/proc/loadavg").ok()?.split_whitespace().next()?.parse().ok()
+}
+
+/// Figures taken on a busy machine are worth little; says so.
+pub fn warn_if_busy() {
+    if let Some(load) = load_average().filter(|&load| load > 0.3) {
+        eprintln!("warning: the load average is {load:.2}; other work will disturb the figures");
+    }
+}

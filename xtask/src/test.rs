@@ -1,0 +1,90 @@
+//! Everything that continuous integration checks. All of it is built in the release profile, so
+//! that ggml is compiled once.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::prepare::{self, Env};
+use crate::root;
+use crate::sh::{self, step};
+
+pub fn run() -> Result<()> {
+    let start = std::time::Instant::now();
+    let mut env = Env::default();
+    step("prepare", || {
+        rust_components(&env)?;
+        prepare::libclang(&mut env)?;
+        prepare::cmake(&mut env)?;
+        prepare::model().map(|_| ())
+    })?;
+    let env = &env;
+    let fuzz = Some(root().join("fuzz")).filter(|dir| dir.join("Cargo.toml").is_file());
+    step("format", || {
+        sh::run(env.cargo().args(["fmt", "--all", "--check"]))?;
+        sh::run(upstream_cargo(env).args(["fmt", "--check"]))?;
+        match &fuzz {
+            Some(dir) => sh::run(env.cargo().current_dir(dir).args(["fmt", "--check"])),
+            None => Ok(()),
+        }
+    })?;
+    step("clippy", || {
+        let args = ["clippy", "--workspace", "--all-targets", "--release", "--", "-D", "warnings"];
+        sh::run(env.cargo().args(args))
+    })?;
+    if let Some(dir) = &fuzz {
+        step("fuzz target compiles", || {
+            // In the workspace's target folder, where ggml is built already.
+            let mut check = env.cargo();
+            check.current_dir(dir).env("CARGO_TARGET_DIR", env.target_dir()?);
+            sh::run(check.args(["check", "--release", "--locked"]))
+        })?;
+    }
+    step("documentation", || {
+        let mut doc = env.cargo();
+        doc.env("RUSTDOCFLAGS", "-D warnings");
+        sh::run(doc.args(["doc", "--workspace", "--no-deps", "--release"]))
+    })?;
+    step("reference (unmodified llama.cpp)", || build_reference(env).map(|_| ()))?;
+    step("reference: clippy and tests", || {
+        let args = ["clippy", "--all-targets", "--release", "--", "-D", "warnings"];
+        sh::run(upstream_cargo(env).args(args))?;
+        sh::run(upstream_cargo(env).args(["test", "--release"]))
+    })?;
+    step("tests", || sh::run(env.cargo().args(["test", "--workspace", "--release", "--no-fail-fast"])))?;
+    eprintln!("\nAll passed in {:.0} s.", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// rustup's minimal profile lacks these two.
+fn rust_components(env: &Env) -> Result<()> {
+    for (subcommand, component) in [("fmt", "rustfmt"), ("clippy", "clippy")] {
+        if !sh::succeeds(env.cargo().args([subcommand, "--version"])) {
+            eprintln!("{component} is missing");
+            sh::run(env.command("rustup").args(["component", "add", component]))
+                .with_context(|| format!("please install {component}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn upstream_dir() -> PathBuf {
+    root().join("tests/upstream")
+}
+
+/// Cargo in the folder of the reference, whose `.cargo/config.toml` turns native CPU flags on.
+fn upstream_cargo(env: &Env) -> Command {
+    let mut cargo = env.cargo();
+    cargo.current_dir(upstream_dir());
+    // The tests look for the program here, and these variables would override the folder's config.
+    cargo.env("CARGO_TARGET_DIR", upstream_dir().join("target"));
+    cargo.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS");
+    cargo
+}
+
+/// Builds the program that runs unmodified llama.cpp for the tests to compare with.
+fn build_reference(env: &Env) -> Result<PathBuf> {
+    sh::run(upstream_cargo(env).args(["build", "--release", "--locked"]))?;
+    Ok(Path::new(&upstream_dir()).join("target/release/upstream-ref"))
+}
