@@ -350,7 +350,7 @@ fn a_conversation_with_lazy_layers_goes_on() {
         &arguments(&[&["@", "chat"], &options[..]].concat()),
         "Name three colours of the rainbow and say where they are in it.\n/regen\nThank you.\n".as_bytes(),
     );
-    assert_eq!(ran.text().trim_end().is_empty(), false);
+    assert!(!ran.text().trim_end().is_empty());
     assert!(ran.stderr.contains("layers   7 lazy"), "{}", ran.stderr);
 }
 

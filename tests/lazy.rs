@@ -41,12 +41,16 @@ fn upstream_scores(model: &Path, tokens: &[Token]) -> Vec<(usize, usize, Vec<f64
         .collect()
 }
 
+/// Upstream shows its softmax without flash attention only; with it, one query's score differs by what the hidden
+/// states differ by, which is more than 0.005 in single layers.
 fn check_scores(model: &Model, path: &Path, tokens: &[Token]) {
     for (window, last, theirs) in upstream_scores(path, tokens) {
-        for layer_major in [true, false] {
+        for (layer_major, flash_attn) in [(true, false), (false, false), (true, true)] {
+            let bound = if flash_attn && last == 1 { 0.02 } else { 0.005 };
             let mut params = lazy_f16("threshold:1", window);
             params.lazy.n_last = last;
             params.layer_major = layer_major;
+            params.flash_attn = flash_attn;
             let mut session = session(model, params);
             session.prefill(tokens).expect("prefill");
             let layers = session.layers(0);
@@ -54,7 +58,7 @@ fn check_scores(model: &Model, path: &Path, tokens: &[Token]) {
             for (layer, theirs) in layers.iter().zip(&theirs) {
                 let ours = f64::from(layer.score.expect("a score"));
                 let index = layer.index;
-                assert!((ours - theirs).abs() < 0.005, "window {window}, last {last}, layer {index}: {ours}, {theirs}");
+                assert!((ours - theirs).abs() < bound, "window {window}, last {last}, layer {index}: {ours}, {theirs}");
             }
         }
     }
@@ -360,6 +364,15 @@ impl Beside {
     }
 }
 
+/// Everything in f32, so that nothing but the order of sums tells engine and reference apart.
+fn lazy_f32(policy: &str, n_window: usize) -> SessionParams {
+    let mut params = lazy_f16(policy, n_window);
+    (params.type_k, params.type_v) = (Type::F32, Type::F32);
+    (params.lazy_type_k, params.lazy_type_v) = (Some(Type::F32), Some(Type::F32));
+    (params.flash_attn, params.layer_major) = (false, false);
+    params
+}
+
 fn random_model(folder: &Path, n_layer: usize) -> (std::path::PathBuf, Model, usize) {
     let path = folder.join("random.gguf");
     let random = RandomModel {
@@ -382,7 +395,7 @@ fn a_conversation_of_three_turns_equals_the_plain_reference() {
     let folder = tempfile::tempdir().expect("a folder");
     let (path, model, n_vocab) = random_model(folder.path(), 6);
     for (policy, n_ubatch) in [("budget:0.5", 512), ("budget:0.5", 50), ("threshold:0.45", 64)] {
-        let mut params = lazy_f16(policy, 60);
+        let mut params = lazy_f32(policy, 60);
         params.n_ubatch = n_ubatch;
         let mut beside = Beside::new(&path, &model, params);
         let mut rng = Rng::new(11);
@@ -395,7 +408,7 @@ fn a_conversation_of_three_turns_equals_the_plain_reference() {
         }
         println!("{policy}, ubatch {n_ubatch}: {} of 6 lazy, worst KL {:.3e}", beside.lazy.len(), beside.worst);
         assert!(!beside.lazy.is_empty(), "{policy}: nothing became lazy");
-        assert!(beside.worst < 1e-4, "{policy}: worst KL {}", beside.worst);
+        assert!(beside.worst < 1e-6, "{policy}: worst KL {}", beside.worst);
     }
 }
 
@@ -403,7 +416,7 @@ fn a_conversation_of_three_turns_equals_the_plain_reference() {
 fn six_thousand_tokens_equal_the_plain_reference() {
     let folder = tempfile::tempdir().expect("a folder");
     let (path, model, n_vocab) = random_model(folder.path(), 2);
-    let mut params = lazy_f16("budget:0.5", 100);
+    let mut params = lazy_f32("budget:0.5", 100);
     params.n_threads = 1;
     let mut beside = Beside::new(&path, &model, params);
     let mut rng = Rng::new(13);
@@ -414,7 +427,7 @@ fn six_thousand_tokens_equal_the_plain_reference() {
         beside.decode(token);
     }
     println!("worst KL of 6000 tokens {:.3e}", beside.worst);
-    assert!(beside.worst < 1e-4, "worst KL {}", beside.worst);
+    assert!(beside.worst < 1e-6, "worst KL {}", beside.worst);
 }
 
 /// Batches of any size over a wrapped ring: the next tokens are those of one token at a time.

@@ -159,7 +159,7 @@ fn numbers_that_are_no_tokens() {
 #[test]
 fn the_models_own_chat_template() {
     let vocab = Vocab::load(&smollm2_path()).unwrap();
-    let model = simlayer::gguf::Gguf::open(&smollm2_path()).unwrap();
+    let model = simlayer::gguf::Gguf::open(smollm2_path()).unwrap();
     let template = ChatTemplate::new(model.str("tokenizer.chat_template").unwrap(), &vocab);
     let user = Message::new("user", "Hi!");
     let prompt = template.render(std::slice::from_ref(&user), true).unwrap();

@@ -58,7 +58,7 @@ impl Rotations {
 /// Sylvester's matrix of a power of two, scaled to be orthonormal: entry (i, j) is ± 1/√n by the parity of i AND j.
 fn hadamard(n: usize) -> Vec<f32> {
     let scale = 1.0 / (n as f32).sqrt();
-    (0..n * n).map(|k| if ((k / n) & (k % n)).count_ones() % 2 == 0 { scale } else { -scale }).collect()
+    (0..n * n).map(|k| if ((k / n) & (k % n)).count_ones().is_multiple_of(2) { scale } else { -scale }).collect()
 }
 
 #[cfg(test)]

@@ -78,11 +78,11 @@ impl CacheAttention<'_> {
         }
         // `[head size, tokens, heads]`: what attention wants.
         let queries = graph.permute(&q, [0, 2, 1, 3]);
-        let (k, v) = (rows(graph, &k), rows(graph, &v));
+        let projected = Projected { queries, k: rows(graph, &k), v: rows(graph, &v) };
 
         let attended = match cache.span() {
-            Some(span) if part.n > 1 => self.attend_behind_ring(graph, store, span, index, &queries, &k, &v),
-            span => self.attend_stored(graph, store, span, (index, layer), &queries, &k, &v),
+            Some(span) if part.n > 1 => self.attend_behind_ring(graph, store, span, index, &projected),
+            span => self.attend_stored(graph, store, span, (index, layer), &projected),
         };
         // `[head size, heads, tokens]`
         let attended = if format.rotate_v { self.rotations.rotate_value(graph, &attended) } else { attended };
@@ -97,9 +97,7 @@ impl CacheAttention<'_> {
         store: &Store,
         span: Option<Span>,
         (index, layer): (usize, usize),
-        queries: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
+        Projected { queries, k, v }: &Projected,
     ) -> Tensor {
         let part = self.parts[index];
         let rows = self.inputs.rows(graph, part.n, index, span);
@@ -126,9 +124,7 @@ impl CacheAttention<'_> {
         store: &Store,
         span: Span,
         index: usize,
-        queries: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
+        Projected { queries, k, v }: &Projected,
     ) -> Tensor {
         let part = self.parts[index];
         let n_old = span.used_rows(part.n_past);
@@ -137,7 +133,7 @@ impl CacheAttention<'_> {
                 0 => own.clone(),
                 _ => graph.concat(&graph.cast(&graph.rows(stored, 0, n_old), Type::F32), own, 1),
             };
-            let all = graph.cast(&all, Type::F16);
+            let all = if stored.ty() == Type::F32 { all } else { graph.cast(&all, Type::F16) };
             Store::heads(graph, &all, self.head_size, n_old + part.n)
         };
         let (keys, values) = (with_old(&store.k, k), with_old(&store.v, v));
@@ -197,6 +193,13 @@ impl CacheAttention<'_> {
         }
         self.scores.push(Score { part: index, layer, masses });
     }
+}
+
+/// A part's tokens, rotated as the store is: queries `[head size, tokens, heads]`, keys and values as rows.
+struct Projected {
+    queries: Tensor,
+    k: Tensor,
+    v: Tensor,
 }
 
 /// The part's tokens of `[head size, heads, tokens]`.

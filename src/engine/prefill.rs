@@ -180,16 +180,15 @@ impl Session {
             Some(score) => selector.scored(index, score),
             None => known.then_some(index),
         };
-        // Straight from the scratch where this layer is the one, so that nothing is quantised twice.
-        if lazy != Some(index) || !sequence.layers[index].is_active() {
-            sequence.layers[index].keep_scratch(n_tokens, &self.maker, &mut self.scheduler)?;
-        }
+        // The shrinking comes first: it makes room for the final store of this layer. Where this layer is the one, it
+        // shrinks straight from the scratch, so that nothing is quantised twice.
         if let Some(lazy) = lazy {
             let layer: &mut LayerCache = &mut sequence.layers[lazy];
             if layer.is_active() {
                 layer.make_lazy(n_tokens, span, format, &self.maker, &mut self.scheduler)?;
             }
         }
+        sequence.layers[index].keep_scratch(n_tokens, &self.maker, &mut self.scheduler)?;
         Ok(())
     }
 

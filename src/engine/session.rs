@@ -128,7 +128,7 @@ impl Session {
             rotations: Rotations::new(hparams.head_size, device.buffer_type())?,
             n_ctx: params.n_ctx,
         };
-        let smallest = if hparams.head_size % Type::Q4_0.block_size() == 0 { Type::Q4_0 } else { Type::F16 };
+        let smallest = if hparams.head_size.is_multiple_of(Type::Q4_0.block_size()) { Type::Q4_0 } else { Type::F16 };
         let lazy_type = |given: Option<Type>| given.unwrap_or(smallest);
         let format = |k, v| Format::new(k, v, params.kv_rotate);
         Ok(Session {
@@ -496,20 +496,18 @@ fn check(params: &SessionParams, head_size: usize, n_layer: usize) -> Result<(),
             return wrong("0 lazy queries: the score needs at least 1");
         }
     }
-    if let Policy::Layers(layers) = &params.lazy.policy {
-        if let Some(layer) = layers.iter().find(|&&layer| layer >= n_layer) {
-            return Err(Error::Params(format!(
-                "layer {layer} of --lazy layers: the model has layers 0 to {}",
-                n_layer - 1
-            )));
-        }
+    if let Policy::Layers(layers) = &params.lazy.policy
+        && let Some(layer) = layers.iter().find(|&&layer| layer >= n_layer)
+    {
+        let last = n_layer - 1;
+        return Err(Error::Params(format!("layer {layer} of --lazy layers: the model has layers 0 to {last}")));
     }
     let types = [Some(params.type_k), Some(params.type_v), params.lazy_type_k, params.lazy_type_v];
     for ty in types.into_iter().flatten() {
         if !Type::CACHE.contains(&ty) {
             return Err(Error::Params(format!("{ty} is no cache type")));
         }
-        if head_size % ty.block_size() != 0 {
+        if !head_size.is_multiple_of(ty.block_size()) {
             return Err(Error::CacheType { ty, block: ty.block_size(), head_size });
         }
     }

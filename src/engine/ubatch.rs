@@ -107,10 +107,11 @@ impl Session {
     fn graph_for(&mut self, batch: &[BatchEntry<'_>], parts: &[Part], n_outputs: usize) -> Result<CachedGraph, Error> {
         let caches: Vec<&[LayerCache]> = batch.iter().map(|entry| &*self.sequences[&entry.seq].layers).collect();
         let key = Key::new(parts, &caches, n_outputs);
-        if let Some(cached) = self.decode_graph.take() {
-            if cached.key == key && self.scheduler.is_allocated(&cached.graph) {
-                return Ok(cached);
-            }
+        if let Some(cached) = self.decode_graph.take()
+            && cached.key == key
+            && self.scheduler.is_allocated(&cached.graph)
+        {
+            return Ok(cached);
         }
         let hparams = self.model.hparams();
         let architecture = self.model.architecture();

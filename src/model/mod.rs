@@ -125,7 +125,7 @@ impl Model {
         let mut loader = weights::Loader::new(&file, params.repack);
         let architecture = build(&hparams, &mut loader)?;
         let weight_bytes = loader.finish()?;
-        let vocab = Vocab::load(path).map_err(|source| Error::Vocab { path: path.to_owned(), source })?;
+        let vocab = Vocab::load_checked(path).map_err(|source| Error::Vocab { path: path.to_owned(), source })?;
         if vocab.n_tokens() != hparams.n_vocab {
             return Err(Error::Key {
                 path: path.to_owned(),

@@ -15,6 +15,9 @@ enum Place {
     Memory(BufferType),
 }
 
+/// The tensors that go to one place, and the context that holds them.
+type Placed<'a> = (Place, Context, Vec<(Tensor, &'a TensorInfo)>);
+
 /// Finds a model's tensors in its file, checks them, and gives them memory.
 ///
 /// An architecture asks for each tensor by name and shape and gets a handle; [`Loader::finish`] then places the data,
@@ -23,7 +26,7 @@ pub(crate) struct Loader<'a> {
     file: &'a Gguf,
     device: Device,
     repacking: Vec<BufferType>,
-    contexts: Vec<(Place, Context, Vec<(Tensor, &'a TensorInfo)>)>,
+    contexts: Vec<Placed<'a>>,
     asked: HashSet<&'a str>,
     /// Whether a kind of memory can multiply a type and shape: asking ggml allocates, and layers are alike.
     answers: HashMap<(usize, Type, [usize; 2]), bool>,
@@ -110,7 +113,7 @@ impl<'a> Loader<'a> {
 
     /// In the file when its data is aligned as ggml's kernels want it, else copied.
     fn unpacked(&self, info: &TensorInfo) -> Place {
-        if self.device.buffer_type().is_host() && info.offset % 32 == 0 {
+        if self.device.buffer_type().is_host() && info.offset.is_multiple_of(32) {
             Place::Map(info.file)
         } else {
             Place::Memory(self.device.buffer_type())

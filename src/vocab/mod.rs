@@ -5,6 +5,7 @@ mod utf8;
 use std::{path::Path, sync::Arc};
 
 pub use crate::ggml::{SpecialToken, VocabKind};
+use crate::gguf::{Gguf, check_vocab};
 pub use utf8::Utf8Stream;
 
 use crate::ggml::RawVocab;
@@ -38,7 +39,14 @@ impl Vocab {
     ///
     /// # Errors
     /// [`VocabError::Load`] when the file has no vocabulary or a broken one.
-    pub(crate) fn load(path: &Path) -> Result<Vocab, VocabError> {
+    pub fn load(path: &Path) -> Result<Vocab, VocabError> {
+        let file = Gguf::open(path).map_err(|error| VocabError::Load(error.to_string()))?;
+        check_vocab(&file).map_err(|error| VocabError::Load(error.to_string()))?;
+        Vocab::load_checked(path)
+    }
+
+    /// As [`Vocab::load`], for a file whose vocabulary keys have been checked.
+    pub(crate) fn load_checked(path: &Path) -> Result<Vocab, VocabError> {
         let raw = RawVocab::load(path).map_err(VocabError::Load)?;
         Ok(Vocab { raw: Arc::new(raw) })
     }
@@ -149,7 +157,7 @@ impl Vocab {
         self.raw.is_control(token)
     }
 
-    /// The name of a token ("<s>", "<|im_end|>"), also of a control token; a number that is no token has an empty name.
+    /// The name of a token (`<s>`, `<|im_end|>`), also of a control token; a number that is no token has an empty name.
     pub fn name(&self, token: Token) -> String {
         String::from_utf8_lossy(&self.piece(token, true)).into_owned()
     }

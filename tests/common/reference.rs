@@ -142,10 +142,13 @@ fn norm(input: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
 
 fn rope(head: &mut [f32], position: usize, base: f32) {
     let n = head.len();
+    let step = base.powf(-2.0 / n as f32);
+    let mut angle = position as f32;
     for i in (0..n).step_by(2) {
-        let angle = position as f32 * base.powf(-(i as f32) / n as f32);
         let (sin, cos) = angle.sin_cos();
         let (a, b) = (head[i], head[i + 1]);
         (head[i], head[i + 1]) = (a * cos - b * sin, a * sin + b * cos);
+        // As ggml does: one factor after the other, whose rounding adds up at high positions.
+        angle *= step;
     }
 }

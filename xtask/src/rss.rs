@@ -25,8 +25,8 @@ pub struct Args {
     rounds: u32,
 }
 
-/// A process's resident memory in bytes, from /proc/<pid>/smaps_rollup, which counts pages. The
-/// figures in /proc/<pid>/status are sums of per-thread counters that lag behind by some 100 KiB.
+/// A process's resident memory in bytes, from /proc/PID/smaps_rollup, which counts pages. The
+/// figures in /proc/PID/status are sums of per-thread counters that lag behind by some 100 KiB.
 #[derive(Debug, Default, Clone, Copy, PartialEq)]
 struct Memory {
     resident: u64,
@@ -112,7 +112,7 @@ fn watch(command: &mut Command) -> Result<Memory> {
     highest.with_context(|| format!("`{line}` ended before its memory was seen"))
 }
 
-/// Reads /proc/<pid>/smaps_rollup; none when the process has no memory any more.
+/// Reads /proc/PID/smaps_rollup; none when the process has no memory any more.
 fn parse(text: &str) -> Option<Memory> {
     let bytes = |key: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
