@@ -175,7 +175,7 @@ pub struct CommonArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Lazy layers")]
 pub struct LazyFlags {
-    /// Which layers become lazy: auto, threshold[:τ], budget[:ρ], layers:1,2,... or off
+    /// Which layers become lazy: auto, `threshold[:τ]`, `budget[:ρ]`, layers:1,2,... or off
     #[arg(long, value_name = "RULE", default_value = "auto")]
     pub lazy: Policy,
     /// A calibrated profile of the model
