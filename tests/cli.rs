@@ -50,7 +50,8 @@ fn with_stdin(args: &[&str], stdin: &[u8]) -> Ran {
     child.wait_with_output().unwrap().into()
 }
 
-/// Runs the program with these arguments; `@` stands for `-m` and the model.
+/// Runs the program with these arguments; `@` stands for `-m` and the model. One thread is enough, and does not wait
+/// for others when the machine is busy with other tests.
 macro_rules! run {
     ($($arg:expr),* $(,)?) => { with_stdin(&arguments(&[$($arg),*]), b"") };
 }
@@ -61,7 +62,7 @@ fn model() -> String {
 
 fn arguments<'a>(args: &[&'a str]) -> Vec<&'a str> {
     let model: &'static str = Box::leak(model().into_boxed_str());
-    args.iter().flat_map(|&arg| if arg == "@" { vec!["-m", model] } else { vec![arg] }).collect()
+    args.iter().flat_map(|&arg| if arg == "@" { vec!["-m", model, "-t", "1"] } else { vec![arg] }).collect()
 }
 
 #[test]

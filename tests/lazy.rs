@@ -381,7 +381,7 @@ fn random_model(folder: &Path, n_layer: usize) -> (std::path::PathBuf, Model, us
 fn a_conversation_of_three_turns_equals_the_plain_reference() {
     let folder = tempfile::tempdir().expect("a folder");
     let (path, model, n_vocab) = random_model(folder.path(), 6);
-    for (policy, n_ubatch) in [("budget:0.5", 512), ("budget:0.5", 50), ("threshold:0.25", 64)] {
+    for (policy, n_ubatch) in [("budget:0.5", 512), ("budget:0.5", 50), ("threshold:0.15", 64)] {
         let mut params = lazy_f32(policy, 60);
         params.n_ubatch = n_ubatch;
         let mut beside = Beside::new(&path, &model, params);

@@ -16,6 +16,8 @@ pub fn command_line() -> clap::Command {
              Without a command it continues the text given by -p or -f.",
         )
         .subcommand_negates_reqs(true)
+        // As with llama.cpp, the last one counts where an option is given twice.
+        .args_override_self(true)
         .max_term_width(110)
 }
 

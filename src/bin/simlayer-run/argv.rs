@@ -150,6 +150,14 @@ mod tests {
     }
 
     #[test]
+    fn the_last_of_two_counts() {
+        let Ok(Command::Bench(args)) = parse("bench -m x -t 1 -m y --threads 2 -r 3 --reps 4") else {
+            panic!("options may be repeated");
+        };
+        assert_eq!((args.common.model.to_str(), args.common.threads, args.reps), (Some("y"), Some(2), 4));
+    }
+
+    #[test]
     fn wrong_usage() {
         for words in [
             "-p x",
