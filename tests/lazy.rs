@@ -210,7 +210,6 @@ fn the_peak_of_a_prefill_is_the_final_stores_and_one_layer() {
 }
 
 #[test]
-#[ignore = "slow, and not settled yet: see the issue on SimLayerKV"]
 fn layer_major_and_chunk_major_give_the_same_logits() {
     let model = smollm2();
     let tokens = story(&model, 2_500);
@@ -270,7 +269,6 @@ fn a_prompt_within_sink_and_window_gives_the_same_tokens_lazy_or_not() {
 
 /// Rotation changes nothing but rounding: in f16 stores it can be seen alone.
 #[test]
-#[ignore = "slow, and not settled yet: see the issue on SimLayerKV"]
 fn rotation_changes_f16_logits_by_rounding_only() {
     // Weights in f32: quantised ones turn the last bit of f16 into noise of their own.
     let folder = tempfile::tempdir().expect("a folder");
