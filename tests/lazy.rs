@@ -41,12 +41,9 @@ fn upstream_scores(model: &Path, tokens: &[Token]) -> Vec<(usize, usize, Vec<f64
         .collect()
 }
 
-/// Upstream shows its softmax without flash attention only; with it, one query's score differs by what the hidden
-/// states differ by, which is more than 0.005 in single layers.
 fn check_scores(model: &Model, path: &Path, tokens: &[Token]) {
     for (window, last, theirs) in upstream_scores(path, tokens) {
         for (layer_major, flash_attn) in [(true, false), (false, false), (true, true)] {
-            let bound = if flash_attn && last == 1 { 0.02 } else { 0.005 };
             let mut params = lazy_f16("threshold:1", window);
             params.lazy.n_last = last;
             params.layer_major = layer_major;
@@ -58,14 +55,15 @@ fn check_scores(model: &Model, path: &Path, tokens: &[Token]) {
             for (layer, theirs) in layers.iter().zip(&theirs) {
                 let ours = f64::from(layer.score.expect("a score"));
                 let index = layer.index;
-                assert!((ours - theirs).abs() < bound, "window {window}, last {last}, layer {index}: {ours}, {theirs}");
+                let run = format!("window {window}, last {last}, flash attention {flash_attn}, layer {index}");
+                assert!((ours - theirs).abs() < 0.005, "{run}: {ours}, {theirs}");
             }
         }
     }
 }
 
 #[test]
-#[ignore = "slow, and not settled yet: see the issue on SimLayerKV"]
+#[ignore = "fails: with flash attention, one query and window 1024, layer 15 scores 0.7075 against 0.7007"]
 fn scores_are_the_attention_mass_that_upstream_gives() {
     let model = smollm2();
     check_scores(&model, &smollm2_path(), &story(&model, 3_000));
@@ -117,7 +115,7 @@ fn lazy_layers(session: &Session) -> Vec<usize> {
 }
 
 #[test]
-#[ignore = "slow, and not settled yet: see the issue on SimLayerKV"]
+#[ignore = "fails: 25.4154 against upstream's 25.5480 at threshold 0.95, 0.52 % where 0.5 % is allowed"]
 fn perplexity_is_that_of_upstream_restricted_to_sink_and_window() {
     let model = smollm2();
     let tokens = story(&model, 3_512);
@@ -146,7 +144,7 @@ fn layers_policy(layers: &[usize]) -> String {
 }
 
 #[test]
-#[ignore = "slow, and not settled yet: see the issue on SimLayerKV"]
+#[ignore = "fails: 24.0559 against upstream's 24.2148, 0.66 % where 0.5 % is allowed"]
 fn windowed_prefill_is_upstream_restricted_from_the_first_token_on() {
     let model = smollm2();
     let tokens = story(&model, 3_300);
@@ -165,7 +163,6 @@ fn windowed_prefill_is_upstream_restricted_from_the_first_token_on() {
 
 /// Windowed prefill, chunk-major: bounded from the first token on, by the final stores and one ubatch in each lazy layer.
 #[test]
-#[ignore = "slow, and not settled yet: see the issue on SimLayerKV"]
 fn windowed_prefill_is_bounded_from_the_first_token_on() {
     let model = smollm2();
     let tokens = story(&model, 8_000);
@@ -183,7 +180,6 @@ fn windowed_prefill_is_bounded_from_the_first_token_on() {
 }
 
 #[test]
-#[ignore = "slow, and not settled yet: see the issue on SimLayerKV"]
 fn the_peak_of_a_prefill_is_the_final_stores_and_one_layer() {
     let model = smollm2();
     let tokens = story(&model, 8_000);
@@ -209,8 +205,8 @@ fn the_peak_of_a_prefill_is_the_final_stores_and_one_layer() {
     }
 }
 
-#[test]
-fn layer_major_and_chunk_major_give_the_same_logits() {
+/// Mean KL between the two ways to read a prompt, for each policy; the chunk-major one in ubatches of `n_ubatch`.
+fn check_prefill_orders(n_ubatch: usize) {
     let model = smollm2();
     let tokens = story(&model, 2_500);
     let windowed = layers_policy(&most_layers());
@@ -221,10 +217,21 @@ fn layer_major_and_chunk_major_give_the_same_logits() {
             params.n_ubatch = n_ubatch;
             logits(&model, &params, &tokens[..2_490], &tokens[2_490..])
         };
-        let kl = mean_kl(&run(true, 512), &run(false, 512));
+        let kl = mean_kl(&run(true, 512), &run(false, n_ubatch));
         println!("{policy}, window {window}: mean KL {kl:.3e}");
         assert!(kl < 1e-5, "{policy}, window {window}: mean KL {kl}");
     }
+}
+
+#[test]
+fn layer_major_and_chunk_major_give_the_same_logits() {
+    check_prefill_orders(512);
+}
+
+#[test]
+#[ignore = "fails: windowed prefill of 24 layers in ubatches of 200 has mean KL 2.7e-3 to ubatches of 512"]
+fn layer_major_and_chunk_major_agree_whatever_the_ubatch() {
+    check_prefill_orders(200);
 }
 
 #[test]
@@ -267,25 +274,48 @@ fn a_prompt_within_sink_and_window_gives_the_same_tokens_lazy_or_not() {
     }
 }
 
-/// Rotation changes nothing but rounding: in f16 stores it can be seen alone.
-#[test]
-fn rotation_changes_f16_logits_by_rounding_only() {
-    // Weights in f32: quantised ones turn the last bit of f16 into noise of their own.
+/// Mean KL between rotating never and always.
+fn rotation_kl(model: &Model, mut params: SessionParams, tokens: &[Token]) -> f64 {
+    let (prompt, decoded) = tokens.split_at(tokens.len() - 10);
+    let mut run = |rotate| {
+        params.kv_rotate = rotate;
+        logits(model, &params, prompt, decoded)
+    };
+    let kl = mean_kl(&run(KvRotate::Never), &run(KvRotate::Always));
+    println!("rotation: mean KL {kl:.3e}");
+    kl
+}
+
+/// Two random models, one with a head size that is no power of two, through a check of their rotation's KL.
+fn check_rotation(params: impl Fn() -> SessionParams, bound: f64) {
     let folder = tempfile::tempdir().expect("a folder");
     for random in [RandomModel::default(), RandomModel { head_size: 24, n_head: 4, ..RandomModel::default() }] {
         let path = folder.path().join("random.gguf");
         random.write(&path);
-        let model = load(&path);
-        let tokens = Rng::new(9).tokens(400, random.n_vocab());
-        let run = |rotate| {
-            let mut params = lazy_f16("budget:0.5", 128);
-            params.kv_rotate = rotate;
-            logits(&model, &params, &tokens[..380], &tokens[380..])
-        };
-        let kl = mean_kl(&run(KvRotate::Never), &run(KvRotate::Always));
-        println!("rotation of f16 stores, random model: mean KL {kl:.3e}");
-        assert!(kl < 1e-4, "mean KL {kl}");
+        let kl = rotation_kl(&load(&path), params(), &Rng::new(9).tokens(400, random.n_vocab()));
+        assert!(kl < bound, "mean KL {kl}");
     }
+}
+
+#[test]
+fn rotation_changes_f32_logits_by_rounding_only() {
+    check_rotation(|| lazy_f32("budget:0.5", 128), 1e-8);
+}
+
+#[test]
+#[ignore = "fails: mean KL 2.1e-5 and 1.6e-5"]
+fn rotation_changes_f16_logits_by_rounding_only() {
+    check_rotation(|| lazy_f16("budget:0.5", 128), 1e-5);
+}
+
+#[test]
+#[ignore = "fails: mean KL 3.9e-3"]
+fn rotation_changes_smollm2_by_rounding_only() {
+    let model = smollm2();
+    let mut params = lazy_f16("budget:0.5", 512);
+    params.layer_major = false;
+    let kl = rotation_kl(&model, params, &story(&model, 1_400));
+    assert!(kl < 2e-3, "mean KL {kl}");
 }
 
 /// The engine beside the slow reference, which is told which layers are lazy since when.

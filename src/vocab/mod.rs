@@ -40,8 +40,8 @@ impl Vocab {
     /// # Errors
     /// [`VocabError::Load`] when the file has no vocabulary or a broken one.
     pub fn load(path: &Path) -> Result<Vocab, VocabError> {
-        let file = Gguf::open(path).map_err(|error| VocabError::Load(error.to_string()))?;
-        check_vocab(&file).map_err(|error| VocabError::Load(error.to_string()))?;
+        let checked = Gguf::open(path).and_then(|file| check_vocab(&file));
+        checked.map_err(|error| VocabError::Load(error.to_string()))?;
         Vocab::load_checked(path)
     }
 
