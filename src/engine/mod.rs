@@ -2,13 +2,16 @@
 
 mod attention;
 mod inputs;
+mod memory;
 mod prefill;
 mod sequence;
 mod session;
+mod state;
 mod ubatch;
 
 pub use sequence::LayerReport;
 pub use session::{BatchEntry, Outputs, SeqId, Session, SessionParams};
+pub use state::StateError;
 
 use crate::{ggml, vocab::Token};
 
@@ -32,6 +35,8 @@ pub enum Error {
     SequenceTwice(SeqId),
     #[error("interrupted")]
     Interrupted,
+    #[error("sequence {0} has no tokens")]
+    NoSequence(SeqId),
     #[error(transparent)]
     Ggml(ggml::Error),
 }

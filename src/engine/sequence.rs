@@ -18,13 +18,13 @@ pub(super) struct Sequence {
 /// One layer's cache in a sequence.
 #[derive(Debug)]
 pub(super) struct LayerCache {
-    store: Option<Store>,
+    pub(super) store: Option<Store>,
     /// `None` keeps every position.
-    span: Option<Span>,
+    pub(super) span: Option<Span>,
     /// Whether the policy made it lazy; a layer that is sliding-window by design has a span and is not lazy.
     pub lazy: bool,
     pub score: Option<f32>,
-    format: Format,
+    pub(super) format: Format,
 }
 
 /// What is known of a layer.
@@ -93,7 +93,7 @@ impl LayerCache {
         Ok(())
     }
 
-    fn used_rows(&self, n_past: usize) -> usize {
+    pub(super) fn used_rows(&self, n_past: usize) -> usize {
         self.span.map_or(n_past, |span| span.used_rows(n_past))
     }
 

@@ -20,6 +20,7 @@ pub(super) struct CachedGraph {
     graph: Graph,
     inputs: Inputs,
     logits: Option<Tensor>,
+    embeddings: Option<Tensor>,
     scores: Vec<Score>,
 }
 
@@ -68,6 +69,9 @@ impl Session {
             let start = self.logits.len();
             self.logits.resize(start + outputs.len() * self.model.hparams().n_vocab, 0.0);
             logits.read(0, &mut self.logits[start..]);
+        }
+        if let Some(embeddings) = &ready.embeddings {
+            self.embeddings.extend(embeddings.to_f32());
         }
         let mut scores: Vec<Vec<(usize, f32)>> = vec![Vec::new(); parts.len()];
         for score in &ready.scores {
@@ -143,8 +147,10 @@ impl Session {
         if let Some(logits) = &logits {
             graph.expand(logits);
         }
+        let embeddings = logits.as_ref().filter(|_| self.wants_embeddings).and_then(Tensor::multiplied);
+        let embeddings = embeddings.map(Tensor::as_output);
         self.scheduler.alloc(&graph)?;
-        Ok(CachedGraph { key, graph, inputs, logits, scores })
+        Ok(CachedGraph { key, graph, inputs, logits, embeddings, scores })
     }
 
     /// Counts the tokens in, and lets layers become lazy where a prompt has ended.

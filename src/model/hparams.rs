@@ -35,7 +35,10 @@ pub struct Hparams {
 
 impl Hparams {
     /// Reads and checks the keys under the file's architecture.
-    pub(super) fn read(file: &Gguf) -> Result<Hparams, Error> {
+    ///
+    /// # Errors
+    /// When a key is missing or its value makes no sense.
+    pub fn read(file: &Gguf) -> Result<Hparams, Error> {
         let architecture = file.architecture()?.to_owned();
         let keys = Keys { file, architecture: &architecture };
 

@@ -1,6 +1,6 @@
 use std::collections::{HashMap, HashSet};
 
-use super::Error;
+use super::{Error, Progress};
 use crate::{
     ggml::{BufferType, Context, Device, Tensor, Type},
     gguf::{Gguf, TensorInfo},
@@ -138,12 +138,25 @@ impl<'a> Loader<'a> {
 
     /// Gives every tensor its data and returns their bytes. A tensor that nobody asked for is an error: the model
     /// would not be the one that the file's author meant.
-    pub(super) fn finish(self) -> Result<usize, Error> {
+    pub(super) fn finish(self, progress: Option<&Progress>) -> Result<usize, Error> {
         let path = self.file.path();
         if let Some(info) = self.file.tensors().iter().find(|info| !self.asked.contains(&*info.name)) {
             return Err(self.wrong(info, "is not known to this architecture".into()));
         }
         let failed = |source| Error::Ggml { path: path.to_owned(), source };
+        let total: usize = self.contexts.iter().flat_map(|(_, _, tensors)| tensors).map(|(_, info)| info.n_bytes).sum();
+        let mut loaded = 0;
+        // False: the caller wants no more.
+        let mut tell = |n_bytes: usize| {
+            loaded += n_bytes;
+            match progress {
+                Some(progress) if !progress.0(loaded as f32 / total.max(1) as f32) => {
+                    Err(Error::Cancelled { path: path.to_owned() })
+                }
+                _ => Ok(()),
+            }
+        };
+        tell(0)?;
         let mut bytes = 0;
         for (place, context, tensors) in &self.contexts {
             bytes += tensors.iter().map(|(_, info)| info.n_bytes).sum::<usize>();
@@ -151,11 +164,13 @@ impl<'a> Loader<'a> {
                 Place::Map(index) => {
                     let places: Vec<_> = tensors.iter().map(|(tensor, info)| (tensor, info.offset)).collect();
                     context.place_in_map(self.device, &self.file.maps()[index], &places).map_err(failed)?;
+                    tell(tensors.iter().map(|(_, info)| info.n_bytes).sum())?;
                 }
                 Place::Memory(memory) => {
                     context.alloc(memory, "weights").map_err(failed)?;
                     for (tensor, info) in tensors {
                         tensor.write(0, self.file.data(info));
+                        tell(info.n_bytes)?;
                     }
                 }
             }
