@@ -40,9 +40,22 @@ impl Vocab {
     /// # Errors
     /// [`VocabError::Load`] when the file has no vocabulary or a broken one.
     pub fn load(path: &Path) -> Result<Vocab, VocabError> {
-        let checked = Gguf::open(path).and_then(|file| check_vocab(&file));
+        Vocab::load_with(path, &[])
+    }
+
+    /// As [`Vocab::load`]; `overrides` take the place of the file's keys.
+    ///
+    /// # Errors
+    /// As [`Vocab::load`].
+    pub fn load_with(path: &Path, overrides: &[(String, Override)]) -> Result<Vocab, VocabError> {
+        let checked = Gguf::open(path).and_then(|mut file| {
+            for (key, value) in overrides {
+                file.set_override(key, value.clone());
+            }
+            check_vocab(&file)
+        });
         checked.map_err(|error| VocabError::Load(error.to_string()))?;
-        Vocab::load_checked(path, &[])
+        Vocab::load_checked(path, overrides)
     }
 
     /// As [`Vocab::load`], for a file whose vocabulary keys have been checked. `overrides` take the place of its keys.
