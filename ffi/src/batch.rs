@@ -116,8 +116,11 @@ pub(crate) fn ext_entries(batch: *mut sys::llama_batch_ext, all_outputs: bool) -
 }
 
 /// Changes one entry.
-fn change(batch: *mut sys::llama_batch_ext, idx: i32, change: impl FnOnce(&mut Entry, &Limits) -> Result<bool>)
--> Result<bool> {
+fn change(
+    batch: *mut sys::llama_batch_ext,
+    idx: i32,
+    change: impl FnOnce(&mut Entry, &Limits) -> Result<bool>,
+) -> Result<bool> {
     let batch = BATCHES.get(batch)?;
     let mut batch = lock(&batch);
     let Batch { limits, entries } = &mut *batch;

@@ -172,8 +172,8 @@ impl Context {
         let mut session_params = SessionParams::default();
         session_params.n_ctx = n_ctx_seq;
         session_params.n_ubatch = n_ubatch;
-        session_params.n_threads = usize::try_from(params.n_threads).unwrap_or(0).max(1);
-        session_params.n_threads_batch = usize::try_from(params.n_threads_batch).unwrap_or(0).max(1);
+        session_params.n_threads = threads(params.n_threads);
+        session_params.n_threads_batch = threads(params.n_threads_batch);
         (session_params.type_k, session_params.type_v) = (type_k, type_v);
         session_params.flash_attn = params.flash_attn_type != sys::LLAMA_FLASH_ATTN_TYPE_DISABLED;
         let session = match &model.engine {
@@ -204,12 +204,26 @@ impl Context {
         }
         let elements = hparams.f16_kv_bytes_per_token() / 4;
         let type_bytes = type_k.row_bytes(elements) + type_v.row_bytes(elements);
-        Ok(Context { model: Arc::clone(&model), limits, pooling, handle: handle as usize, type_bytes, state: Mutex::new(state) })
+        Ok(Context {
+            model: Arc::clone(&model),
+            limits,
+            pooling,
+            handle: handle as usize,
+            type_bytes,
+            state: Mutex::new(state),
+        })
     }
 }
 
 fn abort_callback(function: sys::ggml_abort_callback, data: *mut c_void) -> Option<AbortCallback> {
     function.map(|function| (function, data))
+}
+
+/// At least one thread, and no more than there are cores: ggml's threads spin while they wait for each other, so that
+/// one without a core of its own stops all. llama.h's default is 4, wherever it runs.
+fn threads(asked: i32) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    usize::try_from(asked).unwrap_or(0).clamp(1, cores)
 }
 
 fn cache_type(raw: sys::ggml_type) -> Result<Type> {
@@ -367,8 +381,7 @@ api! {
         let context = CONTEXTS.get(ctx)?;
         let mut state = context.lock();
         (state.n_threads, state.n_threads_batch) = (n_threads, n_threads_batch);
-        let count = |n: i32| usize::try_from(n).unwrap_or(0);
-        session(&mut state)?.set_threads(count(n_threads), count(n_threads_batch));
+        session(&mut state)?.set_threads(threads(n_threads), threads(n_threads_batch));
         Ok(())
     }
 

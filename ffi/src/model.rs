@@ -545,5 +545,7 @@ fn check_split_names(paths: &[*const c_char]) -> Result<()> {
 /// Experts of a layer, for llama-ext.h.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn simlayer_ext_n_expert(model: *const sys::llama_model) -> i32 {
-    crate::border::guard("llama_model_n_expert", 0, || Ok(MODELS.get(model)?.number("expert_count").unwrap_or(0.0) as i32))
+    crate::border::guard("llama_model_n_expert", 0, || {
+        Ok(MODELS.get(model)?.number("expert_count").unwrap_or(0.0) as i32)
+    })
 }

@@ -130,8 +130,11 @@ fn named<T>(path: &Path, result: io::Result<T>) -> Result<T> {
 }
 
 /// Writes a file beside its place first, so that a failure leaves the old one as it was.
-fn write_file(path: &Path, tokens: &[sys::llama_token], write: impl FnOnce(&mut dyn Write) -> io::Result<()>)
--> Result<usize> {
+fn write_file(
+    path: &Path,
+    tokens: &[sys::llama_token],
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> Result<usize> {
     let mut part = path.as_os_str().to_owned();
     part.push(".part");
     let part = Path::new(&part);
@@ -245,8 +248,12 @@ unsafe fn load(
 
 /// # Safety
 /// `file` is a C string and `tokens` has `n` elements.
-unsafe fn save(ctx: *mut sys::llama_context, file: *const c_char, tokens: *const sys::llama_token, n: usize)
--> Result<bool> {
+unsafe fn save(
+    ctx: *mut sys::llama_context,
+    file: *const c_char,
+    tokens: *const sys::llama_token,
+    n: usize,
+) -> Result<bool> {
     let context = CONTEXTS.get(ctx)?;
     let mut state = context.lock();
     let session = session(&mut state)?;
@@ -288,8 +295,12 @@ fn seq_restore(state: &mut State, seq: u32, from: &[u8]) -> Result<usize> {
 
 /// # Safety
 /// `src` points to `size` bytes.
-unsafe fn seq_set(ctx: *mut sys::llama_context, src: *const u8, size: usize, seq_id: sys::llama_seq_id)
--> Result<usize> {
+unsafe fn seq_set(
+    ctx: *mut sys::llama_context,
+    src: *const u8,
+    size: usize,
+    seq_id: sys::llama_seq_id,
+) -> Result<usize> {
     let context = CONTEXTS.get(ctx)?;
     let seq = sequence(seq_id, &context.limits)?;
     let mut state = context.lock();

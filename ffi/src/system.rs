@@ -9,7 +9,7 @@ use std::{
 use ggml_sys as sys;
 use simlayer::ggml::keep_logs;
 
-use crate::border::{Failure, Result, text};
+use crate::border::{Failure, Result, c_str, slice, text};
 
 /// As upstream has it: no context has more sequences.
 pub(crate) const MAX_SEQUENCES: usize = 256;
@@ -79,6 +79,39 @@ api! {
         match LOAD_MODES.iter().find(|(_, other)| other.to_bytes() == name.as_bytes()) {
             Some((mode, _)) => Ok(*mode),
             None => fail!("\"{name}\" is none"),
+        }
+    }
+
+    fn llama_chat_apply_template(
+        tmpl: *const c_char,
+        chat: *const sys::llama_chat_message,
+        n_msg: usize,
+        add_ass: bool,
+        buf: *mut c_char,
+        length: i32,
+    ) -> i32, or -1, {
+        // SAFETY: an array of messages, C strings, and a buffer of the caller's.
+        unsafe {
+            for message in slice(chat, n_msg, "chat")? {
+                c_str(message.role, "role")?;
+                c_str(message.content, "content")?;
+            }
+            let template = if tmpl.is_null() { c"chatml" } else { c_str(tmpl, "tmpl")? };
+            let mut why = [0 as c_char; 256];
+            let length = if buf.is_null() { 0 } else { length.max(0) };
+            let n = sys::simlayer_chat_apply_template(
+                template.as_ptr(), chat, n_msg, add_ass, buf, length, why.as_mut_ptr(), why.len(),
+            );
+            match n {
+                i32::MIN => fail!("{}", CStr::from_ptr(why.as_ptr()).to_string_lossy()),
+                n => {
+                    // As upstream's strncpy does, where there is room.
+                    if n >= 0 && n < length {
+                        *buf.add(n as usize) = 0;
+                    }
+                    Ok(n)
+                }
+            }
         }
     }
 

@@ -122,10 +122,10 @@ impl Scheduler {
         if let Some(pool) = self.attached {
             // SAFETY: `attach_threadpool`'s caller keeps the pool alive until it is detached; live handles.
             unsafe {
-                let threads = (threads as i32).min(sys::ggml_threadpool_get_n_threads(pool.as_ptr()));
                 for backend in &self.backends {
                     if sys::ggml_backend_is_cpu(backend.raw.as_ptr()) {
-                        sys::ggml_backend_cpu_set_n_threads(backend.raw.as_ptr(), threads);
+                        // Where the pool has fewer threads, ggml takes as many as it has.
+                        sys::ggml_backend_cpu_set_n_threads(backend.raw.as_ptr(), threads as i32);
                         sys::ggml_backend_cpu_set_threadpool(backend.raw.as_ptr(), pool.as_ptr());
                     }
                 }
