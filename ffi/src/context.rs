@@ -132,7 +132,11 @@ impl Context {
 
     fn new(handle: *mut sys::llama_model, params: &sys::llama_context_params) -> Result<Context> {
         let model = MODELS.get(handle)?;
-        let Some(hparams) = &model.hparams else { fail!("the model was loaded for its vocabulary only") };
+        // A vocabulary alone has a context as well, which can run nothing.
+        let (n_ctx_train, kv_elements) = match &model.hparams {
+            Some(hparams) => (hparams.n_ctx_train, hparams.f16_kv_bytes_per_token() / 4),
+            None => (512, 0),
+        };
         if params.n_batch == 0 && params.n_ubatch == 0 {
             fail!("n_batch and n_ubatch cannot both be zero");
         }
@@ -154,7 +158,7 @@ impl Context {
         }
 
         // As upstream does: sizes of whole blocks, shared evenly unless the cache is unified.
-        let n_ctx = if params.n_ctx == 0 { hparams.n_ctx_train } else { params.n_ctx as usize };
+        let n_ctx = if params.n_ctx == 0 { n_ctx_train } else { params.n_ctx as usize };
         let n_batch = n_ctx.min(params.n_batch as usize);
         let n_ubatch = match params.n_ubatch as usize {
             0 => n_batch,
@@ -202,8 +206,7 @@ impl Context {
                 scheduler.set_eval_callback(params.cb_eval, params.cb_eval_user_data);
             }
         }
-        let elements = hparams.f16_kv_bytes_per_token() / 4;
-        let type_bytes = type_k.row_bytes(elements) + type_v.row_bytes(elements);
+        let type_bytes = type_k.row_bytes(kv_elements) + type_v.row_bytes(kv_elements);
         Ok(Context {
             model: Arc::clone(&model),
             limits,

@@ -72,9 +72,8 @@ fn read_context(context: &Context, state: &mut State, from: &[u8]) -> Result<usi
     Ok(at)
 }
 
-/// Outputs and bookkeeping of what was there before.
+/// Puts what is kept beside the engine's sequences right. The last batch's outputs stay, as upstream leaves them.
 fn after_load(state: &mut State, seq: Option<u32>) {
-    state.outputs.clear();
     match seq {
         Some(seq) => state.forget(seq),
         None => {
