@@ -27,7 +27,7 @@ pub use llama::{
     builtin_chat_templates, set_log, silence_logs,
 };
 pub use memory::{release_free_memory, resident_bytes};
-pub use mmap::map_file;
+pub use mmap::{map_file, release_pages};
 pub use scheduler::Scheduler;
 pub use types::Type;
 
