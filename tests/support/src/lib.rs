@@ -3,6 +3,8 @@
 //!
 //! A test's helper may panic: a panic is a failed test.
 
+#![forbid(unsafe_code)]
+
 pub mod gguf;
 pub mod metrics;
 mod model;
