@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 pub use peak_alloc::PeakAlloc;
 
 pub use model::{RandomModel, RopeScaling};
-pub use quantize::{WeightType, quantize};
+pub use quantize::{WeightType, dequantize, quantize};
 pub use rng::Rng;
 pub use upstream::{Greedy, Logits, UpstreamRef};
 pub use vocab::Vocabulary;

@@ -66,3 +66,8 @@ impl std::fmt::Debug for WeightType {
 pub fn quantize(ty: WeightType, values: &[f32], row: usize) -> Vec<u8> {
     checked::quantize(ty.0, values, row)
 }
+
+/// The values of a weight's blocks.
+pub fn dequantize(ty: WeightType, bytes: &[u8]) -> Vec<f32> {
+    checked::dequantize(ty.0, bytes)
+}

@@ -58,3 +58,26 @@ pub fn quantize(ty: u32, values: &[f32], row: usize) -> Vec<u8> {
     assert_eq!(written, bytes.len(), "ggml wrote another size for {}", type_name(ty));
     bytes
 }
+
+/// Values of a type's blocks, by ggml's own conversion.
+///
+/// # Panics
+/// When the number is no type's or ggml cannot convert it, or the bytes are no whole blocks.
+pub fn dequantize(ty: u32, bytes: &[u8]) -> Vec<f32> {
+    let block_bytes = type_bytes(ty, type_block_size(ty));
+    assert!(bytes.len().is_multiple_of(block_bytes), "{} bytes are no blocks of {}", bytes.len(), type_name(ty));
+    let n = bytes.len() / block_bytes * type_block_size(ty);
+    let mut values = vec![0f32; n];
+    if ty == crate::GGML_TYPE_F32 {
+        for (value, bytes) in values.iter_mut().zip(bytes.as_chunks().0) {
+            *value = f32::from_ne_bytes(*bytes);
+        }
+        return values;
+    }
+    // SAFETY: a table look-up with the number of a type; the entry lives as long as the process.
+    let to_float = unsafe { (*crate::ggml_get_type_traits(ty)).to_float };
+    let Some(to_float) = to_float else { panic!("{} cannot be converted", type_name(ty)) };
+    // SAFETY: `bytes` holds the blocks of `n` elements, `values` has room for as many.
+    unsafe { to_float(bytes.as_ptr().cast(), values.as_mut_ptr(), n as i64) };
+    values
+}
