@@ -5,7 +5,7 @@ use super::{
 use crate::{
     cache::{Rotations, Span, Store},
     ggml::{Graph, Tensor, Type},
-    model::Attention,
+    model::{Attention, AttentionOptions},
 };
 
 /// Rows that attention reads are rounded up to this many, so that a decode graph serves as many steps (as in llama.cpp).
@@ -45,10 +45,18 @@ impl Score {
 }
 
 impl Attention for CacheAttention<'_> {
-    fn attend(&mut self, graph: &Graph, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+    fn attend(
+        &mut self,
+        graph: &Graph,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        options: &AttentionOptions<'_>,
+    ) -> Tensor {
         let mut attended: Option<Tensor> = None;
         for part in 0..self.parts.len() {
-            let one = self.attend_part(graph, layer, part, q, k, v);
+            let one = self.attend_part(graph, (part, layer), q, k, v, options);
             attended = Some(match attended {
                 Some(others) => graph.concat(&others, &one, 1),
                 None => one,
@@ -59,11 +67,15 @@ impl Attention for CacheAttention<'_> {
 }
 
 impl CacheAttention<'_> {
-    fn scale(&self) -> f32 {
-        1.0 / (self.head_size as f32).sqrt()
-    }
-
-    fn attend_part(&mut self, graph: &Graph, layer: usize, index: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+    fn attend_part(
+        &mut self,
+        graph: &Graph,
+        (index, layer): (usize, usize),
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        options: &AttentionOptions<'_>,
+    ) -> Tensor {
         let part = self.parts[index];
         let cache = &self.caches[index][layer];
         let store = cache.store().expect("room was reserved before the graph is built");
@@ -81,8 +93,8 @@ impl CacheAttention<'_> {
         let projected = Projected { queries, k: rows(graph, &k), v: rows(graph, &v) };
 
         let attended = match cache.span() {
-            Some(span) if part.n > 1 => self.attend_behind_ring(graph, store, span, index, &projected),
-            span => self.attend_stored(graph, store, span, (index, layer), &projected),
+            Some(span) if part.n > 1 => self.attend_behind_ring(graph, store, span, index, &projected, options),
+            span => self.attend_stored(graph, store, span, (index, layer), &projected, options),
         };
         // `[head size, heads, tokens]`
         let attended = if format.rotate_v { self.rotations.rotate_value(graph, &attended) } else { attended };
@@ -98,6 +110,7 @@ impl CacheAttention<'_> {
         span: Option<Span>,
         (index, layer): (usize, usize),
         Projected { queries, k, v }: &Projected,
+        options: &AttentionOptions<'_>,
     ) -> Tensor {
         let part = self.parts[index];
         let rows = self.inputs.rows(graph, part.n, index, span);
@@ -111,9 +124,9 @@ impl CacheAttention<'_> {
         let values = Store::heads(graph, &store.v, self.head_size, n_rows);
         let mask = self.inputs.mask(graph, part.n, index, span, n_rows);
         if part.n_score > 0 && span.is_none() {
-            self.score(graph, (index, layer), queries, &keys, &mask);
+            self.score(graph, (index, layer), queries, &keys, &mask, options);
         }
-        self.attention(graph, queries, &keys, &values, &mask)
+        self.attention(graph, queries, &keys, &values, &mask, options)
     }
 
     /// Several tokens over a ring: they attend to a copy of the ring followed by their own rows, because a row that a
@@ -125,6 +138,7 @@ impl CacheAttention<'_> {
         span: Span,
         index: usize,
         Projected { queries, k, v }: &Projected,
+        options: &AttentionOptions<'_>,
     ) -> Tensor {
         let part = self.parts[index];
         let n_old = span.used_rows(part.n_past);
@@ -138,7 +152,7 @@ impl CacheAttention<'_> {
         };
         let (keys, values) = (with_old(&store.k, k), with_old(&store.v, v));
         let mask = self.inputs.mask_behind_ring(graph, part.n, index, span, n_old);
-        let attended = self.attention(graph, queries, &keys, &values, &mask);
+        let attended = self.attention(graph, queries, &keys, &values, &mask, options);
         // The ring must be read before it is written: nodes run in the order in which they are added.
         graph.expand(&attended);
         for kept in span.kept_ranges(part.n_past + part.n) {
@@ -156,11 +170,20 @@ impl CacheAttention<'_> {
     }
 
     /// → `[head size, heads, tokens]`
-    fn attention(&self, graph: &Graph, queries: &Tensor, keys: &Tensor, values: &Tensor, mask: &Tensor) -> Tensor {
+    fn attention(
+        &self,
+        graph: &Graph,
+        queries: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        mask: &Tensor,
+        options: &AttentionOptions<'_>,
+    ) -> Tensor {
         if self.flash_attn {
-            return graph.flash_attn(queries, keys, values, mask, self.scale());
+            let AttentionOptions { scale, softcap, sinks } = *options;
+            return graph.flash_attn(queries, keys, values, mask, scale, softcap.unwrap_or(0.0), sinks);
         }
-        let weights = graph.soft_max(&graph.mul_mat_f32(keys, queries), mask, self.scale());
+        let weights = weights(graph, queries, keys, mask, options);
         let values = if values.ty().is_quantized() { graph.cast(values, Type::F32) } else { values.clone() };
         let transposed = graph.contiguous(&graph.permute(&values, [1, 0, 2, 3]));
         let attended = graph.mul_mat(&transposed, &weights);
@@ -168,7 +191,15 @@ impl CacheAttention<'_> {
     }
 
     /// The attention mass of the part's last queries on what a lazy layer would keep (method: SimLayerKV, section 3).
-    fn score(&mut self, graph: &Graph, (index, layer): (usize, usize), queries: &Tensor, keys: &Tensor, mask: &Tensor) {
+    fn score(
+        &mut self,
+        graph: &Graph,
+        (index, layer): (usize, usize),
+        queries: &Tensor,
+        keys: &Tensor,
+        mask: &Tensor,
+        options: &AttentionOptions<'_>,
+    ) {
         let Part { n, n_score, .. } = self.parts[index];
         let [head_size, _, heads, _] = queries.shape();
         let [_, n_rows, kv_heads, _] = keys.shape();
@@ -186,7 +217,13 @@ impl CacheAttention<'_> {
             let offset = (n - n_score) * token_bytes + first * shared * head_bytes;
             let q = graph.view(queries, [head_size, n_score, some * shared], [token_bytes, head_bytes], offset);
             let k = graph.view(keys, [head_size, n_rows, some], [row_bytes, kv_head_bytes], first * kv_head_bytes);
-            let weights = graph.soft_max(&graph.mul_mat_f32(&k, &q), &mask, self.scale());
+            let sinks = options.sinks.map(|sinks| {
+                let [_, logit_bytes, ..] = sinks.strides();
+                let offset = first * shared * size_of::<f32>();
+                graph.view(sinks, [some * shared, 1, 1], [logit_bytes, logit_bytes], offset)
+            });
+            let options = AttentionOptions { sinks: sinks.as_ref(), ..*options };
+            let weights = weights(graph, &q, &k, &mask, &options);
             let mass = graph.sum_rows(&graph.mul(&weights, &kept)).as_output();
             graph.expand(&mass);
             masses.push(mass);
@@ -200,6 +237,16 @@ struct Projected {
     queries: Tensor,
     k: Tensor,
     v: Tensor,
+}
+
+/// Attention weights `[rows, tokens, heads]` of queries `[head size, tokens, heads]`.
+fn weights(graph: &Graph, queries: &Tensor, keys: &Tensor, mask: &Tensor, options: &AttentionOptions<'_>) -> Tensor {
+    let AttentionOptions { scale, softcap, sinks } = *options;
+    let products = graph.mul_mat_f32(keys, queries);
+    match softcap {
+        Some(cap) => graph.soft_max(&graph.tanh(&graph.scale(&products, scale / cap)), mask, cap, sinks),
+        None => graph.soft_max(&products, mask, scale, sinks),
+    }
 }
 
 /// The part's tokens of `[head size, heads, tokens]`.

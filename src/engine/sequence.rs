@@ -37,6 +37,8 @@ pub struct LayerReport {
     pub lazy: bool,
     /// `full`, `lazy`, or `window` for one that is sliding-window by design.
     pub kind: &'static str,
+    /// Recent tokens that it keeps, the newest included; `None` when it keeps all.
+    pub window: Option<usize>,
     /// Bytes of its buffers.
     pub kv_bytes: usize,
 }
@@ -159,6 +161,7 @@ impl LayerCache {
             (false, None) => "full",
         };
         let kv_bytes = self.store.as_ref().map_or(0, Store::bytes);
-        LayerReport { index, score: self.score, lazy: self.lazy, kind, kv_bytes }
+        let window = self.span.map(|span| span.n_window);
+        LayerReport { index, score: self.score, lazy: self.lazy, kind, window, kv_bytes }
     }
 }

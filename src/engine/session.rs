@@ -14,7 +14,7 @@ use crate::{
     cache::{Format, KvReport, KvRotate, Meter, Rotations, Span},
     ggml::{self, Device, Scheduler, Type},
     lazy::{At, LazyParams, Policy, Selector, default_threshold},
-    model::Model,
+    model::{Hparams, Model},
     vocab::Token,
 };
 
@@ -116,7 +116,7 @@ impl Session {
         if params.n_threads_batch == 0 {
             params.n_threads_batch = params.n_threads;
         }
-        check(&params, hparams.head_size, hparams.n_layer)?;
+        check(&params, hparams)?;
         let device = Device::cpu();
         // A layer has some 30 nodes, a few more for each sequence in a batch; scores and rotations add theirs.
         let max_nodes = 1024 + 64 * hparams.n_layer * MAX_PARTS;
@@ -324,7 +324,8 @@ impl Session {
     /// What the cache takes. Lazy and active layers are those of the longest sequence.
     pub fn kv(&self) -> KvReport {
         let context_tokens: usize = self.sequences.values().map(|sequence| sequence.n_past).sum();
-        let f16_bytes = context_tokens * self.model.hparams().f16_kv_bytes_per_token();
+        let hparams = self.model.hparams();
+        let f16_bytes = self.sequences.values().map(|sequence| hparams.f16_kv_bytes(sequence.n_past)).sum();
         let allocated_bytes = self.maker.meter.now();
         let longest = self.sequences.values().max_by_key(|sequence| sequence.n_past);
         let lazy_layers = longest.map_or(0, |sequence| sequence.layers.iter().filter(|layer| layer.lazy).count());
@@ -352,14 +353,14 @@ impl Session {
 
     /// Layers that are not sliding-window by their own design.
     fn scorable_layers(&self) -> usize {
-        if self.model.hparams().sliding_window.is_some() { 0 } else { self.model.hparams().n_layer }
+        self.model.hparams().windows.iter().filter(|window| window.is_none()).count()
     }
 
     /// A sequence without tokens: its layers are full, but for those that are restricted from the first token on.
     pub(super) fn new_sequence(&self) -> Sequence {
         let selector = self.selector();
         let windowed = self.params.lazy.windowed_prefill();
-        let layer = |index| match self.model.hparams().sliding_window {
+        let layer = |index| match self.model.hparams().windows[index] {
             Some(n_window) => LayerCache::new(Some(Span { n_sink: 0, n_window }), false, self.active_format),
             None if windowed && selector.is_known_lazy(index) => {
                 LayerCache::new(Some(self.span), true, self.lazy_format)
@@ -477,7 +478,8 @@ pub(super) fn single_part(n: usize, n_past: usize, n_score: usize) -> [Part; 1] 
     [Part { first: 0, n, n_past, n_score }]
 }
 
-fn check(params: &SessionParams, head_size: usize, n_layer: usize) -> Result<(), Error> {
+fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
+    let &Hparams { head_size, n_layer, .. } = hparams;
     let wrong = |why: &str| Err(Error::Params(why.to_owned()));
     if params.n_ubatch == 0 {
         return wrong("a ubatch of 0 tokens: give at least 1");
@@ -496,11 +498,15 @@ fn check(params: &SessionParams, head_size: usize, n_layer: usize) -> Result<(),
             return wrong("0 lazy queries: the score needs at least 1");
         }
     }
-    if let Policy::Layers(layers) = &params.lazy.policy
-        && let Some(layer) = layers.iter().find(|&&layer| layer >= n_layer)
-    {
-        let last = n_layer - 1;
-        return Err(Error::Params(format!("layer {layer} of --lazy layers: the model has layers 0 to {last}")));
+    if let Policy::Layers(layers) = &params.lazy.policy {
+        for &layer in layers {
+            let why = match hparams.windows.get(layer) {
+                Some(None) => continue,
+                Some(Some(window)) => format!("it is sliding-window by design (window {window}); leave it out"),
+                None => format!("the model has layers 0 to {}", n_layer - 1),
+            };
+            return Err(Error::Params(format!("layer {layer} of --lazy layers: {why}")));
+        }
     }
     let types = [Some(params.type_k), Some(params.type_v), params.lazy_type_k, params.lazy_type_v];
     for ty in types.into_iter().flatten() {

@@ -114,6 +114,10 @@ impl Graph {
         node!(self, [a], ggml_scale(a.raw(), factor))
     }
 
+    pub fn tanh(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_tanh(a.raw()))
+    }
+
     /// Sums each row: `[n, rows, …]` → `[1, rows, …]`.
     pub fn sum_rows(&self, a: &Tensor) -> Tensor {
         node!(self, [a], ggml_sum_rows(a.raw()))
@@ -183,18 +187,44 @@ impl Graph {
     /// Attention in one operation.
     ///
     /// `q` `[head size, tokens, heads]`, `k` and `v` `[head size, rows, KV heads]`, `mask` f16 `[rows, tokens]` (0 or
-    /// minus infinity) → `[head size, heads, tokens]`, f32.
-    pub fn flash_attn(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor, scale: f32) -> Tensor {
-        let result =
-            node!(self, [q, k, v, mask], ggml_flash_attn_ext(q.raw(), k.raw(), v.raw(), mask.raw(), scale, 0.0, 0.0));
+    /// minus infinity) → `[head size, heads, tokens]`, f32. A `softcap` other than 0 bends the scaled products `x` to
+    /// `softcap·tanh(x/softcap)`; `sinks` as in [`Graph::soft_max`].
+    #[expect(clippy::too_many_arguments, reason = "the operation's own")]
+    pub fn flash_attn(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        mask: &Tensor,
+        scale: f32,
+        softcap: f32,
+        sinks: Option<&Tensor>,
+    ) -> Tensor {
+        let result = node!(
+            self,
+            [q, k, v, mask],
+            ggml_flash_attn_ext(q.raw(), k.raw(), v.raw(), mask.raw(), scale, 0.0, softcap)
+        );
         // SAFETY: sets a parameter of the node just made.
         unsafe { sys::ggml_prec_set_acc(result.raw(), sys::GGML_PREC_F32) };
+        if let Some(sinks) = sinks {
+            self.context.uses(sinks);
+            // SAFETY: sets an operand of the node just made, which `uses` keeps alive; ggml checks its shape.
+            unsafe { sys::ggml_flash_attn_ext_add_sinks(result.raw(), sinks.raw()) };
+        }
         result
     }
 
-    /// Softmax of `scale × a + mask` over each row.
-    pub fn soft_max(&self, a: &Tensor, mask: &Tensor, scale: f32) -> Tensor {
-        node!(self, [a, mask], ggml_soft_max_ext(a.raw(), mask.raw(), scale, 0.0))
+    /// Softmax of `scale × a + mask` over each row of `a` `[rows, tokens, heads]`. `sinks` `[heads]` (f32) are logits
+    /// that count in a row's sum and in nothing else.
+    pub fn soft_max(&self, a: &Tensor, mask: &Tensor, scale: f32, sinks: Option<&Tensor>) -> Tensor {
+        let result = node!(self, [a, mask], ggml_soft_max_ext(a.raw(), mask.raw(), scale, 0.0));
+        if let Some(sinks) = sinks {
+            self.context.uses(sinks);
+            // SAFETY: sets an operand of the node just made, which `uses` keeps alive; ggml checks its shape.
+            unsafe { sys::ggml_soft_max_add_sinks(result.raw(), sinks.raw()) };
+        }
+        result
     }
 
     // Rows and copies.
