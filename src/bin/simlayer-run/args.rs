@@ -29,6 +29,8 @@ pub enum Command {
     Chat(ChatArgs),
     /// Measure the speed of prefill and decoding
     Bench(BenchArgs),
+    /// Measure how well the model predicts a text, and what laziness costs there
+    Perplexity(PerplexityArgs),
     /// Print shell completions
     Completions(CompletionsArgs),
 }
@@ -117,6 +119,32 @@ pub struct BenchArgs {
     /// Repetitions of each test
     #[arg(help_heading = "Tests", short, long, alias = "repetitions", value_name = "N", default_value_t = 5, value_parser = positive)]
     pub reps: usize,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct PerplexityArgs {
+    #[command(flatten)]
+    pub common: CommonArgs,
+    /// The text; - for stdin
+    #[arg(help_heading = "Text", short, long, value_name = "FILE")]
+    pub file: PathBuf,
+    /// First tokens of the text (or of each chunk), which are read as a prompt and not scored [default: half]
+    #[arg(help_heading = "Text", long, value_name = "K", value_parser = positive)]
+    pub skip: Option<usize>,
+    /// Next tokens, which are scored [default: all that follow, as far as the context goes]
+    #[arg(help_heading = "Text", long, value_name = "N", value_parser = positive)]
+    pub score: Option<usize>,
+    /// Chunks of K + N tokens to take from the text, each with a fresh context, as llama-perplexity does
+    #[arg(help_heading = "Text", long, value_name = "N", default_value_t = 1, value_parser = positive)]
+    pub chunks: usize,
+    /// Scored tokens to feed at once: 1 is what decoding does, more is faster
+    #[arg(help_heading = "Text", long, value_name = "N", default_value_t = 1, value_parser = positive)]
+    pub score_batch: usize,
+    /// Compare with the uncompressed run: KL divergence, and how often both prefer the same token
+    #[arg(help_heading = "Text", long)]
+    pub kl: bool,
     #[command(flatten)]
     pub output: OutputArgs,
 }

@@ -1,4 +1,4 @@
-//! `simlayer-run`: generate text, hold a conversation, measure speed.
+//! `simlayer-run`: generate text, hold a conversation, measure speed and quality.
 //!
 //! `args` is what was typed, `options` what it means; then there is one file for each command.
 //! Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
@@ -12,6 +12,8 @@ mod failure;
 mod generate;
 mod interrupt;
 mod options;
+mod perplexity;
+mod progress;
 mod report;
 mod stream;
 
@@ -40,6 +42,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Perplexity(args) => perplexity::run(args),
         Command::Completions(args) => completions::run(args),
     }
 }

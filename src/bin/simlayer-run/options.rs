@@ -115,18 +115,20 @@ pub fn prompt(args: PromptArgs) -> Result<Vec<u8>, Failure> {
     match (args.prompt, args.file) {
         (Some(text), _) if args.no_escape => Ok(text.into_bytes()),
         (Some(text), _) => Ok(unescape(text.as_bytes())),
-        (None, Some(path)) => {
-            let mut bytes = read_file(&path)?;
-            // As llama.cpp does: an editor's last newline is not part of the prompt.
-            if bytes.last() == Some(&b'\n') {
-                bytes.pop();
-            }
-            Ok(bytes)
-        }
+        (None, Some(path)) => text(&path),
         (None, None) => {
             Err(Failure::usage("there is no prompt: give -p TEXT or -f FILE, or use the chat command (see --help)"))
         }
     }
+}
+
+/// A text file's bytes, or those of stdin for `-`. As in llama.cpp, an editor's last newline is not part of the text.
+pub fn text(path: &Path) -> Result<Vec<u8>, Failure> {
+    let mut bytes = read_file(path)?;
+    if bytes.last() == Some(&b'\n') {
+        bytes.pop();
+    }
+    Ok(bytes)
 }
 
 /// A file's bytes, or those of stdin for `-`.

@@ -1,0 +1,165 @@
+//! How well the model predicts a text after a prompt, and how far the compressed run is from the uncompressed one.
+
+use std::{
+    io::{self, Write},
+    time::Instant,
+};
+
+use serde_json::{Value, json};
+use simlayer::{
+    Session, Token, Vocab,
+    quality::{self, Scorer, Summary, Tally},
+};
+
+use crate::{
+    args::PerplexityArgs,
+    failure::Failure,
+    interrupt,
+    options::{self, Run},
+    progress::Progress,
+    report,
+    stream::Timings,
+};
+
+pub fn run(args: PerplexityArgs) -> Result<(), Failure> {
+    let run = Run::settle(args.common)?;
+    let text = options::text(&args.file)?;
+    let (model, load) = run.load()?;
+    let mut session = run.session(&model)?;
+    let mut base = match args.kl {
+        true => Some(Session::new(&model, quality::uncompressed(&run.session))?),
+        false => None,
+    };
+    let tokens = model.vocab().tokenize_bytes(&text, true, false)?;
+    let (skip, score) = extent(args.skip, args.score, tokens.len(), session.n_ctx())?;
+    let chunks = chunks(model.vocab(), &tokens, skip + score, args.chunks)?;
+
+    let mut tally = Tally::default();
+    let mut timings = Timings::default();
+    let progress = Progress::new(format!("{} tokens", chunks.len() * (skip + score)));
+    let n_chunks = chunks.len() as f32;
+    for (i, chunk) in chunks.iter().enumerate() {
+        // Reading the prompt takes most of the time; with --kl it is read twice.
+        let show = |from: f32, part: f32, share: f32| progress.set((i as f32 + from + part * share) / n_chunks);
+        let mut base_run = match &mut base {
+            Some(base) => {
+                interrupt::watch(base.abort_flag());
+                Some(Scorer::start(base, chunk, skip, args.score_batch, &mut |share| show(0.0, 0.4, share))?)
+            }
+            None => None,
+        };
+        let read = if base_run.is_some() { 0.4 } else { 0.8 };
+        interrupt::watch(session.abort_flag());
+        let start = Instant::now();
+        let mut scored = Scorer::start(&mut session, chunk, skip, args.score_batch, &mut |share| {
+            show(0.8 - read, read, share);
+        })?;
+        timings.prefill += start.elapsed();
+        let start = Instant::now();
+        tally.score(&mut scored, base_run.as_mut(), &mut |share| show(0.8, 0.2, share))?;
+        timings.decode += start.elapsed();
+        timings.prefilled += skip;
+        timings.decoded += score;
+    }
+    drop(progress);
+
+    let summary = tally.summary();
+    let kv = session.kv();
+    let mut out = io::stdout().lock();
+    if args.output.json {
+        let lazy: Vec<usize> = session.layers(0).iter().filter(|layer| layer.lazy).map(|layer| layer.index).collect();
+        let mut object = serde_json::to_value(&summary)?;
+        if let Value::Object(fields) = &mut object {
+            fields.insert("skip".to_owned(), skip.into());
+            fields.insert("score".to_owned(), score.into());
+            fields.insert("chunks".to_owned(), chunks.len().into());
+            fields.insert("model".to_owned(), json!(model.name()));
+            fields.insert("lazy".to_owned(), run.session.lazy.policy.to_string().into());
+            fields.insert("lazy_layers".to_owned(), json!(lazy));
+            fields.insert("kv".to_owned(), json!(kv));
+            fields.insert("timings".to_owned(), report::timings_json(load, &timings));
+        }
+        serde_json::to_writer(&mut out, &object)?;
+        writeln!(out)?;
+    } else {
+        print(&mut out, &summary)?;
+    }
+    out.flush()?;
+    report::print(&timings, &kv);
+    Ok(())
+}
+
+fn print(out: &mut impl Write, summary: &Summary) -> io::Result<()> {
+    let Summary { tokens_scored, nll, perplexity, perplexity_stderr, .. } = summary;
+    writeln!(out, "tokens scored  {tokens_scored}")?;
+    writeln!(out, "nll            {nll:.5}")?;
+    writeln!(out, "perplexity     {perplexity:.4} ± {perplexity_stderr:.4}")?;
+    if let Some(base) = summary.base_perplexity {
+        writeln!(out, "uncompressed   {base:.4} ({:+.2} %)", (perplexity / base - 1.0) * 100.0)?;
+    }
+    if let (Some(mean), Some(stderr), Some(max)) = (summary.kl_mean, summary.kl_stderr, summary.kl_max) {
+        writeln!(out, "KL divergence  {mean:.6} ± {stderr:.6}, at most {max:.4}")?;
+    }
+    if let Some(same) = summary.same_top {
+        writeln!(out, "same top token {:.2} %", same * 100.0)?;
+    }
+    Ok(())
+}
+
+/// Tokens to skip and to score of each chunk.
+fn extent(skip: Option<usize>, score: Option<usize>, n: usize, n_ctx: usize) -> Result<(usize, usize), Failure> {
+    let room = n.min(n_ctx);
+    let skip = skip.unwrap_or(room.saturating_sub(score.unwrap_or(room / 2)));
+    let score = score.unwrap_or(room.saturating_sub(skip));
+    if skip == 0 || score == 0 || skip + score > n {
+        let needed = skip.max(1) + score.max(1);
+        return Err(Failure::run(format!(
+            "the text has {n} tokens, too few to skip {skip} and score {score}: give one of at least {needed}, or other \
+             --skip and --score"
+        )));
+    }
+    if skip + score > n_ctx {
+        return Err(Failure::run(format!(
+            "--skip {skip} and --score {score} need a context of {} tokens, but it holds {n_ctx}: give -c",
+            skip + score
+        )));
+    }
+    Ok((skip, score))
+}
+
+/// The text's first chunks of `size` tokens. Each begins with the token that begins a text, in place of its own first
+/// token, where the model wants one (as llama-perplexity does).
+fn chunks(vocab: &Vocab, tokens: &[Token], size: usize, n: usize) -> Result<Vec<Vec<Token>>, Failure> {
+    let whole = tokens.len() / size;
+    if n > whole {
+        return Err(Failure::run(format!(
+            "the text has {} tokens, enough for {whole} chunks of {size}, not for {n}",
+            tokens.len()
+        )));
+    }
+    let bos = vocab.bos().filter(|_| vocab.adds_bos());
+    let chunk = |chunk: &[Token]| match bos {
+        Some(bos) => std::iter::once(bos).chain(chunk[1..].iter().copied()).collect(),
+        None => chunk.to_vec(),
+    };
+    Ok(tokens.chunks_exact(size).take(n).map(chunk).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_skipped_and_scored() {
+        let extent = |skip, score, n, n_ctx| extent(skip, score, n, n_ctx).ok();
+        assert_eq!(extent(Some(3), Some(2), 10, 100), Some((3, 2)));
+        assert_eq!(extent(None, None, 10, 100), Some((5, 5)));
+        assert_eq!(extent(None, None, 100, 10), Some((5, 5)));
+        assert_eq!(extent(Some(4), None, 10, 100), Some((4, 6)));
+        assert_eq!(extent(None, Some(3), 10, 100), Some((7, 3)));
+        assert_eq!(extent(Some(8), Some(3), 10, 100), None);
+        assert_eq!(extent(Some(8), Some(2), 10, 9), None);
+        assert_eq!(extent(None, Some(10), 10, 100), None);
+        assert_eq!(extent(None, None, 1, 100), None);
+    }
+}
