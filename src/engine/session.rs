@@ -6,13 +6,14 @@ use std::{
 
 use super::{
     Error,
+    attention::Kernel,
     inputs::Part,
     sequence::{LayerCache, LayerReport, Sequence, StoreMaker},
     ubatch::CachedGraph,
 };
 use crate::{
     cache::{Format, KvReport, KvRotate, Meter, Rotations, Span},
-    ggml::{self, Device, Scheduler, Type},
+    ggml::{self, BufferType, Device, Scheduler, Type},
     lazy::{At, LazyParams, Policy, Selector, default_threshold},
     model::{Hparams, Model},
     vocab::Token,
@@ -41,8 +42,15 @@ pub struct SessionParams {
     pub lazy_type_v: Option<Type>,
     /// Attention in one operation, without the matrix of all weights.
     pub flash_attn: bool,
+    /// Compute it with this crate's own kernel, which sums in f32 and is faster over long and quantised caches. Off:
+    /// with ggml's, whose logits are llama.cpp's bit for bit.
+    pub fused_attention: bool,
     /// When keys and values are rotated.
     pub kv_rotate: KvRotate,
+    /// Newest tokens that are kept in f16 as well, with the sink, beside each quantised store: most of what four bits
+    /// lose is lost there (KIVI, arXiv 2402.02750). 0 for none, which is llama.cpp's way. Needs this crate's own
+    /// attention kernel, and is ignored without it.
+    pub kv_exact: usize,
     /// Read a long prompt layer by layer, so that only one layer's cache is ever uncompressed. Off: ubatch by ubatch.
     pub layer_major: bool,
     /// Which layers become lazy.
@@ -61,7 +69,9 @@ impl Default for SessionParams {
             lazy_type_k: None,
             lazy_type_v: None,
             flash_attn: true,
+            fused_attention: true,
             kv_rotate: KvRotate::default(),
+            kv_exact: 32,
             layer_major: true,
             lazy: LazyParams::default(),
         }
@@ -127,6 +137,8 @@ impl Session {
             meter: Meter::default(),
             rotations: Rotations::new(hparams.head_size, device.buffer_type())?,
             n_ctx: params.n_ctx,
+            exact_span: (kernel(&params, device.buffer_type()) == Kernel::Fused && params.kv_exact > 0)
+                .then_some(Span { n_sink: params.lazy.n_sink, n_window: params.kv_exact }),
         };
         let smallest = if hparams.head_size.is_multiple_of(Type::Q4_0.block_size()) { Type::Q4_0 } else { Type::F16 };
         let lazy_type = |given: Option<Type>| given.unwrap_or(smallest);
@@ -144,6 +156,10 @@ impl Session {
             logits: Vec::new(),
             decode_graph: None,
         })
+    }
+
+    pub(super) fn kernel(&self) -> Kernel {
+        kernel(&self.params, self.maker.memory)
     }
 
     pub fn model(&self) -> &Model {
@@ -312,7 +328,7 @@ impl Session {
         if !sequence.layers.iter().all(|layer| layer.can_truncate(n, sequence.n_past)) {
             return false;
         }
-        sequence.n_past = sequence.n_past.min(n);
+        sequence.cut(n, sequence.n_past, self.params.kv_exact);
         true
     }
 
@@ -368,7 +384,7 @@ impl Session {
             None => LayerCache::new(None, false, self.active_format),
         };
         let layers = (0..self.model.hparams().n_layer).map(layer).collect();
-        Sequence { n_past: 0, layers, score_next: false }
+        Sequence::new(layers)
     }
 
     /// Last tokens of a prompt of `n` tokens whose attention is to be scored when it ends at `n_past`: none while
@@ -449,8 +465,9 @@ impl Session {
     /// lost rows that are still needed.
     pub(super) fn recover(&mut self, seq: SeqId, n: usize) {
         self.decode_graph = None;
-        let Some(sequence) = self.sequences.get(&seq) else { return };
+        let Some(sequence) = self.sequences.get_mut(&seq) else { return };
         let end = sequence.n_past + n;
+        sequence.cut(sequence.n_past, end, self.params.kv_exact);
         let intact = |layer: &LayerCache| layer.span().is_none_or(|span| end <= span.n_rows());
         if !sequence.layers.iter().all(intact) {
             self.seq_clear(seq);
@@ -475,7 +492,16 @@ pub(super) fn piece_ends(n: usize, n_ubatch: usize, n_last: usize) -> Vec<usize>
 
 /// Parts of a ubatch for one sequence alone.
 pub(super) fn single_part(n: usize, n_past: usize, n_score: usize) -> [Part; 1] {
-    [Part { first: 0, n, n_past, n_score }]
+    [Part { first: 0, n, n_past, n_score, exact_from: 0 }]
+}
+
+fn kernel(params: &SessionParams, memory: BufferType) -> Kernel {
+    match params.flash_attn {
+        // Our kernel reads tensors by pointer.
+        true if params.fused_attention && memory.is_host() => Kernel::Fused,
+        true => Kernel::Flash,
+        false => Kernel::Separate,
+    }
 }
 
 fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {

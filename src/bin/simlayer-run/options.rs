@@ -57,6 +57,7 @@ impl Run {
         if args.lazy.no_kv_rotate {
             session.kv_rotate = KvRotate::Never;
         }
+        session.kv_exact = args.lazy.kv_exact;
         session.lazy.policy = args.lazy.lazy;
         session.lazy.n_sink = args.lazy.lazy_sink;
         session.lazy.n_window = args.lazy.lazy_window;
