@@ -4,7 +4,7 @@ use super::{
 };
 use crate::{
     cache::{Rotations, Span, Store},
-    ggml::{Graph, Tensor, Type},
+    ggml::{FusedAttention, Graph, KvSegment, Tensor, Type},
     model::Attention,
 };
 
@@ -14,6 +14,17 @@ pub(super) const ROWS_STEP: usize = 256;
 /// Intermediate results of a score are kept below this many bytes, by scoring a few KV heads at a time.
 const SCORE_BYTES: usize = 64 << 20;
 
+/// How attention is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kernel {
+    /// Our own operation.
+    Fused,
+    /// ggml's operation.
+    Flash,
+    /// Products and a softmax, with the matrix of all weights between them.
+    Separate,
+}
+
 /// Attention of a ubatch over the caches of its sequences.
 pub(super) struct CacheAttention<'a> {
     pub inputs: &'a mut Inputs,
@@ -22,7 +33,7 @@ pub(super) struct CacheAttention<'a> {
     pub caches: Vec<&'a [LayerCache]>,
     pub rotations: &'a Rotations,
     pub head_size: usize,
-    pub flash_attn: bool,
+    pub kernel: Kernel,
     /// What a lazy layer would keep: the span whose attention mass is the score.
     pub score_span: Span,
     /// Attention mass of the scored queries, `[1, n_score, heads]` each.
@@ -116,8 +127,8 @@ impl CacheAttention<'_> {
         self.attention(graph, queries, &keys, &values, &mask)
     }
 
-    /// Several tokens over a ring: they attend to a copy of the ring followed by their own rows, because a row that a
-    /// later token overwrites is still in an earlier token's window.
+    /// Several tokens over a ring: they attend to the ring as it was and to their own rows, because a row that a later
+    /// token overwrites is still in an earlier token's window.
     fn attend_behind_ring(
         &mut self,
         graph: &Graph,
@@ -128,17 +139,21 @@ impl CacheAttention<'_> {
     ) -> Tensor {
         let part = self.parts[index];
         let n_old = span.used_rows(part.n_past);
-        let with_old = |stored: &Tensor, own: &Tensor| {
-            let all = match n_old {
-                0 => own.clone(),
-                _ => graph.concat(&graph.cast(&graph.rows(stored, 0, n_old), Type::F32), own, 1),
-            };
-            let all = if stored.ty() == Type::F32 { all } else { graph.cast(&all, Type::F16) };
-            Store::heads(graph, &all, self.head_size, n_old + part.n)
-        };
-        let (keys, values) = (with_old(&store.k, k), with_old(&store.v, v));
         let mask = self.inputs.mask_behind_ring(graph, part.n, index, span, n_old);
-        let attended = self.attention(graph, queries, &keys, &values, &mask);
+        let attended = match self.kernel {
+            Kernel::Fused => self.fused_behind_ring(graph, store, n_old, queries, (k, v), &mask),
+            Kernel::Flash | Kernel::Separate => {
+                let with_old = |stored: &Tensor, own: &Tensor| {
+                    let all = match n_old {
+                        0 => own.clone(),
+                        _ => graph.concat(&graph.cast(&graph.rows(stored, 0, n_old), Type::F32), own, 1),
+                    };
+                    let all = if stored.ty() == Type::F32 { all } else { graph.cast(&all, Type::F16) };
+                    Store::heads(graph, &all, self.head_size, n_old + part.n)
+                };
+                self.attention(graph, queries, &with_old(&store.k, k), &with_old(&store.v, v), &mask)
+            }
+        };
         // The ring must be read before it is written: nodes run in the order in which they are added.
         graph.expand(&attended);
         for kept in span.kept_ranges(part.n_past + part.n) {
@@ -157,14 +172,50 @@ impl CacheAttention<'_> {
 
     /// → `[head size, heads, tokens]`
     fn attention(&self, graph: &Graph, queries: &Tensor, keys: &Tensor, values: &Tensor, mask: &Tensor) -> Tensor {
-        if self.flash_attn {
-            return graph.flash_attn(queries, keys, values, mask, self.scale());
+        match self.kernel {
+            Kernel::Fused => return self.fused(graph, queries, &[KvSegment { k: keys, v: values, mask: Some(mask) }]),
+            Kernel::Flash => return graph.flash_attn(queries, keys, values, mask, self.scale()),
+            Kernel::Separate => {}
         }
         let weights = graph.soft_max(&graph.mul_mat_f32(keys, queries), mask, self.scale());
         let values = if values.ty().is_quantized() { graph.cast(values, Type::F32) } else { values.clone() };
         let transposed = graph.contiguous(&graph.permute(&values, [1, 0, 2, 3]));
         let attended = graph.mul_mat(&transposed, &weights);
         graph.contiguous(&graph.permute(&attended, [0, 2, 1, 3]))
+    }
+
+    /// Over the ring's rows, of whatever type they are, and the tokens' own.
+    fn fused_behind_ring(
+        &self,
+        graph: &Graph,
+        store: &Store,
+        n_old: usize,
+        queries: &Tensor,
+        (k, v): (&Tensor, &Tensor),
+        mask: &Tensor,
+    ) -> Tensor {
+        let n = queries.shape()[1];
+        let [cell_bytes, row_bytes, ..] = mask.strides();
+        let columns = |first: usize, rows: usize| graph.view(mask, [rows, n, 1], [row_bytes, 0], first * cell_bytes);
+        let heads = |rows: &Tensor, n: usize| Store::heads(graph, rows, self.head_size, n);
+        // Rounded as they will be stored, so that a sequence that fits the ring is as in a full store. Not quantised
+        // though: that would lose more than is needed.
+        let own = |rows: &Tensor, stored: &Tensor| match stored.ty() {
+            Type::F32 => heads(rows, n),
+            ty if ty.is_quantized() => heads(&graph.cast(rows, Type::F16), n),
+            ty => heads(&graph.cast(rows, ty), n),
+        };
+        let (own_k, own_v, own_mask) = (own(k, &store.k), own(v, &store.v), columns(n_old, n));
+        let own = KvSegment { k: &own_k, v: &own_v, mask: Some(&own_mask) };
+        if n_old == 0 {
+            return self.fused(graph, queries, &[own]);
+        }
+        let (old_k, old_v, old_mask) = (heads(&store.k, n_old), heads(&store.v, n_old), columns(0, n_old));
+        self.fused(graph, queries, &[KvSegment { k: &old_k, v: &old_v, mask: Some(&old_mask) }, own])
+    }
+
+    fn fused(&self, graph: &Graph, queries: &Tensor, segments: &[KvSegment<'_>]) -> Tensor {
+        graph.fused_attention(queries, segments, &FusedAttention { scale: self.scale(), soft_cap: None, sinks: None })
     }
 
     /// The attention mass of the part's last queries on what a lazy layer would keep (method: SimLayerKV, section 3).

@@ -6,6 +6,7 @@ use std::{
 
 use super::{
     Error,
+    attention::Kernel,
     inputs::Part,
     sequence::{LayerCache, LayerReport, Sequence, StoreMaker},
     ubatch::CachedGraph,
@@ -41,6 +42,9 @@ pub struct SessionParams {
     pub lazy_type_v: Option<Type>,
     /// Attention in one operation, without the matrix of all weights.
     pub flash_attn: bool,
+    /// Compute it with this crate's own kernel, which sums in f32 and is faster over long and quantised caches. Off:
+    /// with ggml's, whose logits are llama.cpp's bit for bit.
+    pub fused_attention: bool,
     /// When keys and values are rotated.
     pub kv_rotate: KvRotate,
     /// Read a long prompt layer by layer, so that only one layer's cache is ever uncompressed. Off: ubatch by ubatch.
@@ -61,6 +65,7 @@ impl Default for SessionParams {
             lazy_type_k: None,
             lazy_type_v: None,
             flash_attn: true,
+            fused_attention: true,
             kv_rotate: KvRotate::default(),
             layer_major: true,
             lazy: LazyParams::default(),
@@ -144,6 +149,15 @@ impl Session {
             logits: Vec::new(),
             decode_graph: None,
         })
+    }
+
+    pub(super) fn kernel(&self) -> Kernel {
+        match self.params.flash_attn {
+            // Our kernel reads tensors by pointer.
+            true if self.params.fused_attention && self.maker.memory.is_host() => Kernel::Fused,
+            true => Kernel::Flash,
+            false => Kernel::Separate,
+        }
     }
 
     pub fn model(&self) -> &Model {

@@ -128,7 +128,7 @@ impl Session {
             caches,
             rotations: &self.maker.rotations,
             head_size: hparams.head_size,
-            flash_attn: self.params.flash_attn,
+            kernel: self.kernel(),
             score_span: self.span,
             scores: Vec::new(),
         };

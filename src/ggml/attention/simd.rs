@@ -49,7 +49,7 @@ pub(super) trait Simd: Copy {
 #[inline(always)]
 pub(super) unsafe fn exp2<V: Simd>(x: V) -> V {
     // Fitted to 2^x on [−1/2, 1/2] for the least relative error, which is 2e-9 before rounding.
-    const C: [f32; 6] = [6.931_472e-1, 2.402_264_8e-1, 5.550_332_5e-2, 9.618_437e-3, 1.339_887_5e-3, 1.535_336_1e-4];
+    const C: [f32; 6] = [6.931_472e-1, 2.402_264_8e-1, 5.550_332_5e-2, 9.618_437e-3, 1.339_887_5e-3, 1.535_336e-4];
     // SAFETY: the caller has the features.
     unsafe {
         let x = x.max(V::splat(-127.0));
