@@ -135,7 +135,7 @@ impl Session {
         for index in 0..hparams.n_layer {
             let is_last = index + 1 == hparams.n_layer;
             let keep = keep.as_ref().filter(|_| is_last);
-            let step = LayerStep { index, hidden: &hidden, positions: &positions, keep };
+            let step = LayerStep { index, hidden: &hidden, positions: &positions, keep, n_ctx: self.params.n_ctx };
             hidden = architecture.layer(&graph, &step, &mut attention);
         }
         let scores = attention.scores;
