@@ -134,17 +134,34 @@ impl LayerCache {
         scheduler: &mut Scheduler,
     ) -> Result<(), Error> {
         if let Some(store) = &self.store {
-            let shrunk = maker.make(span.used_rows(n_past), Some(span), format)?;
-            let moves: Vec<Move> = span
-                .kept_ranges(n_past)
-                .into_iter()
-                .map(|range| Move { to: span.row(range.start), from: range })
-                .collect();
-            move_rows(scheduler, store, &shrunk, &moves, &maker.rotations)?;
-            self.store = Some(shrunk);
+            self.store = Some(shrunk(store, n_past, span, format, maker, scheduler)?);
         }
         (self.span, self.format, self.lazy) = (Some(span), format, true);
         Ok(())
+    }
+
+    /// A copy of the layer; with a span it is lazy. In another format where one is given.
+    pub fn copy(
+        &self,
+        n_past: usize,
+        lazy_span: Option<Span>,
+        format: Option<Format>,
+        maker: &StoreMaker,
+        scheduler: &mut Scheduler,
+    ) -> Result<LayerCache, Error> {
+        let format = format.unwrap_or(self.format);
+        let store = match (&self.store, lazy_span) {
+            (None, _) => None,
+            (Some(store), Some(span)) => Some(shrunk(store, n_past, span, format, maker, scheduler)?),
+            (Some(store), None) => {
+                let used = self.used_rows(n_past);
+                let copy = maker.make(used, self.span, format)?;
+                move_rows(scheduler, store, &copy, &[Move { from: 0..used, to: 0 }], &maker.rotations)?;
+                Some(copy)
+            }
+        };
+        let lazy = self.lazy || lazy_span.is_some();
+        Ok(LayerCache { store, span: lazy_span.or(self.span), lazy, score: self.score, format })
     }
 
     /// Whether the first `n` of `n_past` tokens can be continued from: nothing that they need was dropped.
@@ -161,4 +178,20 @@ impl LayerCache {
         let kv_bytes = self.store.as_ref().map_or(0, Store::bytes);
         LayerReport { index, score: self.score, lazy: self.lazy, kind, kv_bytes }
     }
+}
+
+/// A store with the rows of `store` that the span keeps of `n_past` tokens.
+fn shrunk(
+    store: &Store,
+    n_past: usize,
+    span: Span,
+    format: Format,
+    maker: &StoreMaker,
+    scheduler: &mut Scheduler,
+) -> Result<Store, Error> {
+    let shrunk = maker.make(span.used_rows(n_past), Some(span), format)?;
+    let moves: Vec<Move> =
+        span.kept_ranges(n_past).into_iter().map(|range| Move { to: span.row(range.start), from: range }).collect();
+    move_rows(scheduler, store, &shrunk, &moves, &maker.rotations)?;
+    Ok(shrunk)
 }

@@ -116,6 +116,7 @@ impl Session {
         if params.n_threads_batch == 0 {
             params.n_threads_batch = params.n_threads;
         }
+        super::profile::settle(&mut params.lazy, model)?;
         check(&params, hparams.head_size, hparams.n_layer)?;
         let device = Device::cpu();
         // A layer has some 30 nodes, a few more for each sequence in a batch; scores and rotations add theirs.
@@ -148,6 +149,25 @@ impl Session {
 
     pub fn model(&self) -> &Model {
         &self.model
+    }
+
+    /// Whether lazy layers see only sink and window while a prompt is read.
+    pub fn reads_windowed(&self) -> bool {
+        self.params.lazy.windowed_prefill()
+    }
+
+    /// The layers that the policy makes lazy behind a prompt whose layers have these scores.
+    pub fn choose(&self, layers: &[LayerReport]) -> BTreeSet<usize> {
+        let mut selector = self.selector();
+        let known = layers.iter().map(|layer| layer.index).filter(|&index| selector.is_known_lazy(index));
+        let known: BTreeSet<usize> = known.collect();
+        let scored = layers.iter().filter_map(|layer| selector.scored(layer.index, layer.score?));
+        scored.chain(known).collect()
+    }
+
+    /// The rule that makes layers lazy: [`Policy::Layers`] where a profile was asked for, or found by `auto`.
+    pub fn policy(&self) -> &Policy {
+        &self.params.lazy.policy
     }
 
     /// Reads a prompt (or a later part of the conversation) and returns the logits of its last token. Layers become
@@ -477,7 +497,7 @@ pub(super) fn single_part(n: usize, n_past: usize, n_score: usize) -> [Part; 1] 
     [Part { first: 0, n, n_past, n_score }]
 }
 
-fn check(params: &SessionParams, head_size: usize, n_layer: usize) -> Result<(), Error> {
+pub(super) fn check(params: &SessionParams, head_size: usize, n_layer: usize) -> Result<(), Error> {
     let wrong = |why: &str| Err(Error::Params(why.to_owned()));
     if params.n_ubatch == 0 {
         return wrong("a ubatch of 0 tokens: give at least 1");

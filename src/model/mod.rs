@@ -1,6 +1,7 @@
 //! A loaded model: hyper-parameters, weights, vocabulary, and the graph of each architecture's layer.
 
 mod hparams;
+mod identity;
 mod llama;
 mod weights;
 
