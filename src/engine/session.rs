@@ -126,6 +126,7 @@ impl Session {
         if params.n_threads_batch == 0 {
             params.n_threads_batch = params.n_threads;
         }
+        super::profile::settle(&mut params.lazy, model)?;
         check(&params, hparams)?;
         let device = Device::cpu();
         // A layer has some 30 nodes, a few more for each sequence in a batch; scores and rotations add theirs.
@@ -164,6 +165,25 @@ impl Session {
 
     pub fn model(&self) -> &Model {
         &self.model
+    }
+
+    /// Whether lazy layers see only sink and window while a prompt is read.
+    pub fn reads_windowed(&self) -> bool {
+        self.params.lazy.windowed_prefill()
+    }
+
+    /// The layers that the policy makes lazy behind a prompt whose layers have these scores.
+    pub fn choose(&self, layers: &[LayerReport]) -> BTreeSet<usize> {
+        let mut selector = self.selector();
+        let known = layers.iter().map(|layer| layer.index).filter(|&index| selector.is_known_lazy(index));
+        let known: BTreeSet<usize> = known.collect();
+        let scored = layers.iter().filter_map(|layer| selector.scored(layer.index, layer.score?));
+        scored.chain(known).collect()
+    }
+
+    /// The rule that makes layers lazy: [`Policy::Layers`] where a profile was asked for, or found by `auto`.
+    pub fn policy(&self) -> &Policy {
+        &self.params.lazy.policy
     }
 
     /// Reads a prompt (or a later part of the conversation) and returns the logits of its last token. Layers become
@@ -504,7 +524,7 @@ fn kernel(params: &SessionParams, memory: BufferType) -> Kernel {
     }
 }
 
-fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
+pub(super) fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
     let &Hparams { head_size, n_layer, .. } = hparams;
     let wrong = |why: &str| Err(Error::Params(why.to_owned()));
     if params.n_ubatch == 0 {

@@ -100,7 +100,7 @@ impl Session {
             At::Decode if sequence.score_next => self.n_score(n, n_past + n, At::Decode),
             _ => 0,
         };
-        Part { first, n, n_past, n_score, exact_from: sequence.exact_from() }
+        Part { first, n, n_past, n_score, exact_from: sequence.exact_from }
     }
 
     /// The graph of the last step when it serves again, else a new one; with memory behind its tensors either way.

@@ -9,6 +9,7 @@ mod gpt_oss;
 mod granite;
 mod granitemoe;
 mod hparams;
+mod identity;
 mod llama;
 mod mistral3;
 mod olmo2;

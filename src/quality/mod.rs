@@ -1,4 +1,4 @@
-//! What shrinking a cache costs: perplexity, and divergence from the uncompressed run.
+//! What shrinking a cache costs: perplexity, divergence from the uncompressed run, and the profile of a model's layers.
 //!
 //! ```no_run
 //! use simlayer::{Model, ModelParams, Session, SessionParams, quality};
@@ -20,7 +20,11 @@
 //! # }
 //! ```
 
+mod calibrate;
+mod compare;
 pub mod metrics;
 mod score;
 
+pub use calibrate::{BUILT_IN_TEXT, Excerpts, Stage, calibrate};
+pub use compare::{Compared, compare};
 pub use score::{Scorer, Summary, Tally, uncompressed};

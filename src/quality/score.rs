@@ -2,7 +2,7 @@ use serde::Serialize;
 
 use super::metrics;
 use crate::{
-    engine::{BatchEntry, Error, Outputs, Session, SessionParams},
+    engine::{BatchEntry, Error, Outputs, SeqId, Session, SessionParams},
     ggml::Type,
     lazy::Policy,
     vocab::Token,
@@ -24,6 +24,7 @@ pub fn uncompressed(params: &SessionParams) -> SessionParams {
 #[derive(Debug)]
 pub struct Scorer<'a> {
     session: &'a mut Session,
+    seq: SeqId,
     tokens: &'a [Token],
     /// The token that the pending row predicts.
     next: usize,
@@ -50,7 +51,24 @@ impl<'a> Scorer<'a> {
         }
         session.clear();
         let pending = session.prefill_with(&tokens[..n_skip], progress)?.to_vec();
-        Ok(Scorer { session, tokens, next: n_skip, pending, batch: batch.max(1) })
+        Ok(Scorer::resume(session, 0, tokens, n_skip, batch, pending))
+    }
+
+    /// Goes on with a sequence that holds the first `next` of `tokens`; `pending` is the row of the last of them.
+    pub fn resume(
+        session: &'a mut Session,
+        seq: SeqId,
+        tokens: &'a [Token],
+        next: usize,
+        batch: usize,
+        pending: Vec<f32>,
+    ) -> Scorer<'a> {
+        Scorer { session, seq, tokens, next, pending, batch: batch.max(1) }
+    }
+
+    /// The row that predicts the next token; empty at the end of the text.
+    pub fn pending(&self) -> &[f32] {
+        &self.pending
     }
 
     /// Tokens that are still to be scored.
@@ -69,7 +87,7 @@ impl<'a> Scorer<'a> {
         let fed_end = if end == self.tokens.len() { end.saturating_sub(1).max(self.next) } else { end };
         let mut rows = std::mem::take(&mut self.pending);
         for fed in self.tokens[self.next..fed_end].chunks(self.batch) {
-            self.session.run(&[BatchEntry { seq: 0, tokens: fed, outputs: Outputs::All, prompt_end: false }])?;
+            self.session.run(&[BatchEntry { seq: self.seq, tokens: fed, outputs: Outputs::All, prompt_end: false }])?;
             rows.extend_from_slice(self.session.logits());
         }
         self.pending = rows.split_off(n * self.session.model().hparams().n_vocab);
@@ -135,6 +153,30 @@ impl Tally {
             for (i, (row, &token)) in rows.chunks_exact(n_vocab).zip(tokens).enumerate() {
                 let base_row = base_rows.as_ref().map(|rows| &rows[i * n_vocab..(i + 1) * n_vocab]);
                 self.add(row, base_row, token);
+            }
+            progress(1.0 - run.remaining().len() as f32 / total as f32);
+        }
+        Ok(())
+    }
+
+    /// As [`Tally::score`], where the uncompressed run's rows are at hand.
+    ///
+    /// # Errors
+    /// As [`Session::decode`].
+    pub fn score_against(
+        &mut self,
+        run: &mut Scorer<'_>,
+        base_rows: &[f32],
+        progress: &mut dyn FnMut(f32),
+    ) -> Result<(), Error> {
+        let total = run.remaining().len();
+        let n_vocab = run.session.model().hparams().n_vocab;
+        let mut base_rows = base_rows.chunks_exact(n_vocab);
+        while !run.remaining().is_empty() {
+            let tokens = run.remaining();
+            let rows = run.rows(ROWS)?;
+            for (row, &token) in rows.chunks_exact(n_vocab).zip(tokens) {
+                self.add(row, base_rows.next(), token);
             }
             progress(1.0 - run.remaining().len() as f32 / total as f32);
         }

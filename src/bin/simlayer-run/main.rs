@@ -6,13 +6,17 @@
 mod args;
 mod argv;
 mod bench;
+mod calibrate;
 mod chat;
 mod completions;
 mod failure;
 mod generate;
+mod inspect;
 mod interrupt;
 mod options;
+mod passkey;
 mod perplexity;
+mod plot;
 mod progress;
 mod report;
 mod stream;
@@ -42,7 +46,10 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Inspect(args) => inspect::run(args),
         Command::Perplexity(args) => perplexity::run(args),
+        Command::Passkey(args) => passkey::run(args),
+        Command::Calibrate(args) => calibrate::run(args),
         Command::Completions(args) => completions::run(args),
     }
 }

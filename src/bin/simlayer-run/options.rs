@@ -34,9 +34,6 @@ impl Run {
         if !args.rpc.is_empty() {
             return Err(Failure::usage("--rpc: this build cannot use remote devices"));
         }
-        if args.lazy.lazy_profile.is_some() {
-            return Err(Failure::usage("--lazy-profile: profiles are not available yet"));
-        }
         check_devices(&args.device)?;
         ggml::set_log(if args.verbose { LogLevel::Info } else { LogLevel::Silent });
         if args.verbose && !matches!(args.gpu_layers, None | Some(GpuLayers::Number(0))) {
@@ -59,6 +56,7 @@ impl Run {
         }
         session.kv_exact = args.lazy.kv_exact;
         session.lazy.policy = args.lazy.lazy;
+        session.lazy.profile = args.lazy.lazy_profile;
         session.lazy.n_sink = args.lazy.lazy_sink;
         session.lazy.n_window = args.lazy.lazy_window;
         session.lazy.n_last = args.lazy.lazy_queries;
@@ -94,7 +92,7 @@ impl Run {
                 session.n_ctx(),
                 threads.0,
                 threads.1,
-                self.session.lazy.policy,
+                session.policy(),
             );
         }
         Ok(session)

@@ -1,14 +1,17 @@
 //! How well the model predicts a text after a prompt, and how far the compressed run is from the uncompressed one.
 
 use std::{
+    collections::BTreeMap,
     io::{self, Write},
+    path::Path,
     time::Instant,
 };
 
 use serde_json::{Value, json};
 use simlayer::{
-    Session, Token, Vocab,
-    quality::{self, Scorer, Summary, Tally},
+    Model, Session, Token, Vocab,
+    lazy::Policy,
+    quality::{self, Compared, Scorer, Summary, Tally},
 };
 
 use crate::{
@@ -16,6 +19,7 @@ use crate::{
     failure::Failure,
     interrupt,
     options::{self, Run},
+    plot::{self, LinePanel, Lines},
     progress::Progress,
     report,
     stream::Timings,
@@ -25,6 +29,14 @@ pub fn run(args: PerplexityArgs) -> Result<(), Failure> {
     let run = Run::settle(args.common)?;
     let text = options::text(&args.file)?;
     let (model, load) = run.load()?;
+    if let Some(path) = &args.plot {
+        plot::check_name(path)?;
+    }
+    if !args.compare.is_empty() {
+        let extent = (args.skip, args.score, args.score_batch);
+        let comparison = Comparison { rules: &args.compare, plot: args.plot.as_deref(), json: args.output.json };
+        return compare(&run, &model, &text, extent, &comparison);
+    }
     let mut session = run.session(&model)?;
     let mut base = match args.kl {
         true => Some(Session::new(&model, quality::uncompressed(&run.session))?),
@@ -87,6 +99,123 @@ pub fn run(args: PerplexityArgs) -> Result<(), Failure> {
     out.flush()?;
     report::print(&timings, &kv);
     Ok(())
+}
+
+/// What is compared, and how it is shown.
+struct Comparison<'a> {
+    rules: &'a [Policy],
+    plot: Option<&'a Path>,
+    json: bool,
+}
+
+/// Tokens to skip and to score as they were asked for, and how many are fed at once.
+type Extent = (Option<usize>, Option<usize>, usize);
+
+/// One text under several rules.
+fn compare(
+    run: &Run,
+    model: &Model,
+    text: &[u8],
+    (skip, score, batch): Extent,
+    args: &Comparison<'_>,
+) -> Result<(), Failure> {
+    let Comparison { rules, plot, json } = *args;
+    let tokens = model.vocab().tokenize_bytes(text, true, false)?;
+    let n_ctx = match run.session.n_ctx {
+        0 => model.hparams().n_ctx_train,
+        n => n,
+    };
+    let (skip, score) = extent(skip, score, tokens.len(), n_ctx)?;
+    let progress = Progress::new(format!("{} tokens under {} rules", skip + score, rules.len()));
+    let compared = quality::compare(
+        model,
+        &run.session,
+        rules,
+        (&tokens[..skip + score], skip, batch),
+        &mut |session| interrupt::watch(session.abort_flag()),
+        &mut |share| progress.set(share),
+    )?;
+    drop(progress);
+    if let Some(path) = plot {
+        plot::write(path, &picture(model, rules, &compared))?;
+    }
+    let mut out = io::stdout().lock();
+    if json {
+        let object = json!({
+            "runs": compared,
+            "skip": skip,
+            "score": score,
+            "model": model.name(),
+        });
+        serde_json::to_writer(&mut out, &object)?;
+        return Ok(writeln!(out)?);
+    }
+    let width = compared.iter().map(|run| run.lazy.len()).max().unwrap_or(0).max(4);
+    writeln!(
+        out,
+        "{:width$} {:>5} {:>12} {:>6} {:>11} {:>9} {:>9} {:>9}",
+        "rule", "lazy", "KV bytes", "×", "perplexity", "KL", "±", "same top"
+    )?;
+    for run in &compared {
+        let (kl, stderr) = (run.summary.kl_mean.unwrap_or(0.0), run.summary.kl_stderr.unwrap_or(0.0));
+        writeln!(
+            out,
+            "{:width$} {:>5} {:>12} {:>6.2} {:>11.4} {kl:>9.5} {stderr:>9.5} {:>7.2} %",
+            run.lazy,
+            run.lazy_layers.len(),
+            run.kv_bytes,
+            run.compression,
+            run.summary.perplexity,
+            run.summary.same_top.unwrap_or(1.0) * 100.0,
+        )?;
+    }
+    Ok(())
+}
+
+/// Memory and loss against τ where thresholds were compared, else loss against memory, with a line for each kind of rule.
+fn picture(model: &Model, rules: &[Policy], compared: &[Compared]) -> Lines {
+    let parameter = |rule: &Policy| match rule {
+        Policy::Threshold(Some(threshold)) => Some(f64::from(*threshold)),
+        _ => None,
+    };
+    let thresholds: Option<Vec<f64>> = rules.iter().map(parameter).collect();
+    let mib = |run: &Compared| run.kv_bytes as f64 / f64::from(1 << 20);
+    let kl = |run: &Compared| run.summary.kl_mean.unwrap_or(0.0);
+    let perplexity = |run: &Compared| run.summary.perplexity;
+    let lines = |x: &dyn Fn(usize) -> f64, y: &dyn Fn(&Compared) -> f64| {
+        let mut lines: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
+        for (i, run) in compared.iter().enumerate() {
+            let kind = run.lazy.split(':').next().unwrap_or_default().to_owned();
+            lines.entry(kind).or_default().push((x(i), y(run)));
+        }
+        for points in lines.values_mut() {
+            points.sort_by(|a, b| a.0.total_cmp(&b.0));
+        }
+        lines.into_iter().collect()
+    };
+    let panel = |name: &str, x: &dyn Fn(usize) -> f64, y: &dyn Fn(&Compared) -> f64| LinePanel {
+        y_name: name.to_owned(),
+        lines: lines(x, y),
+    };
+    let (x_name, panels) = match &thresholds {
+        Some(thresholds) => {
+            let x = |i: usize| thresholds[i];
+            let panels = vec![
+                panel("KV cache, MiB", &x, &mib),
+                panel("perplexity", &x, &perplexity),
+                panel("KL divergence", &x, &kl),
+            ];
+            ("threshold τ", panels)
+        }
+        None => {
+            let x = |i: usize| mib(&compared[i]);
+            ("KV cache, MiB", vec![panel("KL divergence", &x, &kl), panel("perplexity", &x, &perplexity)])
+        }
+    };
+    let name = model.name().unwrap_or("model");
+    let base = compared.first().and_then(|run| run.summary.base_perplexity);
+    let base = base.map_or(String::new(), |base| format!(" (uncompressed perplexity {base:.3})"));
+    Lines { title: format!("{name}{base}"), x_name: x_name.to_owned(), panels }
 }
 
 fn print(out: &mut impl Write, summary: &Summary) -> io::Result<()> {

@@ -35,6 +35,11 @@ impl Progress {
         }
         self.bar.set_position((share * STEPS as f32) as u64);
     }
+
+    /// Says what is being done now.
+    pub fn say(&self, what: impl Into<String>) {
+        self.bar.set_message(what.into());
+    }
 }
 
 impl Drop for Progress {
