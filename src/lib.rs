@@ -36,6 +36,7 @@ mod engine;
 pub mod gguf;
 pub mod lazy;
 pub mod model;
+pub mod quality;
 pub mod sampling;
 pub mod vocab;
 

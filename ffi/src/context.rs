@@ -12,6 +12,7 @@ use simlayer::{
     Model as EngineModel, ModelParams, Session, SessionParams,
     ggml::{AbortCallback, Type},
     gguf::Override,
+    lazy::Policy,
 };
 
 use crate::{
@@ -255,6 +256,11 @@ fn start(
         }
     };
     let settings = LazySettings::from_environment();
+    // Where nothing is to be lazy the answers are llama.cpp's, bit for bit: its kernel, and no exact copies.
+    if settings.lazy.policy == Policy::Off {
+        session.fused_attention = false;
+        session.kv_exact = 0;
+    }
     session.lazy = settings.lazy;
     (session.lazy_type_k, session.lazy_type_v) = (settings.type_k, settings.type_v);
     match Session::new(&engine, session.clone()) {

@@ -62,7 +62,7 @@ impl Model {
             check_vocab(&file)?;
             // The vocabulary of the engine's own loader, without the weights.
             let vocab = Vocab::load_with(path, &overrides)?;
-            let hparams = if params.vocab_only { None } else { Some(Hparams::read(&file)?) };
+            let hparams = if params.vocab_only { None } else { Some(Hparams::of(&file)?) };
             (None, vocab, hparams)
         } else {
             let mut engine_params = ModelParams::default();
@@ -373,7 +373,7 @@ api! {
     }
 
     fn llama_model_n_swa(model: *const sys::llama_model) -> i32, or 0, {
-        Ok(MODELS.get(model)?.count(|hparams| hparams.sliding_window.unwrap_or(0)))
+        Ok(MODELS.get(model)?.count(|hparams| hparams.windows.iter().flatten().copied().max().unwrap_or(0)))
     }
 
     fn llama_model_rope_freq_scale_train(model: *const sys::llama_model) -> f32, or 0.0, {

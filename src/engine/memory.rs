@@ -5,32 +5,16 @@ use std::ops::RangeInclusive;
 
 use super::{
     Error,
-    sequence::{LayerCache, Sequence, StoreMaker},
+    sequence::{LayerCache, Sequence},
     session::{SeqId, Session, check, lazy_format},
 };
 use crate::{
-    cache::{Move, Span, move_rows},
+    cache::Span,
     ggml::{self, Scheduler, Type},
     lazy::LazyParams,
 };
 
 impl LayerCache {
-    /// A copy with memory of its own.
-    fn duplicate(&self, n_past: usize, maker: &StoreMaker, scheduler: &mut Scheduler) -> Result<LayerCache, Error> {
-        let mut copy = LayerCache::new(self.span, self.lazy, self.format);
-        copy.score = self.score;
-        if let Some(store) = &self.store {
-            let used = self.used_rows(n_past);
-            let target = maker.make(used, self.span, store.format)?;
-            if used > 0 {
-                let moves = [Move { from: 0..used, to: 0 }];
-                move_rows(scheduler, store, &target, &moves, &maker.rotations)?;
-            }
-            copy.store = Some(target);
-        }
-        Ok(copy)
-    }
-
     /// The first position from which on everything is held.
     fn first_held(&self, n_past: usize) -> usize {
         match self.span {
@@ -81,11 +65,13 @@ impl Session {
         let n_past = source.n_past;
         let mut layers = Vec::with_capacity(source.layers.len());
         for layer in &source.layers {
-            layers.push(layer.duplicate(n_past, &self.maker, &mut self.scheduler)?);
+            layers.push(layer.copy(n_past, None, None, &self.maker, &mut self.scheduler)?);
         }
-        let score_next = source.score_next;
+        let Sequence { score_next, exact_from, .. } = *source;
+        let mut copy = Sequence { n_past, score_next, exact_from, ..Sequence::new(layers) };
+        copy.cut(n, n_past, self.params.kv_exact);
         self.seq_clear(to);
-        self.sequences.insert(to, Sequence { n_past: n_past.min(n), layers, score_next });
+        self.sequences.insert(to, copy);
         Ok(true)
     }
 

@@ -1,9 +1,11 @@
 //! Runs a model over sequences: prefill, decode, batches, and the moment at which layers become lazy.
 
 mod attention;
+mod fork;
 mod inputs;
 mod memory;
 mod prefill;
+mod profile;
 mod sequence;
 mod session;
 mod state;
@@ -13,7 +15,7 @@ pub use sequence::LayerReport;
 pub use session::{BatchEntry, Outputs, SeqId, Session, SessionParams};
 pub use state::StateError;
 
-use crate::{ggml, vocab::Token};
+use crate::{ggml, lazy::ProfileError, model, vocab::Token};
 
 /// What can go wrong while a session runs.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +35,10 @@ pub enum Error {
     Params(String),
     #[error("sequence {0} is in this batch twice")]
     SequenceTwice(SeqId),
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
+    #[error(transparent)]
+    Model(#[from] model::Error),
     #[error("interrupted")]
     Interrupted,
     #[error("sequence {0} has no tokens")]

@@ -114,47 +114,62 @@ struct LayerHeader {
     span: Option<Span>,
     format: Format,
     rows: usize,
+    /// What the layer's exact store keeps, where it has one.
+    exact: Option<Span>,
 }
 
 impl LayerHeader {
     fn of(layer: &LayerCache, n_past: usize) -> LayerHeader {
         let format = layer.store.as_ref().map_or(layer.format, |store| store.format);
         let rows = if layer.store.is_some() { layer.used_rows(n_past) } else { 0 };
-        LayerHeader { lazy: layer.lazy, score: layer.score, span: layer.span, format, rows }
+        let exact = layer.exact.as_ref().map(|exact| exact.span);
+        LayerHeader { lazy: layer.lazy, score: layer.score, span: layer.span, format, rows, exact }
     }
 
-    const BYTES: usize = 1 + 1 + 4 + 1 + 8 + 8 + 4 + 4 + 1 + 1 + 8;
+    const BYTES: usize = 1 + 1 + 4 + SPAN_BYTES + 4 + 4 + 1 + 1 + 8 + SPAN_BYTES;
 
     fn write(&self, to: &mut Writer<'_>) -> io::Result<()> {
         to.u8(u8::from(self.lazy))?;
         to.u8(u8::from(self.score.is_some()))?;
         to.u32(self.score.unwrap_or(0.0).to_bits())?;
-        to.u8(u8::from(self.span.is_some()))?;
-        let span = self.span.unwrap_or(Span { n_sink: 0, n_window: 0 });
-        to.u64(span.n_sink)?;
-        to.u64(span.n_window)?;
+        write_span(to, self.span)?;
         to.u32(self.format.k.raw())?;
         to.u32(self.format.v.raw())?;
         to.u8(u8::from(self.format.rotate_k))?;
         to.u8(u8::from(self.format.rotate_v))?;
-        to.u64(self.rows)
+        to.u64(self.rows)?;
+        write_span(to, self.exact)
     }
 
     fn read(from: &mut Reader<'_>) -> Result<LayerHeader, StateError> {
         let lazy = from.flag()?;
         let has_score = from.flag()?;
         let score = f32::from_bits(from.u32()?);
-        let has_span = from.flag()?;
-        let span = Span { n_sink: from.size()?, n_window: from.size()? };
+        let score = has_score.then_some(score);
+        let span = read_span(from)?;
         let mut ty = || {
             let ty = Type::from_raw(from.u32()?).filter(|ty| Type::CACHE.contains(ty));
             ty.ok_or(StateError::Damaged("a type is no cache type"))
         };
         let (k, v) = (ty()?, ty()?);
         let format = Format { k, v, rotate_k: from.flag()?, rotate_v: from.flag()? };
-        let (score, span) = (has_score.then_some(score), has_span.then_some(span));
-        Ok(LayerHeader { lazy, score, span, format, rows: from.size()? })
+        Ok(LayerHeader { lazy, score, span, format, rows: from.size()?, exact: read_span(from)? })
     }
+}
+
+const SPAN_BYTES: usize = 1 + 8 + 8;
+
+fn write_span(to: &mut Writer<'_>, span: Option<Span>) -> io::Result<()> {
+    to.u8(u8::from(span.is_some()))?;
+    let span = span.unwrap_or(Span { n_sink: 0, n_window: 0 });
+    to.u64(span.n_sink)?;
+    to.u64(span.n_window)
+}
+
+fn read_span(from: &mut Reader<'_>) -> Result<Option<Span>, StateError> {
+    let is_there = from.flag()?;
+    let span = Span { n_sink: from.size()?, n_window: from.size()? };
+    Ok(is_there.then_some(span))
 }
 
 impl Session {
@@ -165,12 +180,16 @@ impl Session {
 
     fn body_bytes(&self, seq: SeqId) -> usize {
         let sizes = 4 + self.model.hparams().architecture.len() + 4 * 4;
-        let Some(sequence) = self.sequences.get(&seq) else { return sizes + 8 + 1 };
+        let sizes = sizes + 8 + 8 + 1;
+        let Some(sequence) = self.sequences.get(&seq) else { return sizes };
         let layer = |layer: &LayerCache| {
             let header = LayerHeader::of(layer, sequence.n_past);
-            LayerHeader::BYTES + header.rows * self.row_bytes(header.format)
+            let exact_rows = header.exact.map_or(0, Span::n_rows);
+            LayerHeader::BYTES
+                + header.rows * self.row_bytes(header.format)
+                + exact_rows * self.row_bytes(header.format.exact())
         };
-        sizes + 8 + 1 + sequence.layers.iter().map(layer).sum::<usize>()
+        sizes + sequence.layers.iter().map(layer).sum::<usize>()
     }
 
     /// Bytes of a token's key and value in one layer.
@@ -197,15 +216,17 @@ impl Session {
         }
         let sequence = self.sequences.get(&seq);
         to.u64(sequence.map_or(0, |sequence| sequence.n_past))?;
+        to.u64(sequence.map_or(0, |sequence| sequence.exact_from))?;
         to.u8(u8::from(sequence.is_some_and(|sequence| sequence.score_next)))?;
         let mut buffer = Vec::new();
         for (layer, n_past) in sequence.iter().flat_map(|sequence| sequence.layers.iter().map(|l| (l, sequence.n_past)))
         {
             let header = LayerHeader::of(layer, n_past);
             header.write(&mut to)?;
-            if let Some(store) = &layer.store {
+            let exact = layer.exact.as_ref().map(|exact| (&exact.store, exact.span.n_rows()));
+            for (store, n_rows) in layer.store.iter().map(|store| (store, header.rows)).chain(exact) {
                 for rows in [&store.k, &store.v] {
-                    buffer.resize(header.rows * rows.ty().row_bytes(self.maker.width), 0u8);
+                    buffer.resize(n_rows * rows.ty().row_bytes(self.maker.width), 0u8);
                     rows.read(0, &mut buffer);
                     to.bytes(&buffer)?;
                 }
@@ -300,13 +321,14 @@ impl Session {
         if n_past > self.params.n_ctx {
             return Err(mismatch(format!("it holds {n_past} tokens, the context {}", self.params.n_ctx)));
         }
+        let exact_from = reader.size()?.min(n_past);
         let score_next = reader.flag()?;
         if n_past == 0 {
             return if reader.rest.is_empty() { Ok((None, length)) } else { Err(TOO_LONG) };
         }
-        let mut sequence = Sequence { n_past, score_next, ..self.new_sequence() };
-        for layer in &mut sequence.layers {
-            self.read_layer_state(&mut reader, layer, n_past)?;
+        let mut sequence = Sequence { n_past, score_next, exact_from, ..self.new_sequence() };
+        for (index, layer) in sequence.layers.iter_mut().enumerate() {
+            *layer = self.read_layer_state(&mut reader, index, n_past)?;
         }
         if !reader.rest.is_empty() {
             return Err(TOO_LONG);
@@ -314,17 +336,12 @@ impl Session {
         Ok((Some(sequence), length))
     }
 
-    fn read_layer_state(
-        &self,
-        reader: &mut Reader<'_>,
-        layer: &mut LayerCache,
-        n_past: usize,
-    ) -> Result<(), StateError> {
-        let header = LayerHeader::read(reader)?;
-        let LayerHeader { lazy, score, span, format, rows } = header;
-        let by_design = self.model.hparams().sliding_window.map(|n_window| Span { n_sink: 0, n_window });
+    fn read_layer_state(&self, reader: &mut Reader<'_>, index: usize, n_past: usize) -> Result<LayerCache, StateError> {
+        let LayerHeader { lazy, score, span, format, rows, exact } = LayerHeader::read(reader)?;
+        let by_design = self.model.hparams().windows[index].map(|n_window| Span { n_sink: 0, n_window });
         match (lazy, span) {
-            (true, Some(span)) if span.n_window > 0 && span.n_sink.checked_add(span.n_window).is_some() => {}
+            (true, Some(span))
+                if by_design.is_none() && span.n_window > 0 && span.n_sink.checked_add(span.n_window).is_some() => {}
             (false, span) if span == by_design => {}
             _ => return Err(mismatch("what a layer keeps is not what this model's layers can keep")),
         }
@@ -340,20 +357,37 @@ impl Session {
                 found.k, found.v, here.k, here.v
             )));
         }
-        let restored = LayerCache { store: None, span, lazy, score, format };
-        if rows != restored.used_rows(n_past) {
+        let mut layer = LayerCache::new(span, lazy, format);
+        layer.score = score;
+        if rows != layer.used_rows(n_past) {
             return Err(StateError::Damaged("a layer has another number of rows than tokens"));
         }
+        let quantized = format.k.is_quantized() || format.v.is_quantized();
+        if exact != self.maker.exact_span.filter(|_| quantized) {
+            return Err(mismatch("another number of newest tokens is kept in f16 beside a quantised cache"));
+        }
         // Asked before memory is: a length that lies must not allocate.
-        let bytes = rows.checked_mul(self.row_bytes(format)).unwrap_or(usize::MAX);
-        if bytes > reader.rest.len() {
+        let exact_rows = exact.map_or(0, Span::n_rows);
+        let bytes = rows.checked_mul(self.row_bytes(format));
+        let bytes = bytes.and_then(|bytes| bytes.checked_add(exact_rows * self.row_bytes(format.exact())));
+        if bytes.is_none_or(|bytes| bytes > reader.rest.len()) {
             return Err(StateError::Damaged("it ends too early"));
         }
-        let store: Store = self.maker.make(rows, span, format)?;
-        for tensor in [&store.k, &store.v] {
-            tensor.write(0, reader.bytes(rows * tensor.ty().row_bytes(self.maker.width))?);
+        let store = self.maker.make(rows, span, format)?;
+        self.fill(&store, rows, reader)?;
+        layer.store = Some(store);
+        layer.exact = self.maker.make_exact(format)?;
+        if let Some(exact) = &layer.exact {
+            self.fill(&exact.store, exact_rows, reader)?;
         }
-        *layer = LayerCache { store: Some(store), ..restored };
+        Ok(layer)
+    }
+
+    /// Reads a store's first rows.
+    fn fill(&self, store: &Store, n_rows: usize, reader: &mut Reader<'_>) -> Result<(), StateError> {
+        for rows in [&store.k, &store.v] {
+            rows.write(0, reader.bytes(n_rows * rows.ty().row_bytes(self.maker.width))?);
+        }
         Ok(())
     }
 }

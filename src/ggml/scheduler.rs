@@ -116,9 +116,12 @@ impl Scheduler {
         Ok(scheduler)
     }
 
-    /// Uses this many threads on the processor from now on.
+    /// Uses this many threads on the processor from now on, but never more than the process has cores: ggml's threads
+    /// spin until the last of them has done its part of a node, so that one without a core holds up all others for as
+    /// long as the system gives each a turn.
     pub fn set_threads(&mut self, threads: usize) -> Result<(), Error> {
-        let threads = threads.clamp(1, sys::GGML_MAX_N_THREADS as usize);
+        let cores = std::thread::available_parallelism().map_or(threads, usize::from);
+        let threads = threads.min(cores).clamp(1, sys::GGML_MAX_N_THREADS as usize);
         if let Some(pool) = self.attached {
             // SAFETY: `attach_threadpool`'s caller keeps the pool alive until it is detached; live handles.
             unsafe {

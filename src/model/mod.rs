@@ -1,7 +1,25 @@
 //! A loaded model: hyper-parameters, weights, vocabulary, and the graph of each architecture's layer.
 
+mod cohere2;
+mod exaone4;
+mod gemma2;
+mod gemma3;
+mod glm4;
+mod gpt_oss;
+mod granite;
+mod granitemoe;
 mod hparams;
+mod identity;
 mod llama;
+mod mistral3;
+mod olmo2;
+mod parts;
+mod phi3;
+mod qwen2;
+mod qwen2moe;
+mod qwen3;
+mod qwen3moe;
+mod smollm3;
 mod weights;
 
 use std::{
@@ -11,6 +29,8 @@ use std::{
 };
 
 pub use hparams::Hparams;
+use hparams::Keys;
+use parts::{Builder, Decoder};
 
 use crate::{
     ggml::{self, Graph, Tensor},
@@ -89,18 +109,65 @@ pub(crate) struct LayerStep<'a> {
     /// Positions of the tokens `[n]` (i32).
     pub positions: &'a Tensor,
     pub keep: Option<&'a Tensor>,
+    /// Tokens that the sequence may grow to.
+    pub n_ctx: usize,
+}
+
+impl LayerStep<'_> {
+    /// The tokens of `[n_embd, n]` that are carried on behind the attention.
+    fn kept(&self, graph: &Graph, rows: &Tensor) -> Tensor {
+        self.keep.map_or_else(|| rows.clone(), |keep| graph.get_rows(rows, keep))
+    }
 }
 
 /// Attention over a cache, given by the engine.
 pub(crate) trait Attention {
     /// `q` `[head size, heads, n]`, `k` and `v` `[head size, KV heads, n]`, RoPE applied → `[head size × heads, n]`.
-    fn attend(&mut self, graph: &Graph, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor;
+    fn attend(
+        &mut self,
+        graph: &Graph,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        options: &AttentionOptions<'_>,
+    ) -> Tensor;
 }
 
-type Build = fn(&Hparams, &mut weights::Loader<'_>) -> Result<Box<dyn Architecture>, Error>;
+/// How a layer's attention weights come from its queries and keys. Which keys a query sees is the engine's to know
+/// ([`Hparams::windows`]).
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AttentionOptions<'a> {
+    /// Products of queries and keys are multiplied by this.
+    pub scale: f32,
+    /// `c` bends the scaled products `x` to `c·tanh(x/c)`.
+    pub softcap: Option<f32>,
+    /// A learned logit of each head `[heads]`, f32: it counts in the softmax's sum and has no value.
+    pub sinks: Option<&'a Tensor>,
+}
 
-/// The architectures that can be run: a new one is a file of its own and a line here.
-const ARCHITECTURES: &[(&str, Build)] = &[("llama", llama::build)];
+type Build = fn(&mut Builder<'_>) -> Result<Decoder, Error>;
+
+/// The architectures that can be run, by the name in their files: a new one is a file of its own and a line here.
+const ARCHITECTURES: &[(&str, Build)] = &[
+    ("cohere2", cohere2::build),
+    ("exaone4", exaone4::build),
+    ("gemma2", gemma2::build),
+    ("gemma3", gemma3::build),
+    ("glm4", glm4::build),
+    ("gpt-oss", gpt_oss::build),
+    ("granite", granite::build),
+    ("granitemoe", granitemoe::build),
+    ("llama", llama::build),
+    ("mistral3", mistral3::build),
+    ("olmo2", olmo2::build),
+    ("phi3", phi3::build),
+    ("qwen2", qwen2::build),
+    ("qwen2moe", qwen2moe::build),
+    ("qwen3", qwen3::build),
+    ("qwen3moe", qwen3moe::build),
+    ("smollm3", smollm3::build),
+];
 
 /// A model, ready to run. Cloning shares it: weights are never copied for a session.
 #[derive(Clone)]
@@ -139,10 +206,12 @@ impl Model {
                 supported: ARCHITECTURES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", "),
             });
         };
-        let hparams = Hparams::read(&file)?;
+        let keys = Keys { file: &file, architecture };
+        let hparams = Hparams::read(&keys)?;
         gguf::check_vocab(&file)?;
-        let mut loader = weights::Loader::new(&file, params.repack);
-        let architecture = build(&hparams, &mut loader)?;
+        let mut builder = Builder { keys, hparams, loader: weights::Loader::new(&file, params.repack) };
+        let architecture = Box::new(build(&mut builder)?);
+        let Builder { hparams, loader, .. } = builder;
         let weight_bytes = loader.finish(params.progress.as_ref())?;
         let vocab = Vocab::load_checked(path, &params.overrides)
             .map_err(|source| Error::Vocab { path: path.to_owned(), source })?;
