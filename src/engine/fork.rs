@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 
 use super::{
     Error,
-    sequence::Sequence,
     session::{SeqId, Session, check},
 };
 use crate::{
@@ -38,24 +37,25 @@ impl Session {
             Some((type_k, type_v)) => {
                 let mut params = self.params.clone();
                 (params.type_k, params.type_v) = (type_k, type_v);
-                check(&params, self.model.hparams().head_size, self.model.hparams().n_layer)?;
+                check(&params, self.model.hparams())?;
                 Some(Format::new(type_k, type_v, params.kv_rotate))
             }
             None => None,
         };
         let Some(source) = self.sequences.get(&from) else { return Ok(()) };
-        let (n_past, score_next) = (source.n_past, source.score_next);
+        let n_past = source.n_past;
         let mut layers = Vec::with_capacity(source.layers.len());
         for (index, layer) in source.layers.iter().enumerate() {
-            let becomes_lazy = lazy.contains(&index) && layer.is_active();
-            let format = match active {
-                _ if becomes_lazy => Some(self.lazy_format),
-                active => active.filter(|_| !layer.lazy),
-            };
-            let span = becomes_lazy.then_some(self.span);
-            layers.push(layer.copy(n_past, span, format, &self.maker, &mut self.scheduler)?);
+            let mut copy = layer.copy(n_past, &self.maker, &mut self.scheduler)?;
+            if lazy.contains(&index) && layer.is_active() {
+                copy.make_lazy(n_past, self.span, self.lazy_format, &self.maker, &mut self.scheduler)?;
+            } else if let Some(format) = active.filter(|_| !layer.lazy) {
+                copy.convert(n_past, format, &self.maker, &mut self.scheduler)?;
+            }
+            layers.push(copy);
         }
-        self.sequences.insert(to, Sequence { n_past, layers, score_next });
+        let copy = source.with_layers(layers);
+        self.sequences.insert(to, copy);
         ggml::release_free_memory();
         Ok(())
     }

@@ -143,7 +143,7 @@ impl Session {
                 caches: vec![&*layers],
                 rotations: &self.maker.rotations,
                 head_size: hparams.head_size,
-                flash_attn: self.params.flash_attn,
+                kernel: self.kernel(),
                 score_span: self.span,
                 scores: Vec::new(),
             };

@@ -6,15 +6,16 @@ use std::{
 
 use super::{
     Error,
+    attention::Kernel,
     inputs::Part,
     sequence::{LayerCache, LayerReport, Sequence, StoreMaker},
     ubatch::CachedGraph,
 };
 use crate::{
     cache::{Format, KvReport, KvRotate, Meter, Rotations, Span},
-    ggml::{self, Device, Scheduler, Type},
+    ggml::{self, BufferType, Device, Scheduler, Type},
     lazy::{At, LazyParams, Policy, Selector, default_threshold},
-    model::Model,
+    model::{Hparams, Model},
     vocab::Token,
 };
 
@@ -41,8 +42,15 @@ pub struct SessionParams {
     pub lazy_type_v: Option<Type>,
     /// Attention in one operation, without the matrix of all weights.
     pub flash_attn: bool,
+    /// Compute it with this crate's own kernel, which sums in f32 and is faster over long and quantised caches. Off:
+    /// with ggml's, whose logits are llama.cpp's bit for bit.
+    pub fused_attention: bool,
     /// When keys and values are rotated.
     pub kv_rotate: KvRotate,
+    /// Newest tokens that are kept in f16 as well, with the sink, beside each quantised store: most of what four bits
+    /// lose is lost there (KIVI, arXiv 2402.02750). 0 for none, which is llama.cpp's way. Needs this crate's own
+    /// attention kernel, and is ignored without it.
+    pub kv_exact: usize,
     /// Read a long prompt layer by layer, so that only one layer's cache is ever uncompressed. Off: ubatch by ubatch.
     pub layer_major: bool,
     /// Which layers become lazy.
@@ -61,7 +69,9 @@ impl Default for SessionParams {
             lazy_type_k: None,
             lazy_type_v: None,
             flash_attn: true,
+            fused_attention: true,
             kv_rotate: KvRotate::default(),
+            kv_exact: 32,
             layer_major: true,
             lazy: LazyParams::default(),
         }
@@ -117,7 +127,7 @@ impl Session {
             params.n_threads_batch = params.n_threads;
         }
         super::profile::settle(&mut params.lazy, model)?;
-        check(&params, hparams.head_size, hparams.n_layer)?;
+        check(&params, hparams)?;
         let device = Device::cpu();
         // A layer has some 30 nodes, a few more for each sequence in a batch; scores and rotations add theirs.
         let max_nodes = 1024 + 64 * hparams.n_layer * MAX_PARTS;
@@ -128,6 +138,8 @@ impl Session {
             meter: Meter::default(),
             rotations: Rotations::new(hparams.head_size, device.buffer_type())?,
             n_ctx: params.n_ctx,
+            exact_span: (kernel(&params, device.buffer_type()) == Kernel::Fused && params.kv_exact > 0)
+                .then_some(Span { n_sink: params.lazy.n_sink, n_window: params.kv_exact }),
         };
         let smallest = if hparams.head_size.is_multiple_of(Type::Q4_0.block_size()) { Type::Q4_0 } else { Type::F16 };
         let lazy_type = |given: Option<Type>| given.unwrap_or(smallest);
@@ -145,6 +157,10 @@ impl Session {
             logits: Vec::new(),
             decode_graph: None,
         })
+    }
+
+    pub(super) fn kernel(&self) -> Kernel {
+        kernel(&self.params, self.maker.memory)
     }
 
     pub fn model(&self) -> &Model {
@@ -332,7 +348,7 @@ impl Session {
         if !sequence.layers.iter().all(|layer| layer.can_truncate(n, sequence.n_past)) {
             return false;
         }
-        sequence.n_past = sequence.n_past.min(n);
+        sequence.cut(n, sequence.n_past, self.params.kv_exact);
         true
     }
 
@@ -344,7 +360,8 @@ impl Session {
     /// What the cache takes. Lazy and active layers are those of the longest sequence.
     pub fn kv(&self) -> KvReport {
         let context_tokens: usize = self.sequences.values().map(|sequence| sequence.n_past).sum();
-        let f16_bytes = context_tokens * self.model.hparams().f16_kv_bytes_per_token();
+        let hparams = self.model.hparams();
+        let f16_bytes = self.sequences.values().map(|sequence| hparams.f16_kv_bytes(sequence.n_past)).sum();
         let allocated_bytes = self.maker.meter.now();
         let longest = self.sequences.values().max_by_key(|sequence| sequence.n_past);
         let lazy_layers = longest.map_or(0, |sequence| sequence.layers.iter().filter(|layer| layer.lazy).count());
@@ -372,14 +389,14 @@ impl Session {
 
     /// Layers that are not sliding-window by their own design.
     fn scorable_layers(&self) -> usize {
-        if self.model.hparams().sliding_window.is_some() { 0 } else { self.model.hparams().n_layer }
+        self.model.hparams().windows.iter().filter(|window| window.is_none()).count()
     }
 
     /// A sequence without tokens: its layers are full, but for those that are restricted from the first token on.
     pub(super) fn new_sequence(&self) -> Sequence {
         let selector = self.selector();
         let windowed = self.params.lazy.windowed_prefill();
-        let layer = |index| match self.model.hparams().sliding_window {
+        let layer = |index| match self.model.hparams().windows[index] {
             Some(n_window) => LayerCache::new(Some(Span { n_sink: 0, n_window }), false, self.active_format),
             None if windowed && selector.is_known_lazy(index) => {
                 LayerCache::new(Some(self.span), true, self.lazy_format)
@@ -387,7 +404,7 @@ impl Session {
             None => LayerCache::new(None, false, self.active_format),
         };
         let layers = (0..self.model.hparams().n_layer).map(layer).collect();
-        Sequence { n_past: 0, layers, score_next: false }
+        Sequence::new(layers)
     }
 
     /// Last tokens of a prompt of `n` tokens whose attention is to be scored when it ends at `n_past`: none while
@@ -468,8 +485,9 @@ impl Session {
     /// lost rows that are still needed.
     pub(super) fn recover(&mut self, seq: SeqId, n: usize) {
         self.decode_graph = None;
-        let Some(sequence) = self.sequences.get(&seq) else { return };
+        let Some(sequence) = self.sequences.get_mut(&seq) else { return };
         let end = sequence.n_past + n;
+        sequence.cut(sequence.n_past, end, self.params.kv_exact);
         let intact = |layer: &LayerCache| layer.span().is_none_or(|span| end <= span.n_rows());
         if !sequence.layers.iter().all(intact) {
             self.seq_clear(seq);
@@ -494,10 +512,20 @@ pub(super) fn piece_ends(n: usize, n_ubatch: usize, n_last: usize) -> Vec<usize>
 
 /// Parts of a ubatch for one sequence alone.
 pub(super) fn single_part(n: usize, n_past: usize, n_score: usize) -> [Part; 1] {
-    [Part { first: 0, n, n_past, n_score }]
+    [Part { first: 0, n, n_past, n_score, exact_from: 0 }]
 }
 
-pub(super) fn check(params: &SessionParams, head_size: usize, n_layer: usize) -> Result<(), Error> {
+fn kernel(params: &SessionParams, memory: BufferType) -> Kernel {
+    match params.flash_attn {
+        // Our kernel reads tensors by pointer.
+        true if params.fused_attention && memory.is_host() => Kernel::Fused,
+        true => Kernel::Flash,
+        false => Kernel::Separate,
+    }
+}
+
+pub(super) fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
+    let &Hparams { head_size, n_layer, .. } = hparams;
     let wrong = |why: &str| Err(Error::Params(why.to_owned()));
     if params.n_ubatch == 0 {
         return wrong("a ubatch of 0 tokens: give at least 1");
@@ -516,11 +544,15 @@ pub(super) fn check(params: &SessionParams, head_size: usize, n_layer: usize) ->
             return wrong("0 lazy queries: the score needs at least 1");
         }
     }
-    if let Policy::Layers(layers) = &params.lazy.policy
-        && let Some(layer) = layers.iter().find(|&&layer| layer >= n_layer)
-    {
-        let last = n_layer - 1;
-        return Err(Error::Params(format!("layer {layer} of --lazy layers: the model has layers 0 to {last}")));
+    if let Policy::Layers(layers) = &params.lazy.policy {
+        for &layer in layers {
+            let why = match hparams.windows.get(layer) {
+                Some(None) => continue,
+                Some(Some(window)) => format!("it is sliding-window by design (window {window}); leave it out"),
+                None => format!("the model has layers 0 to {}", n_layer - 1),
+            };
+            return Err(Error::Params(format!("layer {layer} of --lazy layers: {why}")));
+        }
     }
     let types = [Some(params.type_k), Some(params.type_v), params.lazy_type_k, params.lazy_type_v];
     for ty in types.into_iter().flatten() {

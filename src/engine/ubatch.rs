@@ -2,7 +2,7 @@
 
 use super::{
     Error,
-    attention::{CacheAttention, Score},
+    attention::{CacheAttention, Score, rows_read},
     inputs::{Inputs, Part},
     sequence::LayerCache,
     session::{BatchEntry, Outputs, Session},
@@ -100,7 +100,7 @@ impl Session {
             At::Decode if sequence.score_next => self.n_score(n, n_past + n, At::Decode),
             _ => 0,
         };
-        Part { first, n, n_past, n_score }
+        Part { first, n, n_past, n_score, exact_from: sequence.exact_from() }
     }
 
     /// The graph of the last step when it serves again, else a new one; with memory behind its tensors either way.
@@ -128,7 +128,7 @@ impl Session {
             caches,
             rotations: &self.maker.rotations,
             head_size: hparams.head_size,
-            flash_attn: self.params.flash_attn,
+            kernel: self.kernel(),
             score_span: self.span,
             scores: Vec::new(),
         };
@@ -175,10 +175,9 @@ impl Session {
 impl Key {
     fn new(parts: &[Part], caches: &[&[LayerCache]], n_outputs: usize) -> Key {
         let store = |part: &Part, layer: &LayerCache| {
-            let store = layer.store().map_or((u64::MAX, 0), |store| (store.id(), store.n_rows()));
-            let n_past = part.n_past + part.n;
-            let used = layer.span().map_or(n_past, |span| span.used_rows(n_past));
-            (store.0, used.next_multiple_of(super::attention::ROWS_STEP).min(store.1))
+            layer
+                .store()
+                .map_or((u64::MAX, 0), |store| (store.id(), rows_read(store, layer.span(), part.n_past + part.n)))
         };
         let stores = parts
             .iter()
@@ -186,7 +185,7 @@ impl Key {
             .flat_map(|(part, layers)| layers.iter().map(move |layer| store(part, layer)))
             .collect();
         // A step differs from the one before by its positions only, which are inputs.
-        let parts = parts.iter().map(|part| Part { n_past: 0, ..*part }).collect();
+        let parts = parts.iter().map(|part| Part { n_past: 0, exact_from: 0, ..*part }).collect();
         Key { parts, n_outputs, stores }
     }
 }

@@ -11,7 +11,7 @@ use std::{
 use ggml_sys as sys;
 use memmap2::Mmap;
 
-use super::{BufferType, Device, Error, Type};
+use super::{BufferType, Device, Error, Type, attention};
 
 /// An arena of tensor headers, with the memory behind its tensors.
 #[derive(Clone)]
@@ -33,6 +33,8 @@ struct Owned {
     maps: Vec<Arc<Mmap>>,
     /// Contexts whose tensors this context's nodes read.
     sources: Vec<Arc<Inner>>,
+    /// State of our own operations among this context's nodes.
+    operations: Vec<Arc<attention::Op>>,
 }
 
 // SAFETY: a ggml context is plain memory without thread affinity. Adding tensors goes through `&Context` of one
@@ -107,6 +109,11 @@ impl Context {
         if !owned.sources.iter().any(|source| Arc::ptr_eq(source, &tensor.context)) {
             owned.sources.push(Arc::clone(&tensor.context));
         }
+    }
+
+    /// Keeps the state of one of this context's nodes.
+    pub(super) fn keep(&self, operation: Arc<attention::Op>) {
+        self.inner.lock().operations.push(operation);
     }
 
     /// Gives all tensors of this context zeroed memory of one kind and returns how many bytes the buffer holds.

@@ -1,8 +1,11 @@
-use std::{fmt, ptr::NonNull};
+use std::{fmt, ptr::NonNull, sync::Arc};
 
 use ggml_sys as sys;
 
-use super::{Context, Tensor, Type};
+use super::{
+    Context, Tensor, Type,
+    attention::{Features, FusedAttention, KvSegment, Op, Partials},
+};
 
 /// A graph being built: a function for each operation adds a node and returns its result's tensor.
 ///
@@ -11,6 +14,8 @@ pub struct Graph {
     context: Context,
     raw: NonNull<sys::ggml_cgraph>,
     max_nodes: usize,
+    /// Intermediate results of fused attention.
+    partials: Arc<Partials>,
 }
 
 // SAFETY: the graph is plain memory inside its context; see `context::Inner`.
@@ -64,7 +69,7 @@ impl Graph {
         // SAFETY: the arena was made large enough for it.
         let raw = unsafe { sys::ggml_new_graph_custom(context.raw(), max_nodes, false) };
         let raw = NonNull::new(raw).expect("ggml aborts rather than return null for a graph");
-        Graph { context, raw, max_nodes }
+        Graph { context, raw, max_nodes, partials: Arc::default() }
     }
 
     pub(super) fn raw(&self) -> *mut sys::ggml_cgraph {
@@ -112,6 +117,10 @@ impl Graph {
 
     pub fn scale(&self, a: &Tensor, factor: f32) -> Tensor {
         node!(self, [a], ggml_scale(a.raw(), factor))
+    }
+
+    pub fn tanh(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_tanh(a.raw()))
     }
 
     /// Sums each row: `[n, rows, …]` → `[1, rows, …]`.
@@ -183,18 +192,76 @@ impl Graph {
     /// Attention in one operation.
     ///
     /// `q` `[head size, tokens, heads]`, `k` and `v` `[head size, rows, KV heads]`, `mask` f16 `[rows, tokens]` (0 or
-    /// minus infinity) → `[head size, heads, tokens]`, f32.
-    pub fn flash_attn(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor, scale: f32) -> Tensor {
-        let result =
-            node!(self, [q, k, v, mask], ggml_flash_attn_ext(q.raw(), k.raw(), v.raw(), mask.raw(), scale, 0.0, 0.0));
+    /// minus infinity) → `[head size, heads, tokens]`, f32. A `softcap` other than 0 bends the scaled products `x` to
+    /// `softcap·tanh(x/softcap)`; `sinks` as in [`Graph::soft_max`].
+    #[expect(clippy::too_many_arguments, reason = "the operation's own")]
+    pub fn flash_attn(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        mask: &Tensor,
+        scale: f32,
+        softcap: f32,
+        sinks: Option<&Tensor>,
+    ) -> Tensor {
+        let result = node!(
+            self,
+            [q, k, v, mask],
+            ggml_flash_attn_ext(q.raw(), k.raw(), v.raw(), mask.raw(), scale, 0.0, softcap)
+        );
         // SAFETY: sets a parameter of the node just made.
         unsafe { sys::ggml_prec_set_acc(result.raw(), sys::GGML_PREC_F32) };
+        if let Some(sinks) = sinks {
+            self.context.uses(sinks);
+            // SAFETY: sets an operand of the node just made, which `uses` keeps alive; ggml checks its shape.
+            unsafe { sys::ggml_flash_attn_ext_add_sinks(result.raw(), sinks.raw()) };
+        }
         result
     }
 
-    /// Softmax of `scale × a + mask` over each row.
-    pub fn soft_max(&self, a: &Tensor, mask: &Tensor, scale: f32) -> Tensor {
-        node!(self, [a, mask], ggml_soft_max_ext(a.raw(), mask.raw(), scale, 0.0))
+    /// Attention in one operation of our own, for tensors that the processor can read: over one to
+    /// [`super::MAX_SEGMENTS`] segments, each of any two cache types.
+    ///
+    /// `q` `[head size, n, heads]` f32, rows any distance apart → `[value size, heads, n]`, f32.
+    ///
+    /// # Panics
+    /// When shapes or types do not fit each other.
+    pub fn fused_attention(&self, q: &Tensor, segments: &[KvSegment<'_>], params: &FusedAttention<'_>) -> Tensor {
+        self.fused_attention_with(q, segments, params, Features::detect())
+    }
+
+    /// As [`Graph::fused_attention`], with the kernels for these processor features.
+    pub(super) fn fused_attention_with(
+        &self,
+        q: &Tensor,
+        segments: &[KvSegment<'_>],
+        params: &FusedAttention<'_>,
+        features: Features,
+    ) -> Tensor {
+        self.context.uses(q);
+        for segment in segments {
+            [Some(segment.k), Some(segment.v), segment.mask].into_iter().flatten().for_each(|t| self.context.uses(t));
+        }
+        if let Some(sinks) = params.sinks {
+            self.context.uses(sinks);
+        }
+        // SAFETY: the context is alive, it keeps the tensors, and it keeps the operation's state below.
+        let (raw, op) = unsafe { Op::add(self.context.raw(), q, segments, params, &self.partials, features) };
+        self.context.keep(op);
+        self.context.wrap(raw)
+    }
+
+    /// Softmax of `scale × a + mask` over each row of `a` `[rows, tokens, heads]`. `sinks` `[heads]` (f32) are logits
+    /// that count in a row's sum and in nothing else.
+    pub fn soft_max(&self, a: &Tensor, mask: &Tensor, scale: f32, sinks: Option<&Tensor>) -> Tensor {
+        let result = node!(self, [a, mask], ggml_soft_max_ext(a.raw(), mask.raw(), scale, 0.0));
+        if let Some(sinks) = sinks {
+            self.context.uses(sinks);
+            // SAFETY: sets an operand of the node just made, which `uses` keeps alive; ggml checks its shape.
+            unsafe { sys::ggml_soft_max_add_sinks(result.raw(), sinks.raw()) };
+        }
+        result
     }
 
     // Rows and copies.

@@ -29,8 +29,8 @@ pub struct Hparams {
     pub n_ff: usize,
     pub rms_eps: f32,
     pub rope: Rope,
-    /// Tokens that a query sees, its own included, when the file asks for sliding-window attention.
-    pub sliding_window: Option<usize>,
+    /// For each layer the tokens that a query sees, its own included, when the layer is sliding-window by design.
+    pub windows: Vec<Option<usize>>,
 }
 
 impl Hparams {
@@ -99,14 +99,25 @@ impl Hparams {
             n_ff: keys.count("feed_forward_length")?,
             rms_eps,
             rope: keys.rope(n_rot, n_ctx_train)?,
-            sliding_window: keys.optional_u32("attention.sliding_window")?.filter(|&n| n > 0).map(|n| n as usize),
+            windows: vec![keys.window()?; n_layer],
             architecture,
         })
     }
 
     /// Bytes that one token takes in an uncompressed f16 cache, over all layers.
     pub fn f16_kv_bytes_per_token(&self) -> usize {
-        self.n_layer * 2 * self.n_head_kv * self.head_size * 2
+        self.n_layer * self.f16_kv_bytes_per_layer()
+    }
+
+    /// Bytes that `n` tokens take in an uncompressed f16 cache: layers that are sliding-window by design hold their
+    /// window.
+    pub fn f16_kv_bytes(&self, n: usize) -> usize {
+        let tokens: usize = self.windows.iter().map(|window| window.map_or(n, |window| n.min(window))).sum();
+        tokens * self.f16_kv_bytes_per_layer()
+    }
+
+    fn f16_kv_bytes_per_layer(&self) -> usize {
+        2 * self.n_head_kv * self.head_size * 2
     }
 }
 
@@ -146,6 +157,11 @@ impl Keys<'_> {
             count if count > i32::MAX as u32 => Err(self.error(key, format!("{count} is too large"))),
             count => Ok(count as usize),
         }
+    }
+
+    /// `attention.sliding_window`, where it is not 0.
+    fn window(&self) -> Result<Option<usize>, Error> {
+        Ok(self.optional_u32("attention.sliding_window")?.filter(|&n| n > 0).map(|n| n as usize))
     }
 
     fn optional_f32(&self, key: &str) -> Result<Option<f32>, Error> {

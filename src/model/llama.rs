@@ -1,6 +1,6 @@
 //! `llama`: LLaMA 1 to 3, Mistral 7B, SmolLM2 and the many models that share their layer.
 
-use super::{Architecture, Attention, Error, Hparams, LayerStep, weights::Loader};
+use super::{Architecture, Attention, AttentionOptions, Error, Hparams, LayerStep, weights::Loader};
 use crate::ggml::{Graph, Rope, Tensor};
 
 struct Llama {
@@ -115,7 +115,7 @@ impl Architecture for Llama {
         let q = rope(&layer.q.apply(graph, &input));
         let k = rope(&layer.k.apply(graph, &input));
         let v = self.heads(graph, &layer.v.apply(graph, &input));
-        let attended = attention.attend(graph, step.index, &q, &k, &v);
+        let attended = attention.attend(graph, step.index, &q, &k, &v, &AttentionOptions::plain(self.head_size));
         let attended = layer.o.apply(graph, &attended);
 
         let (attended, hidden) = match step.keep {

@@ -79,7 +79,34 @@ pub(crate) struct LayerStep<'a> {
 /// Attention over a cache, given by the engine.
 pub(crate) trait Attention {
     /// `q` `[head size, heads, n]`, `k` and `v` `[head size, KV heads, n]`, RoPE applied → `[head size × heads, n]`.
-    fn attend(&mut self, graph: &Graph, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor;
+    fn attend(
+        &mut self,
+        graph: &Graph,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        options: &AttentionOptions<'_>,
+    ) -> Tensor;
+}
+
+/// How a layer's attention weights come from its queries and keys. Which keys a query sees is the engine's to know
+/// ([`Hparams::windows`]).
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AttentionOptions<'a> {
+    /// Products of queries and keys are multiplied by this.
+    pub scale: f32,
+    /// `c` bends the scaled products `x` to `c·tanh(x/c)`.
+    pub softcap: Option<f32>,
+    /// A learned logit of each head `[heads]`, f32: it counts in the softmax's sum and has no value.
+    pub sinks: Option<&'a Tensor>,
+}
+
+impl AttentionOptions<'_> {
+    /// Scaled by `1/√head size`, and nothing else.
+    pub fn plain(head_size: usize) -> Self {
+        AttentionOptions { scale: 1.0 / (head_size as f32).sqrt(), softcap: None, sinks: None }
+    }
 }
 
 type Build = fn(&Hparams, &mut weights::Loader<'_>) -> Result<Box<dyn Architecture>, Error>;

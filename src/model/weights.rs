@@ -2,7 +2,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::Error;
 use crate::{
-    ggml::{BufferType, Context, Device, Tensor, Type},
+    ggml::{self, BufferType, Context, Device, Tensor, Type},
     gguf::{Gguf, TensorInfo},
 };
 
@@ -161,6 +161,25 @@ impl<'a> Loader<'a> {
             }
             context.set_usage_weights();
         }
+        self.release_unused_pages();
         Ok(bytes)
+    }
+
+    /// The header, and tensors that were copied, need not stay in memory.
+    fn release_unused_pages(&self) {
+        for (index, map) in self.file.maps().iter().enumerate() {
+            let placed = self.contexts.iter().filter(|(place, ..)| *place == Place::Map(index));
+            let mut used: Vec<_> =
+                placed.flat_map(|(.., tensors)| tensors).map(|(_, info)| (info.offset, info.n_bytes)).collect();
+            used.sort_unstable();
+            used.push((map.len(), 0));
+            let mut end = 0;
+            for (offset, n_bytes) in used {
+                if offset > end {
+                    ggml::release_pages(map, end..offset);
+                }
+                end = end.max(offset + n_bytes);
+            }
+        }
     }
 }

@@ -54,6 +54,7 @@ impl Run {
         if args.lazy.no_kv_rotate {
             session.kv_rotate = KvRotate::Never;
         }
+        session.kv_exact = args.lazy.kv_exact;
         session.lazy.policy = args.lazy.lazy;
         session.lazy.profile = args.lazy.lazy_profile;
         session.lazy.n_sink = args.lazy.lazy_sink;
