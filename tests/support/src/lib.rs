@@ -3,6 +3,7 @@
 //!
 //! A test's helper may panic: a panic is a failed test.
 
+mod decoder;
 pub mod gguf;
 pub mod metrics;
 mod model;
@@ -10,12 +11,14 @@ mod quantize;
 mod rng;
 mod upstream;
 mod vocab;
+mod weights;
 
 use std::path::{Path, PathBuf};
 
 /// An allocator that knows the most that was allocated at once.
 pub use peak_alloc::PeakAlloc;
 
+pub use decoder::{RandomDecoder, Shape};
 pub use model::{RandomModel, RopeScaling};
 pub use quantize::{WeightType, quantize};
 pub use rng::Rng;
