@@ -1,18 +1,29 @@
 use super::{
-    inputs::{Inputs, Part},
+    inputs::{Inputs, Keys, Part},
     sequence::LayerCache,
 };
 use crate::{
     cache::{Rotations, Span, Store},
-    ggml::{Graph, Tensor, Type},
+    ggml::{FusedAttention, Graph, KvSegment, Tensor, Type},
     model::{Attention, AttentionOptions},
 };
 
 /// Rows that attention reads are rounded up to this many, so that a decode graph serves as many steps (as in llama.cpp).
-pub(super) const ROWS_STEP: usize = 256;
+const ROWS_STEP: usize = 256;
 
 /// Intermediate results of a score are kept below this many bytes, by scoring a few KV heads at a time.
 const SCORE_BYTES: usize = 64 << 20;
+
+/// How attention is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kernel {
+    /// Our own operation.
+    Fused,
+    /// ggml's operation.
+    Flash,
+    /// Products and a softmax, with the matrix of all weights between them.
+    Separate,
+}
 
 /// Attention of a ubatch over the caches of its sequences.
 pub(super) struct CacheAttention<'a> {
@@ -22,7 +33,7 @@ pub(super) struct CacheAttention<'a> {
     pub caches: Vec<&'a [LayerCache]>,
     pub rotations: &'a Rotations,
     pub head_size: usize,
-    pub flash_attn: bool,
+    pub kernel: Kernel,
     /// What a lazy layer would keep: the span whose attention mass is the score.
     pub score_span: Span,
     /// Attention mass of the scored queries, `[1, n_score, heads]` each.
@@ -77,7 +88,8 @@ impl CacheAttention<'_> {
         options: &AttentionOptions<'_>,
     ) -> Tensor {
         let part = self.parts[index];
-        let cache = &self.caches[index][layer];
+        let layers: &[LayerCache] = self.caches[index];
+        let cache = &layers[layer];
         let store = cache.store().expect("room was reserved before the graph is built");
         let format = store.format;
         let (mut q, mut k, mut v) = (slice(graph, q, &part), slice(graph, k, &part), slice(graph, v, &part));
@@ -90,86 +102,134 @@ impl CacheAttention<'_> {
         }
         // `[head size, tokens, heads]`: what attention wants.
         let queries = graph.permute(&q, [0, 2, 1, 3]);
-        let projected = Projected { queries, k: rows(graph, &k), v: rows(graph, &v) };
+        let own = Own { queries, k: rows(graph, &k), v: rows(graph, &v) };
 
-        let attended = match cache.span() {
-            Some(span) if part.n > 1 => self.attend_behind_ring(graph, store, span, index, &projected, options),
-            span => self.attend_stored(graph, store, span, (index, layer), &projected, options),
-        };
+        // Several tokens read their own keys as they come and are written afterwards where a ring would overwrite rows
+        // that an earlier one's window still holds, or where the newest tokens of a quantised cache are to be exact.
+        let overwrites = cache.span().is_some_and(|span| part.n_past + part.n > span.n_rows());
+        let write_first = part.n == 1 || !(overwrites || cache.exact().is_some());
+        if write_first {
+            self.write(graph, index, cache, &own);
+        }
+        let attended = self.attend_cache(graph, index, cache, &own, write_first, options);
+        if !write_first {
+            // Nodes run in the order in which they are added.
+            graph.expand(&attended);
+            self.write(graph, index, cache, &own);
+        }
+        if part.n_score > 0 && cache.span().is_none() {
+            self.score(graph, (index, layer), store, &own.queries, options);
+        }
         // `[head size, heads, tokens]`
         let attended = if format.rotate_v { self.rotations.rotate_value(graph, &attended) } else { attended };
         let [head_size, heads, n, _] = attended.shape();
         graph.reshape(&attended, &[head_size * heads, n])
     }
 
-    /// Writes the tokens' rows, then attends to the store.
-    fn attend_stored(
-        &mut self,
-        graph: &Graph,
-        store: &Store,
-        span: Option<Span>,
-        (index, layer): (usize, usize),
-        Projected { queries, k, v }: &Projected,
-        options: &AttentionOptions<'_>,
-    ) -> Tensor {
+    /// Writes the tokens' rows into the layer's stores.
+    fn write(&mut self, graph: &Graph, index: usize, cache: &LayerCache, own: &Own) {
         let part = self.parts[index];
-        let rows = self.inputs.rows(graph, part.n, index, span);
-        graph.expand(&graph.set_rows(&store.k, k, &rows));
-        graph.expand(&graph.set_rows(&store.v, v, &rows));
-
-        let n_past = part.n_past + part.n;
-        let used = span.map_or(n_past, |span| span.used_rows(n_past));
-        let n_rows = used.next_multiple_of(ROWS_STEP).min(store.n_rows());
-        let keys = Store::heads(graph, &store.k, self.head_size, n_rows);
-        let values = Store::heads(graph, &store.v, self.head_size, n_rows);
-        let mask = self.inputs.mask(graph, part.n, index, span, n_rows);
-        if part.n_score > 0 && span.is_none() {
-            self.score(graph, (index, layer), queries, &keys, &mask, options);
-        }
-        self.attention(graph, queries, &keys, &values, &mask, options)
-    }
-
-    /// Several tokens over a ring: they attend to a copy of the ring followed by their own rows, because a row that a
-    /// later token overwrites is still in an earlier token's window.
-    fn attend_behind_ring(
-        &mut self,
-        graph: &Graph,
-        store: &Store,
-        span: Span,
-        index: usize,
-        Projected { queries, k, v }: &Projected,
-        options: &AttentionOptions<'_>,
-    ) -> Tensor {
-        let part = self.parts[index];
-        let n_old = span.used_rows(part.n_past);
-        let with_old = |stored: &Tensor, own: &Tensor| {
-            let all = match n_old {
-                0 => own.clone(),
-                _ => graph.concat(&graph.cast(&graph.rows(stored, 0, n_old), Type::F32), own, 1),
-            };
-            let all = if stored.ty() == Type::F32 { all } else { graph.cast(&all, Type::F16) };
-            Store::heads(graph, &all, self.head_size, n_old + part.n)
-        };
-        let (keys, values) = (with_old(&store.k, k), with_old(&store.v, v));
-        let mask = self.inputs.mask_behind_ring(graph, part.n, index, span, n_old);
-        let attended = self.attention(graph, queries, &keys, &values, &mask, options);
-        // The ring must be read before it is written: nodes run in the order in which they are added.
-        graph.expand(&attended);
-        for kept in span.kept_ranges(part.n_past + part.n) {
-            let kept = kept.start.max(part.n_past)..kept.end;
-            if kept.is_empty() {
-                continue;
-            }
-            for (own, stored) in [(k, &store.k), (v, &store.v)] {
-                let from = graph.rows(own, kept.start - part.n_past, kept.len());
-                let to = graph.rows(stored, span.row(kept.start), kept.len());
-                graph.expand(&graph.copy(&from, &to));
+        let stores = [
+            cache.store().map(|store| (store, cache.span())),
+            cache.exact().map(|exact| (&exact.store, Some(exact.span))),
+        ];
+        for (store, span) in stores.into_iter().flatten() {
+            for (own, stored) in [(&own.k, &store.k), (&own.v, &store.v)] {
+                let Some(span) = span.filter(|_| part.n > 1) else {
+                    let rows = self.inputs.rows(graph, part.n, index, span);
+                    graph.expand(&graph.set_rows(stored, own, &rows));
+                    continue;
+                };
+                // Of tokens that share a row the last is kept.
+                for kept in span.kept_ranges(part.n_past + part.n) {
+                    let kept = kept.start.max(part.n_past)..kept.end;
+                    if !kept.is_empty() {
+                        let from = graph.rows(own, kept.start - part.n_past, kept.len());
+                        let to = graph.rows(stored, span.row(kept.start), kept.len());
+                        graph.expand(&graph.copy(&from, &to));
+                    }
+                }
             }
         }
-        attended
     }
 
+    /// Attends to what the layer keeps, and to the tokens themselves. `has_own`: they are in the cache already.
     /// → `[head size, heads, tokens]`
+    fn attend_cache(
+        &mut self,
+        graph: &Graph,
+        index: usize,
+        cache: &LayerCache,
+        own: &Own,
+        has_own: bool,
+        options: &AttentionOptions<'_>,
+    ) -> Tensor {
+        let (part, span) = (self.parts[index], cache.span());
+        // Rounded as they will be stored. Not quantised though: that would lose more than is needed.
+        let rounded = |rows: &Tensor, stored: &Tensor| match stored.ty() {
+            Type::F32 => rows.clone(),
+            ty if ty.is_quantized() => graph.cast(rows, Type::F16),
+            ty => graph.cast(rows, ty),
+        };
+        let own_rows =
+            cache.store().filter(|_| !has_own).map(|store| (rounded(&own.k, &store.k), rounded(&own.v, &store.v)));
+        let mut groups: Vec<(&Tensor, &Tensor, Keys)> = Vec::new();
+        if let Some(store) = cache.store() {
+            let n_rows = if has_own { rows_read(store, span, part.n_past + part.n) } else { used(span, part.n_past) };
+            let exact = cache.exact().map(|exact| exact.span);
+            groups.push((&store.k, &store.v, Keys::Stored { span, n_rows, has_own, exact }));
+        }
+        if let Some(exact) = cache.exact() {
+            let keys = Keys::Exact { span, exact: exact.span, has_own };
+            groups.push((&exact.store.k, &exact.store.v, keys));
+        }
+        if part.n_past == 0 && !has_own {
+            groups.clear();
+        }
+        if let Some((k, v)) = &own_rows {
+            groups.push((k, v, Keys::Own { span, n: part.n }));
+        }
+        let keys: Vec<Keys> = groups.iter().map(|(.., keys)| *keys).collect();
+        let mask = self.inputs.mask(graph, part.n, index, &keys);
+        let heads = |rows: &Tensor, keys: &Keys| Store::heads(graph, rows, self.head_size, keys.n_rows());
+        if self.kernel == Kernel::Fused {
+            let mut first = 0;
+            let views: Vec<[Tensor; 3]> = groups
+                .iter()
+                .map(|(k, v, keys)| {
+                    let mask = columns(graph, &mask, first, keys.n_rows());
+                    first += keys.n_rows();
+                    [heads(k, keys), heads(v, keys), mask]
+                })
+                .collect();
+            let segments: Vec<KvSegment<'_>> =
+                views.iter().map(|[k, v, mask]| KvSegment { k, v, mask: Some(mask) }).collect();
+            let AttentionOptions { scale, softcap, sinks } = *options;
+            return graph.fused_attention(&own.queries, &segments, &FusedAttention { scale, soft_cap: softcap, sinks });
+        }
+        match &groups[..] {
+            [(k, v, keys)] if has_own => {
+                self.attention(graph, &own.queries, &heads(k, keys), &heads(v, keys), &mask, options)
+            }
+            groups => {
+                // In one piece, behind each other: ggml's operations know one tensor only.
+                let joined = |tensor: fn(&(&Tensor, &Tensor, Keys)) -> Tensor| {
+                    let parts = groups
+                        .iter()
+                        .map(|group| graph.cast(&graph.rows(&tensor(group), 0, group.2.n_rows()), Type::F32));
+                    let all = parts.reduce(|all, more| graph.concat(&all, &more, 1)).expect("at least the tokens' own");
+                    let n = all.shape()[1];
+                    // What ggml reads of a cache that is not f32.
+                    let is_f32 = groups.iter().all(|group| tensor(group).ty() == Type::F32);
+                    Store::heads(graph, &if is_f32 { all } else { graph.cast(&all, Type::F16) }, self.head_size, n)
+                };
+                let (k, v) = (joined(|group| group.0.clone()), joined(|group| group.1.clone()));
+                self.attention(graph, &own.queries, &k, &v, &mask, options)
+            }
+        }
+    }
+
+    /// Attention by ggml's operations. → `[head size, heads, tokens]`
     fn attention(
         &self,
         graph: &Graph,
@@ -179,7 +239,7 @@ impl CacheAttention<'_> {
         mask: &Tensor,
         options: &AttentionOptions<'_>,
     ) -> Tensor {
-        if self.flash_attn {
+        if self.kernel == Kernel::Flash {
             let AttentionOptions { scale, softcap, sinks } = *options;
             return graph.flash_attn(queries, keys, values, mask, scale, softcap.unwrap_or(0.0), sinks);
         }
@@ -191,20 +251,24 @@ impl CacheAttention<'_> {
     }
 
     /// The attention mass of the part's last queries on what a lazy layer would keep (method: SimLayerKV, section 3).
+    /// The store holds the part's tokens.
     fn score(
         &mut self,
         graph: &Graph,
         (index, layer): (usize, usize),
+        store: &Store,
         queries: &Tensor,
-        keys: &Tensor,
-        mask: &Tensor,
         options: &AttentionOptions<'_>,
     ) {
-        let Part { n, n_score, .. } = self.parts[index];
+        let Part { n, n_past, n_score, .. } = self.parts[index];
+        let n_rows = rows_read(store, None, n_past + n);
+        let keys = Store::heads(graph, &store.k, self.head_size, n_rows);
+        let mask =
+            self.inputs.mask(graph, n, index, &[Keys::Stored { span: None, n_rows, has_own: true, exact: None }]);
         let [head_size, _, heads, _] = queries.shape();
-        let [_, n_rows, kv_heads, _] = keys.shape();
+        let [_, _, kv_heads, _] = keys.shape();
         let kept = self.inputs.kept(graph, n_score, index, self.score_span, n_rows);
-        let mask = graph.rows(mask, n - n_score, n_score);
+        let mask = graph.rows(&mask, n - n_score, n_score);
 
         let shared = heads / kv_heads;
         let bytes_per_kv_head = n_rows * n_score * shared * size_of::<f32>();
@@ -216,7 +280,7 @@ impl CacheAttention<'_> {
             let some = at_once.min(kv_heads - first);
             let offset = (n - n_score) * token_bytes + first * shared * head_bytes;
             let q = graph.view(queries, [head_size, n_score, some * shared], [token_bytes, head_bytes], offset);
-            let k = graph.view(keys, [head_size, n_rows, some], [row_bytes, kv_head_bytes], first * kv_head_bytes);
+            let k = graph.view(&keys, [head_size, n_rows, some], [row_bytes, kv_head_bytes], first * kv_head_bytes);
             let sinks = options.sinks.map(|sinks| {
                 let [_, logit_bytes, ..] = sinks.strides();
                 let offset = first * shared * size_of::<f32>();
@@ -233,10 +297,27 @@ impl CacheAttention<'_> {
 }
 
 /// A part's tokens, rotated as the store is: queries `[head size, tokens, heads]`, keys and values as rows.
-struct Projected {
+struct Own {
     queries: Tensor,
     k: Tensor,
     v: Tensor,
+}
+
+/// Rows in use when the sequence has `n_past` tokens.
+fn used(span: Option<Span>, n_past: usize) -> usize {
+    span.map_or(n_past, |span| span.used_rows(n_past))
+}
+
+/// Rows that are read of a store that holds `n_past` tokens: those in use and some more, so that a decode graph serves
+/// many steps.
+pub(super) fn rows_read(store: &Store, span: Option<Span>, n_past: usize) -> usize {
+    used(span, n_past).next_multiple_of(ROWS_STEP).min(store.n_rows())
+}
+
+/// Columns of a mask `[rows, tokens]`.
+fn columns(graph: &Graph, mask: &Tensor, first: usize, n: usize) -> Tensor {
+    let [cell_bytes, row_bytes, ..] = mask.strides();
+    graph.view(mask, [n, mask.shape()[1], 1], [row_bytes, row_bytes], first * cell_bytes)
 }
 
 /// Attention weights `[rows, tokens, heads]` of queries `[head size, tokens, heads]`.

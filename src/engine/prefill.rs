@@ -143,7 +143,7 @@ impl Session {
                 caches: vec![&*layers],
                 rotations: &self.maker.rotations,
                 head_size: hparams.head_size,
-                flash_attn: self.params.flash_attn,
+                kernel: self.kernel(),
                 score_span: self.span,
                 scores: Vec::new(),
             };
@@ -207,11 +207,15 @@ impl Session {
             let states = graph.rows(&hidden.states, start, n);
             let logits = self.model.architecture().output(&graph, &states).as_output();
             graph.expand(&logits);
+            let embeddings = logits.multiplied().filter(|_| self.wants_embeddings).map(Tensor::as_output);
             self.scheduler.alloc(&graph)?;
             self.scheduler.compute(&graph)?;
             let filled = self.logits.len();
             self.logits.resize(filled + n * n_vocab, 0.0);
             logits.read(0, &mut self.logits[filled..]);
+            if let Some(embeddings) = embeddings {
+                self.embeddings.extend(embeddings.to_f32());
+            }
         }
         Ok(())
     }

@@ -6,13 +6,14 @@ use std::{
 
 use super::{
     Error,
+    attention::Kernel,
     inputs::Part,
     sequence::{LayerCache, LayerReport, Sequence, StoreMaker},
     ubatch::CachedGraph,
 };
 use crate::{
     cache::{Format, KvReport, KvRotate, Meter, Rotations, Span},
-    ggml::{self, Device, Scheduler, Type},
+    ggml::{self, BufferType, Device, Scheduler, Type},
     lazy::{At, LazyParams, Policy, Selector, default_threshold},
     model::{Hparams, Model},
     vocab::Token,
@@ -41,8 +42,15 @@ pub struct SessionParams {
     pub lazy_type_v: Option<Type>,
     /// Attention in one operation, without the matrix of all weights.
     pub flash_attn: bool,
+    /// Compute it with this crate's own kernel, which sums in f32 and is faster over long and quantised caches. Off:
+    /// with ggml's, whose logits are llama.cpp's bit for bit.
+    pub fused_attention: bool,
     /// When keys and values are rotated.
     pub kv_rotate: KvRotate,
+    /// Newest tokens that are kept in f16 as well, with the sink, beside each quantised store: most of what four bits
+    /// lose is lost there (KIVI, arXiv 2402.02750). 0 for none, which is llama.cpp's way. Needs this crate's own
+    /// attention kernel, and is ignored without it.
+    pub kv_exact: usize,
     /// Read a long prompt layer by layer, so that only one layer's cache is ever uncompressed. Off: ubatch by ubatch.
     pub layer_major: bool,
     /// Which layers become lazy.
@@ -61,7 +69,9 @@ impl Default for SessionParams {
             lazy_type_k: None,
             lazy_type_v: None,
             flash_attn: true,
+            fused_attention: true,
             kv_rotate: KvRotate::default(),
+            kv_exact: 32,
             layer_major: true,
             lazy: LazyParams::default(),
         }
@@ -96,6 +106,9 @@ pub struct Session {
     pub(super) sequences: BTreeMap<SeqId, Sequence>,
     /// Rows of `n_vocab` logits, in the order of the last call's tokens.
     pub(super) logits: Vec<f32>,
+    /// Rows of `n_embd`: what the output matrix is multiplied with, for the same tokens; empty unless asked for.
+    pub(super) embeddings: Vec<f32>,
+    pub(super) wants_embeddings: bool,
     pub(super) decode_graph: Option<CachedGraph>,
     pub(super) span: Span,
     pub(super) active_format: Format,
@@ -116,6 +129,7 @@ impl Session {
         if params.n_threads_batch == 0 {
             params.n_threads_batch = params.n_threads;
         }
+        super::profile::settle(&mut params.lazy, model)?;
         check(&params, hparams)?;
         let device = Device::cpu();
         // A layer has some 30 nodes, a few more for each sequence in a batch; scores and rotations add theirs.
@@ -127,14 +141,13 @@ impl Session {
             meter: Meter::default(),
             rotations: Rotations::new(hparams.head_size, device.buffer_type())?,
             n_ctx: params.n_ctx,
+            exact_span: (kernel(&params, device.buffer_type()) == Kernel::Fused && params.kv_exact > 0)
+                .then_some(Span { n_sink: params.lazy.n_sink, n_window: params.kv_exact }),
         };
-        let smallest = if hparams.head_size.is_multiple_of(Type::Q4_0.block_size()) { Type::Q4_0 } else { Type::F16 };
-        let lazy_type = |given: Option<Type>| given.unwrap_or(smallest);
-        let format = |k, v| Format::new(k, v, params.kv_rotate);
         Ok(Session {
             span: Span { n_sink: params.lazy.n_sink, n_window: params.lazy.n_window },
-            active_format: format(params.type_k, params.type_v),
-            lazy_format: format(lazy_type(params.lazy_type_k), lazy_type(params.lazy_type_v)),
+            active_format: Format::new(params.type_k, params.type_v, params.kv_rotate),
+            lazy_format: lazy_format(&params, hparams.head_size),
             threshold: default_threshold(&hparams.architecture, model.name(), hparams.rope.freq_base),
             model: model.clone(),
             params,
@@ -142,12 +155,37 @@ impl Session {
             maker,
             sequences: BTreeMap::new(),
             logits: Vec::new(),
+            embeddings: Vec::new(),
+            wants_embeddings: false,
             decode_graph: None,
         })
     }
 
+    pub(super) fn kernel(&self) -> Kernel {
+        kernel(&self.params, self.maker.memory)
+    }
+
     pub fn model(&self) -> &Model {
         &self.model
+    }
+
+    /// Whether lazy layers see only sink and window while a prompt is read.
+    pub fn reads_windowed(&self) -> bool {
+        self.params.lazy.windowed_prefill()
+    }
+
+    /// The layers that the policy makes lazy behind a prompt whose layers have these scores.
+    pub fn choose(&self, layers: &[LayerReport]) -> BTreeSet<usize> {
+        let mut selector = self.selector();
+        let known = layers.iter().map(|layer| layer.index).filter(|&index| selector.is_known_lazy(index));
+        let known: BTreeSet<usize> = known.collect();
+        let scored = layers.iter().filter_map(|layer| selector.scored(layer.index, layer.score?));
+        scored.chain(known).collect()
+    }
+
+    /// The rule that makes layers lazy: [`Policy::Layers`] where a profile was asked for, or found by `auto`.
+    pub fn policy(&self) -> &Policy {
+        &self.params.lazy.policy
     }
 
     /// Reads a prompt (or a later part of the conversation) and returns the logits of its last token. Layers become
@@ -191,6 +229,7 @@ impl Session {
     pub fn run_with(&mut self, batch: &[BatchEntry<'_>], progress: &mut dyn FnMut(f32)) -> Result<(), Error> {
         self.check_batch(batch)?;
         self.logits.clear();
+        self.embeddings.clear();
         let n_tokens: usize = batch.iter().map(|entry| entry.tokens.len()).sum();
         let threads = if n_tokens > batch.len() { self.params.n_threads_batch } else { self.params.n_threads };
         self.scheduler.set_threads(threads)?;
@@ -312,7 +351,7 @@ impl Session {
         if !sequence.layers.iter().all(|layer| layer.can_truncate(n, sequence.n_past)) {
             return false;
         }
-        sequence.n_past = sequence.n_past.min(n);
+        sequence.cut(n, sequence.n_past, self.params.kv_exact);
         true
     }
 
@@ -368,7 +407,7 @@ impl Session {
             None => LayerCache::new(None, false, self.active_format),
         };
         let layers = (0..self.model.hparams().n_layer).map(layer).collect();
-        Sequence { n_past: 0, layers, score_next: false }
+        Sequence::new(layers)
     }
 
     /// Last tokens of a prompt of `n` tokens whose attention is to be scored when it ends at `n_past`: none while
@@ -449,8 +488,9 @@ impl Session {
     /// lost rows that are still needed.
     pub(super) fn recover(&mut self, seq: SeqId, n: usize) {
         self.decode_graph = None;
-        let Some(sequence) = self.sequences.get(&seq) else { return };
+        let Some(sequence) = self.sequences.get_mut(&seq) else { return };
         let end = sequence.n_past + n;
+        sequence.cut(sequence.n_past, end, self.params.kv_exact);
         let intact = |layer: &LayerCache| layer.span().is_none_or(|span| end <= span.n_rows());
         if !sequence.layers.iter().all(intact) {
             self.seq_clear(seq);
@@ -475,10 +515,26 @@ pub(super) fn piece_ends(n: usize, n_ubatch: usize, n_last: usize) -> Vec<usize>
 
 /// Parts of a ubatch for one sequence alone.
 pub(super) fn single_part(n: usize, n_past: usize, n_score: usize) -> [Part; 1] {
-    [Part { first: 0, n, n_past, n_score }]
+    [Part { first: 0, n, n_past, n_score, exact_from: 0 }]
 }
 
-fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
+/// How lazy layers keep their rows: q4_0 where nothing else is asked for and the head size allows it.
+pub(super) fn lazy_format(params: &SessionParams, head_size: usize) -> Format {
+    let smallest = if head_size.is_multiple_of(Type::Q4_0.block_size()) { Type::Q4_0 } else { Type::F16 };
+    let [k, v] = [params.lazy_type_k, params.lazy_type_v].map(|given| given.unwrap_or(smallest));
+    Format::new(k, v, params.kv_rotate)
+}
+
+fn kernel(params: &SessionParams, memory: BufferType) -> Kernel {
+    match params.flash_attn {
+        // Our kernel reads tensors by pointer.
+        true if params.fused_attention && memory.is_host() => Kernel::Fused,
+        true => Kernel::Flash,
+        false => Kernel::Separate,
+    }
+}
+
+pub(super) fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
     let &Hparams { head_size, n_layer, .. } = hparams;
     let wrong = |why: &str| Err(Error::Params(why.to_owned()));
     if params.n_ubatch == 0 {

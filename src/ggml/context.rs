@@ -11,7 +11,7 @@ use std::{
 use ggml_sys as sys;
 use memmap2::Mmap;
 
-use super::{BufferType, Device, Error, Type};
+use super::{BufferType, Device, Error, Type, attention};
 
 /// An arena of tensor headers, with the memory behind its tensors.
 #[derive(Clone)]
@@ -33,6 +33,8 @@ struct Owned {
     maps: Vec<Arc<Mmap>>,
     /// Contexts whose tensors this context's nodes read.
     sources: Vec<Arc<Inner>>,
+    /// State of our own operations among this context's nodes.
+    operations: Vec<Arc<attention::Op>>,
 }
 
 // SAFETY: a ggml context is plain memory without thread affinity. Adding tensors goes through `&Context` of one
@@ -107,6 +109,11 @@ impl Context {
         if !owned.sources.iter().any(|source| Arc::ptr_eq(source, &tensor.context)) {
             owned.sources.push(Arc::clone(&tensor.context));
         }
+    }
+
+    /// Keeps the state of one of this context's nodes.
+    pub(super) fn keep(&self, operation: Arc<attention::Op>) {
+        self.inner.lock().operations.push(operation);
     }
 
     /// Gives all tensors of this context zeroed memory of one kind and returns how many bytes the buffer holds.
@@ -252,6 +259,21 @@ impl Tensor {
         // SAFETY: sets a flag in the header.
         unsafe { sys::ggml_set_output(self.raw()) };
         self
+    }
+
+    /// What a matrix product multiplies: of a node and the nodes that it is made from by its first source, the nearest
+    /// product's right side. `None` when there is no product on the way.
+    pub fn multiplied(&self) -> Option<Tensor> {
+        let mut node = self.raw;
+        loop {
+            // SAFETY: a graph's context keeps the contexts of all its nodes' sources alive (`Context::uses`).
+            let header = unsafe { node.as_ref() };
+            if header.op == sys::GGML_OP_MUL_MAT {
+                let raw = NonNull::new(header.src[1])?;
+                return Some(Tensor { raw, context: Arc::clone(&self.context) });
+            }
+            node = NonNull::new(header.src[0])?;
+        }
     }
 
     /// Whether the tensor has memory of its own or is a view of one that has. An input that nothing in its graph reads

@@ -1,8 +1,11 @@
-use std::{fmt, ptr::NonNull};
+use std::{fmt, ptr::NonNull, sync::Arc};
 
 use ggml_sys as sys;
 
-use super::{Context, Tensor, Type};
+use super::{
+    Context, Tensor, Type,
+    attention::{Features, FusedAttention, KvSegment, Op, Partials},
+};
 
 /// A graph being built: a function for each operation adds a node and returns its result's tensor.
 ///
@@ -11,6 +14,8 @@ pub struct Graph {
     context: Context,
     raw: NonNull<sys::ggml_cgraph>,
     max_nodes: usize,
+    /// Intermediate results of fused attention.
+    partials: Arc<Partials>,
 }
 
 // SAFETY: the graph is plain memory inside its context; see `context::Inner`.
@@ -64,7 +69,7 @@ impl Graph {
         // SAFETY: the arena was made large enough for it.
         let raw = unsafe { sys::ggml_new_graph_custom(context.raw(), max_nodes, false) };
         let raw = NonNull::new(raw).expect("ggml aborts rather than return null for a graph");
-        Graph { context, raw, max_nodes }
+        Graph { context, raw, max_nodes, partials: Arc::default() }
     }
 
     pub(super) fn raw(&self) -> *mut sys::ggml_cgraph {
@@ -283,6 +288,38 @@ impl Graph {
             unsafe { sys::ggml_flash_attn_ext_add_sinks(result.raw(), sinks.raw()) };
         }
         result
+    }
+
+    /// Attention in one operation of our own, for tensors that the processor can read: over one to
+    /// [`super::MAX_SEGMENTS`] segments, each of any two cache types.
+    ///
+    /// `q` `[head size, n, heads]` f32, rows any distance apart → `[value size, heads, n]`, f32.
+    ///
+    /// # Panics
+    /// When shapes or types do not fit each other.
+    pub fn fused_attention(&self, q: &Tensor, segments: &[KvSegment<'_>], params: &FusedAttention<'_>) -> Tensor {
+        self.fused_attention_with(q, segments, params, Features::detect())
+    }
+
+    /// As [`Graph::fused_attention`], with the kernels for these processor features.
+    pub(super) fn fused_attention_with(
+        &self,
+        q: &Tensor,
+        segments: &[KvSegment<'_>],
+        params: &FusedAttention<'_>,
+        features: Features,
+    ) -> Tensor {
+        self.context.uses(q);
+        for segment in segments {
+            [Some(segment.k), Some(segment.v), segment.mask].into_iter().flatten().for_each(|t| self.context.uses(t));
+        }
+        if let Some(sinks) = params.sinks {
+            self.context.uses(sinks);
+        }
+        // SAFETY: the context is alive, it keeps the tensors, and it keeps the operation's state below.
+        let (raw, op) = unsafe { Op::add(self.context.raw(), q, segments, params, &self.partials, features) };
+        self.context.keep(op);
+        self.context.wrap(raw)
     }
 
     /// Softmax of `scale × a + mask` over each row of `a` `[rows, tokens, heads]`. `sinks` `[heads]` (f32) are logits

@@ -35,6 +35,16 @@ pub struct Hparams {
 }
 
 impl Hparams {
+    /// Reads the keys that all architectures have, without the weights: for a look at a file. What a layer of its
+    /// architecture has besides (windows, other RoPE) is known once the model is loaded.
+    ///
+    /// # Errors
+    /// When a key is missing or its value makes no sense.
+    pub fn of(file: &Gguf) -> Result<Hparams, Error> {
+        let architecture = file.architecture()?;
+        Hparams::read(&Keys { file, architecture })
+    }
+
     /// Reads and checks the keys that all architectures have. What they have besides is theirs to read and to put in.
     pub(super) fn read(keys: &Keys<'_>) -> Result<Hparams, Error> {
         let n_embd = keys.count("embedding_length")?;

@@ -9,6 +9,7 @@ mod gpt_oss;
 mod granite;
 mod granitemoe;
 mod hparams;
+mod identity;
 mod llama;
 mod mistral3;
 mod olmo2;
@@ -33,7 +34,7 @@ use parts::{Builder, Decoder};
 
 use crate::{
     ggml::{self, Graph, Tensor},
-    gguf::{self, Gguf},
+    gguf::{self, Gguf, Override},
     vocab::{Vocab, VocabError},
 };
 
@@ -53,6 +54,8 @@ pub enum Error {
     Tensor { path: PathBuf, tensor: String, why: String },
     #[error("{path}: vocabulary: {source}")]
     Vocab { path: PathBuf, source: VocabError },
+    #[error("{path}: loading was cancelled")]
+    Cancelled { path: PathBuf },
     #[error("{path}: {source}")]
     Ggml { path: PathBuf, source: ggml::Error },
 }
@@ -64,11 +67,25 @@ pub struct ModelParams {
     /// Repack weights for the processor's matrix kernels where it has any for their type (llama.cpp's `--repack`).
     /// Repacked weights are a copy; prefill is much faster with them.
     pub repack: bool,
+    /// Values that take the place of the file's keys.
+    pub overrides: Vec<(String, Override)>,
+    /// Told how far loading is.
+    pub progress: Option<Progress>,
 }
 
 impl Default for ModelParams {
     fn default() -> Self {
-        ModelParams { repack: true }
+        ModelParams { repack: true, overrides: Vec::new(), progress: None }
+    }
+}
+
+/// A function that is told the share of the weights that is loaded, from 0 to 1, and answers whether to go on.
+#[derive(Clone)]
+pub struct Progress(pub Arc<dyn Fn(f32) -> bool + Send + Sync>);
+
+impl fmt::Debug for Progress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Progress")
     }
 }
 
@@ -177,7 +194,10 @@ impl Model {
     /// When the file cannot be read, is damaged, is of an unknown architecture, or does not fit into memory.
     pub fn load(path: impl AsRef<Path>, params: &ModelParams) -> Result<Model, Error> {
         let path = path.as_ref();
-        let file = Gguf::open(path)?;
+        let mut file = Gguf::open(path)?;
+        for (key, value) in &params.overrides {
+            file.set_override(key, value.clone());
+        }
         let architecture = file.architecture()?;
         let Some((_, build)) = ARCHITECTURES.iter().find(|(name, _)| *name == architecture) else {
             return Err(Error::Architecture {
@@ -192,8 +212,9 @@ impl Model {
         let mut builder = Builder { keys, hparams, loader: weights::Loader::new(&file, params.repack) };
         let architecture = Box::new(build(&mut builder)?);
         let Builder { hparams, loader, .. } = builder;
-        let weight_bytes = loader.finish()?;
-        let vocab = Vocab::load_checked(path).map_err(|source| Error::Vocab { path: path.to_owned(), source })?;
+        let weight_bytes = loader.finish(params.progress.as_ref())?;
+        let vocab = Vocab::load_checked(path, &params.overrides)
+            .map_err(|source| Error::Vocab { path: path.to_owned(), source })?;
         if vocab.n_tokens() != hparams.n_vocab {
             return Err(Error::Key {
                 path: path.to_owned(),

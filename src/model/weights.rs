@@ -1,8 +1,8 @@
 use std::collections::{HashMap, HashSet};
 
-use super::Error;
+use super::{Error, Progress};
 use crate::{
-    ggml::{BufferType, Context, Device, Tensor, Type},
+    ggml::{self, BufferType, Context, Device, Tensor, Type},
     gguf::{Gguf, TensorInfo},
 };
 
@@ -162,7 +162,7 @@ impl<'a> Loader<'a> {
 
     /// Gives every tensor its data and returns their bytes. A tensor that nobody asked for is an error: the model
     /// would not be the one that the file's author meant.
-    pub(super) fn finish(self) -> Result<usize, Error> {
+    pub(super) fn finish(self, progress: Option<&Progress>) -> Result<usize, Error> {
         let path = self.file.path();
         let unknown = |info: &&TensorInfo| {
             !self.asked.contains(&*info.name) && !self.ignored.iter().any(|prefix| info.name.starts_with(prefix))
@@ -171,6 +171,19 @@ impl<'a> Loader<'a> {
             return Err(self.wrong(info, "is not known to this architecture".into()));
         }
         let failed = |source| Error::Ggml { path: path.to_owned(), source };
+        let total: usize = self.contexts.iter().flat_map(|(_, _, tensors)| tensors).map(|(_, info)| info.n_bytes).sum();
+        let mut loaded = 0;
+        // False: the caller wants no more.
+        let mut tell = |n_bytes: usize| {
+            loaded += n_bytes;
+            match progress {
+                Some(progress) if !progress.0(loaded as f32 / total.max(1) as f32) => {
+                    Err(Error::Cancelled { path: path.to_owned() })
+                }
+                _ => Ok(()),
+            }
+        };
+        tell(0)?;
         let mut bytes = 0;
         for (place, context, tensors) in &self.contexts {
             bytes += tensors.iter().map(|(_, info)| info.n_bytes).sum::<usize>();
@@ -178,16 +191,37 @@ impl<'a> Loader<'a> {
                 Place::Map(index) => {
                     let places: Vec<_> = tensors.iter().map(|(tensor, info)| (tensor, info.offset)).collect();
                     context.place_in_map(self.device, &self.file.maps()[index], &places).map_err(failed)?;
+                    tell(tensors.iter().map(|(_, info)| info.n_bytes).sum())?;
                 }
                 Place::Memory(memory) => {
                     context.alloc(memory, "weights").map_err(failed)?;
                     for (tensor, info) in tensors {
                         tensor.write(0, self.file.data(info));
+                        tell(info.n_bytes)?;
                     }
                 }
             }
             context.set_usage_weights();
         }
+        self.release_unused_pages();
         Ok(bytes)
+    }
+
+    /// The header, and tensors that were copied, need not stay in memory.
+    fn release_unused_pages(&self) {
+        for (index, map) in self.file.maps().iter().enumerate() {
+            let placed = self.contexts.iter().filter(|(place, ..)| *place == Place::Map(index));
+            let mut used: Vec<_> =
+                placed.flat_map(|(.., tensors)| tensors).map(|(_, info)| (info.offset, info.n_bytes)).collect();
+            used.sort_unstable();
+            used.push((map.len(), 0));
+            let mut end = 0;
+            for (offset, n_bytes) in used {
+                if offset > end {
+                    ggml::release_pages(map, end..offset);
+                }
+                end = end.max(offset + n_bytes);
+            }
+        }
     }
 }

@@ -3,6 +3,8 @@
 //!
 //! A test's helper may panic: a panic is a failed test.
 
+#![forbid(unsafe_code)]
+
 mod decoder;
 pub mod gguf;
 pub mod metrics;
@@ -20,7 +22,7 @@ pub use peak_alloc::PeakAlloc;
 
 pub use decoder::{RandomDecoder, Shape};
 pub use model::{RandomModel, RopeScaling};
-pub use quantize::{WeightType, quantize};
+pub use quantize::{WeightType, dequantize, quantize};
 pub use rng::Rng;
 pub use upstream::{Greedy, Logits, UpstreamRef};
 pub use vocab::Vocabulary;

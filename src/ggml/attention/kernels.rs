@@ -1,0 +1,591 @@
+//! The inner loops, generic over vectors and element types. Scores are in units of log2: queries come multiplied by
+//! `scale × log2 e`, so that a softmax is made of powers of two.
+
+use super::simd::{Portable, Simd, exp2, f16_to_f32, tanh};
+#[cfg(target_arch = "x86_64")]
+use super::x86::{Avx2, Avx512};
+
+/// Rows of keys and values that are worked on at once: they stay in the first-level cache.
+pub(super) const BLOCK: usize = 64;
+
+/// How a stored row's elements are read.
+pub(super) trait Element {
+    /// Elements that share a scale: a row is a whole number of these.
+    const BLOCK: usize;
+    /// Bytes up to element `i`, a multiple of `BLOCK`.
+    fn offset(i: usize) -> usize;
+    /// # Safety
+    /// Elements `i..i + LANES` behind `row` exist, and lie in one block where `BLOCK > 1`; the features are there.
+    unsafe fn load<V: Simd>(row: *const u8, i: usize) -> V;
+    /// # Safety
+    /// As `load`, for element `i`; only called where `BLOCK` is 1.
+    unsafe fn get(row: *const u8, i: usize) -> f32;
+}
+
+pub(super) struct F32;
+pub(super) struct F16;
+pub(super) struct Bf16;
+pub(super) struct Q8;
+pub(super) struct Q4;
+
+impl Element for F32 {
+    const BLOCK: usize = 1;
+    #[inline(always)]
+    fn offset(i: usize) -> usize {
+        4 * i
+    }
+    #[inline(always)]
+    unsafe fn load<V: Simd>(row: *const u8, i: usize) -> V {
+        // SAFETY: the elements exist.
+        unsafe { V::load(row.cast::<f32>().add(i)) }
+    }
+    #[inline(always)]
+    unsafe fn get(row: *const u8, i: usize) -> f32 {
+        // SAFETY: the element exists.
+        unsafe { row.cast::<f32>().add(i).read_unaligned() }
+    }
+}
+
+impl Element for F16 {
+    const BLOCK: usize = 1;
+    #[inline(always)]
+    fn offset(i: usize) -> usize {
+        2 * i
+    }
+    #[inline(always)]
+    unsafe fn load<V: Simd>(row: *const u8, i: usize) -> V {
+        // SAFETY: the elements exist.
+        unsafe { V::load_f16(row.cast::<u16>().add(i)) }
+    }
+    #[inline(always)]
+    unsafe fn get(row: *const u8, i: usize) -> f32 {
+        // SAFETY: the element exists.
+        f16_to_f32(unsafe { row.cast::<u16>().add(i).read_unaligned() })
+    }
+}
+
+impl Element for Bf16 {
+    const BLOCK: usize = 1;
+    #[inline(always)]
+    fn offset(i: usize) -> usize {
+        2 * i
+    }
+    #[inline(always)]
+    unsafe fn load<V: Simd>(row: *const u8, i: usize) -> V {
+        // SAFETY: the elements exist.
+        unsafe { V::load_bf16(row.cast::<u16>().add(i)) }
+    }
+    #[inline(always)]
+    unsafe fn get(row: *const u8, i: usize) -> f32 {
+        // SAFETY: the element exists.
+        f32::from_bits(u32::from(unsafe { row.cast::<u16>().add(i).read_unaligned() }) << 16)
+    }
+}
+
+impl Element for Q8 {
+    const BLOCK: usize = 32;
+    #[inline(always)]
+    fn offset(i: usize) -> usize {
+        34 * (i / 32)
+    }
+    #[inline(always)]
+    unsafe fn load<V: Simd>(row: *const u8, i: usize) -> V {
+        // A block is its scale, an f16, and 32 bytes.
+        // SAFETY: the block exists.
+        unsafe {
+            let block = row.add(Self::offset(i));
+            V::load_i8(block.add(2 + i % 32).cast()).mul(V::splat_f16(block.cast()))
+        }
+    }
+    unsafe fn get(_: *const u8, _: usize) -> f32 {
+        unreachable!("rows are whole blocks")
+    }
+}
+
+impl Element for Q4 {
+    const BLOCK: usize = 32;
+    #[inline(always)]
+    fn offset(i: usize) -> usize {
+        18 * (i / 32)
+    }
+    #[inline(always)]
+    unsafe fn load<V: Simd>(row: *const u8, i: usize) -> V {
+        // A block is its scale, an f16, and 16 bytes of two numbers each.
+        // SAFETY: the block exists.
+        unsafe {
+            let block = row.add(Self::offset(i));
+            V::load_q4(block.add(2), i % 32).mul(V::splat_f16(block.cast()))
+        }
+    }
+    unsafe fn get(_: *const u8, _: usize) -> f32 {
+        unreachable!("rows are whole blocks")
+    }
+}
+
+/// Rows in memory, `bytes` apart.
+#[derive(Clone, Copy)]
+pub(super) struct RowPtr {
+    pub data: *const u8,
+    pub bytes: usize,
+    pub n: usize,
+}
+
+/// Asks for the memory that lies a block of rows behind `row`, which is what comes next.
+#[inline(always)]
+unsafe fn prefetch(row: *const u8, rows: RowPtr, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..len).step_by(64) {
+        let next = row.wrapping_add(BLOCK * rows.bytes + line);
+        // SAFETY: a hint that reads nothing, whatever the address.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(next.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (row, rows, len);
+}
+
+impl RowPtr {
+    /// # Safety
+    /// `row` is a row, or lies right behind the last one.
+    #[inline(always)]
+    unsafe fn at(self, row: usize) -> *const u8 {
+        // SAFETY: inside the rows' memory.
+        unsafe { self.data.add(row * self.bytes) }
+    }
+}
+
+// Few queries: a key row is read into registers once for a group of G query vectors.
+
+/// `scores[g × BLOCK + r] = queries[g] · keys[r]`. At most `BLOCK` rows; scores behind the last row are undefined.
+#[inline(always)]
+unsafe fn scores_of<V: Simd, E: Element, const G: usize>(
+    queries: *const f32,
+    query_stride: usize,
+    keys: RowPtr,
+    size: usize,
+    scores: *mut f32,
+) {
+    let step = E::BLOCK.max(V::LANES);
+    // SAFETY: `row` is at most the last one; queries have `size` elements, and scores room for BLOCK × G.
+    unsafe {
+        for first in (0..keys.n).step_by(4) {
+            let rows: [*const u8; 4] = std::array::from_fn(|r| keys.at((first + r).min(keys.n - 1)));
+            for row in rows {
+                prefetch(row, keys, E::offset(size.next_multiple_of(E::BLOCK)));
+            }
+            let mut sums = [[V::splat(0.0); 4]; G];
+            let mut i = 0;
+            while i < size {
+                let blocks = rows.map(|row| row.add(E::offset(i)));
+                for c in 0..step / V::LANES {
+                    let c = c * V::LANES;
+                    let keys: [V; 4] = std::array::from_fn(|r| E::load::<V>(blocks[r], c));
+                    for (g, sums) in sums.iter_mut().enumerate() {
+                        let query = V::load(queries.add(g * query_stride + i + c));
+                        for (sum, key) in sums.iter_mut().zip(keys) {
+                            *sum = key.mul_add(query, *sum);
+                        }
+                    }
+                }
+                i += step;
+            }
+            for (g, sums) in sums.into_iter().enumerate() {
+                V::sum_each(sums, scores.add(g * BLOCK + first));
+            }
+        }
+    }
+}
+
+/// What a softmax has come to: the largest score and the sum of powers relative to it.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Running {
+    pub max: f32,
+    pub sum: f32,
+}
+
+impl Running {
+    pub const EMPTY: Running = Running { max: f32::NEG_INFINITY, sum: 0.0 };
+}
+
+/// How scores become the softmax's arguments.
+#[derive(Clone, Copy)]
+pub(super) struct Shape {
+    /// `cap × log2 e` of a soft cap; 0 for none. Scores then come divided by the cap, and not multiplied by log2 e.
+    pub cap: f32,
+}
+
+/// Turns the scores of `n` rows into weights relative to the new maximum. The factor for what was summed up before.
+///
+/// A mask hides the elements behind the last row; without one `n` is a multiple of the lanes.
+#[inline(always)]
+unsafe fn weights_of<V: Simd>(
+    scores: *mut f32,
+    n: usize,
+    mask: *const f32,
+    shape: Shape,
+    running: &mut Running,
+) -> f32 {
+    // SAFETY: scores (and the mask where there is one) have BLOCK elements.
+    unsafe {
+        let padded = n.next_multiple_of(V::LANES);
+        for r in n..padded {
+            *scores.add(r) = 0.0;
+        }
+        let mut max = V::splat(f32::NEG_INFINITY);
+        for r in (0..padded).step_by(V::LANES) {
+            let mut score = V::load(scores.add(r));
+            if shape.cap != 0.0 {
+                score = tanh(score).mul(V::splat(shape.cap));
+            }
+            if !mask.is_null() {
+                score = score.add(V::load(mask.add(r)));
+            }
+            score.store(scores.add(r));
+            max = max.max(score);
+        }
+        let before = running.max;
+        running.max = before.max(max.h_max());
+        if running.max == f32::NEG_INFINITY {
+            for r in 0..padded {
+                *scores.add(r) = 0.0;
+            }
+            return 1.0;
+        }
+        let max = V::splat(running.max);
+        let mut sum = V::splat(0.0);
+        for r in (0..padded).step_by(V::LANES) {
+            let weight = exp2(V::load(scores.add(r)).sub(max));
+            weight.store(scores.add(r));
+            sum = sum.add(weight);
+        }
+        let factor = if before == running.max { 1.0 } else { (before - running.max).exp2() };
+        running.sum = running.sum * factor + sum.h_sum();
+        factor
+    }
+}
+
+/// `out[g] = factors[g] × out[g] + Σ weights[g × BLOCK + r] × values[r]`
+#[inline(always)]
+unsafe fn add_values<V: Simd, E: Element, const G: usize>(
+    weights: *const f32,
+    values: RowPtr,
+    size: usize,
+    factors: &[f32; G],
+    out: *mut f32,
+    out_stride: usize,
+) {
+    // SAFETY: rows have `size` elements, out G × size, weights G × BLOCK.
+    unsafe {
+        let mut i = 0;
+        while i + 4 * V::LANES <= size {
+            add_values_at::<V, E, G, 4>(weights, values, i, factors, out.add(i), out_stride);
+            i += 4 * V::LANES;
+        }
+        while i + 2 * V::LANES <= size {
+            add_values_at::<V, E, G, 2>(weights, values, i, factors, out.add(i), out_stride);
+            i += 2 * V::LANES;
+        }
+        while i < size {
+            add_values_at::<V, E, G, 1>(weights, values, i, factors, out.add(i), out_stride);
+            i += V::LANES;
+        }
+    }
+}
+
+/// `add_values` for the `C` vectors from element `i` on.
+#[inline(always)]
+unsafe fn add_values_at<V: Simd, E: Element, const G: usize, const C: usize>(
+    weights: *const f32,
+    values: RowPtr,
+    i: usize,
+    factors: &[f32; G],
+    out: *mut f32,
+    out_stride: usize,
+) {
+    // SAFETY: as in `add_values`.
+    unsafe {
+        let mut sums: [[V; C]; G] = std::array::from_fn(|g| {
+            std::array::from_fn(|c| V::load(out.add(g * out_stride + c * V::LANES)).mul(V::splat(factors[g])))
+        });
+        for r in 0..values.n {
+            let row = values.at(r).add(E::offset(i));
+            prefetch(row, values, E::offset(C * V::LANES));
+            let value: [V; C] = std::array::from_fn(|c| E::load::<V>(row, c * V::LANES));
+            for (g, sums) in sums.iter_mut().enumerate() {
+                let weight = V::splat(*weights.add(g * BLOCK + r));
+                for (sum, value) in sums.iter_mut().zip(value) {
+                    *sum = value.mul_add(weight, *sum);
+                }
+            }
+        }
+        for (g, sums) in sums.into_iter().enumerate() {
+            for (c, sum) in sums.into_iter().enumerate() {
+                sum.store(out.add(g * out_stride + c * V::LANES));
+            }
+        }
+    }
+}
+
+/// Rows as f32, `to_stride` elements apart.
+#[inline(always)]
+unsafe fn convert<V: Simd, E: Element>(rows: RowPtr, size: usize, to: *mut f32, to_stride: usize) {
+    let step = E::BLOCK.max(V::LANES);
+    // SAFETY: rows have `size` elements, and `to` room for as many in each of its rows.
+    unsafe {
+        for r in 0..rows.n {
+            let (row, to) = (rows.at(r), to.add(r * to_stride));
+            let mut i = 0;
+            while i + step <= size {
+                let block = row.add(E::offset(i));
+                for c in 0..step / V::LANES {
+                    E::load::<V>(block, c * V::LANES).store(to.add(i + c * V::LANES));
+                }
+                i += step;
+            }
+            for i in i..size {
+                *to.add(i) = E::get(row, i);
+            }
+        }
+    }
+}
+
+// Many queries: lanes are queries, so that nothing is ever summed or compared across lanes. Two vectors of queries of
+// one head make a lane block.
+
+/// A tile of keys and values as f32, against one lane block.
+#[derive(Clone, Copy)]
+pub(super) struct Tile {
+    /// `[rows][key size]`; rows behind `n` up to a multiple of 8 exist.
+    pub keys: *const f32,
+    pub key_size: usize,
+    /// `[rows][value size]`, the size padded to a multiple of 8.
+    pub values: *const f32,
+    pub value_size: usize,
+    /// Rows, at most `BLOCK`.
+    pub n: usize,
+    /// `[key size][lane block]`
+    pub queries: *const f32,
+    /// `[value size][lane block]`
+    pub out: *mut f32,
+    /// `[rows][lanes]`, `mask_stride` apart; null for none.
+    pub mask: *const f32,
+    pub mask_stride: usize,
+    /// The largest score and the sum so far, of each lane.
+    pub max: *mut f32,
+    pub sum: *mut f32,
+    /// Room for `[BLOCK][lane block]`.
+    pub scores: *mut f32,
+    pub shape: Shape,
+}
+
+/// Adds a tile to a lane block's running softmax. `R` rows are taken at once in the products.
+#[inline(always)]
+unsafe fn add_tile<V: Simd, const R: usize>(tile: &Tile) {
+    // SAFETY: the buffers are as large as `Tile` says, and R divides 8.
+    unsafe {
+        let lanes = 2 * V::LANES;
+        let load = |from: *const f32| [V::load(from), V::load(from.add(V::LANES))];
+        let store = |pair: [V; 2], to: *mut f32| {
+            pair[0].store(to);
+            pair[1].store(to.add(V::LANES));
+        };
+        let before = load(tile.max);
+        let mut max = before;
+        for first in (0..tile.n).step_by(R) {
+            let mut sums = [[V::splat(0.0); 2]; R];
+            let keys = tile.keys.add(first * tile.key_size);
+            for i in 0..tile.key_size {
+                let query = load(tile.queries.add(i * lanes));
+                for (r, sum) in sums.iter_mut().enumerate() {
+                    let key = V::splat(*keys.add(r * tile.key_size + i));
+                    *sum = [key.mul_add(query[0], sum[0]), key.mul_add(query[1], sum[1])];
+                }
+            }
+            for (r, mut score) in sums.into_iter().enumerate() {
+                if first + r >= tile.n {
+                    break;
+                }
+                if tile.shape.cap != 0.0 {
+                    let cap = V::splat(tile.shape.cap);
+                    score = [tanh(score[0]).mul(cap), tanh(score[1]).mul(cap)];
+                }
+                if !tile.mask.is_null() {
+                    let mask = load(tile.mask.add((first + r) * tile.mask_stride));
+                    score = [score[0].add(mask[0]), score[1].add(mask[1])];
+                }
+                store(score, tile.scores.add((first + r) * lanes));
+                max = [max[0].max(score[0]), max[1].max(score[1])];
+            }
+        }
+        store(max, tile.max);
+        // A lane that has seen nothing yet has no finite maximum to subtract.
+        let lowest = V::splat(f32::MIN);
+        let max = [max[0].max(lowest), max[1].max(lowest)];
+        let factor = [exp2(before[0].sub(max[0])), exp2(before[1].sub(max[1]))];
+        let mut sum = load(tile.sum);
+        sum = [sum[0].mul(factor[0]), sum[1].mul(factor[1])];
+        for r in 0..tile.n {
+            let score = load(tile.scores.add(r * lanes));
+            let weight = [exp2(score[0].sub(max[0])), exp2(score[1].sub(max[1]))];
+            store(weight, tile.scores.add(r * lanes));
+            sum = [sum[0].add(weight[0]), sum[1].add(weight[1])];
+        }
+        store(sum, tile.sum);
+
+        for first in (0..tile.value_size).step_by(R) {
+            let out = tile.out.add(first * lanes);
+            let mut sums: [[V; 2]; R] = std::array::from_fn(|i| {
+                let out = load(out.add(i * lanes));
+                [out[0].mul(factor[0]), out[1].mul(factor[1])]
+            });
+            for r in 0..tile.n {
+                let weight = load(tile.scores.add(r * lanes));
+                let values = tile.values.add(r * tile.value_size + first);
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    let value = V::splat(*values.add(i));
+                    *sum = [value.mul_add(weight[0], sum[0]), value.mul_add(weight[1], sum[1])];
+                }
+            }
+            for (i, sum) in sums.into_iter().enumerate() {
+                store(sum, out.add(i * lanes));
+            }
+        }
+    }
+}
+
+/// The kernels as compiled for one set of processor features.
+///
+/// # Safety
+/// The processor has the features. Beyond that each method has the demands of the function it stands for.
+pub(super) trait Isa {
+    const LANES: usize;
+    const MAX_GROUP: usize;
+
+    unsafe fn scores_of<E: Element, const G: usize>(
+        q: *const f32,
+        q_stride: usize,
+        k: RowPtr,
+        size: usize,
+        s: *mut f32,
+    );
+    unsafe fn weights_of(scores: *mut f32, n: usize, mask: *const f32, shape: Shape, running: &mut Running) -> f32;
+    unsafe fn add_values<E: Element, const G: usize>(
+        weights: *const f32,
+        values: RowPtr,
+        size: usize,
+        factors: &[f32; G],
+        out: *mut f32,
+        out_stride: usize,
+    );
+    unsafe fn convert<E: Element>(rows: RowPtr, size: usize, to: *mut f32, to_stride: usize);
+    unsafe fn add_tile(tile: &Tile);
+}
+
+/// Implements `Isa` for a vector type. The generic kernels are inlined into functions with the features switched on.
+macro_rules! isa {
+    ($vector:ty, $rows:literal $(, #[$features:meta])?) => {
+        impl Isa for $vector {
+            const LANES: usize = <$vector as Simd>::LANES;
+            const MAX_GROUP: usize = <$vector as Simd>::MAX_GROUP;
+
+            #[inline]
+            unsafe fn scores_of<E: Element, const G: usize>(
+                q: *const f32,
+                q_stride: usize,
+                k: RowPtr,
+                size: usize,
+                s: *mut f32,
+            ) {
+                $(#[$features])?
+                unsafe fn inner<E: Element, const G: usize>(
+                    q: *const f32,
+                    q_stride: usize,
+                    k: RowPtr,
+                    size: usize,
+                    s: *mut f32,
+                ) {
+                    // SAFETY: the caller's.
+                    unsafe { scores_of::<$vector, E, G>(q, q_stride, k, size, s) }
+                }
+                // SAFETY: the caller's.
+                unsafe { inner::<E, G>(q, q_stride, k, size, s) }
+            }
+
+            #[inline]
+            unsafe fn weights_of(
+                scores: *mut f32,
+                n: usize,
+                mask: *const f32,
+                shape: Shape,
+                running: &mut Running,
+            ) -> f32 {
+                $(#[$features])?
+                unsafe fn inner(
+                    scores: *mut f32,
+                    n: usize,
+                    mask: *const f32,
+                    shape: Shape,
+                    running: &mut Running,
+                ) -> f32 {
+                    // SAFETY: the caller's.
+                    unsafe { weights_of::<$vector>(scores, n, mask, shape, running) }
+                }
+                // SAFETY: the caller's.
+                unsafe { inner(scores, n, mask, shape, running) }
+            }
+
+            #[inline]
+            unsafe fn add_values<E: Element, const G: usize>(
+                weights: *const f32,
+                values: RowPtr,
+                size: usize,
+                factors: &[f32; G],
+                out: *mut f32,
+                out_stride: usize,
+            ) {
+                $(#[$features])?
+                unsafe fn inner<E: Element, const G: usize>(
+                    weights: *const f32,
+                    values: RowPtr,
+                    size: usize,
+                    factors: &[f32; G],
+                    out: *mut f32,
+                    out_stride: usize,
+                ) {
+                    // SAFETY: the caller's.
+                    unsafe { add_values::<$vector, E, G>(weights, values, size, factors, out, out_stride) }
+                }
+                // SAFETY: the caller's.
+                unsafe { inner::<E, G>(weights, values, size, factors, out, out_stride) }
+            }
+
+            #[inline]
+            unsafe fn convert<E: Element>(rows: RowPtr, size: usize, to: *mut f32, to_stride: usize) {
+                $(#[$features])?
+                unsafe fn inner<E: Element>(rows: RowPtr, size: usize, to: *mut f32, to_stride: usize) {
+                    // SAFETY: the caller's.
+                    unsafe { convert::<$vector, E>(rows, size, to, to_stride) }
+                }
+                // SAFETY: the caller's.
+                unsafe { inner::<E>(rows, size, to, to_stride) }
+            }
+
+            #[inline]
+            unsafe fn add_tile(tile: &Tile) {
+                $(#[$features])?
+                unsafe fn inner(tile: &Tile) {
+                    // SAFETY: the caller's.
+                    unsafe { add_tile::<$vector, $rows>(tile) }
+                }
+                // SAFETY: the caller's.
+                unsafe { inner(tile) }
+            }
+        }
+    };
+}
+
+isa!(Portable, 2);
+#[cfg(target_arch = "x86_64")]
+isa!(Avx2, 4, #[target_feature(enable = "avx2,fma,f16c")]);
+#[cfg(target_arch = "x86_64")]
+isa!(Avx512, 8, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]);

@@ -1,0 +1,402 @@
+use super::*;
+use crate::ggml::{Context, Device, Graph, Scheduler, Tensor};
+
+/// Uniform numbers in −1..1.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    fn floats(&mut self, n: usize, size: f32) -> Vec<f32> {
+        (0..n).map(|_| size * self.next()).collect()
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Case {
+    size: usize,
+    n: usize,
+    kv_heads: usize,
+    group: usize,
+    /// Rows and types of each segment.
+    segments: Vec<(usize, Type, Type)>,
+    mask: MaskKind,
+    soft_cap: Option<f32>,
+    sinks: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum MaskKind {
+    None,
+    /// The last query sees everything, the one before it one row less.
+    Causal,
+    /// A row is seen or not by chance, with long runs of either.
+    Ring,
+    /// Any finite numbers, in f32.
+    Bias,
+}
+
+/// A case's tensors: a graph's memory, and what is in it.
+struct Data {
+    q: Tensor,
+    k: Vec<Tensor>,
+    v: Vec<Tensor>,
+    masks: Vec<Tensor>,
+    sinks: Tensor,
+    /// Elements as f64, `[kv head][row][element]` of all segments together; masks `[query][row]`.
+    plain: Plain,
+}
+
+struct Plain {
+    q: Vec<f32>,
+    k: Vec<Vec<Vec<f64>>>,
+    v: Vec<Vec<Vec<f64>>>,
+    mask: Vec<Vec<f64>>,
+    sinks: Vec<f32>,
+}
+
+fn to_half(x: f32) -> u16 {
+    match x {
+        0.0 => 0,
+        f32::NEG_INFINITY => 0xfc00,
+        _ => unreachable!("masks are 0 or minus infinity"),
+    }
+}
+
+fn mask_of(case: &Case, rows: usize, random: &mut Random) -> Vec<f32> {
+    let mut mask = vec![0.0; rows * case.n];
+    let mut seen = true;
+    for query in 0..case.n {
+        for row in 0..rows {
+            let cell = &mut mask[query * rows + row];
+            match case.mask {
+                MaskKind::None => {}
+                MaskKind::Causal => {
+                    if row + case.n > rows + query {
+                        *cell = f32::NEG_INFINITY;
+                    }
+                }
+                MaskKind::Ring => {
+                    if random.next() > 0.99 {
+                        seen = !seen;
+                    }
+                    if !seen {
+                        *cell = f32::NEG_INFINITY;
+                    }
+                }
+                MaskKind::Bias => *cell = 3.0 * random.next(),
+            }
+        }
+    }
+    mask
+}
+
+impl Data {
+    fn new(case: &Case, scheduler: &mut Scheduler, seed: u64) -> Data {
+        let mut random = Random(seed);
+        let heads = case.kv_heads * case.group;
+        let context = Context::new(16);
+        let q = context.tensor(Type::F32, &[case.size, heads, case.n]);
+        let sinks = context.tensor(Type::F32, &[heads]);
+        let width = case.size * case.kv_heads;
+        let store = |ty, rows| context.tensor(ty, &[width, rows]);
+        let k: Vec<Tensor> = case.segments.iter().map(|&(rows, k, _)| store(k, rows)).collect();
+        let v: Vec<Tensor> = case.segments.iter().map(|&(rows, _, v)| store(v, rows)).collect();
+        let ty = if case.mask == MaskKind::Bias { Type::F32 } else { Type::F16 };
+        let masks: Vec<Tensor> = case.segments.iter().map(|&(rows, ..)| context.tensor(ty, &[rows, case.n])).collect();
+        context.alloc(Device::cpu().buffer_type(), "a test").unwrap();
+
+        let mut plain = Plain {
+            q: random.floats(case.size * heads * case.n, 1.0),
+            k: vec![Vec::new(); case.kv_heads],
+            v: vec![Vec::new(); case.kv_heads],
+            mask: vec![Vec::new(); case.n],
+            sinks: random.floats(heads, 4.0),
+        };
+        q.write(0, &plain.q);
+        sinks.write(0, &plain.sinks);
+        for (i, &(rows, ..)) in case.segments.iter().enumerate() {
+            let mask = mask_of(case, rows, &mut random);
+            for (query, row) in mask.chunks_exact(rows).enumerate() {
+                plain.mask[query].extend(row.iter().map(|&x| f64::from(x)));
+            }
+            match ty {
+                Type::F16 => masks[i].write(0, &mask.iter().map(|&x| to_half(x)).collect::<Vec<_>>()),
+                _ => masks[i].write(0, &mask),
+            }
+            // ggml converts into the store's type and back, so that the reference has exactly what is stored.
+            for (target, plain, size) in [(&k[i], &mut plain.k, 3.0), (&v[i], &mut plain.v, 1.0)] {
+                let floats = random.floats(width * rows, size);
+                let graph = Graph::new(8);
+                let source = graph.input(Type::F32, &[width, rows]);
+                graph.expand(&graph.copy(&source, target));
+                scheduler.alloc(&graph).unwrap();
+                source.write(0, &floats);
+                scheduler.compute(&graph).unwrap();
+                let graph = Graph::new(8);
+                let result = match target.ty() {
+                    Type::F32 => graph.contiguous(target),
+                    _ => graph.cast(target, Type::F32),
+                }
+                .as_output();
+                graph.expand(&result);
+                scheduler.alloc(&graph).unwrap();
+                scheduler.compute(&graph).unwrap();
+                for row in result.to_f32().chunks_exact(width) {
+                    for (head, elements) in row.chunks_exact(case.size).enumerate() {
+                        plain[head].push(elements.iter().map(|&x| f64::from(x)).collect());
+                    }
+                }
+            }
+        }
+        Data { q, k, v, masks, sinks, plain }
+    }
+
+    fn params(&self, case: &Case) -> FusedAttention<'_> {
+        FusedAttention {
+            scale: 1.0 / (case.size as f32).sqrt(),
+            soft_cap: case.soft_cap,
+            sinks: case.sinks.then_some(&self.sinks),
+        }
+    }
+
+    fn node(&self, case: &Case, graph: &Graph, features: Features) -> Tensor {
+        let q = graph.permute(&self.q, [0, 2, 1, 3]);
+        let heads = |t: &Tensor| {
+            let [_, row_bytes, ..] = t.strides();
+            let [_, rows, ..] = t.shape();
+            graph.view(t, [case.size, rows, case.kv_heads], [row_bytes, t.ty().row_bytes(case.size)], 0)
+        };
+        let k: Vec<Tensor> = self.k.iter().map(heads).collect();
+        let v: Vec<Tensor> = self.v.iter().map(heads).collect();
+        let segments: Vec<KvSegment<'_>> = (0..k.len())
+            .map(|i| KvSegment { k: &k[i], v: &v[i], mask: (case.mask != MaskKind::None).then_some(&self.masks[i]) })
+            .collect();
+        graph.fused_attention_with(&q, &segments, &self.params(case), features).as_output()
+    }
+
+    fn run(&self, case: &Case, scheduler: &mut Scheduler, features: Features) -> Vec<f32> {
+        let graph = Graph::new(64);
+        let node = self.node(case, &graph, features);
+        graph.expand(&node);
+        scheduler.alloc(&graph).unwrap();
+        scheduler.compute(&graph).unwrap();
+        let first = node.to_f32();
+        // A graph runs many times, and gives the same each time.
+        scheduler.compute(&graph).unwrap();
+        assert_eq!(bits(&first), bits(&node.to_f32()), "the second run");
+        first
+    }
+
+    /// The same in f64, one head and query after the other.
+    fn reference(&self, case: &Case) -> Vec<f64> {
+        let heads = case.kv_heads * case.group;
+        let params = self.params(case);
+        let mut out = Vec::new();
+        for query in 0..case.n {
+            for head in 0..heads {
+                let q = &self.plain.q[(query * heads + head) * case.size..][..case.size];
+                let (k, v) = (&self.plain.k[head / case.group], &self.plain.v[head / case.group]);
+                let mut scores: Vec<f64> = k
+                    .iter()
+                    .zip(&self.plain.mask[query])
+                    .map(|(k, mask)| {
+                        let product: f64 = q.iter().zip(k).map(|(&q, k)| f64::from(q) * k).sum();
+                        let score = product * f64::from(params.scale);
+                        let score = case.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
+                        score + mask
+                    })
+                    .collect();
+                if case.sinks {
+                    scores.push(f64::from(self.plain.sinks[head]));
+                }
+                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
+                let sum: f64 = weights.iter().sum();
+                for i in 0..case.size {
+                    let value: f64 = v.iter().zip(&weights).map(|(v, weight)| v[i] * weight).sum();
+                    out.push(if max == f64::NEG_INFINITY { 0.0 } else { value / sum });
+                }
+            }
+        }
+        out
+    }
+}
+
+fn bits(floats: &[f32]) -> Vec<u32> {
+    floats.iter().map(|x| x.to_bits()).collect()
+}
+
+fn scheduler(threads: usize) -> Scheduler {
+    Scheduler::new(&[Device::cpu()], threads, 64).unwrap()
+}
+
+fn worst(got: &[f32], expected: &[f64]) -> f64 {
+    assert_eq!(got.len(), expected.len());
+    got.iter()
+        .zip(expected)
+        .map(|(&a, b)| (f64::from(a) - b).abs())
+        .fold(0.0, |worst, error| if error.is_nan() { f64::INFINITY } else { worst.max(error) })
+}
+
+/// Values are below 1, so that this is a few roundings of f32.
+const BOUND: f64 = 2e-6;
+
+fn check_case(case: &Case, scheduler: &mut Scheduler) {
+    let data = Data::new(case, scheduler, 1);
+    let expected = data.reference(case);
+    for features in Features::all() {
+        let got = data.run(case, scheduler, features);
+        let error = worst(&got, &expected);
+        assert!(error < BOUND, "{features:?}, {case:?}: {error:e}");
+    }
+}
+
+fn case(size: usize, n: usize, kv_heads: usize, group: usize, segments: &[(usize, Type, Type)]) -> Case {
+    let mask = MaskKind::Causal;
+    Case { size, n, kv_heads, group, segments: segments.to_vec(), mask, soft_cap: None, sinks: false }
+}
+
+#[test]
+fn all_types_and_query_counts() {
+    let mut scheduler = scheduler(1);
+    for k in Type::CACHE {
+        for v in [Type::F32, Type::F16, Type::Q4_0, Type::Q5_1, k] {
+            for n in [1, 7, 40] {
+                check_case(&case(64, n, 2, 3, &[(333, k, v)]), &mut scheduler);
+            }
+        }
+    }
+}
+
+#[test]
+fn all_head_sizes_and_groups() {
+    let mut scheduler = scheduler(1);
+    for size in [32, 64, 80, 96, 100, 128, 256] {
+        for group in [1, 3, 8] {
+            for n in [1, 2, 7, 40] {
+                check_case(&case(size, n, 2, group, &[(200, Type::F16, Type::F16)]), &mut scheduler);
+                if size % 32 == 0 {
+                    check_case(&case(size, n, 1, group, &[(200, Type::Q4_0, Type::Q8_0)]), &mut scheduler);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn segments_share_a_softmax() {
+    let mut scheduler = scheduler(1);
+    for segments in [
+        &[(300, Type::Q4_0, Type::Q4_0), (40, Type::F32, Type::F32)][..],
+        &[(1, Type::F16, Type::F16), (700, Type::Q8_0, Type::F16), (65, Type::BF16, Type::F32)],
+    ] {
+        for n in [1, 7, 40, 300] {
+            for mask in [MaskKind::None, MaskKind::Ring, MaskKind::Bias] {
+                check_case(&Case { mask, ..case(64, n, 2, 3, segments) }, &mut scheduler);
+            }
+        }
+    }
+}
+
+#[test]
+fn soft_caps_and_sinks() {
+    let mut scheduler = scheduler(1);
+    for (soft_cap, sinks) in [(Some(2.0), false), (None, true), (Some(5.0), true)] {
+        for n in [1, 3, 40] {
+            for mask in [MaskKind::Causal, MaskKind::Ring] {
+                let case = Case { mask, soft_cap, sinks, ..case(64, n, 2, 4, &[(150, Type::F16, Type::Q4_0)]) };
+                check_case(&case, &mut scheduler);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_query_that_sees_nothing_gets_zeros() {
+    let mut scheduler = scheduler(1);
+    for n in [2, 40] {
+        // Fewer rows than queries: the first queries see none.
+        let case = case(64, n, 1, 2, &[(n - 1, Type::F16, Type::F16)]);
+        let data = Data::new(&case, &mut scheduler, 3);
+        for features in Features::all() {
+            let got = data.run(&case, &mut scheduler, features);
+            assert!(got[..2 * 64].iter().all(|&x| x == 0.0), "{features:?}");
+            assert!(worst(&got, &data.reference(&case)) < BOUND);
+        }
+    }
+}
+
+/// What is hidden from all is not looked at: not even numbers that are none come through.
+#[test]
+fn hidden_blocks_are_not_read() {
+    let mut scheduler = scheduler(1);
+    for n in [1, 40] {
+        let case = case(64, n, 1, 2, &[(64 * 8, Type::F32, Type::F32)]);
+        let data = Data::new(&case, &mut scheduler, 5);
+        // Rows 128..256 are hidden from all queries.
+        for query in 0..n {
+            data.masks[0].write(2 * (query * 512 + 128), &[0xfc00u16; 128]);
+        }
+        let clean = data.run(&case, &mut scheduler, Features::detect());
+        for tensor in [&data.k[0], &data.v[0]] {
+            tensor.write(4 * 64 * 128, &[f32::NAN; 64 * 128]);
+        }
+        let got = data.run(&case, &mut scheduler, Features::detect());
+        assert_eq!(bits(&clean), bits(&got), "{n} queries");
+    }
+}
+
+#[test]
+fn threads_do_not_change_the_result() {
+    for n in [1, 2, 40, 300] {
+        for segments in
+            [&[(2000, Type::F16, Type::F16)][..], &[(1500, Type::Q4_0, Type::Q4_0), (300, Type::F32, Type::F32)]]
+        {
+            let case = case(64, n, 3, 3, segments);
+            let data = Data::new(&case, &mut scheduler(1), 7);
+            let one = data.run(&case, &mut scheduler(1), Features::detect());
+            for threads in [2, 4] {
+                let mut scheduler = scheduler(threads);
+                for _ in 0..5 {
+                    let more = data.run(&case, &mut scheduler, Features::detect());
+                    assert_eq!(bits(&one), bits(&more), "{threads} threads, {case:?}");
+                }
+            }
+        }
+    }
+}
+
+/// Nearer to the exact result than ggml's own, and near to ggml's.
+#[test]
+fn agrees_with_ggmls_flash_attention() {
+    let mut scheduler = scheduler(1);
+    for ty in [Type::F16, Type::Q4_0, Type::Q8_0] {
+        for n in [1, 7, 40, 300] {
+            let case = case(64, n, 3, 3, &[(512, ty, ty)]);
+            let data = Data::new(&case, &mut scheduler, 11);
+            let ours = data.run(&case, &mut scheduler, Features::detect());
+            let graph = Graph::new(64);
+            let q = graph.permute(&data.q, [0, 2, 1, 3]);
+            let heads = |t: &Tensor| {
+                let [_, row_bytes, ..] = t.strides();
+                graph.view(t, [64, 512, 3], [row_bytes, ty.row_bytes(64)], 0)
+            };
+            let (k, v) = (heads(&data.k[0]), heads(&data.v[0]));
+            let node = graph.flash_attn(&q, &k, &v, &data.masks[0], data.params(&case).scale, 0.0, None).as_output();
+            graph.expand(&node);
+            scheduler.alloc(&graph).unwrap();
+            scheduler.compute(&graph).unwrap();
+            let theirs = node.to_f32();
+            let expected = data.reference(&case);
+            let (our_error, their_error) = (worst(&ours, &expected), worst(&theirs, &expected));
+            assert!(our_error <= their_error.max(1e-6), "{ty}, {n}: {our_error:e}, ggml {their_error:e}");
+            // ggml rounds queries to the keys' own kind of type.
+            let ours: Vec<f64> = ours.iter().map(|&x| f64::from(x)).collect();
+            assert!(worst(&theirs, &ours) < 2e-2, "{ty}, {n}: {:e}", worst(&theirs, &ours));
+        }
+    }
+}
