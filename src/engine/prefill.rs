@@ -217,6 +217,8 @@ impl Session {
                 self.embeddings.extend(embeddings.to_f32());
             }
         }
+        // The last graph would keep the hidden states.
+        self.scheduler.release();
         Ok(())
     }
 }

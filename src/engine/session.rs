@@ -341,6 +341,7 @@ impl Session {
     pub fn clear(&mut self) {
         self.sequences.clear();
         self.decode_graph = None;
+        self.scheduler.release();
         ggml::release_free_memory();
     }
 
@@ -348,6 +349,7 @@ impl Session {
     pub fn seq_clear(&mut self, seq: SeqId) {
         self.sequences.remove(&seq);
         self.decode_graph = None;
+        self.scheduler.release();
     }
 
     /// Keeps the first `n` tokens of sequence 0. False, with nothing changed, when a layer has dropped tokens that they
