@@ -148,8 +148,10 @@ int main(int argc, char ** argv) {
     llama_batch_ext_free(freed_batch);
     // A context outlives its model's handle: the weights stay until it goes.
     llama_model_free(freed_model);
-    decode_text(freed_context, 0, 5, 0);
+    llama_token tokens[] = { 1, 2, 3 };
+    CHECK(llama_decode(freed_context, llama_batch_get_one(tokens, 3)) == 0);
     llama_free(freed_context);
+    CHECK(llama_decode(freed_context, llama_batch_get_one(tokens, 3)) == -1);
 
     CHECK(llama_model_load_from_file(NULL, llama_model_default_params()) == NULL);
     CHECK(llama_model_load_from_file("/nonexistent/model.gguf", llama_model_default_params()) == NULL);
