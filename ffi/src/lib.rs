@@ -22,3 +22,6 @@ mod settings;
 mod simlayer_api;
 mod state;
 mod system;
+
+#[cfg(test)]
+mod layout;
