@@ -4,6 +4,7 @@ mod compare;
 mod demo;
 mod fuzz;
 mod prepare;
+mod quality;
 mod rss;
 mod sh;
 mod test;
@@ -33,6 +34,8 @@ enum Command {
     Compare(compare::Args),
     /// Our resident memory against llama-simple's.
     Rss(rss::Args),
+    /// What lazy layers cost on texts of different kinds.
+    Quality(quality::Args),
     /// Run the fuzz target.
     Fuzz(fuzz::Args),
 }
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
         Command::Upstream(args) => upstream::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Rss(args) => rss::run(&args),
+        Command::Quality(args) => quality::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
     };
     match result {

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::root;
 use crate::sh::{self, on_path, succeeds};
 
-const MODEL: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+pub const MODEL: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 const MODEL_SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
 
 /// Git-ignored; everything that chores download or build, except the models, lies here.
