@@ -104,10 +104,10 @@ impl CacheAttention<'_> {
         let queries = graph.permute(&q, [0, 2, 1, 3]);
         let own = Own { queries, k: rows(graph, &k), v: rows(graph, &v) };
 
-        // Several tokens read their own keys as they come and are written afterwards where the cache is a ring, whose
-        // rows a later token overwrites while an earlier one's window still holds them, or where it is quantised and
-        // the newest tokens are to be exact.
-        let write_first = part.n == 1 || (cache.span().is_none() && cache.exact().is_none());
+        // Several tokens read their own keys as they come and are written afterwards where a ring would overwrite rows
+        // that an earlier one's window still holds, or where the newest tokens of a quantised cache are to be exact.
+        let overwrites = cache.span().is_some_and(|span| part.n_past + part.n > span.n_rows());
+        let write_first = part.n == 1 || !(overwrites || cache.exact().is_some());
         if write_first {
             self.write(graph, index, cache, &own);
         }
@@ -165,6 +165,14 @@ impl CacheAttention<'_> {
         options: &AttentionOptions<'_>,
     ) -> Tensor {
         let (part, span) = (self.parts[index], cache.span());
+        // Rounded as they will be stored. Not quantised though: that would lose more than is needed.
+        let rounded = |rows: &Tensor, stored: &Tensor| match stored.ty() {
+            Type::F32 => rows.clone(),
+            ty if ty.is_quantized() => graph.cast(rows, Type::F16),
+            ty => graph.cast(rows, ty),
+        };
+        let own_rows =
+            cache.store().filter(|_| !has_own).map(|store| (rounded(&own.k, &store.k), rounded(&own.v, &store.v)));
         let mut groups: Vec<(&Tensor, &Tensor, Keys)> = Vec::new();
         if let Some(store) = cache.store() {
             let n_rows = if has_own { rows_read(store, span, part.n_past + part.n) } else { used(span, part.n_past) };
@@ -178,8 +186,8 @@ impl CacheAttention<'_> {
         if part.n_past == 0 && !has_own {
             groups.clear();
         }
-        if !has_own {
-            groups.push((&own.k, &own.v, Keys::Own { span, n: part.n }));
+        if let Some((k, v)) = &own_rows {
+            groups.push((k, v, Keys::Own { span, n: part.n }));
         }
         let keys: Vec<Keys> = groups.iter().map(|(.., keys)| *keys).collect();
         let mask = self.inputs.mask(graph, part.n, index, &keys);

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use super::{
     Error,
+    sequence::Sequence,
     session::{SeqId, Session, check},
 };
 use crate::{
@@ -43,19 +44,18 @@ impl Session {
             None => None,
         };
         let Some(source) = self.sequences.get(&from) else { return Ok(()) };
-        let n_past = source.n_past;
+        let Sequence { n_past, score_next, exact_from, .. } = *source;
         let mut layers = Vec::with_capacity(source.layers.len());
         for (index, layer) in source.layers.iter().enumerate() {
-            let mut copy = layer.copy(n_past, &self.maker, &mut self.scheduler)?;
-            if lazy.contains(&index) && layer.is_active() {
-                copy.make_lazy(n_past, self.span, self.lazy_format, &self.maker, &mut self.scheduler)?;
-            } else if let Some(format) = active.filter(|_| !layer.lazy) {
-                copy.convert(n_past, format, &self.maker, &mut self.scheduler)?;
-            }
-            layers.push(copy);
+            let becomes_lazy = lazy.contains(&index) && layer.is_active();
+            let format = match active {
+                _ if becomes_lazy => Some(self.lazy_format),
+                active => active.filter(|_| !layer.lazy),
+            };
+            let span = becomes_lazy.then_some(self.span);
+            layers.push(layer.copy(n_past, span, format, &self.maker, &mut self.scheduler)?);
         }
-        let copy = source.with_layers(layers);
-        self.sequences.insert(to, copy);
+        self.sequences.insert(to, Sequence { n_past, layers, score_next, exact_from });
         ggml::release_free_memory();
         Ok(())
     }

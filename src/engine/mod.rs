@@ -3,14 +3,17 @@
 mod attention;
 mod fork;
 mod inputs;
+mod memory;
 mod prefill;
 mod profile;
 mod sequence;
 mod session;
+mod state;
 mod ubatch;
 
 pub use sequence::LayerReport;
 pub use session::{BatchEntry, Outputs, SeqId, Session, SessionParams};
+pub use state::StateError;
 
 use crate::{ggml, lazy::ProfileError, model, vocab::Token};
 
@@ -38,6 +41,8 @@ pub enum Error {
     Model(#[from] model::Error),
     #[error("interrupted")]
     Interrupted,
+    #[error("sequence {0} has no tokens")]
+    NoSequence(SeqId),
     #[error(transparent)]
     Ggml(ggml::Error),
 }

@@ -14,21 +14,12 @@ pub(super) struct Sequence {
     /// Whether the next token's attention is to be scored (`--lazy-at decode`).
     pub score_next: bool,
     /// Behind the sink, exact stores hold no position before this one.
-    exact_from: usize,
+    pub exact_from: usize,
 }
 
 impl Sequence {
     pub fn new(layers: Vec<LayerCache>) -> Sequence {
         Sequence { n_past: 0, layers, score_next: false, exact_from: 0 }
-    }
-
-    /// A sequence of the same tokens with these layers.
-    pub fn with_layers(&self, layers: Vec<LayerCache>) -> Sequence {
-        Sequence { layers, ..*self }
-    }
-
-    pub fn exact_from(&self) -> usize {
-        self.exact_from
     }
 
     /// Goes back to the first `n` tokens when up to `end` tokens have been written: the exact stores' rings may have
@@ -42,15 +33,15 @@ impl Sequence {
 /// One layer's cache in a sequence.
 #[derive(Debug)]
 pub(super) struct LayerCache {
-    store: Option<Store>,
+    pub(super) store: Option<Store>,
     /// The sink and the newest tokens in f16, beside a quantised store that holds them as well.
-    exact: Option<Exact>,
+    pub(super) exact: Option<Exact>,
     /// `None` keeps every position.
-    span: Option<Span>,
+    pub(super) span: Option<Span>,
     /// Whether the policy made it lazy; a layer that is sliding-window by design has a span and is not lazy.
     pub lazy: bool,
     pub score: Option<f32>,
-    format: Format,
+    pub(super) format: Format,
 }
 
 /// The sink and the newest tokens of a layer in f16, beside its quantised store.
@@ -58,6 +49,15 @@ pub(super) struct LayerCache {
 pub(super) struct Exact {
     pub store: Store,
     pub span: Span,
+}
+
+impl Exact {
+    fn copy(&self, maker: &StoreMaker, scheduler: &mut Scheduler) -> Result<Exact, Error> {
+        let store = maker.make(self.span.n_rows(), Some(self.span), self.store.format)?;
+        let all = [Move { from: 0..self.span.n_rows(), to: 0 }];
+        move_rows(scheduler, &self.store, &store, &all, &maker.rotations)?;
+        Ok(Exact { store, span: self.span })
+    }
 }
 
 /// What is known of a layer.
@@ -96,7 +96,7 @@ impl StoreMaker {
     }
 
     /// The exact store beside a store of this format, where one is due.
-    fn make_exact(&self, format: Format) -> Result<Option<Exact>, Error> {
+    pub(super) fn make_exact(&self, format: Format) -> Result<Option<Exact>, Error> {
         let due = |_: &Span| format.k.is_quantized() || format.v.is_quantized();
         let Some(span) = self.exact_span.filter(due) else { return Ok(None) };
         let store = self.make(span.n_rows(), Some(span), format.exact())?;
@@ -168,7 +168,7 @@ impl LayerCache {
         Ok(Some(exact))
     }
 
-    fn used_rows(&self, n_past: usize) -> usize {
+    pub(super) fn used_rows(&self, n_past: usize) -> usize {
         self.span.map_or(n_past, |span| span.used_rows(n_past))
     }
 
@@ -212,51 +212,44 @@ impl LayerCache {
         scheduler: &mut Scheduler,
     ) -> Result<(), Error> {
         if let Some(store) = &self.store {
-            let shrunk = maker.make(span.used_rows(n_past), Some(span), format)?;
-            let moves: Vec<Move> = span
-                .kept_ranges(n_past)
-                .into_iter()
-                .map(|range| Move { to: span.row(range.start), from: range })
-                .collect();
-            move_rows(scheduler, store, &shrunk, &moves, &maker.rotations)?;
-            if self.exact.as_ref().is_none_or(|exact| exact.store.format != format.exact()) {
-                self.exact = self.exact_from_store(n_past, store, format, maker, scheduler)?;
-            }
-            self.store = Some(shrunk);
+            let exact = match self.exact.take() {
+                Some(exact) if exact.store.format == format.exact() => Some(exact),
+                _ => self.exact_from_store(n_past, store, format, maker, scheduler)?,
+            };
+            self.store = Some(shrunk(store, n_past, span, format, maker, scheduler)?);
+            self.exact = exact;
         }
         (self.span, self.format, self.lazy) = (Some(span), format, true);
         Ok(())
     }
 
-    /// A copy of the layer as it is.
-    pub fn copy(&self, n_past: usize, maker: &StoreMaker, scheduler: &mut Scheduler) -> Result<LayerCache, Error> {
-        let mut copied = |store: &Store, span: Option<Span>, used: usize| {
-            let copy = maker.make(used, span, store.format)?;
-            if used > 0 {
-                move_rows(scheduler, store, &copy, &[Move { from: 0..used, to: 0 }], &maker.rotations)?;
-            }
-            Ok::<_, Error>(copy)
-        };
-        let store = self.store.as_ref().map(|store| copied(store, self.span, self.used_rows(n_past))).transpose()?;
-        let exact = match &self.exact {
-            Some(Exact { store, span }) => {
-                Some(Exact { store: copied(store, Some(*span), span.n_rows())?, span: *span })
-            }
-            None => None,
-        };
-        Ok(LayerCache { store, exact, ..*self })
-    }
-
-    /// Keeps the rows in another format from now on.
-    pub fn convert(
-        &mut self,
+    /// A copy of the layer; with a span it is lazy. In another format where one is given.
+    pub fn copy(
+        &self,
         n_past: usize,
-        format: Format,
+        lazy_span: Option<Span>,
+        format: Option<Format>,
         maker: &StoreMaker,
         scheduler: &mut Scheduler,
-    ) -> Result<(), Error> {
-        self.format = format;
-        self.keep_scratch(n_past, maker, scheduler)
+    ) -> Result<LayerCache, Error> {
+        let format = format.unwrap_or(self.format);
+        let store = match (&self.store, lazy_span) {
+            (None, _) => None,
+            (Some(store), Some(span)) => Some(shrunk(store, n_past, span, format, maker, scheduler)?),
+            (Some(store), None) => {
+                let used = self.used_rows(n_past);
+                let copy = maker.make(used, self.span, format)?;
+                move_rows(scheduler, store, &copy, &[Move { from: 0..used, to: 0 }], &maker.rotations)?;
+                Some(copy)
+            }
+        };
+        let exact = match (&self.exact, &self.store) {
+            (Some(exact), _) if exact.store.format == format.exact() => Some(exact.copy(maker, scheduler)?),
+            (_, Some(store)) => self.exact_from_store(n_past, store, format, maker, scheduler)?,
+            (_, None) => None,
+        };
+        let lazy = self.lazy || lazy_span.is_some();
+        Ok(LayerCache { store, exact, span: lazy_span.or(self.span), lazy, score: self.score, format })
     }
 
     /// Whether the first `n` of `n_past` tokens can be continued from: nothing that they need was dropped.
@@ -275,4 +268,20 @@ impl LayerCache {
         let window = self.span.map(|span| span.n_window);
         LayerReport { index, score: self.score, lazy: self.lazy, kind, window, kv_bytes }
     }
+}
+
+/// A store with the rows of `store` that the span keeps of `n_past` tokens.
+fn shrunk(
+    store: &Store,
+    n_past: usize,
+    span: Span,
+    format: Format,
+    maker: &StoreMaker,
+    scheduler: &mut Scheduler,
+) -> Result<Store, Error> {
+    let shrunk = maker.make(span.used_rows(n_past), Some(span), format)?;
+    let moves: Vec<Move> =
+        span.kept_ranges(n_past).into_iter().map(|range| Move { to: span.row(range.start), from: range }).collect();
+    move_rows(scheduler, store, &shrunk, &moves, &maker.rotations)?;
+    Ok(shrunk)
 }

@@ -106,6 +106,9 @@ pub struct Session {
     pub(super) sequences: BTreeMap<SeqId, Sequence>,
     /// Rows of `n_vocab` logits, in the order of the last call's tokens.
     pub(super) logits: Vec<f32>,
+    /// Rows of `n_embd`: what the output matrix is multiplied with, for the same tokens; empty unless asked for.
+    pub(super) embeddings: Vec<f32>,
+    pub(super) wants_embeddings: bool,
     pub(super) decode_graph: Option<CachedGraph>,
     pub(super) span: Span,
     pub(super) active_format: Format,
@@ -141,13 +144,10 @@ impl Session {
             exact_span: (kernel(&params, device.buffer_type()) == Kernel::Fused && params.kv_exact > 0)
                 .then_some(Span { n_sink: params.lazy.n_sink, n_window: params.kv_exact }),
         };
-        let smallest = if hparams.head_size.is_multiple_of(Type::Q4_0.block_size()) { Type::Q4_0 } else { Type::F16 };
-        let lazy_type = |given: Option<Type>| given.unwrap_or(smallest);
-        let format = |k, v| Format::new(k, v, params.kv_rotate);
         Ok(Session {
             span: Span { n_sink: params.lazy.n_sink, n_window: params.lazy.n_window },
-            active_format: format(params.type_k, params.type_v),
-            lazy_format: format(lazy_type(params.lazy_type_k), lazy_type(params.lazy_type_v)),
+            active_format: Format::new(params.type_k, params.type_v, params.kv_rotate),
+            lazy_format: lazy_format(&params, hparams.head_size),
             threshold: default_threshold(&hparams.architecture, model.name(), hparams.rope.freq_base),
             model: model.clone(),
             params,
@@ -155,6 +155,8 @@ impl Session {
             maker,
             sequences: BTreeMap::new(),
             logits: Vec::new(),
+            embeddings: Vec::new(),
+            wants_embeddings: false,
             decode_graph: None,
         })
     }
@@ -227,6 +229,7 @@ impl Session {
     pub fn run_with(&mut self, batch: &[BatchEntry<'_>], progress: &mut dyn FnMut(f32)) -> Result<(), Error> {
         self.check_batch(batch)?;
         self.logits.clear();
+        self.embeddings.clear();
         let n_tokens: usize = batch.iter().map(|entry| entry.tokens.len()).sum();
         let threads = if n_tokens > batch.len() { self.params.n_threads_batch } else { self.params.n_threads };
         self.scheduler.set_threads(threads)?;
@@ -513,6 +516,13 @@ pub(super) fn piece_ends(n: usize, n_ubatch: usize, n_last: usize) -> Vec<usize>
 /// Parts of a ubatch for one sequence alone.
 pub(super) fn single_part(n: usize, n_past: usize, n_score: usize) -> [Part; 1] {
     [Part { first: 0, n, n_past, n_score, exact_from: 0 }]
+}
+
+/// How lazy layers keep their rows: q4_0 where nothing else is asked for and the head size allows it.
+pub(super) fn lazy_format(params: &SessionParams, head_size: usize) -> Format {
+    let smallest = if head_size.is_multiple_of(Type::Q4_0.block_size()) { Type::Q4_0 } else { Type::F16 };
+    let [k, v] = [params.lazy_type_k, params.lazy_type_v].map(|given| given.unwrap_or(smallest));
+    Format::new(k, v, params.kv_rotate)
 }
 
 fn kernel(params: &SessionParams, memory: BufferType) -> Kernel {

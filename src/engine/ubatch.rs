@@ -20,6 +20,7 @@ pub(super) struct CachedGraph {
     graph: Graph,
     inputs: Inputs,
     logits: Option<Tensor>,
+    embeddings: Option<Tensor>,
     scores: Vec<Score>,
 }
 
@@ -69,6 +70,9 @@ impl Session {
             self.logits.resize(start + outputs.len() * self.model.hparams().n_vocab, 0.0);
             logits.read(0, &mut self.logits[start..]);
         }
+        if let Some(embeddings) = &ready.embeddings {
+            self.embeddings.extend(embeddings.to_f32());
+        }
         let mut scores: Vec<Vec<(usize, f32)>> = vec![Vec::new(); parts.len()];
         for score in &ready.scores {
             scores[score.part].push((score.layer, score.mean()));
@@ -100,7 +104,7 @@ impl Session {
             At::Decode if sequence.score_next => self.n_score(n, n_past + n, At::Decode),
             _ => 0,
         };
-        Part { first, n, n_past, n_score, exact_from: sequence.exact_from() }
+        Part { first, n, n_past, n_score, exact_from: sequence.exact_from }
     }
 
     /// The graph of the last step when it serves again, else a new one; with memory behind its tensors either way.
@@ -135,7 +139,7 @@ impl Session {
         for index in 0..hparams.n_layer {
             let is_last = index + 1 == hparams.n_layer;
             let keep = keep.as_ref().filter(|_| is_last);
-            let step = LayerStep { index, hidden: &hidden, positions: &positions, keep };
+            let step = LayerStep { index, hidden: &hidden, positions: &positions, keep, n_ctx: self.params.n_ctx };
             hidden = architecture.layer(&graph, &step, &mut attention);
         }
         let scores = attention.scores;
@@ -143,8 +147,10 @@ impl Session {
         if let Some(logits) = &logits {
             graph.expand(logits);
         }
+        let embeddings = logits.as_ref().filter(|_| self.wants_embeddings).and_then(Tensor::multiplied);
+        let embeddings = embeddings.map(Tensor::as_output);
         self.scheduler.alloc(&graph)?;
-        Ok(CachedGraph { key, graph, inputs, logits, scores })
+        Ok(CachedGraph { key, graph, inputs, logits, embeddings, scores })
     }
 
     /// Counts the tokens in, and lets layers become lazy where a prompt has ended.

@@ -119,8 +119,35 @@ impl Graph {
         node!(self, [a], ggml_scale(a.raw(), factor))
     }
 
+    pub fn div(&self, a: &Tensor, b: &Tensor) -> Tensor {
+        node!(self, [a, b], ggml_div(a.raw(), b.raw()))
+    }
+
+    /// `factor × a + bias`.
+    pub fn scale_bias(&self, a: &Tensor, factor: f32, bias: f32) -> Tensor {
+        node!(self, [a], ggml_scale_bias(a.raw(), factor, bias))
+    }
+
+    /// No element below `min`.
+    pub fn at_least(&self, a: &Tensor, min: f32) -> Tensor {
+        node!(self, [a], ggml_clamp(a.raw(), min, f32::INFINITY))
+    }
+
     pub fn tanh(&self, a: &Tensor) -> Tensor {
         node!(self, [a], ggml_tanh(a.raw()))
+    }
+
+    pub fn sigmoid(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_sigmoid(a.raw()))
+    }
+
+    pub fn floor(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_floor(a.raw()))
+    }
+
+    /// The natural logarithm.
+    pub fn log(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_log(a.raw()))
     }
 
     /// Sums each row: `[n, rows, …]` → `[1, rows, …]`.
@@ -130,6 +157,26 @@ impl Graph {
 
     pub fn rms_norm(&self, a: &Tensor, eps: f32) -> Tensor {
         node!(self, [a], ggml_rms_norm(a.raw(), eps))
+    }
+
+    /// Each row less its mean, over its deviation.
+    pub fn norm(&self, a: &Tensor, eps: f32) -> Tensor {
+        node!(self, [a], ggml_norm(a.raw(), eps))
+    }
+
+    /// As [`Graph::swiglu`] for rows that hold the gate in their first half and `up` in the second: `[2n, …]` → `[n, …]`.
+    pub fn swiglu_halves(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_swiglu(a.raw()))
+    }
+
+    /// `gelu(gate) × up`.
+    pub fn geglu(&self, gate: &Tensor, up: &Tensor) -> Tensor {
+        node!(self, [gate, up], ggml_geglu_split(gate.raw(), up.raw()))
+    }
+
+    /// gpt-oss's activation: `g·sigmoid(alpha·g) × (1 + u)`, the gate `g` at most `limit`, `u` within ± `limit`.
+    pub fn swiglu_clamped(&self, gate: &Tensor, up: &Tensor, alpha: f32, limit: f32) -> Tensor {
+        node!(self, [gate, up], ggml_swiglu_oai(gate.raw(), up.raw(), alpha, limit))
     }
 
     /// `silu(gate) × up`, the gated activation of LLaMA's feed-forward.
@@ -156,6 +203,29 @@ impl Graph {
         // SAFETY: sets a parameter of the node just made.
         unsafe { sys::ggml_mul_mat_set_hint(product.raw(), sys::GGML_HINT_SRC0_IS_HADAMARD) };
         product
+    }
+
+    // Experts.
+
+    /// `experts [k, n, n_expert]`, of which `ids` (i32) `[n_used, tokens]` names some for each token; `input`
+    /// `[k, 1 or n_used, tokens]` → `[n, n_used, tokens]`.
+    pub fn mul_mat_id(&self, experts: &Tensor, input: &Tensor, ids: &Tensor) -> Tensor {
+        node!(self, [experts, input, ids], ggml_mul_mat_id(experts.raw(), input.raw(), ids.raw()))
+    }
+
+    /// Adds to `a` `[n, n_used, tokens]` the rows of `biases` `[n, n_expert]` that `ids` (i32) `[n_used, tokens]` names.
+    pub fn add_id(&self, a: &Tensor, biases: &Tensor, ids: &Tensor) -> Tensor {
+        node!(self, [a, biases, ids], ggml_add_id(a.raw(), biases.raw(), ids.raw()))
+    }
+
+    /// The indices (i32) of each row's `n` largest elements, largest first.
+    pub fn top_n(&self, a: &Tensor, n: usize) -> Tensor {
+        node!(self, [a], ggml_argsort_top_k(a.raw(), n as i32))
+    }
+
+    /// Softmax over each row.
+    pub fn soft_max_rows(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_soft_max(a.raw()))
     }
 
     // Attention.

@@ -32,6 +32,13 @@ pub fn plain() -> SessionParams {
     params
 }
 
+/// As [`plain`], with ggml's own attention instead of this crate's.
+pub fn ggmls_attention() -> SessionParams {
+    let mut params = plain();
+    params.fused_attention = false;
+    params
+}
+
 /// As [`plain`], with a policy, and f16 in the lazy layers.
 pub fn lazy_f16(policy: &str, n_window: usize) -> SessionParams {
     let mut params = plain();

@@ -130,6 +130,19 @@ pub(super) struct RowPtr {
     pub n: usize,
 }
 
+/// Asks for the memory that lies a block of rows behind `row`, which is what comes next.
+#[inline(always)]
+unsafe fn prefetch(row: *const u8, rows: RowPtr, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..len).step_by(64) {
+        let next = row.wrapping_add(BLOCK * rows.bytes + line);
+        // SAFETY: a hint that reads nothing, whatever the address.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(next.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (row, rows, len);
+}
+
 impl RowPtr {
     /// # Safety
     /// `row` is a row, or lies right behind the last one.
@@ -156,6 +169,9 @@ unsafe fn scores_of<V: Simd, E: Element, const G: usize>(
     unsafe {
         for first in (0..keys.n).step_by(4) {
             let rows: [*const u8; 4] = std::array::from_fn(|r| keys.at((first + r).min(keys.n - 1)));
+            for row in rows {
+                prefetch(row, keys, E::offset(size.next_multiple_of(E::BLOCK)));
+            }
             let mut sums = [[V::splat(0.0); 4]; G];
             let mut i = 0;
             while i < size {
@@ -293,6 +309,7 @@ unsafe fn add_values_at<V: Simd, E: Element, const G: usize, const C: usize>(
         });
         for r in 0..values.n {
             let row = values.at(r).add(E::offset(i));
+            prefetch(row, values, E::offset(C * V::LANES));
             let value: [V; C] = std::array::from_fn(|c| E::load::<V>(row, c * V::LANES));
             for (g, sums) in sums.iter_mut().enumerate() {
                 let weight = V::splat(*weights.add(g * BLOCK + r));
