@@ -51,17 +51,29 @@ impl Layers {
     }
 }
 
-
 fn main() {
     let args: Vec<String> = std::env::args().collect();
     for arg in &args[1..] {
         let f: Vec<&str> = arg.split(':').collect();
         let ty = |n: &str| Type::cache_type_from_name(n).unwrap();
-        let (k, v, n, rows, runs): (Type, Type, usize, usize, usize) = (ty(f[0]), ty(f[1]), f[2].parse().unwrap(), f[3].parse().unwrap(), f[4].parse().unwrap());
+        let (k, v, n, rows, runs): (Type, Type, usize, usize, usize) =
+            (ty(f[0]), ty(f[1]), f[2].parse().unwrap(), f[3].parse().unwrap(), f[4].parse().unwrap());
         let fused = f.get(5).is_none();
         let mut l = Layers::new(n, rows, (k, v), fused);
-        let mut t: Vec<f64> = (0..runs).map(|_| { let s = std::time::Instant::now(); l.run(); s.elapsed().as_secs_f64() * 1e3 }).collect();
+        let mut t: Vec<f64> = (0..runs)
+            .map(|_| {
+                let s = std::time::Instant::now();
+                l.run();
+                s.elapsed().as_secs_f64() * 1e3
+            })
+            .collect();
         t.sort_by(f64::total_cmp);
-        println!("{arg}: min {:.2} ms, median {:.2} ms; {:.1} GB/s at min, {:.1} GFLOP/s", t[0], t[runs / 2], l.bytes as f64 / t[0] / 1e6, (4 * LAYERS * HEADS * SIZE * n * rows) as f64 / t[0] / 1e6);
+        println!(
+            "{arg}: min {:.2} ms, median {:.2} ms; {:.1} GB/s at min, {:.1} GFLOP/s",
+            t[0],
+            t[runs / 2],
+            l.bytes as f64 / t[0] / 1e6,
+            (4 * LAYERS * HEADS * SIZE * n * rows) as f64 / t[0] / 1e6
+        );
     }
 }
