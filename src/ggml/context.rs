@@ -267,6 +267,13 @@ impl Tensor {
         self.context.has_memory.load(Ordering::Acquire) && !self.header().data.is_null()
     }
 
+    /// Whether the tensor has memory already that the processor can read by pointer, in ggml's own layout.
+    pub(super) fn is_host(&self) -> bool {
+        let buffer = self.header().buffer;
+        // SAFETY: a buffer in a header lives as long as the tensor's context.
+        self.is_allocated() && !buffer.is_null() && unsafe { sys::ggml_backend_buffer_is_host(buffer) }
+    }
+
     fn check(&self, offset: usize, len: usize) {
         assert!(self.is_allocated(), "the tensor has no memory now");
         assert!(
