@@ -36,11 +36,12 @@ mod engine;
 pub mod gguf;
 pub mod lazy;
 pub mod model;
+pub mod quality;
 pub mod sampling;
 pub mod vocab;
 
 pub use cache::{KvReport, KvRotate};
-pub use engine::{BatchEntry, Error, LayerReport, Outputs, SeqId, Session, SessionParams};
-pub use model::{Hparams, Model, ModelParams};
+pub use engine::{BatchEntry, Error, LayerReport, Outputs, SeqId, Session, SessionParams, StateError};
+pub use model::{Hparams, Model, ModelParams, Progress};
 pub use sampling::{Sampler, SamplerParams};
 pub use vocab::{Token, Vocab};

@@ -4,7 +4,7 @@ use super::{Lease, Meter};
 use crate::ggml::{BufferType, Context, Error, Graph, Tensor, Type};
 
 /// Rows are allocated in blocks of this many.
-const BLOCK: usize = 256;
+const BLOCK: usize = 64;
 
 /// How a store keeps its rows. Rows of equal formats can be copied as they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +38,11 @@ impl Format {
             KvRotate::Always => true,
         };
         Format { k, v, rotate_k: rotates(k), rotate_v: rotates(v) }
+    }
+
+    /// The same rows in f16, rotated alike: queries can then attend to both.
+    pub fn exact(self) -> Format {
+        Format { k: Type::F16, v: Type::F16, ..self }
     }
 }
 

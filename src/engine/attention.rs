@@ -1,15 +1,15 @@
 use super::{
-    inputs::{Inputs, Part},
+    inputs::{Inputs, Keys, Part},
     sequence::LayerCache,
 };
 use crate::{
     cache::{Rotations, Span, Store},
     ggml::{FusedAttention, Graph, KvSegment, Tensor, Type},
-    model::Attention,
+    model::{Attention, AttentionOptions},
 };
 
 /// Rows that attention reads are rounded up to this many, so that a decode graph serves as many steps (as in llama.cpp).
-pub(super) const ROWS_STEP: usize = 256;
+const ROWS_STEP: usize = 256;
 
 /// Intermediate results of a score are kept below this many bytes, by scoring a few KV heads at a time.
 const SCORE_BYTES: usize = 64 << 20;
@@ -56,10 +56,18 @@ impl Score {
 }
 
 impl Attention for CacheAttention<'_> {
-    fn attend(&mut self, graph: &Graph, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+    fn attend(
+        &mut self,
+        graph: &Graph,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        options: &AttentionOptions<'_>,
+    ) -> Tensor {
         let mut attended: Option<Tensor> = None;
         for part in 0..self.parts.len() {
-            let one = self.attend_part(graph, layer, part, q, k, v);
+            let one = self.attend_part(graph, (part, layer), q, k, v, options);
             attended = Some(match attended {
                 Some(others) => graph.concat(&others, &one, 1),
                 None => one,
@@ -70,13 +78,18 @@ impl Attention for CacheAttention<'_> {
 }
 
 impl CacheAttention<'_> {
-    fn scale(&self) -> f32 {
-        1.0 / (self.head_size as f32).sqrt()
-    }
-
-    fn attend_part(&mut self, graph: &Graph, layer: usize, index: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+    fn attend_part(
+        &mut self,
+        graph: &Graph,
+        (index, layer): (usize, usize),
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        options: &AttentionOptions<'_>,
+    ) -> Tensor {
         let part = self.parts[index];
-        let cache = &self.caches[index][layer];
+        let layers: &[LayerCache] = self.caches[index];
+        let cache = &layers[layer];
         let store = cache.store().expect("room was reserved before the graph is built");
         let format = store.format;
         let (mut q, mut k, mut v) = (slice(graph, q, &part), slice(graph, k, &part), slice(graph, v, &part));
@@ -89,142 +102,173 @@ impl CacheAttention<'_> {
         }
         // `[head size, tokens, heads]`: what attention wants.
         let queries = graph.permute(&q, [0, 2, 1, 3]);
-        let projected = Projected { queries, k: rows(graph, &k), v: rows(graph, &v) };
+        let own = Own { queries, k: rows(graph, &k), v: rows(graph, &v) };
 
-        let attended = match cache.span() {
-            Some(span) if part.n > 1 => self.attend_behind_ring(graph, store, span, index, &projected),
-            span => self.attend_stored(graph, store, span, (index, layer), &projected),
-        };
+        // Several tokens read their own keys as they come and are written afterwards where a ring would overwrite rows
+        // that an earlier one's window still holds, or where the newest tokens of a quantised cache are to be exact.
+        let overwrites = cache.span().is_some_and(|span| part.n_past + part.n > span.n_rows());
+        let write_first = part.n == 1 || !(overwrites || cache.exact().is_some());
+        if write_first {
+            self.write(graph, index, cache, &own);
+        }
+        let attended = self.attend_cache(graph, index, cache, &own, write_first, options);
+        if !write_first {
+            // Nodes run in the order in which they are added.
+            graph.expand(&attended);
+            self.write(graph, index, cache, &own);
+        }
+        if part.n_score > 0 && cache.span().is_none() {
+            self.score(graph, (index, layer), store, &own.queries, options);
+        }
         // `[head size, heads, tokens]`
         let attended = if format.rotate_v { self.rotations.rotate_value(graph, &attended) } else { attended };
         let [head_size, heads, n, _] = attended.shape();
         graph.reshape(&attended, &[head_size * heads, n])
     }
 
-    /// Writes the tokens' rows, then attends to the store.
-    fn attend_stored(
-        &mut self,
-        graph: &Graph,
-        store: &Store,
-        span: Option<Span>,
-        (index, layer): (usize, usize),
-        Projected { queries, k, v }: &Projected,
-    ) -> Tensor {
+    /// Writes the tokens' rows into the layer's stores.
+    fn write(&mut self, graph: &Graph, index: usize, cache: &LayerCache, own: &Own) {
         let part = self.parts[index];
-        let rows = self.inputs.rows(graph, part.n, index, span);
-        graph.expand(&graph.set_rows(&store.k, k, &rows));
-        graph.expand(&graph.set_rows(&store.v, v, &rows));
-
-        let n_past = part.n_past + part.n;
-        let used = span.map_or(n_past, |span| span.used_rows(n_past));
-        let n_rows = used.next_multiple_of(ROWS_STEP).min(store.n_rows());
-        let keys = Store::heads(graph, &store.k, self.head_size, n_rows);
-        let values = Store::heads(graph, &store.v, self.head_size, n_rows);
-        let mask = self.inputs.mask(graph, part.n, index, span, n_rows);
-        if part.n_score > 0 && span.is_none() {
-            self.score(graph, (index, layer), queries, &keys, &mask);
-        }
-        self.attention(graph, queries, &keys, &values, &mask)
-    }
-
-    /// Several tokens over a ring: they attend to the ring as it was and to their own rows, because a row that a later
-    /// token overwrites is still in an earlier token's window.
-    fn attend_behind_ring(
-        &mut self,
-        graph: &Graph,
-        store: &Store,
-        span: Span,
-        index: usize,
-        Projected { queries, k, v }: &Projected,
-    ) -> Tensor {
-        let part = self.parts[index];
-        let n_old = span.used_rows(part.n_past);
-        let mask = self.inputs.mask_behind_ring(graph, part.n, index, span, n_old);
-        let attended = match self.kernel {
-            Kernel::Fused => self.fused_behind_ring(graph, store, n_old, queries, (k, v), &mask),
-            Kernel::Flash | Kernel::Separate => {
-                let with_old = |stored: &Tensor, own: &Tensor| {
-                    let all = match n_old {
-                        0 => own.clone(),
-                        _ => graph.concat(&graph.cast(&graph.rows(stored, 0, n_old), Type::F32), own, 1),
-                    };
-                    let all = if stored.ty() == Type::F32 { all } else { graph.cast(&all, Type::F16) };
-                    Store::heads(graph, &all, self.head_size, n_old + part.n)
+        let stores = [
+            cache.store().map(|store| (store, cache.span())),
+            cache.exact().map(|exact| (&exact.store, Some(exact.span))),
+        ];
+        for (store, span) in stores.into_iter().flatten() {
+            for (own, stored) in [(&own.k, &store.k), (&own.v, &store.v)] {
+                let Some(span) = span.filter(|_| part.n > 1) else {
+                    let rows = self.inputs.rows(graph, part.n, index, span);
+                    graph.expand(&graph.set_rows(stored, own, &rows));
+                    continue;
                 };
-                self.attention(graph, queries, &with_old(&store.k, k), &with_old(&store.v, v), &mask)
-            }
-        };
-        // The ring must be read before it is written: nodes run in the order in which they are added.
-        graph.expand(&attended);
-        for kept in span.kept_ranges(part.n_past + part.n) {
-            let kept = kept.start.max(part.n_past)..kept.end;
-            if kept.is_empty() {
-                continue;
-            }
-            for (own, stored) in [(k, &store.k), (v, &store.v)] {
-                let from = graph.rows(own, kept.start - part.n_past, kept.len());
-                let to = graph.rows(stored, span.row(kept.start), kept.len());
-                graph.expand(&graph.copy(&from, &to));
+                // Of tokens that share a row the last is kept.
+                for kept in span.kept_ranges(part.n_past + part.n) {
+                    let kept = kept.start.max(part.n_past)..kept.end;
+                    if !kept.is_empty() {
+                        let from = graph.rows(own, kept.start - part.n_past, kept.len());
+                        let to = graph.rows(stored, span.row(kept.start), kept.len());
+                        graph.expand(&graph.copy(&from, &to));
+                    }
+                }
             }
         }
-        attended
     }
 
+    /// Attends to what the layer keeps, and to the tokens themselves. `has_own`: they are in the cache already.
     /// → `[head size, heads, tokens]`
-    fn attention(&self, graph: &Graph, queries: &Tensor, keys: &Tensor, values: &Tensor, mask: &Tensor) -> Tensor {
-        match self.kernel {
-            Kernel::Fused => return self.fused(graph, queries, &[KvSegment { k: keys, v: values, mask: Some(mask) }]),
-            Kernel::Flash => return graph.flash_attn(queries, keys, values, mask, self.scale()),
-            Kernel::Separate => {}
+    fn attend_cache(
+        &mut self,
+        graph: &Graph,
+        index: usize,
+        cache: &LayerCache,
+        own: &Own,
+        has_own: bool,
+        options: &AttentionOptions<'_>,
+    ) -> Tensor {
+        let (part, span) = (self.parts[index], cache.span());
+        // Rounded as they will be stored. Not quantised though: that would lose more than is needed.
+        let rounded = |rows: &Tensor, stored: &Tensor| match stored.ty() {
+            Type::F32 => rows.clone(),
+            ty if ty.is_quantized() => graph.cast(rows, Type::F16),
+            ty => graph.cast(rows, ty),
+        };
+        let own_rows =
+            cache.store().filter(|_| !has_own).map(|store| (rounded(&own.k, &store.k), rounded(&own.v, &store.v)));
+        let mut groups: Vec<(&Tensor, &Tensor, Keys)> = Vec::new();
+        if let Some(store) = cache.store() {
+            let n_rows = if has_own { rows_read(store, span, part.n_past + part.n) } else { used(span, part.n_past) };
+            let exact = cache.exact().map(|exact| exact.span);
+            groups.push((&store.k, &store.v, Keys::Stored { span, n_rows, has_own, exact }));
         }
-        let weights = graph.soft_max(&graph.mul_mat_f32(keys, queries), mask, self.scale());
+        if let Some(exact) = cache.exact() {
+            let keys = Keys::Exact { span, exact: exact.span, has_own };
+            groups.push((&exact.store.k, &exact.store.v, keys));
+        }
+        if part.n_past == 0 && !has_own {
+            groups.clear();
+        }
+        if let Some((k, v)) = &own_rows {
+            groups.push((k, v, Keys::Own { span, n: part.n }));
+        }
+        let keys: Vec<Keys> = groups.iter().map(|(.., keys)| *keys).collect();
+        let mask = self.inputs.mask(graph, part.n, index, &keys);
+        let heads = |rows: &Tensor, keys: &Keys| Store::heads(graph, rows, self.head_size, keys.n_rows());
+        if self.kernel == Kernel::Fused {
+            let mut first = 0;
+            let views: Vec<[Tensor; 3]> = groups
+                .iter()
+                .map(|(k, v, keys)| {
+                    let mask = columns(graph, &mask, first, keys.n_rows());
+                    first += keys.n_rows();
+                    [heads(k, keys), heads(v, keys), mask]
+                })
+                .collect();
+            let segments: Vec<KvSegment<'_>> =
+                views.iter().map(|[k, v, mask]| KvSegment { k, v, mask: Some(mask) }).collect();
+            let AttentionOptions { scale, softcap, sinks } = *options;
+            return graph.fused_attention(&own.queries, &segments, &FusedAttention { scale, soft_cap: softcap, sinks });
+        }
+        match &groups[..] {
+            [(k, v, keys)] if has_own => {
+                self.attention(graph, &own.queries, &heads(k, keys), &heads(v, keys), &mask, options)
+            }
+            groups => {
+                // In one piece, behind each other: ggml's operations know one tensor only.
+                let joined = |tensor: fn(&(&Tensor, &Tensor, Keys)) -> Tensor| {
+                    let parts = groups
+                        .iter()
+                        .map(|group| graph.cast(&graph.rows(&tensor(group), 0, group.2.n_rows()), Type::F32));
+                    let all = parts.reduce(|all, more| graph.concat(&all, &more, 1)).expect("at least the tokens' own");
+                    let n = all.shape()[1];
+                    // What ggml reads of a cache that is not f32.
+                    let is_f32 = groups.iter().all(|group| tensor(group).ty() == Type::F32);
+                    Store::heads(graph, &if is_f32 { all } else { graph.cast(&all, Type::F16) }, self.head_size, n)
+                };
+                let (k, v) = (joined(|group| group.0.clone()), joined(|group| group.1.clone()));
+                self.attention(graph, &own.queries, &k, &v, &mask, options)
+            }
+        }
+    }
+
+    /// Attention by ggml's operations. → `[head size, heads, tokens]`
+    fn attention(
+        &self,
+        graph: &Graph,
+        queries: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        mask: &Tensor,
+        options: &AttentionOptions<'_>,
+    ) -> Tensor {
+        if self.kernel == Kernel::Flash {
+            let AttentionOptions { scale, softcap, sinks } = *options;
+            return graph.flash_attn(queries, keys, values, mask, scale, softcap.unwrap_or(0.0), sinks);
+        }
+        let weights = weights(graph, queries, keys, mask, options);
         let values = if values.ty().is_quantized() { graph.cast(values, Type::F32) } else { values.clone() };
         let transposed = graph.contiguous(&graph.permute(&values, [1, 0, 2, 3]));
         let attended = graph.mul_mat(&transposed, &weights);
         graph.contiguous(&graph.permute(&attended, [0, 2, 1, 3]))
     }
 
-    /// Over the ring's rows, of whatever type they are, and the tokens' own.
-    fn fused_behind_ring(
-        &self,
-        graph: &Graph,
-        store: &Store,
-        n_old: usize,
-        queries: &Tensor,
-        (k, v): (&Tensor, &Tensor),
-        mask: &Tensor,
-    ) -> Tensor {
-        let n = queries.shape()[1];
-        let [cell_bytes, row_bytes, ..] = mask.strides();
-        let columns = |first: usize, rows: usize| graph.view(mask, [rows, n, 1], [row_bytes, 0], first * cell_bytes);
-        let heads = |rows: &Tensor, n: usize| Store::heads(graph, rows, self.head_size, n);
-        // Rounded as they will be stored, so that a sequence that fits the ring is as in a full store. Not quantised
-        // though: that would lose more than is needed.
-        let own = |rows: &Tensor, stored: &Tensor| match stored.ty() {
-            Type::F32 => heads(rows, n),
-            ty if ty.is_quantized() => heads(&graph.cast(rows, Type::F16), n),
-            ty => heads(&graph.cast(rows, ty), n),
-        };
-        let (own_k, own_v, own_mask) = (own(k, &store.k), own(v, &store.v), columns(n_old, n));
-        let own = KvSegment { k: &own_k, v: &own_v, mask: Some(&own_mask) };
-        if n_old == 0 {
-            return self.fused(graph, queries, &[own]);
-        }
-        let (old_k, old_v, old_mask) = (heads(&store.k, n_old), heads(&store.v, n_old), columns(0, n_old));
-        self.fused(graph, queries, &[KvSegment { k: &old_k, v: &old_v, mask: Some(&old_mask) }, own])
-    }
-
-    fn fused(&self, graph: &Graph, queries: &Tensor, segments: &[KvSegment<'_>]) -> Tensor {
-        graph.fused_attention(queries, segments, &FusedAttention { scale: self.scale(), soft_cap: None, sinks: None })
-    }
-
     /// The attention mass of the part's last queries on what a lazy layer would keep (method: SimLayerKV, section 3).
-    fn score(&mut self, graph: &Graph, (index, layer): (usize, usize), queries: &Tensor, keys: &Tensor, mask: &Tensor) {
-        let Part { n, n_score, .. } = self.parts[index];
+    /// The store holds the part's tokens.
+    fn score(
+        &mut self,
+        graph: &Graph,
+        (index, layer): (usize, usize),
+        store: &Store,
+        queries: &Tensor,
+        options: &AttentionOptions<'_>,
+    ) {
+        let Part { n, n_past, n_score, .. } = self.parts[index];
+        let n_rows = rows_read(store, None, n_past + n);
+        let keys = Store::heads(graph, &store.k, self.head_size, n_rows);
+        let mask =
+            self.inputs.mask(graph, n, index, &[Keys::Stored { span: None, n_rows, has_own: true, exact: None }]);
         let [head_size, _, heads, _] = queries.shape();
-        let [_, n_rows, kv_heads, _] = keys.shape();
+        let [_, _, kv_heads, _] = keys.shape();
         let kept = self.inputs.kept(graph, n_score, index, self.score_span, n_rows);
-        let mask = graph.rows(mask, n - n_score, n_score);
+        let mask = graph.rows(&mask, n - n_score, n_score);
 
         let shared = heads / kv_heads;
         let bytes_per_kv_head = n_rows * n_score * shared * size_of::<f32>();
@@ -236,8 +280,14 @@ impl CacheAttention<'_> {
             let some = at_once.min(kv_heads - first);
             let offset = (n - n_score) * token_bytes + first * shared * head_bytes;
             let q = graph.view(queries, [head_size, n_score, some * shared], [token_bytes, head_bytes], offset);
-            let k = graph.view(keys, [head_size, n_rows, some], [row_bytes, kv_head_bytes], first * kv_head_bytes);
-            let weights = graph.soft_max(&graph.mul_mat_f32(&k, &q), &mask, self.scale());
+            let k = graph.view(&keys, [head_size, n_rows, some], [row_bytes, kv_head_bytes], first * kv_head_bytes);
+            let sinks = options.sinks.map(|sinks| {
+                let [_, logit_bytes, ..] = sinks.strides();
+                let offset = first * shared * size_of::<f32>();
+                graph.view(sinks, [some * shared, 1, 1], [logit_bytes, logit_bytes], offset)
+            });
+            let options = AttentionOptions { sinks: sinks.as_ref(), ..*options };
+            let weights = weights(graph, &q, &k, &mask, &options);
             let mass = graph.sum_rows(&graph.mul(&weights, &kept)).as_output();
             graph.expand(&mass);
             masses.push(mass);
@@ -247,10 +297,37 @@ impl CacheAttention<'_> {
 }
 
 /// A part's tokens, rotated as the store is: queries `[head size, tokens, heads]`, keys and values as rows.
-struct Projected {
+struct Own {
     queries: Tensor,
     k: Tensor,
     v: Tensor,
+}
+
+/// Rows in use when the sequence has `n_past` tokens.
+fn used(span: Option<Span>, n_past: usize) -> usize {
+    span.map_or(n_past, |span| span.used_rows(n_past))
+}
+
+/// Rows that are read of a store that holds `n_past` tokens: those in use and some more, so that a decode graph serves
+/// many steps.
+pub(super) fn rows_read(store: &Store, span: Option<Span>, n_past: usize) -> usize {
+    used(span, n_past).next_multiple_of(ROWS_STEP).min(store.n_rows())
+}
+
+/// Columns of a mask `[rows, tokens]`.
+fn columns(graph: &Graph, mask: &Tensor, first: usize, n: usize) -> Tensor {
+    let [cell_bytes, row_bytes, ..] = mask.strides();
+    graph.view(mask, [n, mask.shape()[1], 1], [row_bytes, row_bytes], first * cell_bytes)
+}
+
+/// Attention weights `[rows, tokens, heads]` of queries `[head size, tokens, heads]`.
+fn weights(graph: &Graph, queries: &Tensor, keys: &Tensor, mask: &Tensor, options: &AttentionOptions<'_>) -> Tensor {
+    let AttentionOptions { scale, softcap, sinks } = *options;
+    let products = graph.mul_mat_f32(keys, queries);
+    match softcap {
+        Some(cap) => graph.soft_max(&graph.tanh(&graph.scale(&products, scale / cap)), mask, cap, sinks),
+        None => graph.soft_max(&products, mask, scale, sinks),
+    }
 }
 
 /// The part's tokens of `[head size, heads, tokens]`.

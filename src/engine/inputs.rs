@@ -16,6 +16,62 @@ pub(super) struct Part {
     pub n_past: usize,
     /// Last tokens of these whose attention is scored; 0 for none.
     pub n_score: usize,
+    /// Behind the sink, exact stores hold no position before this one.
+    pub exact_from: usize,
+}
+
+/// Rows of keys that a part's tokens attend to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Keys {
+    /// The first `n_rows` rows of a layer's store, with the part's own tokens in it or not. What the layer's exact
+    /// store holds is hidden here.
+    Stored { span: Option<Span>, n_rows: usize, has_own: bool, exact: Option<Span> },
+    /// All rows of a layer's exact store.
+    Exact { span: Option<Span>, exact: Span, has_own: bool },
+    /// The part's own tokens.
+    Own { span: Option<Span>, n: usize },
+}
+
+impl Keys {
+    pub fn n_rows(self) -> usize {
+        match self {
+            Keys::Stored { n_rows, .. } => n_rows,
+            Keys::Exact { exact, .. } => exact.n_rows(),
+            Keys::Own { n, .. } => n,
+        }
+    }
+
+    /// What the layer lets a query see; `None` for everything before it.
+    fn span(self) -> Option<Span> {
+        match self {
+            Keys::Stored { span, .. } | Keys::Exact { span, .. } | Keys::Own { span, .. } => span,
+        }
+    }
+
+    /// The position whose key is in a row, unless it is to be found elsewhere.
+    fn position(self, row: usize, part: &Part) -> Option<usize> {
+        let end = |has_own| part.n_past + if has_own { part.n } else { 0 };
+        match self {
+            Keys::Stored { span, has_own, exact, .. } => {
+                let end = end(has_own);
+                let position = match span {
+                    Some(span) => span.position(row, end),
+                    None => (row < end).then_some(row),
+                };
+                position.filter(|&position| exact.is_none_or(|exact| !is_exact(exact, position, end, part)))
+            }
+            Keys::Exact { exact, has_own, .. } => {
+                let end = end(has_own);
+                exact.position(row, end).filter(|&position| is_exact(exact, position, end, part))
+            }
+            Keys::Own { .. } => Some(part.n_past + row),
+        }
+    }
+}
+
+/// Whether the exact store holds a position when the sequence has `end` tokens.
+fn is_exact(exact: Span, position: usize, end: usize, part: &Part) -> bool {
+    position < exact.n_sink || (position >= part.exact_from && position + exact.n_window >= end)
 }
 
 /// What an input tensor holds.
@@ -29,10 +85,8 @@ enum Fill {
     Outputs,
     /// The rows into which a part's tokens are written.
     Rows { part: usize, span: Option<Span> },
-    /// Which of a store's `n_rows` rows each token of a part sees.
-    Mask { part: usize, span: Option<Span>, n_rows: usize },
-    /// As `Mask`, where the part's own keys lie behind the `n_old` rows of a ring that does not hold them yet.
-    MaskBehindRing { part: usize, span: Span, n_old: usize },
+    /// Which of the rows each token of a part sees: those of one or more groups, one after the other.
+    Mask { part: usize, keys: Vec<Keys> },
     /// 1 where the scored queries of a part see a key that `span` keeps, else 0.
     Kept { part: usize, span: Span, n_rows: usize },
 }
@@ -75,12 +129,10 @@ impl Inputs {
         self.input(graph, Type::I64, &[n], Fill::Rows { part, span })
     }
 
-    pub fn mask(&mut self, graph: &Graph, n: usize, part: usize, span: Option<Span>, n_rows: usize) -> Tensor {
-        self.input(graph, Type::F16, &[n_rows, n], Fill::Mask { part, span, n_rows })
-    }
-
-    pub fn mask_behind_ring(&mut self, graph: &Graph, n: usize, part: usize, span: Span, n_old: usize) -> Tensor {
-        self.input(graph, Type::F16, &[n_old + n, n], Fill::MaskBehindRing { part, span, n_old })
+    /// f16 `[rows of all groups, n]`: 0 where a token sees a row, else minus infinity.
+    pub fn mask(&mut self, graph: &Graph, n: usize, part: usize, keys: &[Keys]) -> Tensor {
+        let n_rows = keys.iter().map(|keys| keys.n_rows()).sum();
+        self.input(graph, Type::F16, &[n_rows, n], Fill::Mask { part, keys: keys.to_vec() })
     }
 
     pub fn kept(&mut self, graph: &Graph, n_score: usize, part: usize, span: Span, n_rows: usize) -> Tensor {
@@ -91,27 +143,23 @@ impl Inputs {
     pub fn fill(&mut self, parts: &[Part], tokens: &[Token], outputs: &[i32]) {
         let Inputs { inputs, mask, floats } = self;
         for (tensor, fill) in inputs.iter().filter(|(tensor, _)| tensor.is_allocated()) {
-            match *fill {
+            match fill {
                 Fill::Tokens => tensor.write(0, tokens),
                 Fill::Positions => {
                     let positions = parts.iter().flat_map(|part| part.n_past..part.n_past + part.n);
                     tensor.write(0, &positions.map(|position| position as i32).collect::<Vec<_>>());
                 }
                 Fill::Outputs => tensor.write(0, outputs),
-                Fill::Rows { part, span } => {
+                &Fill::Rows { part, span } => {
                     let Part { n, n_past, .. } = parts[part];
                     let row = |position| span.map_or(position, |span| span.row(position)) as i64;
                     tensor.write(0, &(n_past..n_past + n).map(row).collect::<Vec<_>>());
                 }
-                Fill::Mask { part, span, n_rows } => {
-                    fill_mask(mask, &parts[part], span, n_rows);
+                Fill::Mask { part, keys } => {
+                    fill_mask(mask, &parts[*part], keys);
                     tensor.write(0, mask);
                 }
-                Fill::MaskBehindRing { part, span, n_old } => {
-                    fill_mask_behind_ring(mask, &parts[part], span, n_old);
-                    tensor.write(0, mask);
-                }
-                Fill::Kept { part, span, n_rows } => {
+                &Fill::Kept { part, span, n_rows } => {
                     fill_kept(floats, &parts[part], span, n_rows);
                     tensor.write(0, floats);
                 }
@@ -120,41 +168,36 @@ impl Inputs {
     }
 }
 
-/// Rows hold what they hold once the part's own tokens are written: in a ring only for a part of one token.
-fn fill_mask(mask: &mut Vec<u16>, part: &Part, span: Option<Span>, n_rows: usize) {
+fn fill_mask(mask: &mut Vec<u16>, part: &Part, keys: &[Keys]) {
+    let n_rows: usize = keys.iter().map(|keys| keys.n_rows()).sum();
     mask.clear();
     mask.resize(n_rows * part.n, HIDDEN);
-    for (row, query) in mask.chunks_exact_mut(n_rows).zip(part.n_past..) {
-        match span {
-            None => row[..=query].fill(VISIBLE),
-            Some(span) => {
-                for (i, cell) in row.iter_mut().enumerate() {
-                    if span.position(i, part.n_past + part.n).is_some_and(|key| span.sees(query, key)) {
-                        *cell = VISIBLE;
+    let mut first = 0;
+    for &keys in keys {
+        let span = keys.span();
+        // Rows in runs of neighbouring positions: (row, position, length).
+        let mut runs: Vec<(usize, usize, usize)> = Vec::new();
+        for row in 0..keys.n_rows() {
+            let Some(position) = keys.position(row, part) else { continue };
+            match runs.last_mut() {
+                Some((start, from, len)) if *start + *len == row && *from + *len == position => *len += 1,
+                _ => runs.push((row, position, 1)),
+            }
+        }
+        for (cells, query) in mask.chunks_exact_mut(n_rows).zip(part.n_past..) {
+            let cells = &mut cells[first..first + keys.n_rows()];
+            // What the query sees: the sink, and what is recent.
+            let (sink, recent) = span.map_or((0, 0), |span| (span.n_sink, (query + 1).saturating_sub(span.n_window)));
+            for &(row, from, len) in &runs {
+                for (low, high) in [(0, sink.min(recent).min(query + 1)), (recent, query + 1)] {
+                    let (low, high) = (low.max(from), high.min(from + len));
+                    if low < high {
+                        cells[row + low - from..row + high - from].fill(VISIBLE);
                     }
                 }
             }
         }
-    }
-}
-
-fn fill_mask_behind_ring(mask: &mut Vec<u16>, part: &Part, span: Span, n_old: usize) {
-    let n_rows = n_old + part.n;
-    mask.clear();
-    mask.resize(n_rows * part.n, HIDDEN);
-    let old: Vec<Option<usize>> = (0..n_old).map(|row| span.position(row, part.n_past)).collect();
-    for (row, query) in mask.chunks_exact_mut(n_rows).zip(part.n_past..) {
-        let (ring, own) = row.split_at_mut(n_old);
-        for (cell, key) in ring.iter_mut().zip(&old) {
-            if key.is_some_and(|key| span.sees(query, key)) {
-                *cell = VISIBLE;
-            }
-        }
-        for (cell, key) in own.iter_mut().zip(part.n_past..) {
-            if span.sees(query, key) {
-                *cell = VISIBLE;
-            }
-        }
+        first += keys.n_rows();
     }
 }
 
@@ -177,51 +220,61 @@ mod tests {
 
     use super::*;
 
-    proptest! {
-        /// Whatever the batch and however often the ring has wrapped, a query sees exactly its span, each key once.
-        #[test]
-        fn masks_show_exactly_the_span(n_sink in 0usize..5, n_window in 1usize..20, n_past in 0usize..60, n in 1usize..30) {
-            let span = Span { n_sink, n_window };
-            let part = Part { first: 0, n, n_past, n_score: 0 };
-            let n_old = span.used_rows(n_past);
-            let mut mask = Vec::new();
-            fill_mask_behind_ring(&mut mask, &part, span, n_old);
-            for (row, query) in mask.chunks_exact(n_old + n).zip(n_past..) {
-                let keys = |row: usize| if row < n_old { span.position(row, n_past) } else { Some(n_past + row - n_old) };
-                let mut seen: Vec<usize> =
-                    (0..row.len()).filter(|&i| row[i] == VISIBLE).map(|i| keys(i).expect("a key")).collect();
-                seen.sort_unstable();
-                let expected: Vec<usize> = (0..=query).filter(|&key| span.sees(query, key)).collect();
-                prop_assert_eq!(seen, expected);
-            }
-        }
-
-        /// A single token reads the ring after it was written.
-        #[test]
-        fn a_single_token_sees_its_span_in_the_ring(n_sink in 0usize..5, n_window in 1usize..20, n_past in 0usize..80) {
-            let span = Span { n_sink, n_window };
-            let part = Part { first: 0, n: 1, n_past, n_score: 0 };
-            let mut mask = Vec::new();
-            fill_mask(&mut mask, &part, Some(span), span.n_rows());
-            let mut seen: Vec<usize> = (0..mask.len())
-                .filter(|&row| mask[row] == VISIBLE)
-                .map(|row| span.position(row, n_past + 1).expect("a key"))
-                .collect();
+    /// The positions that each query sees, over all groups of keys.
+    fn seen(part: &Part, keys: &[Keys]) -> Vec<Vec<usize>> {
+        let positions: Vec<Option<usize>> =
+            keys.iter().flat_map(|keys| (0..keys.n_rows()).map(|row| keys.position(row, part))).collect();
+        let mut mask = Vec::new();
+        fill_mask(&mut mask, part, keys);
+        let seen_by = |cells: &[u16]| {
+            let visible = cells.iter().zip(&positions).filter(|(cell, _)| **cell == VISIBLE);
+            let mut seen: Vec<usize> = visible.map(|(_, position)| position.expect("a key")).collect();
             seen.sort_unstable();
-            let expected: Vec<usize> = (0..=n_past).filter(|&key| span.sees(n_past, key)).collect();
-            prop_assert_eq!(seen, expected);
-        }
+            seen
+        };
+        mask.chunks_exact(positions.len()).map(seen_by).collect()
+    }
 
+    fn expected(part: &Part, span: Option<Span>) -> Vec<Vec<usize>> {
+        let sees = |query, key| span.is_none_or(|span| span.sees(query, key));
+        let queries = part.n_past..part.n_past + part.n;
+        queries.map(|query| (0..=query).filter(|&key| sees(query, key)).collect()).collect()
+    }
+
+    fn spans() -> impl Strategy<Value = Option<Span>> {
+        prop::option::of((0usize..5, 1usize..20).prop_map(|(n_sink, n_window)| Span { n_sink, n_window }))
+    }
+
+    proptest! {
+        /// Whatever the batch, however often rings have wrapped, and wherever keys lie: a query sees exactly its span,
+        /// each key once.
         #[test]
-        fn full_masks_are_causal(n_past in 0usize..50, n in 1usize..20, slack in 0usize..40) {
-            let n_rows = n_past + n + slack;
-            let mut mask = Vec::new();
-            fill_mask(&mut mask, &Part { first: 0, n, n_past, n_score: 0 }, None, n_rows);
-            for (row, query) in mask.chunks_exact(n_rows).zip(n_past..) {
-                for (key, &cell) in row.iter().enumerate() {
-                    prop_assert_eq!(cell == VISIBLE, key <= query);
-                }
-            }
+        fn queries_see_exactly_their_span(
+            span in spans(),
+            exact in spans(),
+            n_past in 0usize..60,
+            n in 1usize..30,
+            slack in 0usize..10,
+            lost in 0usize..60,
+        ) {
+            // As after a cut from `n_past + lost` tokens, where no ring had lost anything else.
+            let exact_from = exact.map_or(0, |exact| (n_past + lost).saturating_sub(exact.n_window).min(n_past));
+            let part = Part { first: 0, n, n_past, n_score: 0, exact_from };
+            let stored = |end: usize, has_own| {
+                let n_rows = span.map_or(end + slack, |span| span.used_rows(end));
+                Keys::Stored { span, n_rows, has_own, exact }
+            };
+            let in_exact = |has_own| exact.map(|exact| Keys::Exact { span, exact, has_own });
+            let mut behind = vec![stored(n_past, false)];
+            behind.extend(in_exact(false));
+            behind.push(Keys::Own { span, n });
+            prop_assert_eq!(seen(&part, &behind), expected(&part, span));
+
+            // Once their own rows are written, rings serve one token; a store that keeps all serves as many as come.
+            let part = Part { n: if span.is_some() || exact.is_some() { 1 } else { n }, ..part };
+            let mut written = vec![stored(n_past + part.n, true)];
+            written.extend(in_exact(true));
+            prop_assert_eq!(seen(&part, &written), expected(&part, span));
         }
     }
 }

@@ -1,16 +1,21 @@
 //! Runs a model over sequences: prefill, decode, batches, and the moment at which layers become lazy.
 
 mod attention;
+mod fork;
 mod inputs;
+mod memory;
 mod prefill;
+mod profile;
 mod sequence;
 mod session;
+mod state;
 mod ubatch;
 
 pub use sequence::LayerReport;
 pub use session::{BatchEntry, Outputs, SeqId, Session, SessionParams};
+pub use state::StateError;
 
-use crate::{ggml, vocab::Token};
+use crate::{ggml, lazy::ProfileError, model, vocab::Token};
 
 /// What can go wrong while a session runs.
 #[derive(Debug, thiserror::Error)]
@@ -30,8 +35,14 @@ pub enum Error {
     Params(String),
     #[error("sequence {0} is in this batch twice")]
     SequenceTwice(SeqId),
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
+    #[error(transparent)]
+    Model(#[from] model::Error),
     #[error("interrupted")]
     Interrupted,
+    #[error("sequence {0} has no tokens")]
+    NoSequence(SeqId),
     #[error(transparent)]
     Ggml(ggml::Error),
 }

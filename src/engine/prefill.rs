@@ -6,7 +6,7 @@
 
 use super::{
     Error,
-    attention::{CacheAttention, Score},
+    attention::{CacheAttention, Kernel, Score},
     inputs::{Inputs, Part},
     sequence::{LayerCache, Sequence},
     session::{BatchEntry, Outputs, Session, piece_ends, single_part},
@@ -85,7 +85,7 @@ impl Session {
         let bytes = context.alloc(self.maker.memory, "the prompt's hidden states")?;
         let hidden = Hidden { states, _lease: self.maker.meter.lease(bytes) };
         for piece in pieces(ends) {
-            let graph = Graph::new(8);
+            let graph = Graph::new(16);
             let mut inputs = Inputs::default();
             let ids = inputs.tokens(&graph, piece.len());
             let embedded = self.model.architecture().embed(&graph, &ids);
@@ -124,7 +124,8 @@ impl Session {
             let ends_prompt = piece.end == n_tokens;
             let n_score = if ends_prompt { n_score.min(piece.len()) } else { 0 };
             let parts: [Part; 1] = single_part(piece.len(), piece.start, n_score);
-            let graph = Graph::new(256);
+            let mut graph = Graph::new(1024);
+            graph.use_own_kernels(self.kernel() == Kernel::Fused);
             let mut inputs = Inputs::default();
             let positions = inputs.positions(&graph, piece.len());
             let states = graph.rows(&hidden.states, piece.start, piece.len());
@@ -147,7 +148,8 @@ impl Session {
                 score_span: self.span,
                 scores: Vec::new(),
             };
-            let step = LayerStep { index, hidden: &states, positions: &positions, keep: keep.as_ref() };
+            let n_ctx = self.params.n_ctx;
+            let step = LayerStep { index, hidden: &states, positions: &positions, keep: keep.as_ref(), n_ctx };
             let result = self.model.architecture().layer(&graph, &step, &mut attention);
             let scores = attention.scores;
             if !outputs.is_empty() {
@@ -202,15 +204,20 @@ impl Session {
         };
         for start in (first..n_tokens).step_by(OUTPUT_ROWS) {
             let n = OUTPUT_ROWS.min(n_tokens - start);
-            let graph = Graph::new(32);
+            let mut graph = Graph::new(32);
+            graph.use_own_kernels(self.kernel() == Kernel::Fused);
             let states = graph.rows(&hidden.states, start, n);
             let logits = self.model.architecture().output(&graph, &states).as_output();
             graph.expand(&logits);
+            let embeddings = logits.multiplied().filter(|_| self.wants_embeddings).map(Tensor::as_output);
             self.scheduler.alloc(&graph)?;
             self.scheduler.compute(&graph)?;
             let filled = self.logits.len();
             self.logits.resize(filled + n * n_vocab, 0.0);
             logits.read(0, &mut self.logits[filled..]);
+            if let Some(embeddings) = embeddings {
+                self.embeddings.extend(embeddings.to_f32());
+            }
         }
         Ok(())
     }

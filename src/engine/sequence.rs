@@ -13,18 +13,51 @@ pub(super) struct Sequence {
     pub layers: Vec<LayerCache>,
     /// Whether the next token's attention is to be scored (`--lazy-at decode`).
     pub score_next: bool,
+    /// Behind the sink, exact stores hold no position before this one.
+    pub exact_from: usize,
+}
+
+impl Sequence {
+    pub fn new(layers: Vec<LayerCache>) -> Sequence {
+        Sequence { n_past: 0, layers, score_next: false, exact_from: 0 }
+    }
+
+    /// Goes back to the first `n` tokens when up to `end` tokens have been written: the exact stores' rings may have
+    /// lost what they held before that.
+    pub fn cut(&mut self, n: usize, end: usize, n_exact: usize) {
+        self.n_past = self.n_past.min(n);
+        self.exact_from = self.exact_from.max(end.saturating_sub(n_exact)).min(self.n_past);
+    }
 }
 
 /// One layer's cache in a sequence.
 #[derive(Debug)]
 pub(super) struct LayerCache {
-    store: Option<Store>,
+    pub(super) store: Option<Store>,
+    /// The sink and the newest tokens in f16, beside a quantised store that holds them as well.
+    pub(super) exact: Option<Exact>,
     /// `None` keeps every position.
-    span: Option<Span>,
+    pub(super) span: Option<Span>,
     /// Whether the policy made it lazy; a layer that is sliding-window by design has a span and is not lazy.
     pub lazy: bool,
     pub score: Option<f32>,
-    format: Format,
+    pub(super) format: Format,
+}
+
+/// The sink and the newest tokens of a layer in f16, beside its quantised store.
+#[derive(Debug)]
+pub(super) struct Exact {
+    pub store: Store,
+    pub span: Span,
+}
+
+impl Exact {
+    fn copy(&self, maker: &StoreMaker, scheduler: &mut Scheduler) -> Result<Exact, Error> {
+        let store = maker.make(self.span.n_rows(), Some(self.span), self.store.format)?;
+        let all = [Move { from: 0..self.span.n_rows(), to: 0 }];
+        move_rows(scheduler, &self.store, &store, &all, &maker.rotations)?;
+        Ok(Exact { store, span: self.span })
+    }
 }
 
 /// What is known of a layer.
@@ -37,6 +70,8 @@ pub struct LayerReport {
     pub lazy: bool,
     /// `full`, `lazy`, or `window` for one that is sliding-window by design.
     pub kind: &'static str,
+    /// Recent tokens that it keeps, the newest included; `None` when it keeps all.
+    pub window: Option<usize>,
     /// Bytes of its buffers.
     pub kv_bytes: usize,
 }
@@ -51,17 +86,27 @@ pub(super) struct StoreMaker {
     pub rotations: Rotations,
     /// Rows that a store never needs to exceed.
     pub n_ctx: usize,
+    /// What exact stores keep: KIVI's residual (arXiv 2402.02750), and the sink. `None`: there are none.
+    pub exact_span: Option<Span>,
 }
 
 impl StoreMaker {
     pub fn make(&self, n_rows: usize, span: Option<Span>, format: Format) -> Result<Store, Error> {
         Store::new(self.width, n_rows, span.map(Span::n_rows), format, self.memory, &self.meter)
     }
+
+    /// The exact store beside a store of this format, where one is due.
+    pub(super) fn make_exact(&self, format: Format) -> Result<Option<Exact>, Error> {
+        let due = |_: &Span| format.k.is_quantized() || format.v.is_quantized();
+        let Some(span) = self.exact_span.filter(due) else { return Ok(None) };
+        let store = self.make(span.n_rows(), Some(span), format.exact())?;
+        Ok(Some(Exact { store, span }))
+    }
 }
 
 impl LayerCache {
     pub fn new(span: Option<Span>, lazy: bool, format: Format) -> LayerCache {
-        LayerCache { store: None, span, lazy, score: None, format }
+        LayerCache { store: None, exact: None, span, lazy, score: None, format }
     }
 
     pub fn span(&self) -> Option<Span> {
@@ -70,6 +115,10 @@ impl LayerCache {
 
     pub fn store(&self) -> Option<&Store> {
         self.store.as_ref()
+    }
+
+    pub fn exact(&self) -> Option<&Exact> {
+        self.exact.as_ref()
     }
 
     /// Whether the policy may still make it lazy.
@@ -88,12 +137,38 @@ impl LayerCache {
             let used = self.used_rows(n_past);
             let store = maker.make(used, self.span, self.format)?;
             move_rows(scheduler, &scratch, &store, &[Move { from: 0..used, to: 0 }], &maker.rotations)?;
+            self.exact = self.exact_from_store(n_past, &scratch, self.format, maker, scheduler)?;
             self.store = Some(store);
         }
         Ok(())
     }
 
-    fn used_rows(&self, n_past: usize) -> usize {
+    /// The exact store for a new store's format, filled from the store of before.
+    fn exact_from_store(
+        &self,
+        n_past: usize,
+        store: &Store,
+        format: Format,
+        maker: &StoreMaker,
+        scheduler: &mut Scheduler,
+    ) -> Result<Option<Exact>, Error> {
+        let Some(exact) = maker.make_exact(format)? else { return Ok(None) };
+        let row = |position| self.span.map_or(position, |span| span.row(position));
+        // What a ring has dropped is outside the layer's own span as well: nobody will look for it.
+        let held = |position: &usize| self.span.is_none_or(|span| span.sees(n_past.saturating_sub(1), *position));
+        let mut moves: Vec<Move> = Vec::new();
+        for position in exact.span.kept_ranges(n_past).into_iter().flatten().filter(held) {
+            let (from, to) = (row(position), exact.span.row(position));
+            match moves.last_mut() {
+                Some(last) if last.from.end == from && last.to + last.from.len() == to => last.from.end += 1,
+                _ => moves.push(Move { from: from..from + 1, to }),
+            }
+        }
+        move_rows(scheduler, store, &exact.store, &moves, &maker.rotations)?;
+        Ok(Some(exact))
+    }
+
+    pub(super) fn used_rows(&self, n_past: usize) -> usize {
         self.span.map_or(n_past, |span| span.used_rows(n_past))
     }
 
@@ -108,7 +183,10 @@ impl LayerCache {
         let needed = self.used_rows(n_past + n);
         match &self.store {
             Some(store) if store.n_rows() >= needed => return Ok(()),
-            None => self.store = Some(maker.make(needed, self.span, self.format)?),
+            None => {
+                self.exact = maker.make_exact(self.format)?;
+                self.store = Some(maker.make(needed, self.span, self.format)?);
+            }
             Some(store) => {
                 let rows = Store::rows_with_room(needed).min(maker.n_ctx).max(needed);
                 let larger = maker.make(rows, self.span, self.format)?;
@@ -134,17 +212,44 @@ impl LayerCache {
         scheduler: &mut Scheduler,
     ) -> Result<(), Error> {
         if let Some(store) = &self.store {
-            let shrunk = maker.make(span.used_rows(n_past), Some(span), format)?;
-            let moves: Vec<Move> = span
-                .kept_ranges(n_past)
-                .into_iter()
-                .map(|range| Move { to: span.row(range.start), from: range })
-                .collect();
-            move_rows(scheduler, store, &shrunk, &moves, &maker.rotations)?;
-            self.store = Some(shrunk);
+            let exact = match self.exact.take() {
+                Some(exact) if exact.store.format == format.exact() => Some(exact),
+                _ => self.exact_from_store(n_past, store, format, maker, scheduler)?,
+            };
+            self.store = Some(shrunk(store, n_past, span, format, maker, scheduler)?);
+            self.exact = exact;
         }
         (self.span, self.format, self.lazy) = (Some(span), format, true);
         Ok(())
+    }
+
+    /// A copy of the layer; with a span it is lazy. In another format where one is given.
+    pub fn copy(
+        &self,
+        n_past: usize,
+        lazy_span: Option<Span>,
+        format: Option<Format>,
+        maker: &StoreMaker,
+        scheduler: &mut Scheduler,
+    ) -> Result<LayerCache, Error> {
+        let format = format.unwrap_or(self.format);
+        let store = match (&self.store, lazy_span) {
+            (None, _) => None,
+            (Some(store), Some(span)) => Some(shrunk(store, n_past, span, format, maker, scheduler)?),
+            (Some(store), None) => {
+                let used = self.used_rows(n_past);
+                let copy = maker.make(used, self.span, format)?;
+                move_rows(scheduler, store, &copy, &[Move { from: 0..used, to: 0 }], &maker.rotations)?;
+                Some(copy)
+            }
+        };
+        let exact = match (&self.exact, &self.store) {
+            (Some(exact), _) if exact.store.format == format.exact() => Some(exact.copy(maker, scheduler)?),
+            (_, Some(store)) => self.exact_from_store(n_past, store, format, maker, scheduler)?,
+            (_, None) => None,
+        };
+        let lazy = self.lazy || lazy_span.is_some();
+        Ok(LayerCache { store, exact, span: lazy_span.or(self.span), lazy, score: self.score, format })
     }
 
     /// Whether the first `n` of `n_past` tokens can be continued from: nothing that they need was dropped.
@@ -158,7 +263,25 @@ impl LayerCache {
             (false, Some(_)) => "window",
             (false, None) => "full",
         };
-        let kv_bytes = self.store.as_ref().map_or(0, Store::bytes);
-        LayerReport { index, score: self.score, lazy: self.lazy, kind, kv_bytes }
+        let stores = self.store.iter().chain(self.exact.as_ref().map(|exact| &exact.store));
+        let kv_bytes = stores.map(Store::bytes).sum();
+        let window = self.span.map(|span| span.n_window);
+        LayerReport { index, score: self.score, lazy: self.lazy, kind, window, kv_bytes }
     }
+}
+
+/// A store with the rows of `store` that the span keeps of `n_past` tokens.
+fn shrunk(
+    store: &Store,
+    n_past: usize,
+    span: Span,
+    format: Format,
+    maker: &StoreMaker,
+    scheduler: &mut Scheduler,
+) -> Result<Store, Error> {
+    let shrunk = maker.make(span.used_rows(n_past), Some(span), format)?;
+    let moves: Vec<Move> =
+        span.kept_ranges(n_past).into_iter().map(|range| Move { to: span.row(range.start), from: range }).collect();
+    move_rows(scheduler, store, &shrunk, &moves, &maker.rotations)?;
+    Ok(shrunk)
 }

@@ -13,9 +13,9 @@ use super::{
 };
 use crate::{
     cache::{Format, KvReport, KvRotate, Meter, Rotations, Span},
-    ggml::{self, Device, Scheduler, Type},
+    ggml::{self, BufferType, Device, Scheduler, Type},
     lazy::{At, LazyParams, Policy, Selector, default_threshold},
-    model::Model,
+    model::{Hparams, Model},
     vocab::Token,
 };
 
@@ -42,11 +42,15 @@ pub struct SessionParams {
     pub lazy_type_v: Option<Type>,
     /// Attention in one operation, without the matrix of all weights.
     pub flash_attn: bool,
-    /// Compute it with this crate's own kernel, which sums in f32 and is faster over long and quantised caches. Off:
-    /// with ggml's, whose logits are llama.cpp's bit for bit.
+    /// Compute attention, and products of quantised weights with a few tokens, with this crate's own kernels, which are
+    /// faster. Off (or without flash attention): with ggml's, whose logits are llama.cpp's bit for bit.
     pub fused_attention: bool,
     /// When keys and values are rotated.
     pub kv_rotate: KvRotate,
+    /// Newest tokens that are kept in f16 as well, with the sink, beside each quantised store: most of what four bits
+    /// lose is lost there (KIVI, arXiv 2402.02750). 0 for none, which is llama.cpp's way. Needs this crate's own
+    /// attention kernel, and is ignored without it.
+    pub kv_exact: usize,
     /// Read a long prompt layer by layer, so that only one layer's cache is ever uncompressed. Off: ubatch by ubatch.
     pub layer_major: bool,
     /// Which layers become lazy.
@@ -67,6 +71,7 @@ impl Default for SessionParams {
             flash_attn: true,
             fused_attention: true,
             kv_rotate: KvRotate::default(),
+            kv_exact: 32,
             layer_major: true,
             lazy: LazyParams::default(),
         }
@@ -101,6 +106,9 @@ pub struct Session {
     pub(super) sequences: BTreeMap<SeqId, Sequence>,
     /// Rows of `n_vocab` logits, in the order of the last call's tokens.
     pub(super) logits: Vec<f32>,
+    /// Rows of `n_embd`: what the output matrix is multiplied with, for the same tokens; empty unless asked for.
+    pub(super) embeddings: Vec<f32>,
+    pub(super) wants_embeddings: bool,
     pub(super) decode_graph: Option<CachedGraph>,
     pub(super) span: Span,
     pub(super) active_format: Format,
@@ -121,7 +129,8 @@ impl Session {
         if params.n_threads_batch == 0 {
             params.n_threads_batch = params.n_threads;
         }
-        check(&params, hparams.head_size, hparams.n_layer)?;
+        super::profile::settle(&mut params.lazy, model)?;
+        check(&params, hparams)?;
         let device = Device::cpu();
         // A layer has some 30 nodes, a few more for each sequence in a batch; scores and rotations add theirs.
         let max_nodes = 1024 + 64 * hparams.n_layer * MAX_PARTS;
@@ -132,14 +141,13 @@ impl Session {
             meter: Meter::default(),
             rotations: Rotations::new(hparams.head_size, device.buffer_type())?,
             n_ctx: params.n_ctx,
+            exact_span: (kernel(&params, device.buffer_type()) == Kernel::Fused && params.kv_exact > 0)
+                .then_some(Span { n_sink: params.lazy.n_sink, n_window: params.kv_exact }),
         };
-        let smallest = if hparams.head_size.is_multiple_of(Type::Q4_0.block_size()) { Type::Q4_0 } else { Type::F16 };
-        let lazy_type = |given: Option<Type>| given.unwrap_or(smallest);
-        let format = |k, v| Format::new(k, v, params.kv_rotate);
         Ok(Session {
             span: Span { n_sink: params.lazy.n_sink, n_window: params.lazy.n_window },
-            active_format: format(params.type_k, params.type_v),
-            lazy_format: format(lazy_type(params.lazy_type_k), lazy_type(params.lazy_type_v)),
+            active_format: Format::new(params.type_k, params.type_v, params.kv_rotate),
+            lazy_format: lazy_format(&params, hparams.head_size),
             threshold: default_threshold(&hparams.architecture, model.name(), hparams.rope.freq_base),
             model: model.clone(),
             params,
@@ -147,21 +155,37 @@ impl Session {
             maker,
             sequences: BTreeMap::new(),
             logits: Vec::new(),
+            embeddings: Vec::new(),
+            wants_embeddings: false,
             decode_graph: None,
         })
     }
 
     pub(super) fn kernel(&self) -> Kernel {
-        match self.params.flash_attn {
-            // Our kernel reads tensors by pointer.
-            true if self.params.fused_attention && self.maker.memory.is_host() => Kernel::Fused,
-            true => Kernel::Flash,
-            false => Kernel::Separate,
-        }
+        kernel(&self.params, self.maker.memory)
     }
 
     pub fn model(&self) -> &Model {
         &self.model
+    }
+
+    /// Whether lazy layers see only sink and window while a prompt is read.
+    pub fn reads_windowed(&self) -> bool {
+        self.params.lazy.windowed_prefill()
+    }
+
+    /// The layers that the policy makes lazy behind a prompt whose layers have these scores.
+    pub fn choose(&self, layers: &[LayerReport]) -> BTreeSet<usize> {
+        let mut selector = self.selector();
+        let known = layers.iter().map(|layer| layer.index).filter(|&index| selector.is_known_lazy(index));
+        let known: BTreeSet<usize> = known.collect();
+        let scored = layers.iter().filter_map(|layer| selector.scored(layer.index, layer.score?));
+        scored.chain(known).collect()
+    }
+
+    /// The rule that makes layers lazy: [`Policy::Layers`] where a profile was asked for, or found by `auto`.
+    pub fn policy(&self) -> &Policy {
+        &self.params.lazy.policy
     }
 
     /// Reads a prompt (or a later part of the conversation) and returns the logits of its last token. Layers become
@@ -205,6 +229,7 @@ impl Session {
     pub fn run_with(&mut self, batch: &[BatchEntry<'_>], progress: &mut dyn FnMut(f32)) -> Result<(), Error> {
         self.check_batch(batch)?;
         self.logits.clear();
+        self.embeddings.clear();
         let n_tokens: usize = batch.iter().map(|entry| entry.tokens.len()).sum();
         let threads = if n_tokens > batch.len() { self.params.n_threads_batch } else { self.params.n_threads };
         self.scheduler.set_threads(threads)?;
@@ -326,7 +351,7 @@ impl Session {
         if !sequence.layers.iter().all(|layer| layer.can_truncate(n, sequence.n_past)) {
             return false;
         }
-        sequence.n_past = sequence.n_past.min(n);
+        sequence.cut(n, sequence.n_past, self.params.kv_exact);
         true
     }
 
@@ -338,7 +363,8 @@ impl Session {
     /// What the cache takes. Lazy and active layers are those of the longest sequence.
     pub fn kv(&self) -> KvReport {
         let context_tokens: usize = self.sequences.values().map(|sequence| sequence.n_past).sum();
-        let f16_bytes = context_tokens * self.model.hparams().f16_kv_bytes_per_token();
+        let hparams = self.model.hparams();
+        let f16_bytes = self.sequences.values().map(|sequence| hparams.f16_kv_bytes(sequence.n_past)).sum();
         let allocated_bytes = self.maker.meter.now();
         let longest = self.sequences.values().max_by_key(|sequence| sequence.n_past);
         let lazy_layers = longest.map_or(0, |sequence| sequence.layers.iter().filter(|layer| layer.lazy).count());
@@ -366,14 +392,14 @@ impl Session {
 
     /// Layers that are not sliding-window by their own design.
     fn scorable_layers(&self) -> usize {
-        if self.model.hparams().sliding_window.is_some() { 0 } else { self.model.hparams().n_layer }
+        self.model.hparams().windows.iter().filter(|window| window.is_none()).count()
     }
 
     /// A sequence without tokens: its layers are full, but for those that are restricted from the first token on.
     pub(super) fn new_sequence(&self) -> Sequence {
         let selector = self.selector();
         let windowed = self.params.lazy.windowed_prefill();
-        let layer = |index| match self.model.hparams().sliding_window {
+        let layer = |index| match self.model.hparams().windows[index] {
             Some(n_window) => LayerCache::new(Some(Span { n_sink: 0, n_window }), false, self.active_format),
             None if windowed && selector.is_known_lazy(index) => {
                 LayerCache::new(Some(self.span), true, self.lazy_format)
@@ -381,7 +407,7 @@ impl Session {
             None => LayerCache::new(None, false, self.active_format),
         };
         let layers = (0..self.model.hparams().n_layer).map(layer).collect();
-        Sequence { n_past: 0, layers, score_next: false }
+        Sequence::new(layers)
     }
 
     /// Last tokens of a prompt of `n` tokens whose attention is to be scored when it ends at `n_past`: none while
@@ -462,8 +488,9 @@ impl Session {
     /// lost rows that are still needed.
     pub(super) fn recover(&mut self, seq: SeqId, n: usize) {
         self.decode_graph = None;
-        let Some(sequence) = self.sequences.get(&seq) else { return };
+        let Some(sequence) = self.sequences.get_mut(&seq) else { return };
         let end = sequence.n_past + n;
+        sequence.cut(sequence.n_past, end, self.params.kv_exact);
         let intact = |layer: &LayerCache| layer.span().is_none_or(|span| end <= span.n_rows());
         if !sequence.layers.iter().all(intact) {
             self.seq_clear(seq);
@@ -488,10 +515,27 @@ pub(super) fn piece_ends(n: usize, n_ubatch: usize, n_last: usize) -> Vec<usize>
 
 /// Parts of a ubatch for one sequence alone.
 pub(super) fn single_part(n: usize, n_past: usize, n_score: usize) -> [Part; 1] {
-    [Part { first: 0, n, n_past, n_score }]
+    [Part { first: 0, n, n_past, n_score, exact_from: 0 }]
 }
 
-fn check(params: &SessionParams, head_size: usize, n_layer: usize) -> Result<(), Error> {
+/// How lazy layers keep their rows: q4_0 where nothing else is asked for and the head size allows it.
+pub(super) fn lazy_format(params: &SessionParams, head_size: usize) -> Format {
+    let smallest = if head_size.is_multiple_of(Type::Q4_0.block_size()) { Type::Q4_0 } else { Type::F16 };
+    let [k, v] = [params.lazy_type_k, params.lazy_type_v].map(|given| given.unwrap_or(smallest));
+    Format::new(k, v, params.kv_rotate)
+}
+
+fn kernel(params: &SessionParams, memory: BufferType) -> Kernel {
+    match params.flash_attn {
+        // Our kernel reads tensors by pointer.
+        true if params.fused_attention && memory.is_host() => Kernel::Fused,
+        true => Kernel::Flash,
+        false => Kernel::Separate,
+    }
+}
+
+pub(super) fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
+    let &Hparams { head_size, n_layer, .. } = hparams;
     let wrong = |why: &str| Err(Error::Params(why.to_owned()));
     if params.n_ubatch == 0 {
         return wrong("a ubatch of 0 tokens: give at least 1");
@@ -510,11 +554,15 @@ fn check(params: &SessionParams, head_size: usize, n_layer: usize) -> Result<(),
             return wrong("0 lazy queries: the score needs at least 1");
         }
     }
-    if let Policy::Layers(layers) = &params.lazy.policy
-        && let Some(layer) = layers.iter().find(|&&layer| layer >= n_layer)
-    {
-        let last = n_layer - 1;
-        return Err(Error::Params(format!("layer {layer} of --lazy layers: the model has layers 0 to {last}")));
+    if let Policy::Layers(layers) = &params.lazy.policy {
+        for &layer in layers {
+            let why = match hparams.windows.get(layer) {
+                Some(None) => continue,
+                Some(Some(window)) => format!("it is sliding-window by design (window {window}); leave it out"),
+                None => format!("the model has layers 0 to {}", n_layer - 1),
+            };
+            return Err(Error::Params(format!("layer {layer} of --lazy layers: {why}")));
+        }
     }
     let types = [Some(params.type_k), Some(params.type_v), params.lazy_type_k, params.lazy_type_v];
     for ty in types.into_iter().flatten() {

@@ -2,7 +2,7 @@
 
 use super::{
     Error,
-    attention::{CacheAttention, Score},
+    attention::{CacheAttention, Kernel, Score, rows_read},
     inputs::{Inputs, Part},
     sequence::LayerCache,
     session::{BatchEntry, Outputs, Session},
@@ -20,6 +20,7 @@ pub(super) struct CachedGraph {
     graph: Graph,
     inputs: Inputs,
     logits: Option<Tensor>,
+    embeddings: Option<Tensor>,
     scores: Vec<Score>,
 }
 
@@ -69,6 +70,9 @@ impl Session {
             self.logits.resize(start + outputs.len() * self.model.hparams().n_vocab, 0.0);
             logits.read(0, &mut self.logits[start..]);
         }
+        if let Some(embeddings) = &ready.embeddings {
+            self.embeddings.extend(embeddings.to_f32());
+        }
         let mut scores: Vec<Vec<(usize, f32)>> = vec![Vec::new(); parts.len()];
         for score in &ready.scores {
             scores[score.part].push((score.layer, score.mean()));
@@ -100,7 +104,7 @@ impl Session {
             At::Decode if sequence.score_next => self.n_score(n, n_past + n, At::Decode),
             _ => 0,
         };
-        Part { first, n, n_past, n_score }
+        Part { first, n, n_past, n_score, exact_from: sequence.exact_from }
     }
 
     /// The graph of the last step when it serves again, else a new one; with memory behind its tensors either way.
@@ -115,7 +119,8 @@ impl Session {
         }
         let hparams = self.model.hparams();
         let architecture = self.model.architecture();
-        let graph = Graph::new(self.scheduler.max_nodes());
+        let mut graph = Graph::new(self.scheduler.max_nodes());
+        graph.use_own_kernels(self.kernel() == Kernel::Fused);
         let mut inputs = Inputs::default();
         let n_tokens = parts.iter().map(|part| part.n).sum();
         let ids = inputs.tokens(&graph, n_tokens);
@@ -135,7 +140,7 @@ impl Session {
         for index in 0..hparams.n_layer {
             let is_last = index + 1 == hparams.n_layer;
             let keep = keep.as_ref().filter(|_| is_last);
-            let step = LayerStep { index, hidden: &hidden, positions: &positions, keep };
+            let step = LayerStep { index, hidden: &hidden, positions: &positions, keep, n_ctx: self.params.n_ctx };
             hidden = architecture.layer(&graph, &step, &mut attention);
         }
         let scores = attention.scores;
@@ -143,8 +148,10 @@ impl Session {
         if let Some(logits) = &logits {
             graph.expand(logits);
         }
+        let embeddings = logits.as_ref().filter(|_| self.wants_embeddings).and_then(Tensor::multiplied);
+        let embeddings = embeddings.map(Tensor::as_output);
         self.scheduler.alloc(&graph)?;
-        Ok(CachedGraph { key, graph, inputs, logits, scores })
+        Ok(CachedGraph { key, graph, inputs, logits, embeddings, scores })
     }
 
     /// Counts the tokens in, and lets layers become lazy where a prompt has ended.
@@ -175,10 +182,9 @@ impl Session {
 impl Key {
     fn new(parts: &[Part], caches: &[&[LayerCache]], n_outputs: usize) -> Key {
         let store = |part: &Part, layer: &LayerCache| {
-            let store = layer.store().map_or((u64::MAX, 0), |store| (store.id(), store.n_rows()));
-            let n_past = part.n_past + part.n;
-            let used = layer.span().map_or(n_past, |span| span.used_rows(n_past));
-            (store.0, used.next_multiple_of(super::attention::ROWS_STEP).min(store.1))
+            layer
+                .store()
+                .map_or((u64::MAX, 0), |store| (store.id(), rows_read(store, layer.span(), part.n_past + part.n)))
         };
         let stores = parts
             .iter()
@@ -186,7 +192,7 @@ impl Key {
             .flat_map(|(part, layers)| layers.iter().map(move |layer| store(part, layer)))
             .collect();
         // A step differs from the one before by its positions only, which are inputs.
-        let parts = parts.iter().map(|part| Part { n_past: 0, ..*part }).collect();
+        let parts = parts.iter().map(|part| Part { n_past: 0, exact_from: 0, ..*part }).collect();
         Key { parts, n_outputs, stores }
     }
 }

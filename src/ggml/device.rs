@@ -101,16 +101,25 @@ impl Device {
         }
     }
 
-    /// Whether `weight × activations` can run here when a weight of this type and shape lies in `memory`.
-    pub fn can_multiply(self, memory: BufferType, ty: Type, shape: [usize; 2]) -> bool {
-        let context = Context::new(4);
-        let weight = context.tensor(ty, &shape);
+    /// Whether `weight × activations` can run here when a weight of this type and shape lies in `memory`. With a third
+    /// dimension it is a stack of experts' weights.
+    pub fn can_multiply(self, memory: BufferType, ty: Type, shape: &[usize]) -> bool {
         // The number of tokens does not matter for the answer.
-        let input = context.tensor(Type::F32, &[shape[0], 512]);
+        const TOKENS: usize = 512;
+        let context = Context::new(4);
+        let weight = context.tensor(ty, shape);
+        let experts = shape.len() > 2;
+        let input = if experts { &[shape[0], 1, TOKENS][..] } else { &[shape[0], TOKENS] };
+        let input = context.tensor(Type::F32, input);
+        let ids = context.tensor(Type::I32, &[1, TOKENS]);
         // SAFETY: the empty buffer only tells which memory is meant, as the device's answer depends on it; it is taken
         // from the header again before it is freed.
         unsafe {
-            let product = sys::ggml_mul_mat(context.raw(), weight.raw(), input.raw());
+            let product = if experts {
+                sys::ggml_mul_mat_id(context.raw(), weight.raw(), input.raw(), ids.raw())
+            } else {
+                sys::ggml_mul_mat(context.raw(), weight.raw(), input.raw())
+            };
             let empty = sys::ggml_backend_buft_alloc_buffer(memory.0, 0);
             if empty.is_null() {
                 return false;

@@ -127,6 +127,37 @@ impl Graph {
         node!(self, [a], ggml_scale(a.raw(), factor))
     }
 
+    pub fn div(&self, a: &Tensor, b: &Tensor) -> Tensor {
+        node!(self, [a, b], ggml_div(a.raw(), b.raw()))
+    }
+
+    /// `factor × a + bias`.
+    pub fn scale_bias(&self, a: &Tensor, factor: f32, bias: f32) -> Tensor {
+        node!(self, [a], ggml_scale_bias(a.raw(), factor, bias))
+    }
+
+    /// No element below `min`.
+    pub fn at_least(&self, a: &Tensor, min: f32) -> Tensor {
+        node!(self, [a], ggml_clamp(a.raw(), min, f32::INFINITY))
+    }
+
+    pub fn tanh(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_tanh(a.raw()))
+    }
+
+    pub fn sigmoid(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_sigmoid(a.raw()))
+    }
+
+    pub fn floor(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_floor(a.raw()))
+    }
+
+    /// The natural logarithm.
+    pub fn log(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_log(a.raw()))
+    }
+
     /// Sums each row: `[n, rows, …]` → `[1, rows, …]`.
     pub fn sum_rows(&self, a: &Tensor) -> Tensor {
         node!(self, [a], ggml_sum_rows(a.raw()))
@@ -134,6 +165,26 @@ impl Graph {
 
     pub fn rms_norm(&self, a: &Tensor, eps: f32) -> Tensor {
         node!(self, [a], ggml_rms_norm(a.raw(), eps))
+    }
+
+    /// Each row less its mean, over its deviation.
+    pub fn norm(&self, a: &Tensor, eps: f32) -> Tensor {
+        node!(self, [a], ggml_norm(a.raw(), eps))
+    }
+
+    /// As [`Graph::swiglu`] for rows that hold the gate in their first half and `up` in the second: `[2n, …]` → `[n, …]`.
+    pub fn swiglu_halves(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_swiglu(a.raw()))
+    }
+
+    /// `gelu(gate) × up`.
+    pub fn geglu(&self, gate: &Tensor, up: &Tensor) -> Tensor {
+        node!(self, [gate, up], ggml_geglu_split(gate.raw(), up.raw()))
+    }
+
+    /// gpt-oss's activation: `g·sigmoid(alpha·g) × (1 + u)`, the gate `g` at most `limit`, `u` within ± `limit`.
+    pub fn swiglu_clamped(&self, gate: &Tensor, up: &Tensor, alpha: f32, limit: f32) -> Tensor {
+        node!(self, [gate, up], ggml_swiglu_oai(gate.raw(), up.raw(), alpha, limit))
     }
 
     /// `silu(gate) × up`, the gated activation of LLaMA's feed-forward.
@@ -172,6 +223,29 @@ impl Graph {
         product
     }
 
+    // Experts.
+
+    /// `experts [k, n, n_expert]`, of which `ids` (i32) `[n_used, tokens]` names some for each token; `input`
+    /// `[k, 1 or n_used, tokens]` → `[n, n_used, tokens]`.
+    pub fn mul_mat_id(&self, experts: &Tensor, input: &Tensor, ids: &Tensor) -> Tensor {
+        node!(self, [experts, input, ids], ggml_mul_mat_id(experts.raw(), input.raw(), ids.raw()))
+    }
+
+    /// Adds to `a` `[n, n_used, tokens]` the rows of `biases` `[n, n_expert]` that `ids` (i32) `[n_used, tokens]` names.
+    pub fn add_id(&self, a: &Tensor, biases: &Tensor, ids: &Tensor) -> Tensor {
+        node!(self, [a, biases, ids], ggml_add_id(a.raw(), biases.raw(), ids.raw()))
+    }
+
+    /// The indices (i32) of each row's `n` largest elements, largest first.
+    pub fn top_n(&self, a: &Tensor, n: usize) -> Tensor {
+        node!(self, [a], ggml_argsort_top_k(a.raw(), n as i32))
+    }
+
+    /// Softmax over each row.
+    pub fn soft_max_rows(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_soft_max(a.raw()))
+    }
+
     // Attention.
 
     /// Rotates `a` `[head size, heads, tokens]` by the positions `[tokens]` (i32). `factors` are frequency factors.
@@ -206,12 +280,31 @@ impl Graph {
     /// Attention in one operation.
     ///
     /// `q` `[head size, tokens, heads]`, `k` and `v` `[head size, rows, KV heads]`, `mask` f16 `[rows, tokens]` (0 or
-    /// minus infinity) → `[head size, heads, tokens]`, f32.
-    pub fn flash_attn(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor, scale: f32) -> Tensor {
-        let result =
-            node!(self, [q, k, v, mask], ggml_flash_attn_ext(q.raw(), k.raw(), v.raw(), mask.raw(), scale, 0.0, 0.0));
+    /// minus infinity) → `[head size, heads, tokens]`, f32. A `softcap` other than 0 bends the scaled products `x` to
+    /// `softcap·tanh(x/softcap)`; `sinks` as in [`Graph::soft_max`].
+    #[expect(clippy::too_many_arguments, reason = "the operation's own")]
+    pub fn flash_attn(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        mask: &Tensor,
+        scale: f32,
+        softcap: f32,
+        sinks: Option<&Tensor>,
+    ) -> Tensor {
+        let result = node!(
+            self,
+            [q, k, v, mask],
+            ggml_flash_attn_ext(q.raw(), k.raw(), v.raw(), mask.raw(), scale, 0.0, softcap)
+        );
         // SAFETY: sets a parameter of the node just made.
         unsafe { sys::ggml_prec_set_acc(result.raw(), sys::GGML_PREC_F32) };
+        if let Some(sinks) = sinks {
+            self.context.uses(sinks);
+            // SAFETY: sets an operand of the node just made, which `uses` keeps alive; ggml checks its shape.
+            unsafe { sys::ggml_flash_attn_ext_add_sinks(result.raw(), sinks.raw()) };
+        }
         result
     }
 
@@ -247,9 +340,16 @@ impl Graph {
         self.context.wrap(raw)
     }
 
-    /// Softmax of `scale × a + mask` over each row.
-    pub fn soft_max(&self, a: &Tensor, mask: &Tensor, scale: f32) -> Tensor {
-        node!(self, [a, mask], ggml_soft_max_ext(a.raw(), mask.raw(), scale, 0.0))
+    /// Softmax of `scale × a + mask` over each row of `a` `[rows, tokens, heads]`. `sinks` `[heads]` (f32) are logits
+    /// that count in a row's sum and in nothing else.
+    pub fn soft_max(&self, a: &Tensor, mask: &Tensor, scale: f32, sinks: Option<&Tensor>) -> Tensor {
+        let result = node!(self, [a, mask], ggml_soft_max_ext(a.raw(), mask.raw(), scale, 0.0));
+        if let Some(sinks) = sinks {
+            self.context.uses(sinks);
+            // SAFETY: sets an operand of the node just made, which `uses` keeps alive; ggml checks its shape.
+            unsafe { sys::ggml_soft_max_add_sinks(result.raw(), sinks.raw()) };
+        }
+        result
     }
 
     // Rows and copies.

@@ -14,6 +14,8 @@ use std::{
 
 use ggml_sys as sys;
 
+use crate::gguf::Override;
+
 /// Room for the message of a failed call.
 const ERROR_BYTES: usize = 1024;
 
@@ -105,15 +107,55 @@ unsafe impl Send for RawVocab {}
 // SAFETY: as above.
 unsafe impl Sync for RawVocab {}
 
+const EMPTY_OVERRIDE: sys::llama_model_kv_override = sys::llama_model_kv_override {
+    tag: sys::LLAMA_KV_OVERRIDE_TYPE_INT,
+    key: [0; 128],
+    __bindgen_anon_1: sys::llama_model_kv_override__bindgen_ty_1 { val_str: [0; 128] },
+};
+
+fn raw_override((key, value): &(String, Override)) -> Result<sys::llama_model_kv_override, String> {
+    let text = |text: &str| {
+        let mut chars = [0 as c_char; 128];
+        if text.len() >= chars.len() || text.contains('\0') {
+            return Err(format!("the override of {key} is longer than 127 bytes or contains a NUL character"));
+        }
+        for (to, from) in chars.iter_mut().zip(text.bytes()) {
+            *to = from as c_char;
+        }
+        Ok(chars)
+    };
+    let mut raw = sys::llama_model_kv_override { key: text(key)?, ..EMPTY_OVERRIDE };
+    match value {
+        &Override::Int(value) => {
+            (raw.tag, raw.__bindgen_anon_1.val_i64) = (sys::LLAMA_KV_OVERRIDE_TYPE_INT, value);
+        }
+        &Override::Float(value) => {
+            (raw.tag, raw.__bindgen_anon_1.val_f64) = (sys::LLAMA_KV_OVERRIDE_TYPE_FLOAT, value);
+        }
+        &Override::Bool(value) => {
+            (raw.tag, raw.__bindgen_anon_1.val_bool) = (sys::LLAMA_KV_OVERRIDE_TYPE_BOOL, value);
+        }
+        Override::Str(value) => {
+            (raw.tag, raw.__bindgen_anon_1.val_str) = (sys::LLAMA_KV_OVERRIDE_TYPE_STR, text(value)?);
+        }
+    }
+    Ok(raw)
+}
+
 impl RawVocab {
-    /// Reads the vocabulary of a GGUF file (of a split model, its first file).
-    pub fn load(path: &Path) -> Result<RawVocab, String> {
+    /// Reads the vocabulary of a GGUF file (of a split model, its first file). `overrides` take the place of the
+    /// file's keys; names and texts longer than llama.cpp's 127 bytes are errors.
+    pub fn load(path: &Path, overrides: &[(String, Override)]) -> Result<RawVocab, String> {
         silence_logs();
         let path = path.to_str().ok_or("the path is not valid UTF-8")?;
         let path = c_string(path, "the path")?;
-        // SAFETY: the path is a C string and the buffer has the given size; both outlive the call.
-        let (ptr, message) =
-            with_message(|message, size| unsafe { sys::simlayer_vocab_load(path.as_ptr(), message, size) });
+        let mut overrides = overrides.iter().map(raw_override).collect::<Result<Vec<_>, String>>()?;
+        // llama.cpp's list ends with an entry without a name.
+        overrides.push(EMPTY_OVERRIDE);
+        // SAFETY: the path is a C string, the list ends as said, and the buffer has the given size; all outlive the call.
+        let (ptr, message) = with_message(|message, size| unsafe {
+            sys::simlayer_vocab_load(path.as_ptr(), overrides.as_ptr(), message, size)
+        });
         NonNull::new(ptr).map(|ptr| RawVocab { ptr }).ok_or(message)
     }
 
@@ -608,6 +650,12 @@ pub fn silence_logs() {
     // SAFETY: `on_log` has the callback's signature and needs no user data. It is installed once, before the first
     // call that logs.
     LOG_HANDLER.call_once(|| unsafe { sys::llama_log_set(Some(on_log), std::ptr::null_mut()) });
+}
+
+/// Leaves the messages of ggml and llama.cpp to the callback that the program has set or will set: [`silence_logs`] does
+/// nothing from now on. For programs that use llama.cpp's own `llama_log_set`.
+pub fn keep_logs() {
+    LOG_HANDLER.call_once(|| ());
 }
 
 unsafe extern "C" fn on_log(level: sys::ggml_log_level, text: *const c_char, _: *mut c_void) {

@@ -309,14 +309,14 @@ mod vnni {
         for (p, pair) in pairs.iter_mut().enumerate() {
             let mut quarters = [_mm_setzero_si128(); 4];
             let mut scales = [0.0; 2];
-            for block in 0..2 {
+            for (block, scale) in scales.iter_mut().enumerate() {
                 // SAFETY: as the caller says.
                 let [low, high] = unsafe {
                     let from = from.add(p * 64 + block * 32);
                     [_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(16))]
                 };
                 let largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-                scales[block] = largest / 127.0;
+                *scale = largest / 127.0;
                 let factor = _mm512_set1_ps(if largest > 0.0 { 127.0 / largest } else { 0.0 });
                 let low = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(low, factor)));
                 let high = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(high, factor)));

@@ -1,4 +1,4 @@
-use std::{fs::File, io};
+use std::{fs::File, io, ops::Range};
 
 use memmap2::Mmap;
 
@@ -12,4 +12,25 @@ pub fn map_file(file: &File) -> io::Result<Mmap> {
     // library relies on two reads of the map giving the same bytes: lengths and offsets are copied out and checked
     // once, and what is read later is bounds-checked against the map.
     unsafe { Mmap::map(file) }
+}
+
+/// Lets the system take back the memory of a range's whole pages. They are read from the file again when they are
+/// touched.
+pub fn release_pages(map: &Mmap, range: Range<usize>) {
+    #[cfg(unix)]
+    {
+        // A page that is only partly in the range is kept. Where pages are larger than this, one more at the start
+        // may go: it comes back as any other.
+        const PAGE: usize = 4096;
+        let (start, end) = (range.start.next_multiple_of(PAGE), range.end.min(map.len()) / PAGE * PAGE);
+        if start < end {
+            // SAFETY: the map is of a file, read-only and never written: what is discarded is read from the file
+            // again, with the same bytes (see `map_file` for a file that changes meanwhile).
+            let done = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
+            // Advice: nothing is lost when the system does not take it.
+            let _ = done;
+        }
+    }
+    #[cfg(not(unix))]
+    let _ = (map, range);
 }

@@ -27,11 +27,11 @@ pub use device::{BufferType, Device, DeviceKind};
 pub use graph::{Graph, Rope, RopeKind};
 pub use llama::{
     Candidates, LogLevel, RawSampler, RawVocab, SamplerKind, SpecialToken, VocabKind, builtin_chat_template,
-    builtin_chat_templates, set_log, silence_logs,
+    builtin_chat_templates, keep_logs, set_log, silence_logs,
 };
 pub use memory::{release_free_memory, resident_bytes};
-pub use mmap::map_file;
-pub use scheduler::Scheduler;
+pub use mmap::{map_file, release_pages};
+pub use scheduler::{AbortCallback, Scheduler};
 pub use types::Type;
 
 /// What can go wrong below the graphs.

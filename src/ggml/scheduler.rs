@@ -3,7 +3,7 @@ use std::{
     fmt,
     ptr::NonNull,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -20,8 +20,24 @@ pub struct Scheduler {
     current: Option<Arc<Inner>>,
     max_nodes: usize,
     threads: usize,
-    abort: Arc<AtomicBool>,
+    /// Threads of the caller's, used instead of our own.
+    attached: Option<NonNull<sys::ggml_threadpool>>,
+    abort: Arc<Abort>,
 }
+
+/// What ends a computation: our flag, or the caller's callback.
+struct Abort {
+    flag: Arc<AtomicBool>,
+    callback: Mutex<Option<AbortCallback>>,
+}
+
+/// A C function that is asked now and then during a computation whether to end it, with its argument.
+pub type AbortCallback = (unsafe extern "C" fn(*mut c_void) -> bool, *mut c_void);
+
+// SAFETY: whoever sets a callback promises that it may be called from any thread (`set_abort_callback`).
+unsafe impl Send for Abort {}
+// SAFETY: as above.
+unsafe impl Sync for Abort {}
 
 // SAFETY: the scheduler and its backends are used through `&mut self` by one thread at a time.
 unsafe impl Send for Scheduler {}
@@ -66,7 +82,7 @@ impl Scheduler {
         if !devices.contains(&Device::cpu()) {
             devices.push(Device::cpu());
         }
-        let abort = Arc::new(AtomicBool::new(false));
+        let abort = Arc::new(Abort { flag: Arc::default(), callback: Mutex::new(None) });
         let mut backends = Vec::new();
         for device in devices {
             // SAFETY: a live device, no parameters.
@@ -74,7 +90,7 @@ impl Scheduler {
             let raw = NonNull::new(raw).ok_or_else(|| Error::Device(device.name()))?;
             let backend = Backend { raw, threadpool: None };
             if device.kind() == DeviceKind::Cpu {
-                // SAFETY: the flag outlives the backend: the scheduler owns both and drops the backend first.
+                // SAFETY: `abort` outlives the backend: the scheduler owns both and drops the backend first.
                 unsafe {
                     let flag = Arc::as_ptr(&abort).cast_mut().cast::<c_void>();
                     sys::ggml_backend_cpu_set_abort_callback(raw.as_ptr(), Some(is_set), flag);
@@ -95,7 +111,7 @@ impl Scheduler {
             )
         };
         let raw = NonNull::new(raw).ok_or_else(|| Error::Device("scheduler".into()))?;
-        let mut scheduler = Scheduler { raw, backends, current: None, max_nodes, threads: 0, abort };
+        let mut scheduler = Scheduler { raw, backends, current: None, max_nodes, threads: 0, attached: None, abort };
         scheduler.set_threads(threads)?;
         Ok(scheduler)
     }
@@ -106,6 +122,21 @@ impl Scheduler {
     pub fn set_threads(&mut self, threads: usize) -> Result<(), Error> {
         let cores = std::thread::available_parallelism().map_or(threads, usize::from);
         let threads = threads.min(cores).clamp(1, sys::GGML_MAX_N_THREADS as usize);
+        if let Some(pool) = self.attached {
+            // SAFETY: `attach_threadpool`'s caller keeps the pool alive until it is detached; live handles.
+            unsafe {
+                for backend in &self.backends {
+                    if sys::ggml_backend_is_cpu(backend.raw.as_ptr()) {
+                        // Where the pool has fewer threads, ggml takes as many as it has.
+                        sys::ggml_backend_cpu_set_n_threads(backend.raw.as_ptr(), threads as i32);
+                        sys::ggml_backend_cpu_set_threadpool(backend.raw.as_ptr(), pool.as_ptr());
+                    }
+                }
+            }
+            // Our own pool is made anew once this one is detached.
+            self.threads = 0;
+            return Ok(());
+        }
         if threads == self.threads {
             return Ok(());
         }
@@ -125,9 +156,35 @@ impl Scheduler {
         Ok(())
     }
 
+    /// Computes with the caller's threads from the next [`Scheduler::set_threads`] on, or with its own again.
+    ///
+    /// # Safety
+    /// The pool stays alive until another one, or none, is attached and the scheduler has computed or was dropped.
+    pub unsafe fn attach_threadpool(&mut self, pool: Option<NonNull<sys::ggml_threadpool>>) {
+        self.attached = pool;
+    }
+
     /// A flag that ends a running computation with [`Error::Aborted`] once it is set.
     pub fn abort_flag(&self) -> &Arc<AtomicBool> {
-        &self.abort
+        &self.abort.flag
+    }
+
+    /// Asks the callback, too, whether to end a computation.
+    ///
+    /// # Safety
+    /// The function may be called with its argument from any thread, until another one is set or the scheduler is
+    /// dropped.
+    pub unsafe fn set_abort_callback(&mut self, callback: Option<AbortCallback>) {
+        *self.abort.callback.lock().unwrap_or_else(PoisonError::into_inner) = callback;
+    }
+
+    /// Shows each tensor to the callback before and after it is computed (ggml's `ggml_backend_sched_eval_callback`).
+    ///
+    /// # Safety
+    /// The function may be called with its argument until another one is set or the scheduler is dropped.
+    pub unsafe fn set_eval_callback(&mut self, callback: sys::ggml_backend_sched_eval_callback, data: *mut c_void) {
+        // SAFETY: a live scheduler; the caller vouches for the callback.
+        unsafe { sys::ggml_backend_sched_set_eval_callback(self.raw.as_ptr(), callback, data) }
     }
 
     /// Gives the graph's tensors memory. The graph that had it before loses it.
@@ -204,8 +261,14 @@ impl Drop for Scheduler {
 }
 
 unsafe extern "C" fn is_set(flag: *mut c_void) -> bool {
-    // SAFETY: `Scheduler::new` passed a pointer to its flag, which outlives the backend.
-    unsafe { &*flag.cast::<AtomicBool>() }.load(Ordering::Relaxed)
+    // SAFETY: `Scheduler::new` passed a pointer to its `Abort`, which outlives the backend.
+    let abort = unsafe { &*flag.cast::<Abort>() };
+    if abort.flag.load(Ordering::Relaxed) {
+        return true;
+    }
+    let callback = *abort.callback.lock().unwrap_or_else(PoisonError::into_inner);
+    // SAFETY: `set_abort_callback`'s caller allows the call.
+    callback.is_some_and(|(function, data)| unsafe { function(data) })
 }
 
 impl fmt::Debug for Scheduler {

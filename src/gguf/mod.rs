@@ -50,6 +50,16 @@ pub struct Gguf {
     entries: std::collections::BTreeMap<String, parse::Entry>,
     tensors: Vec<TensorInfo>,
     by_name: HashMap<String, usize>,
+    overrides: HashMap<String, Override>,
+}
+
+/// A value that takes the place of a key's, whatever the file says.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Override {
+    Int(i64),
+    Float(f64),
+    Bool(bool),
+    Str(String),
 }
 
 impl Gguf {
@@ -61,8 +71,14 @@ impl Gguf {
         let path = path.as_ref();
         let map = map(path)?;
         let parse::Header { entries, tensors } = parse::header(path, &map, 0)?;
-        let mut gguf =
-            Gguf { path: path.to_path_buf(), maps: vec![Arc::new(map)], entries, tensors, by_name: HashMap::new() };
+        let mut gguf = Gguf {
+            path: path.to_path_buf(),
+            maps: vec![Arc::new(map)],
+            entries,
+            tensors,
+            by_name: HashMap::new(),
+            overrides: HashMap::new(),
+        };
         gguf.open_parts()?;
         for (index, tensor) in gguf.tensors.iter().enumerate() {
             if gguf.by_name.insert(tensor.name.clone(), index).is_some() {
@@ -124,7 +140,18 @@ impl Gguf {
 
     /// The value of a key; `None` when the file does not have it.
     pub fn get(&self, key: &str) -> Option<Value<'_>> {
-        self.entries.get(key)?.value(self.maps.first()?)
+        match self.overrides.get(key) {
+            Some(&Override::Int(value)) => Some(Value::I64(value)),
+            Some(&Override::Float(value)) => Some(Value::F64(value)),
+            Some(&Override::Bool(value)) => Some(Value::Bool(value)),
+            Some(Override::Str(value)) => Some(Value::String(value.as_bytes())),
+            None => self.entries.get(key)?.value(self.maps.first()?),
+        }
+    }
+
+    /// Lets `value` take the place of a key's value, also where the file does not have the key.
+    pub fn set_override(&mut self, key: &str, value: Override) {
+        self.overrides.insert(key.to_owned(), value);
     }
 
     /// All keys, in alphabetical order.

@@ -4,11 +4,13 @@
 //! `n_window` most recent ones (SimLayerKV, arXiv 2410.13846, section 3). A layer only ever moves from active to lazy.
 
 mod policy;
+mod profile;
 mod selector;
 
 use std::path::PathBuf;
 
 pub use policy::{ParsePolicyError, Policy, default_threshold};
+pub use profile::{CalibrationText, Cut, Identity, Profile, ProfileError, ProfiledLayer, Target};
 pub use selector::Selector;
 
 /// What the lazy layers keep, and how they are found. The defaults are the paper's.
@@ -52,7 +54,7 @@ impl LazyParams {
 
     /// Whether layers that are lazy from the start see only sink and window while the prompt is read.
     pub fn windowed_prefill(&self) -> bool {
-        let known = matches!(self.policy, Policy::Layers(_));
+        let known = matches!(self.policy, Policy::Layers(_) | Policy::Profile(_));
         match self.prefill {
             Some(PrefillMode::Full) => false,
             // Nothing is known beforehand under the other policies, so their prefill stays full.
@@ -72,7 +74,8 @@ pub enum At {
 }
 
 /// What the lazy layers attend to while the prompt is read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum PrefillMode {
     /// Everything; the cache shrinks when the prompt has been read.
     Full,

@@ -1,5 +1,7 @@
 use std::{collections::BTreeSet, fmt, str::FromStr};
 
+use super::Target;
+
 /// The rule that makes layers lazy.
 #[derive(Debug, Clone, PartialEq, Default)]
 #[non_exhaustive]
@@ -12,25 +14,33 @@ pub enum Policy {
     Budget(f32),
     /// These layers, whatever their scores.
     Layers(BTreeSet<usize>),
+    /// The layers that the model's profile found least harmful.
+    Profile(Target),
     /// The model's calibrated profile where there is one, else its own threshold.
     #[default]
     Auto,
 }
 
-/// The share of lazy layers in `budget` when none is given.
+/// The share of lazy layers in `budget` and `profile` when none is given.
 const DEFAULT_SHARE: f32 = 0.5;
+
+impl Default for Target {
+    fn default() -> Self {
+        Target::Share(DEFAULT_SHARE)
+    }
+}
 
 /// Why a `--lazy` argument is not one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParsePolicyError {
-    #[error("\"{0}\" is none of auto, threshold[:τ], budget[:ρ], layers:1,2,…, off")]
+    #[error("\"{0}\" is none of auto, threshold[:τ], budget[:ρ], profile[:ρ|:kl=X], layers:1,2,…, off")]
     Unknown(String),
     #[error("\"{value}\" is no number between 0 and 1 in \"{rule}:{value}\"")]
     Share { rule: String, value: String },
     #[error("\"{0}\" is no layer number in a list like layers:3,5,9-12")]
     Layer(String),
-    #[error("profiles are not available yet; use threshold, budget or layers")]
-    Profile,
+    #[error("\"{0}\" is no divergence above 0 in \"profile:kl={0}\"")]
+    Kl(String),
 }
 
 impl FromStr for Policy {
@@ -51,7 +61,14 @@ impl FromStr for Policy {
             ("threshold", value) => Ok(Policy::Threshold(value.map(share).transpose()?)),
             ("budget", value) => Ok(Policy::Budget(value.map_or(Ok(DEFAULT_SHARE), share)?)),
             ("layers", Some(list)) => parse_layers(list).map(Policy::Layers),
-            ("profile", _) => Err(ParsePolicyError::Profile),
+            ("profile", None) => Ok(Policy::Profile(Target::default())),
+            ("profile", Some(value)) => match value.strip_prefix("kl=") {
+                None => Ok(Policy::Profile(Target::Share(share(value)?))),
+                Some(kl) => match kl.parse::<f64>() {
+                    Ok(most) if most > 0.0 && most.is_finite() => Ok(Policy::Profile(Target::Kl(most))),
+                    _ => Err(ParsePolicyError::Kl(kl.to_owned())),
+                },
+            },
             _ => Err(ParsePolicyError::Unknown(text.to_owned())),
         }
     }
@@ -84,6 +101,7 @@ impl fmt::Display for Policy {
             Policy::Threshold(None) => f.write_str("threshold"),
             Policy::Threshold(Some(threshold)) => write!(f, "threshold:{threshold}"),
             Policy::Budget(share) => write!(f, "budget:{share}"),
+            Policy::Profile(target) => write!(f, "profile:{target}"),
             Policy::Layers(layers) => {
                 let list: Vec<String> = layers.iter().map(usize::to_string).collect();
                 write!(f, "layers:{}", list.join(","))
@@ -123,6 +141,9 @@ mod tests {
         assert_eq!(parse("threshold:0.75"), Ok(Policy::Threshold(Some(0.75))));
         assert_eq!(parse("budget"), Ok(Policy::Budget(0.5)));
         assert_eq!(parse("budget:0.8"), Ok(Policy::Budget(0.8)));
+        assert_eq!(parse("profile"), Ok(Policy::Profile(Target::Share(0.5))));
+        assert_eq!(parse("profile:0.8"), Ok(Policy::Profile(Target::Share(0.8))));
+        assert_eq!(parse("profile:kl=0.01"), Ok(Policy::Profile(Target::Kl(0.01))));
         assert_eq!(parse("layers:3,5,9-11"), Ok(Policy::Layers([3, 5, 9, 10, 11].into())));
     }
 
@@ -136,6 +157,11 @@ mod tests {
             "threshold:",
             "threshold:2",
             "budget:nan",
+            "profile:",
+            "profile:1.5",
+            "profile:kl=",
+            "profile:kl=-1",
+            "profile:kl=nan",
             "layers",
             "layers:",
             "layers:1,,2",
@@ -150,7 +176,16 @@ mod tests {
 
     #[test]
     fn displays_as_it_is_written() {
-        for text in ["off", "auto", "threshold", "threshold:0.75", "budget:0.5", "layers:1,2,7"] {
+        for text in [
+            "off",
+            "auto",
+            "threshold",
+            "threshold:0.75",
+            "budget:0.5",
+            "profile:0.8",
+            "profile:kl=0.01",
+            "layers:1,2,7",
+        ] {
             assert_eq!(text.parse::<Policy>().unwrap().to_string(), text);
         }
     }

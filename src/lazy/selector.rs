@@ -30,6 +30,8 @@ impl Selector {
             Policy::Auto => Rule::Above(threshold),
             Policy::Budget(share) => Rule::Queue { active: Vec::new(), n_active: n_active(*share, n_layers) },
             Policy::Layers(layers) => Rule::Set(layers.clone()),
+            // A session has replaced it by the layers that the profile names.
+            Policy::Profile(_) => Rule::Nothing,
         };
         Selector { rule }
     }
@@ -70,7 +72,7 @@ impl Selector {
 }
 
 /// `⌈(1 − ρ)·L⌉`, exact for shares that f32 cannot represent (30 layers at 0.9 leave 3, not 4).
-fn n_active(share: f32, n_layers: usize) -> usize {
+pub(super) fn n_active(share: f32, n_layers: usize) -> usize {
     let active = (1.0 - f64::from(share)) * n_layers as f64;
     (active - 1e-4).ceil().max(0.0) as usize
 }

@@ -1,7 +1,7 @@
 use super::Error;
 use crate::{
     ggml::{Rope, RopeKind},
-    gguf::Gguf,
+    gguf::{Gguf, Value},
 };
 
 /// Layers beyond this are no model but a damaged file (llama.cpp's own limit).
@@ -27,23 +27,36 @@ pub struct Hparams {
     pub head_size: usize,
     /// Width of the feed-forward.
     pub n_ff: usize,
-    pub rms_eps: f32,
+    /// ε of the norms.
+    pub norm_eps: f32,
     pub rope: Rope,
-    /// Tokens that a query sees, its own included, when the file asks for sliding-window attention.
-    pub sliding_window: Option<usize>,
+    /// For each layer the tokens that a query sees, its own included, when the layer is sliding-window by design.
+    pub windows: Vec<Option<usize>>,
 }
 
 impl Hparams {
-    /// Reads and checks the keys under the file's architecture.
-    pub(super) fn read(file: &Gguf) -> Result<Hparams, Error> {
-        let architecture = file.architecture()?.to_owned();
-        let keys = Keys { file, architecture: &architecture };
+    /// Reads the keys that all architectures have, without the weights: for a look at a file. What a layer of its
+    /// architecture has besides (windows, other RoPE) is known once the model is loaded.
+    ///
+    /// # Errors
+    /// When a key is missing or its value makes no sense.
+    pub fn of(file: &Gguf) -> Result<Hparams, Error> {
+        let architecture = file.architecture()?;
+        Hparams::read(&Keys { file, architecture })
+    }
 
+    /// Reads and checks the keys that all architectures have. What they have besides is theirs to read and to put in.
+    pub(super) fn read(keys: &Keys<'_>) -> Result<Hparams, Error> {
         let n_embd = keys.count("embedding_length")?;
-        let n_layer = keys.count("block_count")?;
-        if n_layer > MAX_LAYERS {
-            return Err(keys.error("block_count", format!("{n_layer} layers; at most {MAX_LAYERS} are supported")));
+        let n_block = keys.count("block_count")?;
+        if n_block > MAX_LAYERS {
+            return Err(keys.error("block_count", format!("{n_block} layers; at most {MAX_LAYERS} are supported")));
         }
+        // Layers that predict further tokens follow the others; they are not run.
+        let n_next = keys.optional_u32("nextn_predict_layers")?.unwrap_or(0) as usize;
+        let Some(n_layer) = n_block.checked_sub(n_next).filter(|&n| n > 0) else {
+            return Err(keys.error("nextn_predict_layers", format!("{n_next} of {n_block} layers; some must be left")));
+        };
         let n_head = keys.count("attention.head_count")?;
         let n_head_kv = keys.optional_count("attention.head_count_kv")?.unwrap_or(n_head);
         if n_head % n_head_kv != 0 {
@@ -67,23 +80,15 @@ impl Hparams {
             return Err(keys.error("attention.value_length", why));
         }
         let n_rot = keys.optional_count("rope.dimension_count")?.unwrap_or(head_size);
-        if n_rot != head_size {
-            let why = format!("{n_rot}, expected the head's {head_size} elements");
+        if n_rot > head_size || n_rot % 2 != 0 {
+            let why = format!("{n_rot}, expected an even number up to the head's {head_size} elements");
             return Err(keys.error("rope.dimension_count", why));
         }
         let n_ctx_train = keys.count("context_length")?;
-        if let Some(experts) = keys.optional_u32("expert_count")?.filter(|&n| n > 0) {
-            return Err(keys.error("expert_count", format!("{experts} experts: mixtures are not supported yet")));
-        }
-        let rms_eps = file.require_f32(&keys.name("attention.layer_norm_rms_epsilon"))?;
-        if !(rms_eps.is_finite() && rms_eps >= 0.0) {
-            return Err(keys.error("attention.layer_norm_rms_epsilon", format!("{rms_eps} is no epsilon")));
-        }
-
-        let n_vocab = match file.tensor("token_embd.weight") {
+        let n_vocab = match keys.file.tensor("token_embd.weight") {
             Some(tensor) => tensor.shape[1] as usize,
             None => {
-                let (path, tensor) = (file.path().to_owned(), "token_embd.weight".into());
+                let (path, tensor) = (keys.file.path().to_owned(), "token_embd.weight".into());
                 return Err(Error::MissingTensor { path, tensor });
             }
         };
@@ -97,23 +102,35 @@ impl Hparams {
             n_head_kv,
             head_size,
             n_ff: keys.count("feed_forward_length")?,
-            rms_eps,
+            norm_eps: keys.norm_eps()?,
             rope: keys.rope(n_rot, n_ctx_train)?,
-            sliding_window: keys.optional_u32("attention.sliding_window")?.filter(|&n| n > 0).map(|n| n as usize),
-            architecture,
+            windows: vec![None; n_layer],
+            architecture: keys.architecture.to_owned(),
         })
     }
 
     /// Bytes that one token takes in an uncompressed f16 cache, over all layers.
     pub fn f16_kv_bytes_per_token(&self) -> usize {
-        self.n_layer * 2 * self.n_head_kv * self.head_size * 2
+        self.n_layer * self.f16_kv_bytes_per_layer()
+    }
+
+    /// Bytes that `n` tokens take in an uncompressed f16 cache: layers that are sliding-window by design hold their
+    /// window.
+    pub fn f16_kv_bytes(&self, n: usize) -> usize {
+        let tokens: usize = self.windows.iter().map(|window| window.map_or(n, |window| n.min(window))).sum();
+        tokens * self.f16_kv_bytes_per_layer()
+    }
+
+    fn f16_kv_bytes_per_layer(&self) -> usize {
+        2 * self.n_head_kv * self.head_size * 2
     }
 }
 
 /// The keys below an architecture's name.
-struct Keys<'a> {
-    file: &'a Gguf,
-    architecture: &'a str,
+#[derive(Clone, Copy)]
+pub(super) struct Keys<'a> {
+    pub file: &'a Gguf,
+    pub architecture: &'a str,
 }
 
 impl Keys<'_> {
@@ -121,21 +138,21 @@ impl Keys<'_> {
         format!("{}.{key}", self.architecture)
     }
 
-    fn error(&self, key: &str, why: String) -> Error {
+    pub fn error(&self, key: &str, why: String) -> Error {
         Error::Key { path: self.file.path().to_owned(), key: self.name(key), why }
     }
 
-    fn optional_u32(&self, key: &str) -> Result<Option<u32>, Error> {
+    pub fn optional_u32(&self, key: &str) -> Result<Option<u32>, Error> {
         Ok(self.file.u32(&self.name(key))?)
     }
 
     /// A count that must be there and not zero.
-    fn count(&self, key: &str) -> Result<usize, Error> {
+    pub fn count(&self, key: &str) -> Result<usize, Error> {
         let count = self.file.require_u32(&self.name(key))?;
         self.nonzero(key, count)
     }
 
-    fn optional_count(&self, key: &str) -> Result<Option<usize>, Error> {
+    pub fn optional_count(&self, key: &str) -> Result<Option<usize>, Error> {
         self.optional_u32(key)?.map(|count| self.nonzero(key, count)).transpose()
     }
 
@@ -148,7 +165,66 @@ impl Keys<'_> {
         }
     }
 
-    fn optional_f32(&self, key: &str) -> Result<Option<f32>, Error> {
+    /// `attention.layer_norm_rms_epsilon`, or `attention.layer_norm_epsilon` where the file has that instead.
+    fn norm_eps(&self) -> Result<f32, Error> {
+        let (key, mean_key) = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon");
+        let (key, eps) = match (self.file.f32(&self.name(key))?, self.file.f32(&self.name(mean_key))?) {
+            (None, Some(eps)) => (mean_key, eps),
+            (eps, _) => (key, self.file.require(&self.name(key), eps)?),
+        };
+        if eps >= 0.0 { Ok(eps) } else { Err(self.error(key, format!("{eps} is no epsilon"))) }
+    }
+
+    /// `attention.sliding_window`, where it is not 0.
+    pub fn window(&self) -> Result<Option<usize>, Error> {
+        Ok(self.optional_u32("attention.sliding_window")?.filter(|&n| n > 0).map(|n| n as usize))
+    }
+
+    /// The layers' windows when every `pattern`-th layer is global and the others have `window`.
+    /// `attention.sliding_window_pattern` overrides the pattern, as a number or as a list of which layers have it.
+    pub fn windows(&self, n_layer: usize, window: usize, pattern: u32) -> Result<Vec<Option<usize>>, Error> {
+        let key = "attention.sliding_window_pattern";
+        let has_window: Vec<bool> = match self.file.get(&self.name(key)) {
+            Some(Value::Array(list)) => {
+                let has = |value: Value<'_>| match value {
+                    Value::Bool(has) => Some(has),
+                    value => value.to_int::<u32>().map(|has| has != 0),
+                };
+                let list: Option<Vec<bool>> = list.iter().map(has).collect();
+                match list {
+                    Some(list) if list.len() >= n_layer => list,
+                    Some(list) => return Err(self.error(key, format!("{} entries for {n_layer} layers", list.len()))),
+                    None => return Err(self.error(key, "neither bools nor integers".into())),
+                }
+            }
+            _ => {
+                let pattern = self.optional_u32(key)?.unwrap_or(pattern) as usize;
+                (0..n_layer).map(|layer| pattern == 0 || layer % pattern < pattern - 1).collect()
+            }
+        };
+        Ok(has_window.into_iter().take(n_layer).map(|has| has.then_some(window)).collect())
+    }
+
+    pub fn optional_bool(&self, key: &str) -> Result<Option<bool>, Error> {
+        Ok(self.file.bool(&self.name(key))?)
+    }
+
+    pub fn optional_list(&self, key: &str) -> Result<Option<Vec<u32>>, Error> {
+        Ok(self.file.u32s(&self.name(key))?)
+    }
+
+    /// A factor that must be there and not 0.
+    pub fn require_factor(&self, key: &str) -> Result<f32, Error> {
+        let factor = self.file.require(&self.name(key), self.optional_f32(key)?)?;
+        if factor == 0.0 { Err(self.error(key, "is zero".into())) } else { Ok(factor) }
+    }
+
+    /// A factor that changes nothing where it is absent or 0.
+    pub fn factor(&self, key: &str) -> Result<Option<f32>, Error> {
+        Ok(self.optional_f32(key)?.filter(|&factor| factor != 0.0))
+    }
+
+    pub fn optional_f32(&self, key: &str) -> Result<Option<f32>, Error> {
         match self.file.f32(&self.name(key))? {
             Some(value) if !value.is_finite() => Err(self.error(key, format!("{value} is not finite"))),
             value => Ok(value),
@@ -168,9 +244,11 @@ impl Keys<'_> {
         let (freq_scale, ext_factor) = match self.file.str(&self.name("rope.scaling.type"))? {
             None | Some("linear") => (1.0 / factor, 0.0),
             Some("none") => (1.0, 0.0),
+            // What is special about it are frequency factors, which are tensors.
+            Some("longrope") => (1.0 / factor, 0.0),
             Some("yarn") => (1.0 / factor, 1.0),
             Some(other) => {
-                let why = format!("\"{other}\" is not supported (supported: none, linear, yarn)");
+                let why = format!("\"{other}\" is not supported (supported: none, linear, yarn, longrope)");
                 return Err(self.error("rope.scaling.type", why));
             }
         };

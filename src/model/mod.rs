@@ -1,7 +1,25 @@
 //! A loaded model: hyper-parameters, weights, vocabulary, and the graph of each architecture's layer.
 
+mod cohere2;
+mod exaone4;
+mod gemma2;
+mod gemma3;
+mod glm4;
+mod gpt_oss;
+mod granite;
+mod granitemoe;
 mod hparams;
+mod identity;
 mod llama;
+mod mistral3;
+mod olmo2;
+mod parts;
+mod phi3;
+mod qwen2;
+mod qwen2moe;
+mod qwen3;
+mod qwen3moe;
+mod smollm3;
 mod weights;
 
 use std::{
@@ -11,10 +29,12 @@ use std::{
 };
 
 pub use hparams::Hparams;
+use hparams::Keys;
+use parts::{Builder, Decoder};
 
 use crate::{
     ggml::{self, Graph, Tensor},
-    gguf::{self, Gguf},
+    gguf::{self, Gguf, Override},
     vocab::{Vocab, VocabError},
 };
 
@@ -34,6 +54,8 @@ pub enum Error {
     Tensor { path: PathBuf, tensor: String, why: String },
     #[error("{path}: vocabulary: {source}")]
     Vocab { path: PathBuf, source: VocabError },
+    #[error("{path}: loading was cancelled")]
+    Cancelled { path: PathBuf },
     #[error("{path}: {source}")]
     Ggml { path: PathBuf, source: ggml::Error },
 }
@@ -45,11 +67,25 @@ pub struct ModelParams {
     /// Repack weights for the processor's matrix kernels where it has any for their type (llama.cpp's `--repack`).
     /// Repacked weights are a copy; prefill is much faster with them.
     pub repack: bool,
+    /// Values that take the place of the file's keys.
+    pub overrides: Vec<(String, Override)>,
+    /// Told how far loading is.
+    pub progress: Option<Progress>,
 }
 
 impl Default for ModelParams {
     fn default() -> Self {
-        ModelParams { repack: true }
+        ModelParams { repack: true, overrides: Vec::new(), progress: None }
+    }
+}
+
+/// A function that is told the share of the weights that is loaded, from 0 to 1, and answers whether to go on.
+#[derive(Clone)]
+pub struct Progress(pub Arc<dyn Fn(f32) -> bool + Send + Sync>);
+
+impl fmt::Debug for Progress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Progress")
     }
 }
 
@@ -73,18 +109,65 @@ pub(crate) struct LayerStep<'a> {
     /// Positions of the tokens `[n]` (i32).
     pub positions: &'a Tensor,
     pub keep: Option<&'a Tensor>,
+    /// Tokens that the sequence may grow to.
+    pub n_ctx: usize,
+}
+
+impl LayerStep<'_> {
+    /// The tokens of `[n_embd, n]` that are carried on behind the attention.
+    fn kept(&self, graph: &Graph, rows: &Tensor) -> Tensor {
+        self.keep.map_or_else(|| rows.clone(), |keep| graph.get_rows(rows, keep))
+    }
 }
 
 /// Attention over a cache, given by the engine.
 pub(crate) trait Attention {
     /// `q` `[head size, heads, n]`, `k` and `v` `[head size, KV heads, n]`, RoPE applied → `[head size × heads, n]`.
-    fn attend(&mut self, graph: &Graph, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor;
+    fn attend(
+        &mut self,
+        graph: &Graph,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        options: &AttentionOptions<'_>,
+    ) -> Tensor;
 }
 
-type Build = fn(&Hparams, &mut weights::Loader<'_>) -> Result<Box<dyn Architecture>, Error>;
+/// How a layer's attention weights come from its queries and keys. Which keys a query sees is the engine's to know
+/// ([`Hparams::windows`]).
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AttentionOptions<'a> {
+    /// Products of queries and keys are multiplied by this.
+    pub scale: f32,
+    /// `c` bends the scaled products `x` to `c·tanh(x/c)`.
+    pub softcap: Option<f32>,
+    /// A learned logit of each head `[heads]`, f32: it counts in the softmax's sum and has no value.
+    pub sinks: Option<&'a Tensor>,
+}
 
-/// The architectures that can be run: a new one is a file of its own and a line here.
-const ARCHITECTURES: &[(&str, Build)] = &[("llama", llama::build)];
+type Build = fn(&mut Builder<'_>) -> Result<Decoder, Error>;
+
+/// The architectures that can be run, by the name in their files: a new one is a file of its own and a line here.
+const ARCHITECTURES: &[(&str, Build)] = &[
+    ("cohere2", cohere2::build),
+    ("exaone4", exaone4::build),
+    ("gemma2", gemma2::build),
+    ("gemma3", gemma3::build),
+    ("glm4", glm4::build),
+    ("gpt-oss", gpt_oss::build),
+    ("granite", granite::build),
+    ("granitemoe", granitemoe::build),
+    ("llama", llama::build),
+    ("mistral3", mistral3::build),
+    ("olmo2", olmo2::build),
+    ("phi3", phi3::build),
+    ("qwen2", qwen2::build),
+    ("qwen2moe", qwen2moe::build),
+    ("qwen3", qwen3::build),
+    ("qwen3moe", qwen3moe::build),
+    ("smollm3", smollm3::build),
+];
 
 /// A model, ready to run. Cloning shares it: weights are never copied for a session.
 #[derive(Clone)]
@@ -111,7 +194,10 @@ impl Model {
     /// When the file cannot be read, is damaged, is of an unknown architecture, or does not fit into memory.
     pub fn load(path: impl AsRef<Path>, params: &ModelParams) -> Result<Model, Error> {
         let path = path.as_ref();
-        let file = Gguf::open(path)?;
+        let mut file = Gguf::open(path)?;
+        for (key, value) in &params.overrides {
+            file.set_override(key, value.clone());
+        }
         let architecture = file.architecture()?;
         let Some((_, build)) = ARCHITECTURES.iter().find(|(name, _)| *name == architecture) else {
             return Err(Error::Architecture {
@@ -120,12 +206,15 @@ impl Model {
                 supported: ARCHITECTURES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", "),
             });
         };
-        let hparams = Hparams::read(&file)?;
+        let keys = Keys { file: &file, architecture };
+        let hparams = Hparams::read(&keys)?;
         gguf::check_vocab(&file)?;
-        let mut loader = weights::Loader::new(&file, params.repack);
-        let architecture = build(&hparams, &mut loader)?;
-        let weight_bytes = loader.finish()?;
-        let vocab = Vocab::load_checked(path).map_err(|source| Error::Vocab { path: path.to_owned(), source })?;
+        let mut builder = Builder { keys, hparams, loader: weights::Loader::new(&file, params.repack) };
+        let architecture = Box::new(build(&mut builder)?);
+        let Builder { hparams, loader, .. } = builder;
+        let weight_bytes = loader.finish(params.progress.as_ref())?;
+        let vocab = Vocab::load_checked(path, &params.overrides)
+            .map_err(|source| Error::Vocab { path: path.to_owned(), source })?;
         if vocab.n_tokens() != hparams.n_vocab {
             return Err(Error::Key {
                 path: path.to_owned(),

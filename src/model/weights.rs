@@ -1,8 +1,8 @@
 use std::collections::{HashMap, HashSet};
 
-use super::Error;
+use super::{Error, Progress};
 use crate::{
-    ggml::{BufferType, Context, Device, Tensor, Type},
+    ggml::{self, BufferType, Context, Device, Tensor, Type},
     gguf::{Gguf, TensorInfo},
 };
 
@@ -29,26 +29,46 @@ pub(crate) struct Loader<'a> {
     contexts: Vec<Placed<'a>>,
     asked: HashSet<&'a str>,
     /// Whether a kind of memory can multiply a type and shape: asking ggml allocates, and layers are alike.
-    answers: HashMap<(usize, Type, [usize; 2]), bool>,
+    answers: HashMap<(usize, Type, Vec<usize>), bool>,
+    /// Beginnings of the names of tensors that are not run.
+    ignored: Vec<String>,
 }
 
 impl<'a> Loader<'a> {
     pub(super) fn new(file: &'a Gguf, repack: bool) -> Self {
         let device = Device::cpu();
         let repacking = if repack { device.repacking_buffer_types() } else { Vec::new() };
-        Loader { file, device, repacking, contexts: Vec::new(), asked: HashSet::new(), answers: HashMap::new() }
+        let (asked, answers, ignored) = (HashSet::new(), HashMap::new(), Vec::new());
+        Loader { file, device, repacking, contexts: Vec::new(), asked, answers, ignored }
     }
 
     /// A matrix that hidden states are multiplied by, `[input width, output width]`.
     pub fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<Tensor, Error> {
         let info = self.require(name, &shape)?;
         self.check_weight_type(info)?;
-        Ok(self.multiplied(info, shape))
+        Ok(self.multiplied(info, &shape))
     }
 
-    /// As [`Loader::matrix`], for one that the file may lack.
-    pub fn optional_matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<Option<Tensor>, Error> {
-        self.file.tensor(name).is_some().then(|| self.matrix(name, shape)).transpose()
+    /// A matrix of each expert, `[input width, output width, experts]`.
+    pub fn experts(&mut self, name: &str, shape: [usize; 3]) -> Result<Tensor, Error> {
+        let info = self.require(name, &shape)?;
+        self.check_weight_type(info)?;
+        Ok(self.multiplied(info, &shape))
+    }
+
+    /// A bias of each expert, `[width, experts]`, f32.
+    pub fn optional_expert_biases(&mut self, name: &str, shape: [usize; 2]) -> Result<Option<Tensor>, Error> {
+        self.has(name).then(|| self.floats(name, &shape)).transpose()
+    }
+
+    /// Whether the file has this tensor.
+    pub fn has(&self, name: &str) -> bool {
+        self.file.tensor(name).is_some()
+    }
+
+    /// Tensors whose names begin so may be in the file without being asked for: parts that are not run.
+    pub fn ignore(&mut self, prefix: String) {
+        self.ignored.push(prefix);
     }
 
     /// The embedding table, `[n_embd, n_vocab]`: rows are looked up by token.
@@ -60,7 +80,11 @@ impl<'a> Loader<'a> {
 
     /// A norm's weights, a bias, or frequency factors: one row of f32.
     pub fn vector(&mut self, name: &str, n: usize) -> Result<Tensor, Error> {
-        let info = self.require(name, &[n])?;
+        self.floats(name, &[n])
+    }
+
+    fn floats(&mut self, name: &str, shape: &[usize]) -> Result<Tensor, Error> {
+        let info = self.require(name, shape)?;
         if info.ty != Type::F32 {
             return Err(self.wrong(info, format!("has type {}, expected f32", info.ty)));
         }
@@ -69,7 +93,7 @@ impl<'a> Loader<'a> {
 
     /// As [`Loader::vector`], for one that the file may lack.
     pub fn optional_vector(&mut self, name: &str, n: usize) -> Result<Option<Tensor>, Error> {
-        self.file.tensor(name).is_some().then(|| self.vector(name, n)).transpose()
+        self.has(name).then(|| self.vector(name, n)).transpose()
     }
 
     fn require(&mut self, name: &str, shape: &[usize]) -> Result<&'a TensorInfo, Error> {
@@ -100,10 +124,10 @@ impl<'a> Loader<'a> {
     }
 
     /// The first kind of repacking memory that has kernels for this weight, else the file.
-    fn multiplied(&mut self, info: &'a TensorInfo, shape: [usize; 2]) -> Tensor {
+    fn multiplied(&mut self, info: &'a TensorInfo, shape: &[usize]) -> Tensor {
         for (i, &memory) in self.repacking.iter().enumerate() {
             let device = self.device;
-            let answer = self.answers.entry((i, info.ty, shape));
+            let answer = self.answers.entry((i, info.ty, shape.to_vec()));
             if *answer.or_insert_with(|| device.can_multiply(memory, info.ty, shape)) {
                 return self.add(Place::Memory(memory), info);
             }
@@ -138,12 +162,28 @@ impl<'a> Loader<'a> {
 
     /// Gives every tensor its data and returns their bytes. A tensor that nobody asked for is an error: the model
     /// would not be the one that the file's author meant.
-    pub(super) fn finish(self) -> Result<usize, Error> {
+    pub(super) fn finish(self, progress: Option<&Progress>) -> Result<usize, Error> {
         let path = self.file.path();
-        if let Some(info) = self.file.tensors().iter().find(|info| !self.asked.contains(&*info.name)) {
+        let unknown = |info: &&TensorInfo| {
+            !self.asked.contains(&*info.name) && !self.ignored.iter().any(|prefix| info.name.starts_with(prefix))
+        };
+        if let Some(info) = self.file.tensors().iter().find(unknown) {
             return Err(self.wrong(info, "is not known to this architecture".into()));
         }
         let failed = |source| Error::Ggml { path: path.to_owned(), source };
+        let total: usize = self.contexts.iter().flat_map(|(_, _, tensors)| tensors).map(|(_, info)| info.n_bytes).sum();
+        let mut loaded = 0;
+        // False: the caller wants no more.
+        let mut tell = |n_bytes: usize| {
+            loaded += n_bytes;
+            match progress {
+                Some(progress) if !progress.0(loaded as f32 / total.max(1) as f32) => {
+                    Err(Error::Cancelled { path: path.to_owned() })
+                }
+                _ => Ok(()),
+            }
+        };
+        tell(0)?;
         let mut bytes = 0;
         for (place, context, tensors) in &self.contexts {
             bytes += tensors.iter().map(|(_, info)| info.n_bytes).sum::<usize>();
@@ -151,16 +191,37 @@ impl<'a> Loader<'a> {
                 Place::Map(index) => {
                     let places: Vec<_> = tensors.iter().map(|(tensor, info)| (tensor, info.offset)).collect();
                     context.place_in_map(self.device, &self.file.maps()[index], &places).map_err(failed)?;
+                    tell(tensors.iter().map(|(_, info)| info.n_bytes).sum())?;
                 }
                 Place::Memory(memory) => {
                     context.alloc(memory, "weights").map_err(failed)?;
                     for (tensor, info) in tensors {
                         tensor.write(0, self.file.data(info));
+                        tell(info.n_bytes)?;
                     }
                 }
             }
             context.set_usage_weights();
         }
+        self.release_unused_pages();
         Ok(bytes)
+    }
+
+    /// The header, and tensors that were copied, need not stay in memory.
+    fn release_unused_pages(&self) {
+        for (index, map) in self.file.maps().iter().enumerate() {
+            let placed = self.contexts.iter().filter(|(place, ..)| *place == Place::Map(index));
+            let mut used: Vec<_> =
+                placed.flat_map(|(.., tensors)| tensors).map(|(_, info)| (info.offset, info.n_bytes)).collect();
+            used.sort_unstable();
+            used.push((map.len(), 0));
+            let mut end = 0;
+            for (offset, n_bytes) in used {
+                if offset > end {
+                    ggml::release_pages(map, end..offset);
+                }
+                end = end.max(offset + n_bytes);
+            }
+        }
     }
 }

@@ -5,7 +5,7 @@ mod utf8;
 use std::{path::Path, sync::Arc};
 
 pub use crate::ggml::{SpecialToken, VocabKind};
-use crate::gguf::{Gguf, check_vocab};
+use crate::gguf::{Gguf, Override, check_vocab};
 pub use utf8::Utf8Stream;
 
 use crate::ggml::RawVocab;
@@ -40,18 +40,32 @@ impl Vocab {
     /// # Errors
     /// [`VocabError::Load`] when the file has no vocabulary or a broken one.
     pub fn load(path: &Path) -> Result<Vocab, VocabError> {
-        let checked = Gguf::open(path).and_then(|file| check_vocab(&file));
-        checked.map_err(|error| VocabError::Load(error.to_string()))?;
-        Vocab::load_checked(path)
+        Vocab::load_with(path, &[])
     }
 
-    /// As [`Vocab::load`], for a file whose vocabulary keys have been checked.
-    pub(crate) fn load_checked(path: &Path) -> Result<Vocab, VocabError> {
-        let raw = RawVocab::load(path).map_err(VocabError::Load)?;
+    /// As [`Vocab::load`]; `overrides` take the place of the file's keys.
+    ///
+    /// # Errors
+    /// As [`Vocab::load`].
+    pub fn load_with(path: &Path, overrides: &[(String, Override)]) -> Result<Vocab, VocabError> {
+        let checked = Gguf::open(path).and_then(|mut file| {
+            for (key, value) in overrides {
+                file.set_override(key, value.clone());
+            }
+            check_vocab(&file)
+        });
+        checked.map_err(|error| VocabError::Load(error.to_string()))?;
+        Vocab::load_checked(path, overrides)
+    }
+
+    /// As [`Vocab::load`], for a file whose vocabulary keys have been checked. `overrides` take the place of its keys.
+    pub(crate) fn load_checked(path: &Path, overrides: &[(String, Override)]) -> Result<Vocab, VocabError> {
+        let raw = RawVocab::load(path, overrides).map_err(VocabError::Load)?;
         Ok(Vocab { raw: Arc::new(raw) })
     }
 
-    pub(crate) fn raw(&self) -> &Arc<RawVocab> {
+    /// llama.cpp's own vocabulary, for calls that this crate does not wrap. Valid as long as any clone of `self`.
+    pub fn raw(&self) -> &Arc<RawVocab> {
         &self.raw
     }
 

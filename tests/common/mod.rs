@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses some of it")]
 
 pub mod reference;
+pub mod unquantized;
 
 use std::path::Path;
 
@@ -27,7 +28,7 @@ pub fn story(model: &Model, n: usize) -> Vec<Token> {
 pub fn plain() -> SessionParams {
     let mut params = SessionParams::default();
     params.lazy.policy = Policy::Off;
-    params.n_threads = 2;
+    params.n_threads = std::thread::available_parallelism().map_or(2, |n| n.get().min(2));
     params
 }
 

@@ -68,13 +68,13 @@ impl Reference {
 
     /// One more token: its logits. `sees(layer, query, key)` tells what a query attends to.
     pub fn decode(&mut self, token: Token, sees: &dyn Fn(usize, usize, usize) -> bool) -> Vec<f32> {
-        let Hparams { n_embd, n_head, n_head_kv, head_size, rms_eps, .. } = self.hparams;
+        let Hparams { n_embd, n_head, n_head_kv, head_size, norm_eps, .. } = self.hparams;
         let position = self.n_past;
         let rope_base = self.hparams.rope.freq_base;
         let mut hidden = self.table[token as usize * n_embd..][..n_embd].to_vec();
         self.weights = vec![vec![Vec::new(); n_head]; self.layers.len()];
         for (index, layer) in self.layers.iter_mut().enumerate() {
-            let input = norm(&hidden, &layer.attn_norm, rms_eps);
+            let input = norm(&hidden, &layer.attn_norm, norm_eps);
             let mut q = multiply(&layer.q, &input);
             let mut k = multiply(&layer.k, &input);
             for head in q.chunks_exact_mut(head_size).chain(k.chunks_exact_mut(head_size)) {
@@ -105,7 +105,7 @@ impl Reference {
                 self.weights[index][head] = weights;
             }
             add(&mut hidden, &multiply(&layer.o, &attended));
-            let input = norm(&hidden, &layer.ffn_norm, rms_eps);
+            let input = norm(&hidden, &layer.ffn_norm, norm_eps);
             let up = multiply(&layer.up, &input);
             let gated: Vec<f32> = multiply(&layer.gate, &input)
                 .iter()
@@ -115,7 +115,7 @@ impl Reference {
             add(&mut hidden, &multiply(&layer.down, &gated));
         }
         self.n_past += 1;
-        multiply(&self.output, &norm(&hidden, &self.output_norm, rms_eps))
+        multiply(&self.output, &norm(&hidden, &self.output_norm, norm_eps))
     }
 }
 

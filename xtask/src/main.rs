@@ -2,6 +2,7 @@
 
 mod compare;
 mod demo;
+mod dist;
 mod fuzz;
 mod prepare;
 mod rss;
@@ -33,6 +34,8 @@ enum Command {
     Compare(compare::Args),
     /// Our resident memory against llama-simple's.
     Rss(rss::Args),
+    /// Make dist/: a drop-in libllama.so.0 for llama.cpp's frontends, with headers.
+    Dist(dist::Args),
     /// Run the fuzz target.
     Fuzz(fuzz::Args),
 }
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
         Command::Upstream(args) => upstream::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Rss(args) => rss::run(&args),
+        Command::Dist(args) => dist::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
     };
     match result {

@@ -29,6 +29,14 @@ pub enum Command {
     Chat(ChatArgs),
     /// Measure the speed of prefill and decoding
     Bench(BenchArgs),
+    /// Score each layer on a prompt, and say what would be kept
+    Inspect(InspectArgs),
+    /// Measure how well the model predicts a text, and what laziness costs there
+    Perplexity(PerplexityArgs),
+    /// Hide secret numbers in made-up text and ask for them
+    Passkey(PasskeyArgs),
+    /// Measure which layers can become lazy with the least harm, and write the model's profile
+    Calibrate(CalibrateArgs),
     /// Print shell completions
     Completions(CompletionsArgs),
 }
@@ -122,6 +130,125 @@ pub struct BenchArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct InspectArgs {
+    #[command(flatten)]
+    pub common: CommonArgs,
+    #[command(flatten)]
+    pub prompt: PromptArgs,
+    /// Draw the scores into a file (.svg or .png)
+    #[arg(help_heading = "Output", long, value_name = "FILE")]
+    pub plot: Option<PathBuf>,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct PerplexityArgs {
+    #[command(flatten)]
+    pub common: CommonArgs,
+    /// The text; - for stdin
+    #[arg(help_heading = "Text", short, long, value_name = "FILE")]
+    pub file: PathBuf,
+    /// First tokens of the text (or of each chunk), which are read as a prompt and not scored [default: half]
+    #[arg(help_heading = "Text", long, value_name = "K", value_parser = positive)]
+    pub skip: Option<usize>,
+    /// Next tokens, which are scored [default: all that follow, as far as the context goes]
+    #[arg(help_heading = "Text", long, value_name = "N", value_parser = positive)]
+    pub score: Option<usize>,
+    /// Chunks of K + N tokens to take from the text, each with a fresh context, as llama-perplexity does
+    #[arg(help_heading = "Text", long, value_name = "N", default_value_t = 1, value_parser = positive)]
+    pub chunks: usize,
+    /// Scored tokens to feed at once: 1 is what decoding does, more is faster
+    #[arg(help_heading = "Text", long, value_name = "N", default_value_t = 1, value_parser = positive)]
+    pub score_batch: usize,
+    /// Compare with the uncompressed run: KL divergence, and how often both prefer the same token
+    #[arg(help_heading = "Text", long)]
+    pub kl: bool,
+    /// Score the text under this rule instead of --lazy, with --kl; may be given several times, and the uncompressed
+    /// run is made once
+    #[arg(help_heading = "Text", long, value_name = "RULE", action = ArgAction::Append, conflicts_with = "chunks")]
+    pub compare: Vec<Policy>,
+    /// Draw what --compare measured into a file (.svg or .png): memory and divergence
+    #[arg(help_heading = "Output", long, value_name = "FILE", requires = "compare")]
+    pub plot: Option<PathBuf>,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct PasskeyArgs {
+    #[command(flatten)]
+    pub common: CommonArgs,
+    /// Lengths of the texts, in tokens
+    #[arg(help_heading = "Needles", long, value_name = "N,...", value_delimiter = ',', default_value = "1024,2048,4096", value_parser = positive)]
+    pub lengths: Vec<usize>,
+    /// Where the numbers are hidden, in percent of the text
+    #[arg(
+        help_heading = "Needles",
+        long,
+        value_name = "P,...",
+        value_delimiter = ',',
+        default_value = "0,25,50,75,100"
+    )]
+    pub depths: Vec<f64>,
+    /// Numbers asked for at each length and depth
+    #[arg(help_heading = "Needles", long, value_name = "N", default_value_t = 20, value_parser = positive)]
+    pub trials: usize,
+    /// One number in a text, or many with different keys
+    #[arg(help_heading = "Needles", long, value_name = "KIND", default_value = "multi")]
+    pub variant: Variant,
+    /// Seed of the made-up text
+    #[arg(help_heading = "Needles", short, long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// Also run with the full cache, with all layers lazy (StreamingLLM), and with q4_0 in all layers
+    #[arg(help_heading = "Needles", long)]
+    pub compare: bool,
+    /// Draw heat maps into a file (.svg or .png)
+    #[arg(help_heading = "Output", long, value_name = "FILE")]
+    pub plot: Option<PathBuf>,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Variant {
+    Single,
+    Multi,
+}
+
+impl Variant {
+    pub fn name(self) -> &'static str {
+        match self {
+            Variant::Single => "single",
+            Variant::Multi => "multi",
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct CalibrateArgs {
+    #[command(flatten)]
+    pub common: CommonArgs,
+    /// A text of some thousand tokens, of the kind that the model will read; - for stdin [default: a built-in one]
+    #[arg(help_heading = "Text", short, long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// Tokens of each excerpt that are read as a prompt [default: 3000, or what a short text has]
+    #[arg(help_heading = "Text", long, value_name = "K", value_parser = positive)]
+    pub skip: Option<usize>,
+    /// Next tokens, on which harm is measured [default: 384]
+    #[arg(help_heading = "Text", long, value_name = "N", value_parser = positive)]
+    pub score: Option<usize>,
+    /// Excerpts of K + N tokens to take from the text [default: as many as it has, at most 4]
+    #[arg(help_heading = "Text", long, value_name = "N", value_parser = positive)]
+    pub chunks: Option<usize>,
+    /// Where to write the profile [default: MODEL.simlayer.toml beside the model]
+    #[arg(help_heading = "Output", short = 'o', long = "output", value_name = "FILE")]
+    pub output_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+#[derive(Debug, Args)]
 pub struct CompletionsArgs {
     #[arg(value_name = "SHELL")]
     pub shell: clap_complete::Shell,
@@ -177,10 +304,10 @@ pub struct CommonArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Lazy layers")]
 pub struct LazyFlags {
-    /// Which layers become lazy: auto, `threshold[:τ]`, `budget[:ρ]`, layers:1,2,... or off
+    /// Which layers become lazy: auto, `threshold[:τ]`, `budget[:ρ]`, `profile[:ρ|:kl=X]`, layers:1,2,... or off
     #[arg(long, value_name = "RULE", default_value = "auto")]
     pub lazy: Policy,
-    /// A calibrated profile of the model
+    /// A profile of the model, made by calibrate [default: MODEL.simlayer.toml beside the model]
     #[arg(long, value_name = "FILE")]
     pub lazy_profile: Option<PathBuf>,
     /// First tokens that a lazy layer keeps
@@ -204,6 +331,9 @@ pub struct LazyFlags {
     /// Do not rotate the keys and values of quantised caches
     #[arg(long)]
     pub no_kv_rotate: bool,
+    /// Newest tokens that are kept in f16 as well, with the sink, beside a quantised cache; 0: none, as llama.cpp
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub kv_exact: usize,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]

@@ -81,7 +81,7 @@ pub fn limit(n_predict: i64) -> Result<Option<u64>, Failure> {
 }
 
 /// The prompt's tokens, special ones included. An empty prompt is the token that begins a text.
-fn tokenize(vocab: &Vocab, prompt: &[u8]) -> Result<Vec<Token>, Failure> {
+pub fn tokenize(vocab: &Vocab, prompt: &[u8]) -> Result<Vec<Token>, Failure> {
     let mut tokens = vocab.tokenize_bytes(prompt, true, true)?;
     if tokens.is_empty() {
         let bos = vocab.bos().filter(|_| vocab.adds_bos());

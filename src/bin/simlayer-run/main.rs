@@ -1,4 +1,4 @@
-//! `simlayer-run`: generate text, hold a conversation, measure speed.
+//! `simlayer-run`: generate text, hold a conversation, measure speed and quality.
 //!
 //! `args` is what was typed, `options` what it means; then there is one file for each command.
 //! Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
@@ -6,12 +6,18 @@
 mod args;
 mod argv;
 mod bench;
+mod calibrate;
 mod chat;
 mod completions;
 mod failure;
 mod generate;
+mod inspect;
 mod interrupt;
 mod options;
+mod passkey;
+mod perplexity;
+mod plot;
+mod progress;
 mod report;
 mod stream;
 
@@ -40,6 +46,10 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Perplexity(args) => perplexity::run(args),
+        Command::Passkey(args) => passkey::run(args),
+        Command::Calibrate(args) => calibrate::run(args),
         Command::Completions(args) => completions::run(args),
     }
 }

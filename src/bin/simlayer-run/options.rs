@@ -34,9 +34,6 @@ impl Run {
         if !args.rpc.is_empty() {
             return Err(Failure::usage("--rpc: this build cannot use remote devices"));
         }
-        if args.lazy.lazy_profile.is_some() {
-            return Err(Failure::usage("--lazy-profile: profiles are not available yet"));
-        }
         check_devices(&args.device)?;
         ggml::set_log(if args.verbose { LogLevel::Info } else { LogLevel::Silent });
         if args.verbose && !matches!(args.gpu_layers, None | Some(GpuLayers::Number(0))) {
@@ -57,7 +54,9 @@ impl Run {
         if args.lazy.no_kv_rotate {
             session.kv_rotate = KvRotate::Never;
         }
+        session.kv_exact = args.lazy.kv_exact;
         session.lazy.policy = args.lazy.lazy;
+        session.lazy.profile = args.lazy.lazy_profile;
         session.lazy.n_sink = args.lazy.lazy_sink;
         session.lazy.n_window = args.lazy.lazy_window;
         session.lazy.n_last = args.lazy.lazy_queries;
@@ -93,7 +92,7 @@ impl Run {
                 session.n_ctx(),
                 threads.0,
                 threads.1,
-                self.session.lazy.policy,
+                session.policy(),
             );
         }
         Ok(session)
@@ -115,18 +114,20 @@ pub fn prompt(args: PromptArgs) -> Result<Vec<u8>, Failure> {
     match (args.prompt, args.file) {
         (Some(text), _) if args.no_escape => Ok(text.into_bytes()),
         (Some(text), _) => Ok(unescape(text.as_bytes())),
-        (None, Some(path)) => {
-            let mut bytes = read_file(&path)?;
-            // As llama.cpp does: an editor's last newline is not part of the prompt.
-            if bytes.last() == Some(&b'\n') {
-                bytes.pop();
-            }
-            Ok(bytes)
-        }
+        (None, Some(path)) => text(&path),
         (None, None) => {
             Err(Failure::usage("there is no prompt: give -p TEXT or -f FILE, or use the chat command (see --help)"))
         }
     }
+}
+
+/// A text file's bytes, or those of stdin for `-`. As in llama.cpp, an editor's last newline is not part of the text.
+pub fn text(path: &Path) -> Result<Vec<u8>, Failure> {
+    let mut bytes = read_file(path)?;
+    if bytes.last() == Some(&b'\n') {
+        bytes.pop();
+    }
+    Ok(bytes)
 }
 
 /// A file's bytes, or those of stdin for `-`.

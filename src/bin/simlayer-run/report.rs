@@ -42,6 +42,6 @@ pub fn rate(n: usize, time: Duration) -> f64 {
     if n == 0 || time.is_zero() { 0.0 } else { n as f64 / time.as_secs_f64() }
 }
 
-fn milliseconds(time: Duration) -> f64 {
+pub fn milliseconds(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
 }

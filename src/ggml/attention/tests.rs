@@ -386,7 +386,7 @@ fn agrees_with_ggmls_flash_attention() {
                 graph.view(t, [64, 512, 3], [row_bytes, ty.row_bytes(64)], 0)
             };
             let (k, v) = (heads(&data.k[0]), heads(&data.v[0]));
-            let node = graph.flash_attn(&q, &k, &v, &data.masks[0], data.params(&case).scale).as_output();
+            let node = graph.flash_attn(&q, &k, &v, &data.masks[0], data.params(&case).scale, 0.0, None).as_output();
             graph.expand(&node);
             scheduler.alloc(&graph).unwrap();
             scheduler.compute(&graph).unwrap();

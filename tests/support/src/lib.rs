@@ -3,6 +3,8 @@
 //!
 //! A test's helper may panic: a panic is a failed test.
 
+#![forbid(unsafe_code)]
+
 pub mod gguf;
 pub mod metrics;
 mod model;
@@ -17,7 +19,7 @@ use std::path::{Path, PathBuf};
 pub use peak_alloc::PeakAlloc;
 
 pub use model::{RandomModel, RopeScaling};
-pub use quantize::{WeightType, quantize};
+pub use quantize::{WeightType, dequantize, quantize};
 pub use rng::Rng;
 pub use upstream::{Greedy, Logits, UpstreamRef};
 pub use vocab::Vocabulary;

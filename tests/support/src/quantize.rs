@@ -1,6 +1,4 @@
-use std::ffi::CStr;
-
-use ggml_sys as sys;
+use ggml_sys::{self as sys, checked};
 
 /// A ggml type that weights are stored in: its number in GGUF files.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -44,27 +42,17 @@ impl WeightType {
 
     /// ggml's name of the type.
     pub fn name(self) -> &'static str {
-        self.check();
-        // SAFETY: the number is that of a type, so ggml has a static C string for it.
-        unsafe { CStr::from_ptr(sys::ggml_type_name(self.0)) }.to_str().expect("ggml's names are ASCII")
+        checked::type_name(self.0)
     }
 
     /// Elements per block; a row is a whole number of blocks.
     pub fn block_size(self) -> usize {
-        self.check();
-        // SAFETY: a table look-up with the number of a type.
-        unsafe { sys::ggml_blck_size(self.0) as usize }
+        checked::type_block_size(self.0)
     }
 
     /// Bytes of `n` elements.
     pub fn bytes(self, n: usize) -> usize {
-        assert_eq!(n % self.block_size(), 0, "{n} elements do not fill blocks of {}", self.name());
-        // SAFETY: a table look-up with the number of a type.
-        n / self.block_size() * unsafe { sys::ggml_type_size(self.0) }
-    }
-
-    fn check(self) {
-        assert!(self.0 < sys::GGML_TYPE_COUNT, "{} is no ggml type", self.0);
+        checked::type_bytes(self.0, n)
     }
 }
 
@@ -76,19 +64,10 @@ impl std::fmt::Debug for WeightType {
 
 /// Rows of `row` values in a weight type, by ggml's own quantiser.
 pub fn quantize(ty: WeightType, values: &[f32], row: usize) -> Vec<u8> {
-    assert!(row > 0 && values.len().is_multiple_of(row), "{} values are no rows of {row}", values.len());
-    assert_eq!(row % ty.block_size(), 0, "rows of {row} do not fill blocks of {}", ty.name());
-    let rows = values.len() / row;
-    let mut bytes = vec![0u8; ty.bytes(values.len())];
-    // Some types want to know how much each column matters: all alike.
-    let importance = vec![1f32; row];
-    // SAFETY: `values` holds rows × row floats, `importance` row floats, and `bytes` what rows × row elements take;
-    // the asserts above are what ggml asks of the row length.
-    let written = unsafe {
-        let importance = if sys::ggml_quantize_requires_imatrix(ty.0) { importance.as_ptr() } else { std::ptr::null() };
-        let out = bytes.as_mut_ptr().cast();
-        sys::ggml_quantize_chunk(ty.0, values.as_ptr(), out, 0, rows as i64, row as i64, importance)
-    };
-    assert_eq!(written, bytes.len(), "ggml wrote another size for {}", ty.name());
-    bytes
+    checked::quantize(ty.0, values, row)
+}
+
+/// The values of a weight's blocks.
+pub fn dequantize(ty: WeightType, bytes: &[u8]) -> Vec<f32> {
+    checked::dequantize(ty.0, bytes)
 }

@@ -94,15 +94,21 @@ impl AttentionHook for Restriction {
     }
 }
 
-/// Zeroes what lies outside sink and window and scales the rest to a sum of 1. `row` holds the
-/// probabilities of the keys 0 to the query's own position.
+/// What a row may lack of a sum of 1 by rounding. A model with learned sinks lacks more: these get
+/// probability as well, and are no keys.
+const ROUNDING: f64 = 1e-4;
+
+/// Zeroes what lies outside sink and window and scales the rest, with what learned sinks get, to a
+/// sum of 1. `row` holds the probabilities of the keys 0 to the query's own position.
 fn restrict(row: &mut [f32], sink: usize, window: usize) {
     let (sink, recent) = kept(row.len() - 1, sink, window);
     if sink.end == recent.start {
         return;
     }
+    let sum = |row: &[f32]| row.iter().map(|&p| p as f64).sum::<f64>();
+    let learned = Some(1.0 - sum(row)).filter(|&lacking| lacking > ROUNDING).unwrap_or(0.0);
     row[sink.end..recent.start].fill(0.0);
-    let sum: f64 = row.iter().map(|&p| p as f64).sum();
+    let sum = sum(row) + learned;
     if sum > 0.0 {
         row.iter_mut().for_each(|p| *p = (*p as f64 / sum) as f32);
     } else {
@@ -138,6 +144,17 @@ mod tests {
         let mut row = [0.1, 0.2, 0.3, 0.1, 0.1, 0.2];
         restrict(&mut row, 1, 2);
         let expected = [0.25, 0.0, 0.0, 0.0, 0.25, 0.5];
+        for (got, want) in row.iter().zip(expected) {
+            assert!((got - want).abs() < 1e-6, "{row:?}");
+        }
+    }
+
+    #[test]
+    fn learned_sinks_keep_their_odds() {
+        // A tenth went to a learned sink; with 0.3 of the keys left it is a quarter.
+        let mut row = [0.1, 0.2, 0.3, 0.1, 0.1, 0.1];
+        restrict(&mut row, 1, 2);
+        let expected = [0.25, 0.0, 0.0, 0.0, 0.25, 0.25];
         for (got, want) in row.iter().zip(expected) {
             assert!((got - want).abs() < 1e-6, "{row:?}");
         }

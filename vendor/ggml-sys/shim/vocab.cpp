@@ -52,7 +52,9 @@ template <typename T, typename F> static T guarded(char * error, size_t error_si
     return failed;
 }
 
-extern "C" struct llama_vocab * simlayer_vocab_load(const char * path, char * error, size_t error_size) {
+extern "C" struct llama_vocab * simlayer_vocab_load(const char * path,
+                                                    const struct llama_model_kv_override * overrides,
+                                                    char * error, size_t error_size) {
     return guarded<llama_vocab *>(error, error_size, nullptr, [&] {
         // The loader is given the key-value pairs only: with no file name it opens no tensors and no splits.
         gguf_init_params params = { /*.no_alloc =*/ true, /*.ctx =*/ nullptr };
@@ -63,7 +65,7 @@ extern "C" struct llama_vocab * simlayer_vocab_load(const char * path, char * er
         std::vector<std::string> splits;
         llama_model_loader loader(metadata.get(), nullptr, nullptr, "", splits, nullptr, LLAMA_LOAD_MODE_NONE,
                                   /*check_tensors =*/ false, /*no_alloc =*/ true, /*load_mtp =*/ false,
-                                  nullptr, nullptr);
+                                  overrides, nullptr);
         auto vocab = std::make_unique<llama_vocab>();
         vocab->load(loader, loader.llm_kv);
         return vocab.release();

@@ -15,7 +15,9 @@ extern "C" {
 #endif
 
 // Reads the vocabulary of a GGUF file. NULL on failure. Free with simlayer_vocab_free.
-struct llama_vocab * simlayer_vocab_load(const char * path, char * error, size_t error_size);
+// `overrides` take the place of the file's keys: a list that ends with an empty key, or NULL.
+struct llama_vocab * simlayer_vocab_load(const char * path, const struct llama_model_kv_override * overrides,
+                                         char * error, size_t error_size);
 void                 simlayer_vocab_free(struct llama_vocab * vocab);
 
 // The tokenizer's name as the file gives it ("llama", "gpt2", …); lives as long as the vocabulary's next call

@@ -1,8 +1,14 @@
 //! Raw bindings to ggml, gguf and the vocabulary, sampler and grammar parts of llama.cpp.
 //!
-//! Nothing here is checked. The safe tier is `simlayer::ggml`; the names and their contracts are those of
+//! Nothing in the bindings is checked. The safe tier is `simlayer::ggml`; the names and their contracts are those of
 //! upstream's headers, and of `shim/vocab.h` for what begins with `simlayer_`.
-#![allow(non_upper_case_globals, non_camel_case_types, non_snake_case, missing_debug_implementations)]
-#![allow(clippy::all, clippy::undocumented_unsafe_blocks)]
 
-include!(concat!(env!("OUT_DIR"), "/bindings.rs"));
+pub mod checked;
+
+pub use bindings::*;
+
+#[allow(non_upper_case_globals, non_camel_case_types, non_snake_case, missing_debug_implementations)]
+#[allow(rustdoc::all, clippy::all, clippy::undocumented_unsafe_blocks)]
+mod bindings {
+    include!(concat!(env!("OUT_DIR"), "/bindings.rs"));
+}

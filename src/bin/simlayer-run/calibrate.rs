@@ -1,0 +1,142 @@
+//! Measures what each layer's shrinking costs, and writes the model's profile.
+
+use std::io::{self, Write};
+
+use serde_json::json;
+use simlayer::{
+    Token,
+    lazy::Profile,
+    quality::{self, BUILT_IN_TEXT, Excerpts},
+};
+
+use crate::{
+    args::CalibrateArgs,
+    failure::Failure,
+    interrupt,
+    options::{self, Run},
+    progress::Progress,
+    report,
+};
+
+/// Tokens that are scored of each excerpt, when nothing is said.
+const N_SCORE: usize = 384;
+/// Longer prompts are cut into excerpts, when nothing is said.
+const N_PROMPT: usize = 3_000;
+/// Excerpts that are taken at most, when nothing is said.
+const MAX_CHUNKS: usize = 4;
+
+pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
+    let run = Run::settle(args.common)?;
+    let text = match &args.file {
+        Some(path) => options::text(path)?,
+        None => BUILT_IN_TEXT.trim_end().as_bytes().to_vec(),
+    };
+    let (model, load) = run.load()?;
+    let tokens = model.vocab().tokenize_bytes(&text, true, false)?;
+    let (n_prompt, size, chunks) = extent(args.skip, args.score, args.chunks, tokens.len())?;
+    let output = args.output_file.unwrap_or_else(|| Profile::path_beside(&run.model_path));
+
+    let excerpts: Vec<Vec<Token>> = tokens.chunks_exact(size).take(chunks).map(<[Token]>::to_vec).collect();
+    let excerpts = Excerpts { text: &text, excerpts, n_prompt };
+    let start = std::time::Instant::now();
+    let progress = Progress::new("the prompt");
+    let profile = quality::calibrate(
+        &model,
+        &run.session,
+        &excerpts,
+        &mut |session| interrupt::watch(session.abort_flag()),
+        &mut |stage| {
+            progress.say(stage.what);
+            progress.set(stage.share);
+        },
+    )?;
+    drop(progress);
+    let took = start.elapsed();
+    profile.write(&output).map_err(Failure::run)?;
+
+    let mut out = io::stdout().lock();
+    if args.output.json {
+        let object = json!({
+            "layers": profile.layers,
+            "order": profile.order,
+            "cuts": profile.cuts,
+            "model": model.name(),
+            "text": profile.text,
+            "file": output,
+            "timings": { "load_ms": report::milliseconds(load), "calibrate_ms": report::milliseconds(took) },
+        });
+        serde_json::to_writer(&mut out, &object)?;
+        writeln!(out)?;
+    } else {
+        print(&mut out, &profile)?;
+    }
+    out.flush()?;
+    eprintln!("{} written in {:.0} s", output.display(), took.as_secs_f64());
+    Ok(())
+}
+
+fn print(out: &mut impl Write, profile: &Profile) -> io::Result<()> {
+    writeln!(out, "layers, the least harmful first:")?;
+    writeln!(out, "{:>5} {:>10} {:>7}", "layer", "harm (KL)", "mass")?;
+    for &index in &profile.order {
+        if let Some(layer) = profile.layers.iter().find(|layer| layer.index == index) {
+            writeln!(out, "{index:>5} {:>10.5} {:>7.3}", layer.harm_kl, layer.mass)?;
+        }
+    }
+    writeln!(out, "\nwhat can be had:")?;
+    writeln!(out, "{:>5} {:>10} {:>12}", "lazy", "KL", "compression")?;
+    for cut in &profile.cuts {
+        writeln!(out, "{:>5} {:>10.5} {:>10.2} ×", cut.lazy, cut.kl_mean, cut.compression)?;
+    }
+    writeln!(out)?;
+    for most in [0.005, 0.01, 0.02, 0.05] {
+        if let Some(cut) = profile.cuts.iter().rfind(|cut| cut.kl_mean <= most) {
+            let (lazy, compression) = (cut.lazy, cut.compression);
+            writeln!(out, "--lazy profile:kl={most}: {lazy} layers lazy, {compression:.2} × at this length")?;
+        }
+    }
+    for least in [1.5, 2.0] {
+        if let Some(cut) = profile.cuts.iter().find(|cut| cut.compression >= least) {
+            let share = cut.lazy as f64 / profile.order.len() as f64;
+            writeln!(out, "{least} × less memory: --lazy profile:{share:.2}, KL {:.5}", cut.kl_mean)?;
+        }
+    }
+    Ok(())
+}
+
+/// Tokens of an excerpt's prompt, of an excerpt, and the number of excerpts.
+fn extent(
+    skip: Option<usize>,
+    score: Option<usize>,
+    chunks: Option<usize>,
+    n: usize,
+) -> Result<(usize, usize, usize), Failure> {
+    let score = score.unwrap_or(N_SCORE.min(n / 4));
+    let skip = skip.unwrap_or((n / chunks.unwrap_or(1)).saturating_sub(score).min(N_PROMPT));
+    let size = skip + score;
+    let whole = n / size.max(1);
+    let wanted = chunks.unwrap_or(whole.min(MAX_CHUNKS)).max(1);
+    if skip == 0 || score == 0 || wanted > whole {
+        return Err(Failure::run(format!(
+            "the text has {n} tokens, too few for {wanted} excerpts of {skip} and {score}: give a longer one, or other \
+             --skip, --score and --chunks"
+        )));
+    }
+    Ok((skip, size, wanted))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn excerpts() {
+        let extent = |skip, score, chunks, n| extent(skip, score, chunks, n).ok();
+        assert_eq!(extent(None, None, None, 2_965), Some((2_581, 2_965, 1)));
+        assert_eq!(extent(None, None, None, 20_000), Some((3_000, 3_384, 4)));
+        assert_eq!(extent(None, None, Some(2), 2_000), Some((616, 1_000, 2)));
+        assert_eq!(extent(Some(100), Some(20), None, 250), Some((100, 120, 2)));
+        assert_eq!(extent(Some(100), Some(20), Some(3), 250), None);
+        assert_eq!(extent(None, None, None, 3), None);
+    }
+}

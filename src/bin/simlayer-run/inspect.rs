@@ -1,0 +1,114 @@
+//! Scores each layer on a prompt and says what would be kept.
+
+use std::io::{self, Write};
+
+use indicatif::HumanBytes;
+use serde_json::json;
+use simlayer::{
+    KvReport, Model, Session,
+    lazy::{Policy, default_threshold},
+};
+
+use crate::{
+    args::InspectArgs,
+    failure::Failure,
+    generate, interrupt,
+    options::{self, Run},
+    plot::{self, Bar, Scores},
+    stream,
+};
+
+pub fn run(args: InspectArgs) -> Result<(), Failure> {
+    if let Some(path) = &args.plot {
+        plot::check_name(path)?;
+    }
+    let run = Run::settle(args.common)?;
+    let prompt = options::prompt(args.prompt)?;
+    let (model, _) = run.load()?;
+    let tokens = generate::tokenize(model.vocab(), &prompt)?;
+    let mut session = run.session(&model)?;
+    let policy = session.policy().clone();
+    // Some rules need no scores; they are of interest all the same.
+    let scores: Option<Vec<Option<f32>>> = match policy {
+        Policy::Threshold(_) | Policy::Budget(_) | Policy::Auto => None,
+        _ => {
+            let mut params = run.session.clone();
+            params.lazy.policy = Policy::Threshold(Some(1.0));
+            let mut scoring = Session::new(&model, params)?;
+            interrupt::watch(scoring.abort_flag());
+            stream::prefill(&mut scoring, &tokens)?;
+            Some(scoring.layers(0).iter().map(|layer| layer.score).collect())
+        }
+    };
+    interrupt::watch(session.abort_flag());
+    stream::prefill(&mut session, &tokens)?;
+    let mut layers = session.layers(0);
+    for (layer, score) in layers.iter_mut().zip(scores.into_iter().flatten()) {
+        layer.score = score;
+    }
+    let kv = session.kv();
+    let threshold = threshold(&policy, &model);
+
+    let mut out = io::stdout().lock();
+    if args.output.json {
+        let object = json!({
+            "layers": layers,
+            "kv": kv,
+            "model": model.name(),
+            "lazy": policy.to_string(),
+            "threshold": threshold,
+            "prompt_tokens": tokens.len(),
+        });
+        serde_json::to_writer(&mut out, &object)?;
+        writeln!(out)?;
+    } else {
+        writeln!(out, "{:>5} {:>7}  {:<7} {:>11}", "layer", "score", "kind", "KV")?;
+        for layer in &layers {
+            let score = layer.score.map_or("–".to_owned(), |score| format!("{score:.4}"));
+            let bytes = HumanBytes(layer.kv_bytes as u64).to_string();
+            writeln!(out, "{:>5} {score:>7}  {:<7} {bytes:>11}", layer.index, layer.kind)?;
+        }
+    }
+    out.flush()?;
+    if layers.iter().all(|layer| layer.score.is_none()) {
+        eprintln!("the prompt is within sink and window: nothing would be dropped, so no layer is scored");
+    }
+    eprintln!(
+        "{policy}: {} of {} layers lazy, KV cache {} for {} tokens (full f16: {}, compression {:.2})",
+        kv.lazy_layers,
+        layers.len(),
+        HumanBytes(kv.allocated_bytes as u64),
+        kv.context_tokens,
+        HumanBytes(kv.f16_bytes as u64),
+        kv.compression,
+    );
+    if let Some(path) = &args.plot {
+        let picture = Scores {
+            title: title(&model, &policy, &kv),
+            bars: layers.iter().map(|layer| Bar { score: layer.score, lazy: layer.lazy }).collect(),
+            threshold,
+        };
+        plot::write(path, &picture)?;
+    }
+    Ok(())
+}
+
+fn title(model: &Model, policy: &Policy, kv: &KvReport) -> String {
+    let policy = match policy {
+        Policy::Layers(_) => "a known set".to_owned(),
+        policy => policy.to_string(),
+    };
+    let name = model.name().unwrap_or("model");
+    format!("{name}: {policy}, {} tokens, {} lazy, {:.2} × smaller", kv.context_tokens, kv.lazy_layers, kv.compression)
+}
+
+/// The τ above which a layer is lazy, where that is the rule.
+fn threshold(policy: &Policy, model: &Model) -> Option<f32> {
+    let hparams = model.hparams();
+    let default = || default_threshold(&hparams.architecture, model.name(), hparams.rope.freq_base);
+    match policy {
+        Policy::Threshold(given) => Some(given.unwrap_or_else(default)),
+        Policy::Auto => Some(default()),
+        _ => None,
+    }
+}

@@ -1,0 +1,291 @@
+//! A model's profile: its layers in the order in which they can become lazy with the least harm, as a calibration found
+//! it. It lies beside the model: `model.gguf` → `model.simlayer.toml`.
+
+use std::{
+    collections::BTreeSet,
+    fmt, fs,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::PrefillMode;
+
+/// The version of the file format that this crate writes, and the only one that it reads.
+const VERSION: u32 = 1;
+
+/// What a calibration found.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Profile {
+    pub version: u32,
+    /// First and recent tokens that the lazy layers kept in the calibration.
+    pub n_sink: usize,
+    pub n_window: usize,
+    /// How the prompt was read when the cuts were measured.
+    pub prefill: PrefillMode,
+    /// All layers, the least harmful first.
+    pub order: Vec<usize>,
+    pub model: Identity,
+    pub text: CalibrationText,
+    pub layers: Vec<ProfiledLayer>,
+    pub cuts: Vec<Cut>,
+}
+
+/// What tells models apart. Quantisations of one model have the same identity.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Identity {
+    /// The name that the file gives; for people, it is not compared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    pub architecture: String,
+    pub n_layer: usize,
+    pub n_embd: usize,
+    pub n_head: usize,
+    pub n_head_kv: usize,
+    /// SHA-256 of the weights of the layers' norms, which no quantisation changes.
+    pub norms_sha256: String,
+}
+
+/// The text of a calibration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CalibrationText {
+    pub sha256: String,
+    /// Tokens of each excerpt that were read as a prompt, and next tokens that were scored.
+    pub n_prompt: usize,
+    pub n_score: usize,
+    pub excerpts: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProfiledLayer {
+    pub index: usize,
+    /// KL divergence from the uncompressed run, in nats, when this layer alone is lazy.
+    pub harm_kl: f64,
+    /// Attention mass on sink and window: what the paper's rules go by.
+    pub mass: f32,
+}
+
+/// What it costs when the first layers of the order are lazy, measured in a real run.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cut {
+    /// How many layers are lazy.
+    pub lazy: usize,
+    pub kl_mean: f64,
+    /// Uncompressed f16 cache over the cache of that run.
+    pub compression: f64,
+}
+
+/// How much of a profile's order becomes lazy.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Target {
+    /// This share of the layers.
+    Share(f32),
+    /// The most layers whose measured divergence is at most this.
+    Kl(f64),
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Target::Share(share) => write!(f, "{share}"),
+            Target::Kl(kl) => write!(f, "kl={kl}"),
+        }
+    }
+}
+
+/// Why a profile cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ProfileError {
+    #[error("there is no profile {path}: make one with `simlayer-run calibrate`, or name one with --lazy-profile")]
+    Missing { path: PathBuf },
+    #[error("{path}: {source}")]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error("{path} is no profile: {why}")]
+    Syntax { path: PathBuf, why: String },
+    #[error("{path} is a profile of another model: {what} is {profiled} there, and {here} in this model")]
+    OtherModel { path: PathBuf, what: &'static str, profiled: String, here: String },
+}
+
+impl Profile {
+    /// The profile's place beside its model.
+    pub fn path_beside(model: &Path) -> PathBuf {
+        model.with_extension("simlayer.toml")
+    }
+
+    /// Reads and checks a profile.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or is no profile.
+    pub fn read(path: &Path) -> Result<Profile, ProfileError> {
+        let text = fs::read_to_string(path).map_err(|source| match source.kind() {
+            std::io::ErrorKind::NotFound => ProfileError::Missing { path: path.to_owned() },
+            _ => ProfileError::Io { path: path.to_owned(), source },
+        })?;
+        let wrong = |why: String| ProfileError::Syntax { path: path.to_owned(), why };
+        let profile: Profile = toml::from_str(&text).map_err(|error| wrong(error.to_string().trim_end().to_owned()))?;
+        profile.check().map_err(wrong)?;
+        Ok(profile)
+    }
+
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<(), ProfileError> {
+        let wrong = |source| ProfileError::Io { path: path.to_owned(), source };
+        let text = toml::to_string(self).map_err(|error| wrong(std::io::Error::other(error)))?;
+        fs::write(path, format!("# Made by `simlayer-run calibrate`.\n{text}")).map_err(wrong)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if self.version != VERSION {
+            return Err(format!("version {} is unknown, only {VERSION} is supported", self.version));
+        }
+        let n_layer = self.model.n_layer;
+        let listed: BTreeSet<usize> = self.order.iter().copied().collect();
+        if self.order.len() != n_layer || !listed.iter().copied().eq(0..n_layer) {
+            return Err(format!("its order does not name each of the {n_layer} layers once"));
+        }
+        match self.cuts.iter().find(|cut| cut.lazy > n_layer) {
+            Some(cut) => Err(format!("a cut of {} lazy layers, but the model has {n_layer}", cut.lazy)),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether it was made for this model; `path` is for the message.
+    ///
+    /// # Errors
+    /// [`ProfileError::OtherModel`].
+    pub fn check_model(&self, model: &Identity, path: &Path) -> Result<(), ProfileError> {
+        let (there, here) = (&self.model, model);
+        let facts = [
+            ("the architecture", there.architecture.clone(), here.architecture.clone()),
+            ("the number of layers", there.n_layer.to_string(), here.n_layer.to_string()),
+            ("the embedding length", there.n_embd.to_string(), here.n_embd.to_string()),
+            ("the number of heads", there.n_head.to_string(), here.n_head.to_string()),
+            ("the number of KV heads", there.n_head_kv.to_string(), here.n_head_kv.to_string()),
+            ("the hash of the norms' weights", there.norms_sha256.clone(), here.norms_sha256.clone()),
+        ];
+        match facts.into_iter().find(|(_, there, here)| there != here) {
+            Some((what, profiled, here)) => {
+                Err(ProfileError::OtherModel { path: path.to_owned(), what, profiled, here })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The layers that become lazy: the beginning of the order.
+    pub fn lazy_layers(&self, target: Target) -> BTreeSet<usize> {
+        self.order.iter().copied().take(self.n_lazy(target)).collect()
+    }
+
+    fn n_lazy(&self, target: Target) -> usize {
+        let n_layer = self.order.len();
+        match target {
+            // As many as a budget of this share makes lazy.
+            Target::Share(share) => n_layer - super::selector::n_active(share, n_layer),
+            Target::Kl(most) => {
+                self.cuts.iter().filter(|cut| cut.kl_mean <= most).map(|cut| cut.lazy).max().unwrap_or(0)
+            }
+        }
+    }
+
+    /// The current format's version, for those who make profiles.
+    pub(crate) const fn current_version() -> u32 {
+        VERSION
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn profile() -> Profile {
+        let cut = |lazy, kl_mean| Cut { lazy, kl_mean, compression: 1.5 };
+        Profile {
+            version: VERSION,
+            n_sink: 4,
+            n_window: 1024,
+            prefill: PrefillMode::Window,
+            order: vec![2, 0, 3, 1],
+            model: Identity {
+                name: Some("a model".into()),
+                architecture: "llama".into(),
+                n_layer: 4,
+                n_embd: 64,
+                n_head: 4,
+                n_head_kv: 2,
+                norms_sha256: "ab".into(),
+            },
+            text: CalibrationText { sha256: "cd".into(), n_prompt: 100, n_score: 10, excerpts: 1 },
+            layers: (0..4).map(|index| ProfiledLayer { index, harm_kl: 0.1, mass: 0.5 }).collect(),
+            cuts: vec![cut(1, 0.001), cut(2, 0.01), cut(4, 0.1)],
+        }
+    }
+
+    #[test]
+    fn is_read_as_it_was_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.simlayer.toml");
+        profile().write(&path).unwrap();
+        assert_eq!(Profile::read(&path).unwrap(), profile());
+        assert!(fs::read_to_string(&path).unwrap().contains("prefill = \"window\""));
+    }
+
+    #[test]
+    fn cuts() {
+        let lazy = |target| profile().lazy_layers(target);
+        assert_eq!(lazy(Target::Share(0.0)), [].into());
+        assert_eq!(lazy(Target::Share(0.5)), [0, 2].into());
+        assert_eq!(lazy(Target::Share(0.6)), [0, 2].into());
+        assert_eq!(lazy(Target::Share(1.0)), [0, 1, 2, 3].into());
+        assert_eq!(lazy(Target::Kl(0.0)), [].into());
+        assert_eq!(lazy(Target::Kl(0.01)), [0, 2].into());
+        assert_eq!(lazy(Target::Kl(9.0)), [0, 1, 2, 3].into());
+    }
+
+    #[test]
+    fn wrong_files_say_what_is_wrong() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.simlayer.toml");
+        let message = |change: &dyn Fn(&mut Profile)| {
+            let mut profile = profile();
+            change(&mut profile);
+            profile.write(&path).unwrap();
+            Profile::read(&path).unwrap_err().to_string()
+        };
+        assert!(message(&|profile| profile.version = 2).contains("version 2 is unknown"));
+        assert!(message(&|profile| profile.order = vec![0, 1, 1, 3]).contains("each of the 4 layers once"));
+        assert!(message(&|profile| profile.order = vec![0, 1, 2]).contains("each of the 4 layers once"));
+        assert!(message(&|profile| profile.cuts[0].lazy = 5).contains("cut of 5 lazy layers"));
+        for text in ["", "version = 1", "no toml at all", "version = 1\nsurprise = 3"] {
+            fs::write(&path, text).unwrap();
+            assert!(matches!(Profile::read(&path), Err(ProfileError::Syntax { .. })), "{text}");
+        }
+        assert!(matches!(Profile::read(&folder.path().join("none")), Err(ProfileError::Missing { .. })));
+    }
+
+    #[test]
+    fn another_models_profile_is_refused() {
+        let path = Path::new("x.simlayer.toml");
+        let model = profile().model;
+        profile().check_model(&model, path).unwrap();
+        // Another quantisation may have another name.
+        profile().check_model(&Identity { name: None, ..model.clone() }, path).unwrap();
+        let other = Identity { norms_sha256: "ef".into(), ..model.clone() };
+        let message = profile().check_model(&other, path).unwrap_err().to_string();
+        assert!(message.contains("another model") && message.contains("ab") && message.contains("ef"), "{message}");
+        let message = profile().check_model(&Identity { n_layer: 3, ..model }, path).unwrap_err().to_string();
+        assert!(message.contains("number of layers is 4 there, and 3 in this model"), "{message}");
+    }
+
+    #[test]
+    fn lies_beside_the_model() {
+        assert_eq!(Profile::path_beside(Path::new("a/b.Q4_1.gguf")), Path::new("a/b.Q4_1.simlayer.toml"));
+    }
+}

@@ -1,0 +1,34 @@
+//! `granite`: Granite 3 and 4 without experts: LLaMA's layer with scales for embedding, attention, residual and logits.
+
+use super::{
+    Error,
+    parts::{Activation, Block, Builder, Decoder, FeedForward, Gated, RopeFactors, SelfAttention},
+};
+
+pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
+    // Models without positions say so by this key.
+    let has_rope = b.keys.optional_bool("rope.scaling.finetuned")?.unwrap_or(true);
+    build_scaled(b, has_rope, |b, layer| Gated::load(b, layer, Activation::Silu))
+}
+
+/// Granite with a feed-forward of its own.
+pub(super) fn build_scaled(
+    b: &mut Builder<'_>,
+    has_rope: bool,
+    feed_forward: impl Fn(&mut Builder<'_>, usize) -> Result<FeedForward, Error>,
+) -> Result<Decoder, Error> {
+    let residual_scale = b.keys.factor("residual_scale")?;
+    let attention_scale = b.keys.factor("attention.scale")?;
+    let embedding_scale = b.keys.factor("embedding_scale")?;
+    let divisor = b.keys.require_factor("logit_scale")?;
+    let rope_factors = RopeFactors::load(b)?;
+
+    let layers = b.layers(|b, i| {
+        let mut attention = SelfAttention { rope_factors: rope_factors.clone(), ..SelfAttention::load(b, i)? };
+        attention.scale = attention_scale.unwrap_or(attention.scale);
+        attention.rope = attention.rope.filter(|_| has_rope);
+        let feed_forward = feed_forward(b, i)?;
+        Ok(Block { residual_scale, ..Block::pre_norm(b, i, attention, feed_forward)? })
+    })?;
+    Ok(Decoder { embedding_scale, logit_scale: Some(1.0 / divisor), ..Decoder::load(b, layers)? })
+}

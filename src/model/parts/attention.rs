@@ -1,0 +1,170 @@
+use super::{Builder, Error, Linear, Norm};
+use crate::{
+    ggml::{Graph, Rope, Tensor, Type},
+    model::{Attention, AttentionOptions, LayerStep},
+};
+
+/// A layer's attention: projections, norms, RoPE, and the product over the cache. [`SelfAttention::load`] gives the
+/// plain one; an architecture sets the members that its own has besides.
+pub(in crate::model) struct SelfAttention {
+    pub projections: Projections,
+    pub head_size: usize,
+    /// Norms of queries and keys: of each head, or of all heads together when they are as wide.
+    pub q_norm: Option<Norm>,
+    pub k_norm: Option<Norm>,
+    /// `None` for a layer without positions.
+    pub rope: Option<Rope>,
+    pub rope_factors: RopeFactors,
+    pub temperature: Option<Temperature>,
+    pub scale: f32,
+    pub softcap: Option<f32>,
+    pub sinks: Option<Tensor>,
+    pub output: Linear,
+}
+
+pub(in crate::model) enum Projections {
+    Separate { q: Linear, k: Linear, v: Linear },
+    Fused { qkv: Linear, q_width: usize, kv_width: usize },
+}
+
+impl SelfAttention {
+    /// `attn_q`, `attn_k`, `attn_v` (or `attn_qkv` for all three) and `attn_output` of a layer, with the model's RoPE.
+    pub fn load(b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
+        let (n_embd, head_size) = (b.hparams.n_embd, b.hparams.head_size);
+        let (q_width, kv_width) = (head_size * b.hparams.n_head, head_size * b.hparams.n_head_kv);
+        let name = |part: &str| format!("blk.{layer}.attn_{part}");
+        let projections = if b.loader.has(&format!("{}.weight", name("qkv"))) {
+            let qkv = Linear::load(b, &name("qkv"), [n_embd, q_width + 2 * kv_width])?;
+            Projections::Fused { qkv, q_width, kv_width }
+        } else {
+            Projections::Separate {
+                q: Linear::load(b, &name("q"), [n_embd, q_width])?,
+                k: Linear::load(b, &name("k"), [n_embd, kv_width])?,
+                v: Linear::load(b, &name("v"), [n_embd, kv_width])?,
+            }
+        };
+        Ok(SelfAttention {
+            projections,
+            head_size,
+            q_norm: None,
+            k_norm: None,
+            rope: Some(b.hparams.rope.clone()),
+            rope_factors: RopeFactors::default(),
+            temperature: None,
+            scale: 1.0 / (head_size as f32).sqrt(),
+            softcap: None,
+            sinks: None,
+            output: Linear::load(b, &name("output"), [q_width, n_embd])?,
+        })
+    }
+
+    /// Adds the norms `attn_q_norm` and `attn_k_norm` over each head.
+    pub fn with_head_norms(mut self, b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
+        self.q_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_q_norm"), self.head_size)?);
+        self.k_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_k_norm"), self.head_size)?);
+        Ok(self)
+    }
+
+    /// `input` `[n_embd, n]` → `[n_embd, n]`.
+    pub fn apply(&self, graph: &Graph, step: &LayerStep<'_>, input: &Tensor, attention: &mut dyn Attention) -> Tensor {
+        let [q, k, v] = self.project(graph, input);
+        let q = self.rotate(graph, step, &self.norm_heads(graph, &q, self.q_norm.as_ref()));
+        let k = self.rotate(graph, step, &self.norm_heads(graph, &k, self.k_norm.as_ref()));
+        let q = match &self.temperature {
+            Some(temperature) => graph.mul(&q, &temperature.of(graph, step.positions)),
+            None => q,
+        };
+        let v = self.heads(graph, &v);
+        let [q, k, v] = [q, k, v].map(|heads| graph.contiguous_if_needed(&heads));
+        let options = AttentionOptions { scale: self.scale, softcap: self.softcap, sinks: self.sinks.as_ref() };
+        self.output.apply(graph, &attention.attend(graph, step.index, &q, &k, &v, &options))
+    }
+
+    /// Queries, keys and values as rows.
+    fn project(&self, graph: &Graph, input: &Tensor) -> [Tensor; 3] {
+        match &self.projections {
+            Projections::Separate { q, k, v } => [q, k, v].map(|linear| linear.apply(graph, input)),
+            Projections::Fused { qkv, q_width, kv_width } => {
+                let all = qkv.apply(graph, input);
+                let [_, n, ..] = all.shape();
+                let [element_bytes, row_bytes, ..] = all.strides();
+                let part = |width: usize, first: usize| {
+                    graph.view(&all, [width, n, 1], [row_bytes, n * row_bytes], first * element_bytes)
+                };
+                [part(*q_width, 0), part(*kv_width, *q_width), part(*kv_width, q_width + kv_width)]
+            }
+        }
+    }
+
+    fn norm_heads(&self, graph: &Graph, rows: &Tensor, norm: Option<&Norm>) -> Tensor {
+        match norm {
+            Some(norm) if norm.width() == self.head_size => norm.apply(graph, &self.heads(graph, rows)),
+            Some(norm) => self.heads(graph, &norm.apply(graph, rows)),
+            None => self.heads(graph, rows),
+        }
+    }
+
+    fn rotate(&self, graph: &Graph, step: &LayerStep<'_>, heads: &Tensor) -> Tensor {
+        match &self.rope {
+            Some(rope) => graph.rope(heads, step.positions, self.rope_factors.get(rope, step.n_ctx), rope),
+            None => heads.clone(),
+        }
+    }
+
+    /// `[head size × heads, n]` → `[head size, heads, n]`; rows need not lie one behind the other.
+    fn heads(&self, graph: &Graph, rows: &Tensor) -> Tensor {
+        let [width, n, ..] = rows.shape();
+        let [element_bytes, row_bytes, ..] = rows.strides();
+        let shape = [self.head_size, width / self.head_size, n];
+        graph.view(rows, shape, [self.head_size * element_bytes, row_bytes], 0)
+    }
+}
+
+/// Divisors of RoPE's frequencies.
+#[derive(Debug, Clone, Default)]
+pub(in crate::model) struct RopeFactors {
+    /// LLaMA 3.1's.
+    always: Option<Tensor>,
+    /// LongRoPE's, for contexts within the one that the model was first trained for and for longer ones.
+    short: Option<Tensor>,
+    long: Option<Tensor>,
+}
+
+impl RopeFactors {
+    /// `rope_freqs`, or `rope_factors_short` and `rope_factors_long`, where the file has them.
+    pub fn load(b: &mut Builder<'_>) -> Result<RopeFactors, Error> {
+        let n = b.hparams.rope.n_rot / 2;
+        Ok(RopeFactors {
+            always: b.loader.optional_vector("rope_freqs.weight", n)?,
+            short: b.loader.optional_vector("rope_factors_short.weight", n)?,
+            long: b.loader.optional_vector("rope_factors_long.weight", n)?,
+        })
+    }
+
+    /// The factors for a sequence that may grow to `n_ctx` tokens.
+    fn get(&self, rope: &Rope, n_ctx: usize) -> Option<&Tensor> {
+        let by_length = if n_ctx > rope.n_ctx_orig { &self.long } else { &self.short };
+        self.always.as_ref().or(by_length.as_ref())
+    }
+}
+
+/// Queries grow with their position `p`, so that attention does not flatten in long contexts:
+/// `1 + scale·ln(1 + ⌊p / step⌋)`.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::model) struct Temperature {
+    pub scale: f32,
+    pub step: usize,
+}
+
+impl Temperature {
+    /// Positions `[n]` (i32) → factors `[1, 1, n]`.
+    fn of(self, graph: &Graph, positions: &Tensor) -> Tensor {
+        let positions = graph.cast(positions, Type::F32);
+        let step = self.step as f32;
+        // Half a position more, so that a quotient that should be whole is never rounded below it.
+        let steps = graph.floor(&graph.scale_bias(&positions, 1.0 / step, 0.5 / step));
+        let factors = graph.scale_bias(&graph.log(&graph.scale_bias(&steps, 1.0, 1.0)), self.scale, 1.0);
+        let [n, ..] = factors.shape();
+        graph.reshape(&factors, &[1, 1, n])
+    }
+}

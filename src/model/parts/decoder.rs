@@ -1,0 +1,164 @@
+use super::{Builder, Error, FeedForward, Linear, Norm, SelfAttention};
+use crate::{
+    ggml::{Graph, Tensor},
+    model::{Architecture, Attention, LayerStep},
+};
+
+/// Hidden states `[n_embd, n]` through one layer; see [`Architecture::layer`].
+pub(in crate::model) trait Layer: Send + Sync {
+    fn apply(&self, graph: &Graph, step: &LayerStep<'_>, attention: &mut dyn Attention) -> Tensor;
+}
+
+/// A whole model: embedding, layers, output.
+pub(in crate::model) struct Decoder {
+    pub table: Tensor,
+    pub layers: Vec<Box<dyn Layer>>,
+    pub output_norm: Norm,
+    pub output: Linear,
+    /// Embeddings are multiplied by this.
+    pub embedding_scale: Option<f32>,
+    /// Logits are multiplied by this.
+    pub logit_scale: Option<f32>,
+    /// `c` bends logits `x` to `c·tanh(x/c)`.
+    pub logit_softcap: Option<f32>,
+}
+
+impl Decoder {
+    /// Adds `token_embd`, `output_norm` and `output` to the layers. Without `output` the embedding serves for it.
+    pub fn load(b: &mut Builder<'_>, layers: Vec<Box<dyn Layer>>) -> Result<Decoder, Error> {
+        let n_embd = b.hparams.n_embd;
+        let output_norm = Norm::rms(b, "output_norm", n_embd)?;
+        Decoder::load_with_norm(b, layers, output_norm)
+    }
+
+    /// As [`Decoder::load`], with a norm of another kind in front of the output.
+    pub fn load_with_norm(
+        b: &mut Builder<'_>,
+        layers: Vec<Box<dyn Layer>>,
+        output_norm: Norm,
+    ) -> Result<Decoder, Error> {
+        let shape = [b.hparams.n_embd, b.hparams.n_vocab];
+        Ok(Decoder {
+            table: b.loader.table("token_embd.weight", shape)?,
+            layers,
+            output_norm,
+            output: Linear::load_output(b)?,
+            embedding_scale: None,
+            logit_scale: None,
+            logit_softcap: None,
+        })
+    }
+}
+
+impl Architecture for Decoder {
+    fn embed(&self, graph: &Graph, ids: &Tensor) -> Tensor {
+        scaled(graph, graph.get_rows(&self.table, ids), self.embedding_scale)
+    }
+
+    fn layer(&self, graph: &Graph, step: &LayerStep<'_>, attention: &mut dyn Attention) -> Tensor {
+        self.layers[step.index].apply(graph, step, attention)
+    }
+
+    fn output(&self, graph: &Graph, hidden: &Tensor) -> Tensor {
+        let logits = self.output.apply(graph, &self.output_norm.apply(graph, hidden));
+        let logits = scaled(graph, logits, self.logit_scale);
+        match self.logit_softcap {
+            Some(cap) => graph.scale(&graph.tanh(&graph.scale(&logits, 1.0 / cap)), cap),
+            None => logits,
+        }
+    }
+}
+
+/// The usual layer: attention, then feed-forward, each with a residual and with norms before it, behind it, or both.
+pub(in crate::model) struct Block {
+    pub attn_norm: Option<Norm>,
+    pub attention: SelfAttention,
+    pub attn_post_norm: Option<Norm>,
+    pub ffn_norm: Option<Norm>,
+    pub feed_forward: FeedForward,
+    pub ffn_post_norm: Option<Norm>,
+    /// What attention and feed-forward add to the residual stream is multiplied by this.
+    pub residual_scale: Option<f32>,
+}
+
+impl Block {
+    /// A layer with the norms `attn_norm` and `ffn_norm` before attention and feed-forward.
+    pub fn pre_norm(
+        b: &mut Builder<'_>,
+        layer: usize,
+        attention: SelfAttention,
+        feed_forward: impl Into<FeedForward>,
+    ) -> Result<Block, Error> {
+        Ok(Block {
+            attn_norm: Some(Norm::of_layer(b, layer, "attn_norm")?),
+            ffn_norm: Some(Norm::of_layer(b, layer, "ffn_norm")?),
+            ..Block::without_norms(attention, feed_forward)
+        })
+    }
+
+    /// A layer with the norms `post_attention_norm` and `post_ffw_norm` behind attention and feed-forward.
+    pub fn post_norm(
+        b: &mut Builder<'_>,
+        layer: usize,
+        attention: SelfAttention,
+        feed_forward: impl Into<FeedForward>,
+    ) -> Result<Block, Error> {
+        Ok(Block {
+            attn_post_norm: Some(Norm::of_layer(b, layer, "post_attention_norm")?),
+            ffn_post_norm: Some(Norm::of_layer(b, layer, "post_ffw_norm")?),
+            ..Block::without_norms(attention, feed_forward)
+        })
+    }
+
+    /// A layer with norms before attention and feed-forward and behind them.
+    pub fn sandwich(
+        b: &mut Builder<'_>,
+        layer: usize,
+        attention: SelfAttention,
+        feed_forward: impl Into<FeedForward>,
+    ) -> Result<Block, Error> {
+        Ok(Block {
+            attn_norm: Some(Norm::of_layer(b, layer, "attn_norm")?),
+            ffn_norm: Some(Norm::of_layer(b, layer, "ffn_norm")?),
+            ..Block::post_norm(b, layer, attention, feed_forward)?
+        })
+    }
+
+    pub fn without_norms(attention: SelfAttention, feed_forward: impl Into<FeedForward>) -> Block {
+        Block {
+            attn_norm: None,
+            attention,
+            attn_post_norm: None,
+            ffn_norm: None,
+            feed_forward: feed_forward.into(),
+            ffn_post_norm: None,
+            residual_scale: None,
+        }
+    }
+}
+
+impl Layer for Block {
+    fn apply(&self, graph: &Graph, step: &LayerStep<'_>, attention: &mut dyn Attention) -> Tensor {
+        let input = normed(graph, step.hidden, self.attn_norm.as_ref());
+        let attended = self.attention.apply(graph, step, &input, attention);
+        let (attended, hidden) = (step.kept(graph, &attended), step.kept(graph, step.hidden));
+        let attended = normed(graph, &attended, self.attn_post_norm.as_ref());
+        let hidden = graph.add(&scaled(graph, attended, self.residual_scale), &hidden);
+
+        let input = normed(graph, &hidden, self.ffn_norm.as_ref());
+        let output = self.feed_forward.apply(graph, &input);
+        let output = normed(graph, &output, self.ffn_post_norm.as_ref());
+        graph.add(&scaled(graph, output, self.residual_scale), &hidden)
+    }
+}
+
+fn normed(graph: &Graph, input: &Tensor, norm: Option<&Norm>) -> Tensor {
+    norm.map_or_else(|| input.clone(), |norm| norm.apply(graph, input))
+}
+
+fn scaled(graph: &Graph, input: Tensor, factor: Option<f32>) -> Tensor {
+    match factor {
+        Some(factor) => graph.scale(&input, factor),
+        None => input,
+    }
+}

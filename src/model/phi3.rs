@@ -1,0 +1,19 @@
+//! `phi3`: Phi 3, 3.5 and 4: fused projections, LongRoPE, partial RoPE in Phi 4 mini.
+
+use super::{
+    Error,
+    parts::{Block, Builder, Decoder, Gated, RopeFactors, SelfAttention},
+};
+use crate::ggml::RopeKind;
+
+/// `attention.sliding_window` is not read: files give windows that the models were not trained with (llama.cpp #13676).
+pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
+    b.hparams.rope.kind = RopeKind::Neox;
+    let rope_factors = RopeFactors::load(b)?;
+    let layers = b.layers(|b, i| {
+        let attention = SelfAttention { rope_factors: rope_factors.clone(), ..SelfAttention::load(b, i)? };
+        let feed_forward = Gated::load_fused(b, i)?;
+        Block::pre_norm(b, i, attention, feed_forward)
+    })?;
+    Decoder::load(b, layers)
+}

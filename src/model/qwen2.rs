@@ -1,0 +1,17 @@
+//! `qwen2`: Qwen 1.5 to 2.5 without experts, and models trained on from them.
+
+use super::{
+    Error,
+    parts::{Activation, Block, Builder, Decoder, Gated, SelfAttention},
+};
+use crate::ggml::RopeKind;
+
+pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
+    b.hparams.rope.kind = RopeKind::Neox;
+    let layers = b.layers(|b, i| {
+        let attention = SelfAttention::load(b, i)?;
+        let feed_forward = Gated::load(b, i, Activation::Silu)?;
+        Block::pre_norm(b, i, attention, feed_forward)
+    })?;
+    Decoder::load(b, layers)
+}

@@ -1,0 +1,30 @@
+//! What shrinking a cache costs: perplexity, divergence from the uncompressed run, and the profile of a model's layers.
+//!
+//! ```no_run
+//! use simlayer::{Model, ModelParams, Session, SessionParams, quality};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let model = Model::load("model.gguf", &ModelParams::default())?;
+//! let tokens = model.vocab().tokenize(&std::fs::read_to_string("text.txt")?, true, false)?;
+//! let params = SessionParams::default();
+//! let mut session = Session::new(&model, params.clone())?;
+//! let mut base = Session::new(&model, quality::uncompressed(&params))?;
+//!
+//! let mut tally = quality::Tally::default();
+//! let mut run = quality::Scorer::start(&mut session, &tokens[..3_256], 3_000, 1, &mut |_| {})?;
+//! let mut base = quality::Scorer::start(&mut base, &tokens[..3_256], 3_000, 1, &mut |_| {})?;
+//! tally.score(&mut run, Some(&mut base), &mut |_| {})?;
+//! let score = tally.summary();
+//! println!("perplexity {}, KL {:?}", score.perplexity, score.kl_mean);
+//! # Ok(())
+//! # }
+//! ```
+
+mod calibrate;
+mod compare;
+pub mod metrics;
+mod score;
+
+pub use calibrate::{BUILT_IN_TEXT, Excerpts, Stage, calibrate};
+pub use compare::{Compared, compare};
+pub use score::{Scorer, Summary, Tally, uncompressed};

@@ -1,0 +1,343 @@
+//! The commands that measure quality, as a user runs them: the real binary on the real model, on short texts.
+
+use std::{
+    path::Path,
+    process::{Command, Output},
+};
+
+use serde_json::Value;
+use simlayer_testkit::{Logits, RandomModel, UpstreamRef, metrics::log_softmax, smollm2_path, workspace_root};
+
+/// Runs a command on a model with one thread and gives its JSON.
+fn json_of(model: &Path, args: &[&str]) -> Value {
+    let output = run_on(model, args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    let stdout = String::from_utf8(output.stdout).expect("stdout is UTF-8");
+    assert_eq!(stdout.trim_end().lines().count(), 1, "{stdout}");
+    serde_json::from_str(&stdout).unwrap_or_else(|error| panic!("{error}: {stdout}"))
+}
+
+fn run_on(model: &Path, args: &[&str]) -> Output {
+    let (command, args) = args.split_first().expect("a command");
+    let mut program = Command::new(env!("CARGO_BIN_EXE_simlayer-run"));
+    program.arg(command).arg("-m").arg(model).args(["-t", "1"]).args(args);
+    program.output().expect("it runs")
+}
+
+fn json(args: &[&str]) -> Value {
+    json_of(&smollm2_path(), args)
+}
+
+/// What a failed run says.
+fn failure(model: &Path, args: &[&str]) -> String {
+    let output = run_on(model, args);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.stdout.is_empty());
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn number(json: &Value, key: &str) -> f64 {
+    json[key].as_f64().unwrap_or_else(|| panic!("{key} is no number in {json}"))
+}
+
+fn story() -> String {
+    workspace_root().join("xtask/demo/story.txt").to_string_lossy().into_owned()
+}
+
+#[test]
+fn nothing_diverges_with_everything_off() {
+    let score =
+        json(&["perplexity", "-f", &story(), "--skip", "96", "--score", "32", "--lazy", "off", "--kl", "--json"]);
+    assert_eq!(number(&score, "tokens_scored"), 32.0);
+    assert!(number(&score, "kl_mean").abs() < 1e-6, "{score}");
+    assert_eq!(number(&score, "same_top"), 1.0);
+    assert_eq!(number(&score, "perplexity"), number(&score, "base_perplexity"));
+    assert!((number(&score, "nll").exp() - number(&score, "perplexity")).abs() < 1e-9);
+}
+
+#[test]
+fn laziness_is_seen() {
+    let arguments = ["perplexity", "-f", &story(), "--skip", "192", "--score", "32", "--kl", "--json"];
+    let score = json(&[&arguments[..], &["--lazy", "layers:0-29", "--lazy-window", "64"]].concat());
+    assert!(number(&score, "kl_mean") > 1e-3, "{score}");
+    assert!(number(&score, "same_top") < 1.0, "{score}");
+    assert_eq!(score["lazy_layers"].as_array().map(Vec::len), Some(30));
+    assert_eq!(score["kv"]["lazy_layers"], 30);
+}
+
+/// llama-perplexity's own sum: chunks of `n_ctx` tokens with fresh contexts, of which the second half is scored.
+#[test]
+fn perplexity_is_that_of_llama_perplexity() {
+    let (n_ctx, n_chunks) = (128, 2);
+    let text = std::fs::read_to_string(story()).expect("the story");
+    let upstream = UpstreamRef::new().with_options(&["-t", "1"]);
+    let tokens =
+        UpstreamRef::new().tokenize(&smollm2_path(), &[text.trim_end_matches('\n').as_bytes()], true, false).remove(0);
+    // This model wants no token at the beginning, so that chunks are taken as they are.
+    let chunks: Vec<Vec<i32>> = tokens.chunks_exact(n_ctx).take(n_chunks).map(<[i32]>::to_vec).collect();
+    let first = n_ctx / 2 + 1;
+    let perplexity = |rows: &[Vec<f32>], rows_before_first: usize| {
+        let rows = rows.chunks_exact(rows.len() / n_chunks);
+        let nlls = chunks.iter().zip(rows).flat_map(|(chunk, rows)| {
+            let rows = &rows[rows_before_first..];
+            chunk[first..].iter().zip(rows).map(|(&token, row)| -log_softmax(row)[token as usize]).collect::<Vec<_>>()
+        });
+        let nlls: Vec<f64> = nlls.collect();
+        (nlls.iter().sum::<f64>() / nlls.len() as f64).exp()
+    };
+    // As llama-perplexity feeds a chunk: all at once.
+    let at_once = upstream.logits(&smollm2_path(), Logits { prompts: &chunks, all: true, decode: None });
+    let at_once = perplexity(&at_once, first - 1);
+    // As decoding does.
+    let prompts: Vec<Vec<i32>> = chunks.iter().map(|chunk| chunk[..first].to_vec()).collect();
+    let decoded: Vec<Vec<i32>> = chunks.iter().map(|chunk| chunk[first..n_ctx - 1].to_vec()).collect();
+    let decoded = upstream.logits(&smollm2_path(), Logits { prompts: &prompts, all: false, decode: Some(&decoded) });
+    let decoded = perplexity(&decoded, 0);
+
+    let (skip, score) = (first.to_string(), (n_ctx - first).to_string());
+    let arguments = ["perplexity", "-f", &story(), "--skip", &skip, "--score", &score, "--chunks", "2", "--json"];
+    let ours = json(&[&arguments[..], &["--lazy", "off"]].concat());
+    assert_eq!(number(&ours, "tokens_scored") as usize, n_chunks * (n_ctx - first));
+    let ours = number(&ours, "perplexity");
+    println!("{ours:.6}; llama.cpp {decoded:.6} token by token, {at_once:.6} at once");
+    assert!((ours / decoded - 1.0).abs() < 1e-6, "{ours} against {decoded}");
+    // The size of a batch changes the rounding of quantised activations, in llama.cpp as here.
+    assert!((ours / at_once - 1.0).abs() < 5e-3, "{ours} against {at_once}");
+}
+
+#[test]
+fn too_short_a_text_is_refused() {
+    let message = failure(&smollm2_path(), &["perplexity", "-f", &story(), "--skip", "9000", "--score", "10"]);
+    assert!(message.contains("too few to skip 9000"), "{message}");
+}
+
+/// A random model of some layers, in a folder of its own.
+fn random_model(folder: &Path, seed: u64) -> std::path::PathBuf {
+    let path = folder.join(format!("random-{seed}.gguf"));
+    RandomModel { seed, n_layer: 6, n_embd: 64, n_head: 2, n_head_kv: 1, n_ff: 64, ..RandomModel::default() }
+        .write(&path);
+    path
+}
+
+/// A run is compared with one of its own: the copy of the uncompressed run's cache gives the same.
+#[test]
+fn comparing_is_running_each_rule() {
+    let rules = ["off", "budget:0.5", "threshold:0.7", "layers:0-29"];
+    let common = ["-f", &story(), "--skip", "160", "--score", "24", "--lazy-window", "64", "--json"];
+    let compare: Vec<&str> = rules.iter().flat_map(|rule| ["--compare", rule]).collect();
+    let compared = json(&[&["perplexity"], &common[..], &compare].concat());
+    for (run, rule) in compared["runs"].as_array().expect("runs").iter().zip(rules) {
+        let alone = json(&[&["perplexity", "--lazy", rule, "--kl"], &common[..]].concat());
+        assert_eq!(run["lazy_layers"], alone["lazy_layers"], "{rule}");
+        for key in ["tokens_scored", "perplexity", "kl_mean", "same_top"] {
+            assert_eq!(number(run, key), number(&alone, key), "{rule}: {key}");
+        }
+        assert_eq!(run["kv_bytes"], alone["kv"]["allocated_bytes"], "{rule}");
+        let lazy = run["lazy_layers"].as_array().map(Vec::len);
+        assert_eq!(lazy == Some(0), rule == "off", "{rule} makes {lazy:?} layers lazy");
+    }
+}
+
+const CALIBRATE: [&str; 8] = ["--skip", "200", "--score", "40", "--chunks", "2", "--lazy-window", "64"];
+
+#[test]
+fn a_calibrated_profile_is_used() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let model = random_model(folder.path(), 1);
+    let story_path = story();
+    let calibrate = [&["calibrate", "-f", &story_path, "--json"], &CALIBRATE[..]].concat();
+    let mut first = json_of(&model, &calibrate);
+    let mut again = json_of(&model, &calibrate);
+    for json in [&mut first, &mut again] {
+        assert!(json["timings"]["calibrate_ms"].as_f64().is_some_and(|time| time > 0.0));
+        json.as_object_mut().expect("an object").remove("timings");
+    }
+    assert_eq!(first, again, "the same text gives the same profile");
+
+    let layers = first["layers"].as_array().expect("layers");
+    assert_eq!(layers.len(), 6);
+    for layer in layers {
+        assert!(number(layer, "harm_kl") > 0.0, "{layer}");
+        assert!((0.0..=1.0).contains(&number(layer, "mass")), "{layer}");
+    }
+    let order: Vec<u64> = serde_json::from_value(first["order"].clone()).expect("an order");
+    let mut sorted = order.clone();
+    sorted.sort_unstable();
+    assert_eq!(sorted, [0, 1, 2, 3, 4, 5]);
+    // The least harmful half comes by the harm of single layers.
+    let harm = |layer: u64| number(&layers[layer as usize], "harm_kl");
+    assert!(harm(order[0]) <= harm(order[1]) && harm(order[1]) <= harm(order[2]), "{order:?}");
+    let cuts = first["cuts"].as_array().expect("cuts");
+    let last = cuts.last().expect("a cut");
+    assert_eq!(last["lazy"], 6);
+    assert!(cuts.iter().all(|cut| number(cut, "kl_mean") > 0.0 && number(cut, "compression") >= 1.0));
+    assert!(number(last, "compression") > number(&cuts[0], "compression"));
+
+    // `profile`, and `auto` where the profile lies beside the model, make the beginning of the order lazy.
+    let lazy = |options: &[&str]| {
+        let arguments =
+            ["perplexity", "-f", &story(), "--skip", "200", "--score", "8", "--lazy-window", "64", "--json"];
+        let run = json_of(&model, &[&arguments[..], options].concat());
+        serde_json::from_value::<Vec<u64>>(run["lazy_layers"].clone()).expect("layers")
+    };
+    let beginning = |n: usize| {
+        let mut layers = order[..n].to_vec();
+        layers.sort_unstable();
+        layers
+    };
+    assert_eq!(lazy(&[]), beginning(3));
+    assert_eq!(lazy(&["--lazy", "profile"]), beginning(3));
+    assert_eq!(lazy(&["--lazy", "profile:0.67"]), beginning(4));
+    let most = (number(last, "kl_mean") * 2.0).to_string();
+    assert_eq!(lazy(&["--lazy", &format!("profile:kl={most}")]), beginning(6));
+    assert_eq!(lazy(&["--lazy", "profile:kl=1e-12"]), beginning(0));
+
+    // A profile of another model is refused, and so is a file that is none.
+    let other = random_model(folder.path(), 2);
+    let profile = folder.path().join("random-1.simlayer.toml").to_string_lossy().into_owned();
+    let message = failure(&other, &["perplexity", "-f", &story(), "--lazy-profile", &profile]);
+    assert!(message.contains(&profile) && message.contains("another model"), "{message}");
+    std::fs::write(&profile, "version = 1\n").expect("written");
+    let message = failure(&model, &["perplexity", "-f", &story()]);
+    assert!(message.contains(&profile) && message.contains("is no profile"), "{message}");
+}
+
+#[test]
+fn a_prompt_that_fits_the_window_cannot_be_calibrated_on() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let model = random_model(folder.path(), 1);
+    let message =
+        failure(&model, &["calibrate", "-f", &story(), "--skip", "60", "--score", "20", "--lazy-window", "64"]);
+    assert!(message.contains("would drop nothing"), "{message}");
+}
+
+/// The numbers that a picture shows, as text.
+fn texts_of_svg(path: &Path) -> Vec<String> {
+    let svg = std::fs::read_to_string(path).expect("a picture");
+    assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"), "{}", &svg[..60]);
+    let texts = svg.split("<text").skip(1).map(|text| {
+        let start = text.find('>').expect("a tag's end") + 1;
+        let end = text.find("</text>").expect("the end of a text");
+        text[start..end].trim().to_owned()
+    });
+    texts.collect()
+}
+
+fn check_png(path: &Path) {
+    let bytes = std::fs::read(path).expect("a picture");
+    assert_eq!(&bytes[..8], b"\x89PNG\r\n\x1a\n");
+    let size = |at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
+    assert_eq!(size(16), 1000, "pixels across");
+    assert!(bytes.len() > 4_000, "an empty picture");
+}
+
+#[test]
+fn inspect_scores_the_layers_and_draws_them() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let model = random_model(folder.path(), 1);
+    let (svg, png) = (folder.path().join("scores.svg"), folder.path().join("scores.png"));
+    let common = ["inspect", "-f", &story(), "--lazy-window", "64", "-c", "30000", "--json"];
+    for (rule, plot, n_lazy) in
+        [("budget:0.5", &svg, Some(3)), ("threshold:0.02", &png, None), ("layers:1,4", &svg, Some(2))]
+    {
+        let json = json_of(&model, &[&common[..], &["--lazy", rule, "--plot", plot.to_str().expect("UTF-8")]].concat());
+        let layers = json["layers"].as_array().expect("layers");
+        assert_eq!(layers.len(), 6);
+        let lazy = layers.iter().filter(|layer| layer["lazy"] == true).count();
+        assert_eq!(json["kv"]["lazy_layers"], lazy);
+        if let Some(n) = n_lazy {
+            assert_eq!(lazy, n, "{rule}");
+        }
+        for (index, layer) in layers.iter().enumerate() {
+            assert_eq!(layer["index"], index);
+            assert_eq!(layer["kind"], if layer["lazy"] == true { "lazy" } else { "full" });
+            assert!((0.0..=1.0).contains(&number(layer, "score")));
+            if rule.starts_with("threshold") {
+                assert_eq!(layer["lazy"] == true, number(layer, "score") > 0.02);
+            }
+        }
+        let bytes: f64 = layers.iter().map(|layer| number(layer, "kv_bytes")).sum();
+        assert_eq!(bytes, number(&json["kv"], "allocated_bytes"));
+        if *plot == svg {
+            let texts = texts_of_svg(&svg);
+            for layer in layers {
+                let score = format!("{:.2}", number(layer, "score"));
+                assert!(texts.contains(&score), "{score} is not in {texts:?}");
+            }
+        } else {
+            check_png(plot);
+        }
+    }
+    let message = failure(&model, &["inspect", "-f", "no/such/file"]);
+    assert!(message.contains("no/such/file"));
+}
+
+#[test]
+fn comparisons_are_drawn() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let model = random_model(folder.path(), 1);
+    let common = ["perplexity", "-f", &story(), "--skip", "200", "--score", "8", "--lazy-window", "64", "--json"];
+    for (name, rules) in [("a.svg", ["threshold:0.1", "threshold:0.9"]), ("b.png", ["budget:0.2", "threshold:0.9"])] {
+        let path = folder.path().join(name);
+        let rules = ["--compare", rules[0], "--compare", rules[1], "--plot", path.to_str().expect("UTF-8")];
+        json_of(&model, &[&common[..], &rules].concat());
+        if name.ends_with("svg") {
+            let texts = texts_of_svg(&path);
+            for axis in ["threshold τ", "KV cache, MiB", "perplexity"] {
+                assert!(texts.iter().any(|text| text == axis), "{axis} is not in {texts:?}");
+            }
+        } else {
+            check_png(&path);
+        }
+    }
+}
+
+#[test]
+fn needles_are_the_same_for_the_same_seed() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let svg = folder.path().join("needles.svg");
+    let run = |seed: &str| {
+        let arguments = ["--lengths", "700", "--depths", "0,100", "--trials", "2", "--lazy-window", "128", "--json"];
+        let own = ["--lazy", "budget:0.5", "--compare", "-s", seed, "--plot", svg.to_str().expect("UTF-8")];
+        json(&[&["passkey"], &arguments[..], &own].concat())
+    };
+    let first = run("7");
+    assert_eq!(first, run("7"));
+    assert_ne!(first["runs"], run("8")["runs"]);
+
+    let first = run("7");
+    let runs = first["runs"].as_array().expect("runs");
+    let names: Vec<&str> = runs.iter().filter_map(|run| run["name"].as_str()).collect();
+    assert_eq!(names, ["full", "lazy", "StreamingLLM", "all q4_0"]);
+    assert_eq!(first["cells"], runs[1]["cells"]);
+    assert_eq!(first["accuracy"], runs[1]["accuracy"]);
+    let texts = texts_of_svg(&svg);
+    for run in runs {
+        let cells = run["cells"].as_array().expect("cells");
+        assert_eq!(cells.len(), 2);
+        for (cell, depth) in cells.iter().zip([0.0, 100.0]) {
+            assert_eq!((number(cell, "length"), number(cell, "depth")), (700.0, depth));
+            assert_eq!(number(cell, "trials"), 2.0);
+            assert!(number(cell, "correct") <= 2.0 && number(cell, "log_prob") < 0.0);
+            for shown in [number(cell, "correct") / 2.0, number(cell, "log_prob").exp()] {
+                let shown = format!("{shown:.2}");
+                assert!(texts.contains(&shown), "{shown} is not in {texts:?}");
+            }
+        }
+    }
+    // What is out of every layer's sight is lost; the full cache finds it, or at least rather.
+    let log_prob = |run: usize, cell: usize| number(&runs[run]["cells"][cell], "log_prob");
+    assert!(log_prob(0, 0) > log_prob(2, 0) + 0.5, "{first}");
+    // The smaller caches are smaller.
+    let bytes = |run: usize| number(&runs[run], "kv_bytes");
+    assert!(bytes(0) > bytes(1) && bytes(1) > bytes(2) && bytes(0) > 3.0 * bytes(3), "{first}");
+}
+
+#[test]
+fn a_single_needle_is_asked_for_in_a_text_of_its_own() {
+    let arguments = ["--lengths", "300", "--depths", "50", "--trials", "2", "--variant", "single", "--json"];
+    let ran = json(&[&["passkey", "--lazy", "off"], &arguments[..]].concat());
+    assert_eq!((number(&ran["cells"][0], "trials"), ran["runs"].as_array().map(Vec::len)), (2.0, Some(1)));
+    assert_eq!(ran["variant"], "single");
+}
