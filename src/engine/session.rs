@@ -43,8 +43,8 @@ pub struct SessionParams {
     pub lazy_type_v: Option<Type>,
     /// Attention in one operation, without the matrix of all weights.
     pub flash_attn: bool,
-    /// Compute it with this crate's own kernel, which sums in f32 and is faster over long and quantised caches. Off:
-    /// with ggml's, whose logits are llama.cpp's bit for bit.
+    /// Compute attention, and products of quantised weights with a few tokens, with this crate's own kernels, which are
+    /// faster. Off (or without flash attention): with ggml's, whose logits are llama.cpp's bit for bit.
     pub fused_attention: bool,
     /// When keys and values are rotated.
     pub kv_rotate: KvRotate,

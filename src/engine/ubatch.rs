@@ -2,7 +2,7 @@
 
 use super::{
     Error,
-    attention::{CacheAttention, Score, rows_read},
+    attention::{CacheAttention, Kernel, Score, rows_read},
     inputs::{Inputs, Part},
     sequence::LayerCache,
     session::{BatchEntry, Outputs, Session, compute},
@@ -119,7 +119,8 @@ impl Session {
         }
         let hparams = self.model.hparams();
         let architecture = self.model.architecture();
-        let graph = Graph::new(self.scheduler.max_nodes());
+        let mut graph = Graph::new(self.scheduler.max_nodes());
+        graph.use_own_kernels(self.kernel() == Kernel::Fused);
         let mut inputs = Inputs::default();
         let n_tokens = parts.iter().map(|part| part.n).sum();
         let ids = inputs.tokens(&graph, n_tokens);

@@ -15,6 +15,7 @@ mod context;
 mod device;
 mod graph;
 mod llama;
+mod matvec;
 mod memory;
 mod mmap;
 mod scheduler;
