@@ -65,9 +65,17 @@ fn check_scores(model: &Model, path: &Path, tokens: &[Token]) {
     }
 }
 
+/// With f32 weights: one query's score differs by up to 0.009 between two ways of summing with the quantised ones.
 #[test]
-#[ignore = "fails: with flash attention, one query and window 1024, layer 15 scores 0.7075 against 0.7007"]
 fn scores_are_the_attention_mass_that_upstream_gives() {
+    let path = smollm2_f32_path();
+    let model = load(&path);
+    check_scores(&model, &path, &story(&model, 3_000));
+}
+
+#[test]
+#[ignore = "fails with quantised weights: our attention kernel, window 1024, one query, layer 17: 0.7322 against 0.7409"]
+fn scores_with_quantised_weights_are_upstreams() {
     let model = smollm2();
     check_scores(&model, &smollm2_path(), &story(&model, 3_000));
 }
