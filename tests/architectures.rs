@@ -65,18 +65,29 @@ fn check(models: impl IntoIterator<Item = RandomDecoder>) {
     }
 }
 
-/// Prompts of three lengths and tokens decoded after each, nothing lazy: with flash attention and without; in one ubatch
-/// and in several, over which the rings of layers with windows wrap.
+/// Prompts of three lengths and tokens decoded after each, nothing lazy: with ggml's flash attention, with our own kernel
+/// and without either; in one ubatch and in several, over which the rings of layers with windows wrap.
+///
+/// Our kernel sums in f32, as upstream does without flash attention; with it upstream rounds queries and sums to f16.
 fn has_upstreams_logits(name: &str, Written { path, tokens, model, .. }: &Written) {
     let prompts: Vec<Vec<Token>> = [1, 40, 300].map(|n| tokens[tokens.len() - n - 20..][..n].to_vec()).into();
     let decoded: Vec<Vec<Token>> = prompts.iter().map(|_| tokens[tokens.len() - 20..].to_vec()).collect();
-    for (flash_attn, n_ubatch, layer_major) in [(true, 512, true), (false, 64, true), (false, 64, false)] {
-        let run = format!("{name}: flash attention {flash_attn}, ubatch {n_ubatch}, layer-major {layer_major}");
+    let runs = [
+        ("ggml's flash attention", true, 512, true),
+        ("our kernel", false, 512, true),
+        ("our kernel", false, 64, false),
+        ("no flash attention", false, 64, true),
+        ("no flash attention", false, 64, false),
+    ];
+    for (kernel, flash_attn, n_ubatch, layer_major) in runs {
+        let run = format!("{name}: {kernel}, ubatch {n_ubatch}, layer-major {layer_major}");
         let theirs = upstream()
             .with_options(&["-fa", if flash_attn { "on" } else { "off" }, "-ub", &n_ubatch.to_string()])
             .logits(path, Logits { prompts: &prompts, all: false, decode: Some(&decoded) });
         let mut params = in_one_thread(plain());
-        (params.flash_attn, params.n_ubatch, params.layer_major) = (flash_attn, n_ubatch, layer_major);
+        params.flash_attn = kernel != "no flash attention";
+        params.fused_attention = kernel == "our kernel";
+        (params.n_ubatch, params.layer_major) = (n_ubatch, layer_major);
         let ours = |(prompt, decoded): (&Vec<Token>, &Vec<Token>)| logits(model, &params, prompt, decoded);
         let ours: Vec<Vec<f32>> = prompts.iter().zip(&decoded).flat_map(ours).collect();
         let kl = mean_kl(&theirs, &ours);
