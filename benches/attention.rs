@@ -41,7 +41,7 @@ impl Layers {
                 let segment = KvSegment { k: &k, v: &v, mask: Some(&mask) };
                 graph.fused_attention(&queries, &[segment], &FusedAttention { scale, soft_cap: None, sinks: None })
             } else {
-                graph.flash_attn(&queries, &k, &v, &mask, scale)
+                graph.flash_attn(&queries, &k, &v, &mask, scale, 0.0, None)
             };
             graph.expand(&node);
         }
