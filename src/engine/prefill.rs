@@ -9,7 +9,7 @@ use super::{
     attention::{CacheAttention, Kernel, Score},
     inputs::{Inputs, Part},
     sequence::{LayerCache, Sequence},
-    session::{BatchEntry, Outputs, Session, piece_ends, single_part},
+    session::{BatchEntry, Outputs, Session, compute, piece_ends, single_part},
 };
 use crate::{
     cache::{Format, Lease},
@@ -157,7 +157,7 @@ impl Session {
             }
             self.scheduler.alloc(&graph)?;
             inputs.fill(&parts, &entry.tokens[piece.clone()], &outputs);
-            self.scheduler.compute(&graph)?;
+            compute(&mut self.scheduler, &graph, &scores, &mut self.score_time)?;
             score = scores.first().map(Score::mean).or(score);
             progress(piece.end as f32 / n_tokens as f32);
         }
@@ -219,6 +219,8 @@ impl Session {
                 self.embeddings.extend(embeddings.to_f32());
             }
         }
+        // The last graph would keep the hidden states.
+        self.scheduler.release();
         Ok(())
     }
 }

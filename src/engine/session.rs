@@ -2,18 +2,19 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     sync::{Arc, atomic::AtomicBool},
+    time::Duration,
 };
 
 use super::{
     Error,
-    attention::Kernel,
+    attention::{Kernel, SCORE_NAME, Score},
     inputs::Part,
     sequence::{LayerCache, LayerReport, Sequence, StoreMaker},
     ubatch::CachedGraph,
 };
 use crate::{
     cache::{Format, KvReport, KvRotate, Meter, Rotations, Span},
-    ggml::{self, BufferType, Device, Scheduler, Type},
+    ggml::{self, BufferType, Device, Graph, Scheduler, Type},
     lazy::{At, LazyParams, Policy, Selector, default_threshold},
     model::{Hparams, Model},
     vocab::Token,
@@ -114,6 +115,8 @@ pub struct Session {
     pub(super) active_format: Format,
     pub(super) lazy_format: Format,
     threshold: f32,
+    /// Time that scores took, where it is measured.
+    pub(super) score_time: Option<Duration>,
 }
 
 impl Session {
@@ -149,6 +152,7 @@ impl Session {
             active_format: Format::new(params.type_k, params.type_v, params.kv_rotate),
             lazy_format: lazy_format(&params, hparams.head_size),
             threshold: default_threshold(&hparams.architecture, model.name(), hparams.rope.freq_base),
+            score_time: None,
             model: model.clone(),
             params,
             scheduler,
@@ -159,6 +163,17 @@ impl Session {
             wants_embeddings: false,
             decode_graph: None,
         })
+    }
+
+    /// Measures from now on how long it takes to score layers, for [`Session::score_time`]. Graphs that score run a
+    /// little slower so.
+    pub fn time_scores(&mut self) {
+        self.score_time = Some(Duration::ZERO);
+    }
+
+    /// How long scoring took since [`Session::time_scores`]; `None` without it.
+    pub fn score_time(&self) -> Option<Duration> {
+        self.score_time
     }
 
     pub(super) fn kernel(&self) -> Kernel {
@@ -326,6 +341,7 @@ impl Session {
     pub fn clear(&mut self) {
         self.sequences.clear();
         self.decode_graph = None;
+        self.scheduler.release();
         ggml::release_free_memory();
     }
 
@@ -333,6 +349,7 @@ impl Session {
     pub fn seq_clear(&mut self, seq: SeqId) {
         self.sequences.remove(&seq);
         self.decode_graph = None;
+        self.scheduler.release();
     }
 
     /// Keeps the first `n` tokens of sequence 0. False, with nothing changed, when a layer has dropped tokens that they
@@ -511,6 +528,20 @@ pub(super) fn piece_ends(n: usize, n_ubatch: usize, n_last: usize) -> Vec<usize>
     }
     ends.push(n);
     ends
+}
+
+/// Computes a graph that was given memory. Where time is measured, that of its scores is added.
+pub(super) fn compute(
+    scheduler: &mut Scheduler,
+    graph: &Graph,
+    scores: &[Score],
+    time: &mut Option<Duration>,
+) -> Result<(), Error> {
+    match time {
+        Some(total) if !scores.is_empty() => *total += scheduler.compute_timed(graph, SCORE_NAME)?,
+        _ => scheduler.compute(graph)?,
+    }
+    Ok(())
 }
 
 /// Parts of a ubatch for one sequence alone.

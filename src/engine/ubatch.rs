@@ -5,7 +5,7 @@ use super::{
     attention::{CacheAttention, Kernel, Score, rows_read},
     inputs::{Inputs, Part},
     sequence::LayerCache,
-    session::{BatchEntry, Outputs, Session},
+    session::{BatchEntry, Outputs, Session, compute},
 };
 use crate::{
     ggml::{Graph, Tensor},
@@ -64,7 +64,7 @@ impl Session {
 
         let mut ready = self.graph_for(batch, &parts, outputs.len())?;
         ready.inputs.fill(&parts, &tokens, &outputs);
-        self.scheduler.compute(&ready.graph)?;
+        compute(&mut self.scheduler, &ready.graph, &ready.scores, &mut self.score_time)?;
         if let Some(logits) = &ready.logits {
             let start = self.logits.len();
             self.logits.resize(start + outputs.len() * self.model.hparams().n_vocab, 0.0);

@@ -106,6 +106,15 @@ impl Graph {
         tensor
     }
 
+    /// Names the nodes that were added since there were `first` of them, for [`super::Scheduler::compute_timed`].
+    pub fn name_nodes_from(&self, first: usize, name: &std::ffi::CStr) {
+        for index in first..self.n_nodes() {
+            // SAFETY: the graph is alive and the index below its number of nodes; ggml copies the name, cut to its
+            // limit.
+            unsafe { sys::ggml_set_name(sys::ggml_graph_node(self.raw(), index as i32), name.as_ptr()) };
+        }
+    }
+
     /// Makes the graph compute `tensor` and all it depends on, after what was added before.
     pub fn expand(&self, tensor: &Tensor) {
         self.context.uses(tensor);

@@ -1,7 +1,7 @@
 //! `gemma2`: soft-capped attention and logits, and a window in every other layer.
 
 use super::{
-    Error,
+    Error, Hparams,
     parts::{Activation, Block, Builder, Decoder, Gated, SelfAttention},
 };
 use crate::ggml::{Rope, RopeKind};
@@ -19,12 +19,10 @@ pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
     let freq_base = b.keys.optional_f32("rope.freq_base_swa")?.unwrap_or(b.hparams.rope.freq_base);
 
     let layers = b.layers(|b, i| {
-        let mut attention = SelfAttention { softcap, ..SelfAttention::load(b, i)? };
+        let scale = attention_scale(b, LAYERS_27B);
+        let mut attention = SelfAttention { softcap, ..SelfAttention::load(b, i)?.with_scaled_queries(scale) };
         if b.hparams.windows[i].is_some() {
             attention.rope = Some(Rope { freq_base, ..b.hparams.rope.clone() });
-        }
-        if n_layer == LAYERS_27B {
-            attention.scale = scale_by_width(b);
         }
         let feed_forward = Gated::load(b, i, Activation::Gelu)?;
         Block::sandwich(b, i, attention, feed_forward)
@@ -33,7 +31,9 @@ pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
     Ok(Decoder { embedding_scale, logit_softcap, ..Decoder::load(b, layers)? })
 }
 
-/// The scale of the largest Gemmas: by their width over their heads, not by the size of a head.
-pub(super) fn scale_by_width(b: &Builder<'_>) -> f32 {
-    1.0 / ((b.hparams.n_embd / b.hparams.n_head) as f32).sqrt()
+/// The scale by the size of a head; in the largest Gemma, told by its layers, by its width over its heads.
+pub(super) fn attention_scale(b: &Builder<'_>, layers_27b: usize) -> f32 {
+    let Hparams { n_layer, n_embd, n_head, head_size, .. } = b.hparams;
+    let size = if n_layer == layers_27b { n_embd / n_head } else { head_size };
+    1.0 / (size as f32).sqrt()
 }

@@ -2,7 +2,7 @@
 
 use super::{
     Error,
-    gemma2::scale_by_width,
+    gemma2::attention_scale,
     parts::{Activation, Block, Builder, Decoder, Gated, SelfAttention},
 };
 use crate::ggml::{Rope, RopeKind};
@@ -20,13 +20,11 @@ pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
     let freq_base = b.keys.optional_f32("rope.freq_base_swa")?.unwrap_or(10_000.0);
 
     let layers = b.layers(|b, i| {
-        let mut attention = SelfAttention::load(b, i)?.with_head_norms(b, i)?;
+        let scale = attention_scale(b, LAYERS_27B);
+        let mut attention = SelfAttention::load(b, i)?.with_head_norms(b, i)?.with_scaled_queries(scale);
         if b.hparams.windows[i].is_some() {
             // The scaling of longer contexts is the global layers' alone.
             attention.rope = Some(Rope { freq_base, freq_scale: 1.0, ..b.hparams.rope.clone() });
-        }
-        if n_layer == LAYERS_27B {
-            attention.scale = scale_by_width(b);
         }
         let feed_forward = Gated::load(b, i, Activation::Gelu)?;
         Block::sandwich(b, i, attention, feed_forward)

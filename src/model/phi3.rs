@@ -11,7 +11,9 @@ pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
     b.hparams.rope.kind = RopeKind::Neox;
     let rope_factors = RopeFactors::load(b)?;
     let layers = b.layers(|b, i| {
-        let attention = SelfAttention { rope_factors: rope_factors.clone(), ..SelfAttention::load(b, i)? };
+        let loaded = SelfAttention::load(b, i)?;
+        let scale = loaded.scale;
+        let attention = SelfAttention { rope_factors: rope_factors.clone(), ..loaded.with_scaled_queries(scale) };
         let feed_forward = Gated::load_fused(b, i)?;
         Block::pre_norm(b, i, attention, feed_forward)
     })?;

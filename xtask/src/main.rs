@@ -5,6 +5,7 @@ mod demo;
 mod dist;
 mod fuzz;
 mod prepare;
+mod quality;
 mod rss;
 mod sh;
 mod test;
@@ -36,6 +37,8 @@ enum Command {
     Rss(rss::Args),
     /// Make dist/: a drop-in libllama.so.0 for llama.cpp's frontends, with headers.
     Dist(dist::Args),
+    /// What lazy layers cost on texts of different kinds.
+    Quality(quality::Args),
     /// Run the fuzz target.
     Fuzz(fuzz::Args),
 }
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Command::Compare(args) => compare::run(&args),
         Command::Rss(args) => rss::run(&args),
         Command::Dist(args) => dist::run(&args),
+        Command::Quality(args) => quality::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
     };
     match result {

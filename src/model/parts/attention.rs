@@ -16,7 +16,10 @@ pub(in crate::model) struct SelfAttention {
     pub rope: Option<Rope>,
     pub rope_factors: RopeFactors,
     pub temperature: Option<Temperature>,
+    /// Products of queries and keys are multiplied by this.
     pub scale: f32,
+    /// Queries are multiplied by this before they are rounded for the product.
+    pub query_scale: Option<f32>,
     pub softcap: Option<f32>,
     pub sinks: Option<Tensor>,
     pub output: Linear,
@@ -52,6 +55,7 @@ impl SelfAttention {
             rope_factors: RopeFactors::default(),
             temperature: None,
             scale: 1.0 / (head_size as f32).sqrt(),
+            query_scale: None,
             softcap: None,
             sinks: None,
             output: Linear::load(b, &name("output"), [q_width, n_embd])?,
@@ -65,6 +69,12 @@ impl SelfAttention {
         Ok(self)
     }
 
+    /// Multiplies the queries in place of the products, as llama.cpp does for some architectures: the result is the
+    /// same but for rounding.
+    pub fn with_scaled_queries(self, factor: f32) -> SelfAttention {
+        SelfAttention { scale: 1.0, query_scale: Some(factor), ..self }
+    }
+
     /// `input` `[n_embd, n]` → `[n_embd, n]`.
     pub fn apply(&self, graph: &Graph, step: &LayerStep<'_>, input: &Tensor, attention: &mut dyn Attention) -> Tensor {
         let [q, k, v] = self.project(graph, input);
@@ -74,6 +84,7 @@ impl SelfAttention {
             Some(temperature) => graph.mul(&q, &temperature.of(graph, step.positions)),
             None => q,
         };
+        let q = self.query_scale.map_or_else(|| q.clone(), |factor| graph.scale(&q, factor));
         let v = self.heads(graph, &v);
         let [q, k, v] = [q, k, v].map(|heads| graph.contiguous_if_needed(&heads));
         let options = AttentionOptions { scale: self.scale, softcap: self.softcap, sinks: self.sinks.as_ref() };

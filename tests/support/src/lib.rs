@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod decoder;
 pub mod gguf;
 pub mod metrics;
 mod model;
@@ -12,12 +13,14 @@ mod quantize;
 mod rng;
 mod upstream;
 mod vocab;
+mod weights;
 
 use std::path::{Path, PathBuf};
 
 /// An allocator that knows the most that was allocated at once.
 pub use peak_alloc::PeakAlloc;
 
+pub use decoder::{RandomDecoder, Shape};
 pub use model::{RandomModel, RopeScaling};
 pub use quantize::{WeightType, dequantize, quantize};
 pub use rng::Rng;

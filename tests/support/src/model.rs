@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::{Rng, Vocabulary, WeightType, gguf::GgufFile, quantize};
+use crate::{Rng, Vocabulary, WeightType, gguf::GgufFile, weights::Weights};
 
 /// How a model stretches RoPE.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -115,7 +115,8 @@ impl RandomModel {
     pub fn gguf(&self) -> GgufFile {
         let mut file = GgufFile::new();
         let n_vocab = self.add_metadata(&mut file);
-        Weights { model: self, rng: Rng::new(self.seed), file: &mut file }.add_all(n_vocab);
+        let weights = Weights { weight_type: self.weight_type, rng: Rng::new(self.seed), file: &mut file };
+        self.add_weights(weights, n_vocab);
         file
     }
 
@@ -166,83 +167,53 @@ impl RandomModel {
     }
 }
 
-/// Adds tensors whose sizes keep the network alive: activations of about 1 behind every norm, attention that is
-/// neither uniform nor one-hot, logits that vary by about 2.5.
-struct Weights<'a> {
-    model: &'a RandomModel,
-    rng: Rng,
-    file: &'a mut GgufFile,
-}
-
-impl Weights<'_> {
-    fn add_all(mut self, n_vocab: usize) {
-        let RandomModel { n_layer, n_embd, n_head, n_head_kv, head_size, n_ff, .. } = *self.model;
+impl RandomModel {
+    /// Adds tensors whose sizes keep the network alive: activations of about 1 behind every norm, attention that is
+    /// neither uniform nor one-hot, logits that vary by about 2.5.
+    fn add_weights(&self, mut weights: Weights<'_>, n_vocab: usize) {
+        let RandomModel { n_layer, n_embd, n_head, n_head_kv, head_size, n_ff, .. } = *self;
         let (n_q, n_kv) = (n_head * head_size, n_head_kv * head_size);
         // The embedding's rows give logits of deviation 2.5 where they serve as output. What the layers add to the
         // residual stream is of the embedding's size, or larger when it is the output too: the token that was read
         // would always be the likeliest otherwise.
-        let residual = if self.model.tied { 15.0 } else { 2.5 } / (n_embd as f32).sqrt();
-        self.matrix("token_embd", n_embd, n_vocab, 2.5);
+        let residual = if self.tied { 15.0 } else { 2.5 } / (n_embd as f32).sqrt();
+        weights.matrix("token_embd", n_embd, n_vocab, 2.5);
         for layer in 0..n_layer {
             let name = |part: &str| format!("blk.{layer}.{part}");
-            self.norm(&name("attn_norm"), n_embd);
+            weights.norm(&name("attn_norm"), n_embd);
             // Scores have deviation 1.6² ≈ 2.6 before the softmax.
-            self.matrix(&name("attn_q"), n_embd, n_q, 1.6);
-            self.matrix(&name("attn_k"), n_embd, n_kv, 1.6);
-            self.matrix(&name("attn_v"), n_embd, n_kv, 1.0);
-            self.matrix(&name("attn_output"), n_q, n_embd, 2.0 * residual);
-            self.norm(&name("ffn_norm"), n_embd);
-            self.matrix(&name("ffn_gate"), n_embd, n_ff, 1.0);
-            self.matrix(&name("ffn_up"), n_embd, n_ff, 1.0);
-            self.matrix(&name("ffn_down"), n_ff, n_embd, 2.0 * residual);
-            if self.model.qkv_bias {
-                self.bias(&name("attn_q"), n_q, 0.5);
-                self.bias(&name("attn_k"), n_kv, 0.5);
-                self.bias(&name("attn_v"), n_kv, 0.5);
+            weights.matrix(&name("attn_q"), n_embd, n_q, 1.6);
+            weights.matrix(&name("attn_k"), n_embd, n_kv, 1.6);
+            weights.matrix(&name("attn_v"), n_embd, n_kv, 1.0);
+            weights.matrix(&name("attn_output"), n_q, n_embd, 2.0 * residual);
+            weights.norm(&name("ffn_norm"), n_embd);
+            weights.matrix(&name("ffn_gate"), n_embd, n_ff, 1.0);
+            weights.matrix(&name("ffn_up"), n_embd, n_ff, 1.0);
+            weights.matrix(&name("ffn_down"), n_ff, n_embd, 2.0 * residual);
+            if self.qkv_bias {
+                weights.bias(&name("attn_q"), n_q, 0.5);
+                weights.bias(&name("attn_k"), n_kv, 0.5);
+                weights.bias(&name("attn_v"), n_kv, 0.5);
             }
-            if self.model.attn_out_bias {
-                self.bias(&name("attn_output"), n_embd, 0.5 * residual);
+            if self.attn_out_bias {
+                weights.bias(&name("attn_output"), n_embd, 0.5 * residual);
             }
-            if self.model.ffn_bias {
-                self.bias(&name("ffn_gate"), n_ff, 0.5);
-                self.bias(&name("ffn_up"), n_ff, 0.5);
-                self.bias(&name("ffn_down"), n_embd, 0.5 * residual);
+            if self.ffn_bias {
+                weights.bias(&name("ffn_gate"), n_ff, 0.5);
+                weights.bias(&name("ffn_up"), n_ff, 0.5);
+                weights.bias(&name("ffn_down"), n_embd, 0.5 * residual);
             }
         }
-        self.norm("output_norm", n_embd);
-        if !self.model.tied {
-            self.matrix("output", n_embd, n_vocab, 2.5);
+        weights.norm("output_norm", n_embd);
+        if !self.tied {
+            weights.matrix("output", n_embd, n_vocab, 2.5);
         }
-        if self.model.rope_freqs {
+        if self.rope_freqs {
             // From 1 for the fastest pairs to 8 for the slowest.
             let n = head_size / 2;
             let factors: Vec<f32> = (0..n).map(|i| 1.0 + 7.0 * i as f32 / (n - 1).max(1) as f32).collect();
-            self.floats("rope_freqs.weight", &factors);
+            weights.floats("rope_freqs.weight", &factors);
         }
-    }
-
-    /// A matrix from `n_in` to `n_out` that gives results of deviation `gain` for inputs of deviation 1.
-    fn matrix(&mut self, name: &str, n_in: usize, n_out: usize, gain: f32) {
-        let deviation = gain / (n_in as f32).sqrt();
-        let values: Vec<f32> = (0..n_in * n_out).map(|_| deviation * self.rng.normal()).collect();
-        let ty = self.model.weight_type;
-        let data = quantize(ty, &values, n_in);
-        self.file.add_tensor(&format!("{name}.weight"), ty.0, &[n_in as u64, n_out as u64], data);
-    }
-
-    fn norm(&mut self, name: &str, n: usize) {
-        let values: Vec<f32> = (0..n).map(|_| 1.0 + 0.1 * self.rng.normal()).collect();
-        self.floats(&format!("{name}.weight"), &values);
-    }
-
-    fn bias(&mut self, name: &str, n: usize, deviation: f32) {
-        let values: Vec<f32> = (0..n).map(|_| deviation * self.rng.normal()).collect();
-        self.floats(&format!("{name}.bias"), &values);
-    }
-
-    fn floats(&mut self, name: &str, values: &[f32]) {
-        let data = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        self.file.add_tensor(name, WeightType::F32.0, &[values.len() as u64], data);
     }
 }
 

@@ -20,6 +20,7 @@ impl WeightType {
     pub const Q6_K: WeightType = WeightType(sys::GGML_TYPE_Q6_K);
     pub const IQ4_NL: WeightType = WeightType(sys::GGML_TYPE_IQ4_NL);
     pub const IQ4_XS: WeightType = WeightType(sys::GGML_TYPE_IQ4_XS);
+    pub const MXFP4: WeightType = WeightType(sys::GGML_TYPE_MXFP4);
 
     /// The types that the logits are compared for.
     pub const ALL: [WeightType; 15] = [

@@ -96,7 +96,7 @@ impl AttentionHook for Restriction {
 
 /// What a row may lack of a sum of 1 by rounding. A model with learned sinks lacks more: these get
 /// probability as well, and are no keys.
-const ROUNDING: f64 = 1e-4;
+const ROUNDING: f64 = 1e-5;
 
 /// Zeroes what lies outside sink and window and scales the rest, with what learned sinks get, to a
 /// sum of 1. `row` holds the probabilities of the keys 0 to the query's own position.

@@ -1,0 +1,615 @@
+//! Every architecture against unmodified llama.cpp of the same revision: logits, layers forced lazy, attention scores.
+//!
+//! A test function puts its architecture's random models together, one with and one without what is optional, and
+//! gives them to [`check`].
+
+mod common;
+
+use std::path::{Path, PathBuf};
+
+use common::{lazy_f16, load, logits, plain, session};
+use simlayer::{Model, SessionParams, Token, lazy::PrefillMode};
+use simlayer_testkit::{
+    Logits, RandomDecoder, Rng, Shape, UpstreamRef, WeightType,
+    gguf::Meta,
+    metrics::{entropy, mean_kl},
+};
+
+/// The bound on the mean KL between upstream's logits and ours, in nats.
+const MAX_KL: f64 = 1e-4;
+
+/// The context of all runs: LongRoPE's factors depend on it, and upstream rounds what its runs need up to this.
+const N_CTX: usize = 512;
+
+fn upstream() -> UpstreamRef {
+    UpstreamRef::new().with_options(&["-t", "1"])
+}
+
+/// Small models run fastest in one thread.
+fn in_one_thread(mut params: SessionParams) -> SessionParams {
+    (params.n_ctx, params.n_threads) = (N_CTX, 1);
+    params
+}
+
+struct Written {
+    _folder: tempfile::TempDir,
+    path: PathBuf,
+    tokens_path: String,
+    tokens: Vec<Token>,
+    model: Model,
+}
+
+fn write(random: &RandomDecoder, n_tokens: usize) -> Written {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("random.gguf");
+    random.write(&path);
+    let tokens = Rng::new(7).tokens(n_tokens, random.n_vocab);
+    let tokens_path = folder.path().join("tokens.json");
+    std::fs::write(&tokens_path, serde_json::to_string(&tokens).expect("JSON")).expect("written");
+    let tokens_path = tokens_path.to_string_lossy().into_owned();
+    Written { model: load(&path), path, tokens_path, tokens, _folder: folder }
+}
+
+fn global_layers(model: &Model) -> Vec<usize> {
+    let windows = &model.hparams().windows;
+    (0..windows.len()).filter(|&layer| windows[layer].is_none()).collect()
+}
+
+/// What every architecture must do, for each of its random models.
+fn check(models: impl IntoIterator<Item = RandomDecoder>) {
+    for (variant, random) in models.into_iter().enumerate() {
+        let name = format!("{} {variant}", random.architecture);
+        let written = write(&random, 360);
+        has_upstreams_logits(&name, &written);
+        restricted_layers_are_upstreams(&name, &written);
+    }
+}
+
+/// Prompts of three lengths and tokens decoded after each, nothing lazy: with flash attention and without; in one ubatch
+/// and in several, over which the rings of layers with windows wrap.
+fn has_upstreams_logits(name: &str, Written { path, tokens, model, .. }: &Written) {
+    let prompts: Vec<Vec<Token>> = [1, 40, 300].map(|n| tokens[tokens.len() - n - 20..][..n].to_vec()).into();
+    let decoded: Vec<Vec<Token>> = prompts.iter().map(|_| tokens[tokens.len() - 20..].to_vec()).collect();
+    for (flash_attn, n_ubatch, layer_major) in [(true, 512, true), (false, 64, true), (false, 64, false)] {
+        let run = format!("{name}: flash attention {flash_attn}, ubatch {n_ubatch}, layer-major {layer_major}");
+        let theirs = upstream()
+            .with_options(&["-fa", if flash_attn { "on" } else { "off" }, "-ub", &n_ubatch.to_string()])
+            .logits(path, Logits { prompts: &prompts, all: false, decode: Some(&decoded) });
+        let mut params = in_one_thread(plain());
+        (params.flash_attn, params.n_ubatch, params.layer_major) = (flash_attn, n_ubatch, layer_major);
+        let ours = |(prompt, decoded): (&Vec<Token>, &Vec<Token>)| logits(model, &params, prompt, decoded);
+        let ours: Vec<Vec<f32>> = prompts.iter().zip(&decoded).flat_map(ours).collect();
+        let kl = mean_kl(&theirs, &ours);
+        let entropy = theirs.iter().map(|row| entropy(row)).sum::<f64>() / theirs.len() as f64;
+        println!("{run}: mean KL {kl:.2e}, mean entropy {entropy:.2}");
+        assert!(kl < MAX_KL, "{run}: mean KL {kl}");
+        // A model that always says the same would hide every fault.
+        assert!(entropy > 0.5, "{run}: the test's model is one-sided, mean entropy {entropy}");
+    }
+}
+
+/// Half of the layers that are global by design are lazy: upstream's softmax is restricted to what these keep, from the
+/// first token on or from the prompt's end.
+fn restricted_layers_are_upstreams(name: &str, Written { path, tokens_path, tokens, model, .. }: &Written) {
+    const PROMPT: usize = 300;
+    let global = global_layers(model);
+    let lazy: Vec<String> = global.iter().step_by(2).map(usize::to_string).collect();
+    let rows_path = path.with_extension("rows");
+    let n_vocab = model.hparams().n_vocab;
+    for (from, prefill) in [("start", PrefillMode::Window), ("prefill-end", PrefillMode::Full)] {
+        let arguments = [
+            "--tokens",
+            tokens_path,
+            "--prefill=300",
+            "--score=60",
+            &format!("--layers={}", lazy.join(",")),
+            "--sink=4",
+            "--window=40",
+            &format!("--from={from}"),
+            &format!("--out={}", rows_path.display()),
+        ];
+        upstream().run("restricted", path, &arguments);
+        let theirs = simlayer_testkit::metrics::read_rows(&rows_path, n_vocab);
+        for layer_major in [true, false] {
+            let mut params = in_one_thread(lazy_f16(&format!("layers:{}", lazy.join(",")), 40));
+            (params.n_ubatch, params.layer_major) = (128, layer_major);
+            // Upstream's softmax can be reached without flash attention only.
+            (params.flash_attn, params.lazy.prefill) = (false, Some(prefill));
+            let ours = logits(model, &params, &tokens[..PROMPT], &tokens[PROMPT..tokens.len() - 1]);
+            let kl = mean_kl(&theirs, &ours);
+            println!("{name}: {} of {} layers restricted from {from}: mean KL {kl:.2e}", lazy.len(), global.len());
+            assert!(kl < MAX_KL, "{name}: restricted from {from}, layer-major {layer_major}: mean KL {kl}");
+        }
+    }
+    // It must matter for the test to mean anything.
+    let rows = |params: &SessionParams| logits(model, params, &tokens[..PROMPT], &tokens[PROMPT..tokens.len() - 1]);
+    let full = rows(&in_one_thread(plain()));
+    let theirs = simlayer_testkit::metrics::read_rows(&rows_path, n_vocab);
+    assert!(mean_kl(&full, &theirs) > 10.0 * MAX_KL, "{name}: restricting {lazy:?} changes nothing");
+}
+
+/// Attention mass on sink and window, of the layers that are global by design; the others have no score.
+fn check_scores(random: &RandomDecoder) {
+    let Written { path, tokens_path, tokens, model, _folder } = &write(random, 400);
+    let global = global_layers(model);
+    let arguments = ["--tokens", tokens_path, "--sinks=4", "--windows=40,100", "--lasts=1,32"];
+    let answer = upstream().run("scores", path, &arguments);
+    let mut lowest = f64::MAX;
+    for entry in answer["scores"].as_array().expect("scores") {
+        let number = |key: &str| entry[key].as_u64().expect("a number") as usize;
+        let (window, last) = (number("window"), number("last"));
+        for (layer_major, flash_attn) in [(true, false), (false, false), (true, true)] {
+            let mut params = in_one_thread(lazy_f16("threshold:1", window));
+            (params.n_ubatch, params.lazy.n_last) = (128, last);
+            (params.layer_major, params.flash_attn) = (layer_major, flash_attn);
+            let mut session = session(model, params);
+            session.prefill(tokens).expect("prefill");
+            for layer in session.layers(0) {
+                let ours = layer.score.map(f64::from);
+                assert_eq!(ours.is_some(), global.contains(&layer.index), "{layer:?}");
+                let Some(ours) = ours else { continue };
+                let theirs = entry["layers"][layer.index].as_f64().expect("a score");
+                lowest = lowest.min(theirs);
+                let run = format!("{}, window {window}, last {last}, {layer_major}, {flash_attn}", random.architecture);
+                assert!((ours - theirs).abs() < 0.005, "{run}, layer {}: {ours}, {theirs}", layer.index);
+            }
+        }
+    }
+    println!("{}: scores of {} layers, the lowest {lowest:.3}", random.architecture, global.len());
+    assert!(lowest < 0.9, "scores near 1 say nothing: {lowest}");
+}
+
+#[test]
+fn llama_with_experts() {
+    check([Shape::default(), Shape { head_size: 32, ..Shape::other() }].map(|shape| {
+        let mut m = RandomDecoder::new("llama", shape);
+        m.key("rope.dimension_count", shape.head_size as u32);
+        m.expert_keys();
+        if shape.tied {
+            m.rope_factors("rope_freqs.weight", shape.head_size, 8.0);
+        }
+        for i in m.layers() {
+            m.pre_norms(i);
+            m.attention(i);
+            m.experts(i, shape.n_ff);
+            if shape.tied {
+                m.qkv_biases(i);
+                m.bias(&format!("blk.{i}.attn_output"), shape.n_embd);
+            }
+        }
+        m
+    }));
+}
+
+#[test]
+fn qwen2() {
+    check([Shape::default(), Shape::other()].map(|shape| {
+        let mut m = RandomDecoder::new("qwen2", shape);
+        if shape.tied {
+            m.bias("output", m.n_vocab);
+        }
+        for i in m.layers() {
+            m.pre_norms(i);
+            m.attention(i);
+            m.gated(i);
+            if !shape.tied {
+                m.qkv_biases(i);
+            }
+        }
+        m
+    }));
+}
+
+fn random_qwen3(shape: Shape) -> RandomDecoder {
+    let mut m = RandomDecoder::new("qwen3", shape);
+    for i in m.layers() {
+        m.pre_norms(i);
+        m.head_norms(i);
+        m.gated(i);
+        match shape.tied {
+            true => m.fused_attention(i),
+            false => m.attention(i),
+        }
+    }
+    m
+}
+
+#[test]
+fn qwen3() {
+    check([Shape { head_size: 32, ..Shape::default() }, Shape::other()].map(random_qwen3));
+}
+
+/// The 27B models' scale is told by their number of layers.
+fn random_gemma2(shape: Shape) -> RandomDecoder {
+    let mut m = RandomDecoder::new("gemma2", shape);
+    if shape.n_layer == 46 {
+        m.key("attn_logit_softcapping", 50f32);
+    } else {
+        m.key("attention.sliding_window", 48u32);
+        m.key("attn_logit_softcapping", 3f32);
+        m.key("final_logit_softcapping", 6f32);
+    }
+    for i in m.layers() {
+        m.pre_norms(i);
+        m.post_norms(i);
+        m.attention(i);
+        m.gated(i);
+    }
+    m
+}
+
+#[test]
+fn gemma2() {
+    let small = Shape { tied: true, post_norm: 3.0, head_size: 32, ..Shape::default() };
+    check([small, Shape { n_layer: 46, head_size: 32, ..Shape::other() }].map(random_gemma2));
+}
+
+fn random_gemma3(shape: Shape) -> RandomDecoder {
+    let mut m = RandomDecoder::new("gemma3", shape);
+    match shape.n_layer {
+        // All layers global.
+        5 => m.key("final_logit_softcapping", 8f32),
+        // The 27B model's scale.
+        62 => {
+            m.key("attention.sliding_window", 24u32);
+            m.key("attention.sliding_window_pattern", Meta::array((0..62).map(|i| i % 3 != 1)));
+        }
+        _ => {
+            m.key("attention.sliding_window", 32u32);
+            m.key("rope.freq_base_swa", 2_000f32);
+            m.key("rope.scaling.type", "linear");
+            m.key("rope.scaling.factor", 8f32);
+        }
+    }
+    for i in m.layers() {
+        m.pre_norms(i);
+        m.post_norms(i);
+        m.head_norms(i);
+        m.attention(i);
+        m.gated(i);
+    }
+    m
+}
+
+#[test]
+fn gemma3() {
+    let shapes = [
+        Shape { n_layer: 14, tied: true, post_norm: 3.0, head_size: 32, ..Shape::default() },
+        Shape { tied: false, ..Shape::other() },
+        Shape { n_layer: 62, head_size: 32, post_norm: 0.4, ..Shape::default() },
+    ];
+    check(shapes.map(random_gemma3));
+}
+
+#[test]
+fn phi3() {
+    let fused = |n_ctx_orig: u32| {
+        let shape = Shape::default();
+        let mut m = RandomDecoder::new("phi3", shape);
+        m.key("rope.dimension_count", shape.head_size as u32);
+        m.key("rope.scaling.original_context_length", n_ctx_orig);
+        m.key("rope.scaling.attn_factor", 1.2f32);
+        m.key("attention.sliding_window", 32u32);
+        m.rope_factors("rope_factors_short.weight", shape.head_size, 2.0);
+        m.rope_factors("rope_factors_long.weight", shape.head_size, 30.0);
+        for i in m.layers() {
+            m.pre_norms(i);
+            m.fused_attention(i);
+            m.fused_gated(i);
+        }
+        m
+    };
+    let shape = Shape::other();
+    let mut partial = RandomDecoder::new("phi3", shape);
+    partial.key("rope.dimension_count", 12u32);
+    for i in partial.layers() {
+        partial.pre_norms(i);
+        partial.attention(i);
+        partial.fused_gated(i);
+    }
+    // The run's context is beyond the first's original one, and within the second's.
+    check([fused(128), fused(1024), partial]);
+}
+
+#[test]
+fn granite() {
+    check([Shape::default(), Shape { head_size: 32, ..Shape::other() }].map(|shape| {
+        let mut m = RandomDecoder::new("granite", shape);
+        if shape.tied {
+            m.key("logit_scale", 1.5f32);
+            m.key("rope.scaling.finetuned", false);
+        } else {
+            m.key("logit_scale", 0.5f32);
+            m.key("residual_scale", 0.6f32);
+            m.key("embedding_scale", 3f32);
+            m.key("attention.scale", 0.4f32);
+        }
+        for i in m.layers() {
+            m.pre_norms(i);
+            m.attention(i);
+            m.gated(i);
+            if shape.tied {
+                m.bias(&format!("blk.{i}.attn_output"), shape.n_embd);
+                m.bias(&format!("blk.{i}.ffn_gate"), shape.n_ff);
+                m.bias(&format!("blk.{i}.ffn_up"), shape.n_ff);
+                m.bias(&format!("blk.{i}.ffn_down"), shape.n_embd);
+            }
+        }
+        m
+    }));
+}
+
+#[test]
+fn olmo2() {
+    let shapes = [Shape::default(), Shape { n_layer: 8, n_head_kv: 2, tied: false, ..Shape::other() }];
+    check(shapes.map(|shape| {
+        let mut m = RandomDecoder::new("olmo2", shape);
+        if shape.n_layer == 8 {
+            m.key("attention.sliding_window", 48u32);
+            m.key("rope.scaling.type", "yarn");
+            m.key("rope.scaling.factor", 8f32);
+            m.key("rope.scaling.original_context_length", 64u32);
+        }
+        for i in m.layers() {
+            m.attention(i);
+            m.qk_norms(i, [m.q_width(), m.kv_width()]);
+            m.post_norms(i);
+            m.gated(i);
+        }
+        m
+    }));
+}
+
+#[test]
+fn smollm3() {
+    let shapes = [Shape::default(), Shape { n_layer: 9, head_size: 32, ..Shape::other() }];
+    check(shapes.map(|shape| {
+        let mut m = RandomDecoder::new("smollm3", shape);
+        for i in m.layers() {
+            m.pre_norms(i);
+            m.attention(i);
+            m.gated(i);
+            if shape.tied {
+                m.qkv_biases(i);
+            }
+        }
+        m
+    }));
+}
+
+#[test]
+fn mistral3() {
+    let scaled = |multiplier: f32, shape: Shape| {
+        let mut m = RandomDecoder::new("mistral3", shape);
+        m.key("rope.scaling.type", "yarn");
+        m.key("rope.scaling.factor", 16f32);
+        m.key("rope.scaling.original_context_length", 60u32);
+        m.key("rope.scaling.yarn_beta_fast", 16f32);
+        m.key("rope.scaling.yarn_beta_slow", 2f32);
+        m.key("rope.scaling.yarn_log_multiplier", multiplier);
+        m.key("attention.temperature_scale", 0.3f32);
+        for i in m.layers() {
+            m.pre_norms(i);
+            m.attention(i);
+            m.gated(i);
+        }
+        m
+    };
+    let shape = Shape { tied: false, ..Shape::other() };
+    let mut experts = RandomDecoder::new("mistral3", shape);
+    experts.expert_keys();
+    experts.rope_factors("rope_freqs.weight", shape.head_size, 4.0);
+    for i in experts.layers() {
+        experts.pre_norms(i);
+        experts.attention(i);
+        experts.experts(i, shape.n_ff);
+    }
+    check([scaled(1.0, Shape { head_size: 32, ..Shape::default() }), scaled(0.5, Shape::other()), experts]);
+}
+
+#[test]
+fn glm4() {
+    let shapes = [Shape { head_size: 32, ..Shape::default() }, Shape::other()];
+    check(shapes.map(|shape| {
+        let mut m = RandomDecoder::new("glm4", shape);
+        m.key("rope.dimension_count", shape.head_size as u32 / 2);
+        for i in m.layers() {
+            m.pre_norms(i);
+            m.post_norms(i);
+            m.fused_gated(i);
+            if shape.tied {
+                m.fused_attention(i);
+            } else {
+                m.attention(i);
+                m.qkv_biases(i);
+            }
+        }
+        if shape.tied {
+            // A layer that predicts a further token: in the file, but not run.
+            let i = shape.n_layer;
+            m.key("block_count", i as u32 + 1);
+            m.key("nextn_predict_layers", 1u32);
+            m.pre_norms(i);
+            m.post_norms(i);
+            m.fused_attention(i);
+            m.fused_gated(i);
+            m.matrix(&format!("blk.{i}.nextn.eh_proj"), 2 * shape.n_embd, shape.n_embd);
+            m.row(&format!("blk.{i}.nextn.enorm"), shape.n_embd);
+            m.row(&format!("blk.{i}.nextn.hnorm"), shape.n_embd);
+        }
+        m
+    }));
+}
+
+#[test]
+fn exaone4() {
+    check([Shape::default(), Shape { n_layer: 64, ..Shape::other() }].map(|shape| {
+        let mut m = RandomDecoder::new("exaone4", shape);
+        m.key("attention.sliding_window", 32u32);
+        if !shape.tied {
+            m.rope_factors("rope_freqs.weight", shape.head_size, 8.0);
+        }
+        for i in m.layers() {
+            m.attention(i);
+            m.head_norms(i);
+            m.post_norms(i);
+            m.gated(i);
+        }
+        m
+    }));
+}
+
+#[test]
+fn cohere2() {
+    check([Shape { tied: true, ..Shape::default() }, Shape { n_layer: 9, ..Shape::other() }].map(|shape| {
+        let mut m = RandomDecoder::new("cohere2", shape);
+        m.remove_key("attention.layer_norm_rms_epsilon");
+        m.key("attention.layer_norm_epsilon", 1e-5f32);
+        m.key("attention.sliding_window", 40u32);
+        m.key("logit_scale", 0.6f32);
+        m.key("rope.dimension_count", shape.head_size as u32);
+        if shape.n_layer == 9 {
+            m.key("attention.sliding_window_pattern", 3u32);
+        }
+        for i in m.layers() {
+            m.norm(i, "attn_norm");
+            m.attention(i);
+            m.gated(i);
+            if shape.n_layer == 9 {
+                m.qkv_biases(i);
+            }
+        }
+        m
+    }));
+}
+
+#[test]
+fn qwen2moe() {
+    check([Shape::default(), Shape { n_ff: 192, tied: false, ..Shape::other() }].map(|shape| {
+        let mut m = RandomDecoder::new("qwen2moe", shape);
+        m.expert_keys();
+        let with_keys = shape.seed == 1;
+        let (n_ff, n_shared) = if with_keys { (40, 72) } else { (shape.n_ff / shape.n_expert_used, shape.n_ff) };
+        if with_keys {
+            m.key("expert_feed_forward_length", n_ff as u32);
+            m.key("expert_shared_feed_forward_length", n_shared as u32);
+        }
+        for i in m.layers() {
+            m.pre_norms(i);
+            m.attention(i);
+            m.experts(i, n_ff);
+            m.shared_expert(i, n_shared, true);
+            if with_keys {
+                m.qkv_biases(i);
+            }
+        }
+        m
+    }));
+}
+
+#[test]
+fn qwen3moe() {
+    let shapes = [Shape { head_size: 32, ..Shape::default() }, Shape { n_ff: 192, ..Shape::other() }];
+    check(shapes.map(|shape| {
+        let mut m = RandomDecoder::new("qwen3moe", shape);
+        m.expert_keys();
+        let n_ff = if shape.tied { shape.n_ff / shape.n_expert_used } else { 64 };
+        if !shape.tied {
+            m.key("expert_feed_forward_length", n_ff as u32);
+        }
+        for i in m.layers() {
+            m.pre_norms(i);
+            m.attention(i);
+            m.head_norms(i);
+            m.experts(i, n_ff);
+        }
+        m
+    }));
+}
+
+#[test]
+fn granitemoe() {
+    check([Shape::default(), Shape { head_size: 32, ..Shape::other() }].map(|shape| {
+        let mut m = RandomDecoder::new("granitemoe", shape);
+        m.expert_keys();
+        m.key("logit_scale", 0.7f32);
+        if !shape.tied {
+            m.key("residual_scale", 0.6f32);
+            m.key("embedding_scale", 3f32);
+            m.key("attention.scale", 0.4f32);
+            m.key("expert_shared_feed_forward_length", 48u32);
+        }
+        for i in m.layers() {
+            m.pre_norms(i);
+            m.attention(i);
+            m.experts(i, shape.n_ff);
+            if !shape.tied {
+                m.shared_expert(i, 48, false);
+            }
+        }
+        m
+    }));
+}
+
+fn random_gpt_oss(shape: Shape) -> RandomDecoder {
+    let mut m = RandomDecoder::new("gpt-oss", shape);
+    let n_ff = 64;
+    m.expert_keys();
+    m.key("expert_feed_forward_length", n_ff as u32);
+    m.key("attention.sliding_window", 48u32);
+    if shape.expert_type == WeightType::MXFP4 {
+        m.key("rope.scaling.type", "yarn");
+        m.key("rope.scaling.factor", 32f32);
+        m.key("rope.scaling.original_context_length", 128u32);
+    }
+    for i in m.layers() {
+        m.norm(i, "attn_norm");
+        m.norm(i, "post_attention_norm");
+        m.attention(i);
+        m.qkv_biases(i);
+        m.bias(&format!("blk.{i}.attn_output"), shape.n_embd);
+        m.sinks(i);
+        m.experts(i, n_ff);
+        m.expert_biases(i, n_ff);
+    }
+    m
+}
+
+#[test]
+fn gpt_oss() {
+    let mxfp4 = Shape { expert_type: WeightType::MXFP4, head_size: 32, ..Shape::default() };
+    check([Shape { tied: false, ..Shape::other() }, mxfp4].map(random_gpt_oss));
+}
+
+#[test]
+fn scores_of_soft_capped_attention_are_upstreams() {
+    check_scores(&random_gemma2(Shape { n_layer: 6, tied: true, post_norm: 3.0, head_size: 32, ..Shape::default() }));
+}
+
+#[test]
+fn scores_of_normed_heads_are_upstreams() {
+    check_scores(&random_qwen3(Shape { head_size: 32, ..Shape::default() }));
+}
+
+#[test]
+fn scores_beside_layers_with_windows_are_upstreams() {
+    check_scores(&random_gemma3(Shape { n_layer: 14, tied: true, post_norm: 3.0, head_size: 32, ..Shape::default() }));
+}
+
+#[test]
+fn scores_with_learned_sinks_are_upstreams() {
+    check_scores(&random_gpt_oss(Shape { n_layer: 6, ..Shape::default() }));
+}
+
+/// The file's architecture must be one that is known; the message lists those.
+#[test]
+fn an_unknown_architecture_lists_those_that_work() {
+    let random = RandomDecoder::new("mamba", Shape::default());
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("random.gguf");
+    random.write(&path);
+    let error = Model::load(Path::new(&path), &simlayer::ModelParams::default()).expect_err("refused").to_string();
+    for name in ["mamba", "llama", "gpt-oss", "smollm3", "granitemoe"] {
+        assert!(error.contains(name), "{error}");
+    }
+}

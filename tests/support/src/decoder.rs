@@ -1,0 +1,333 @@
+//! Random models of any architecture, put together part by part.
+
+use std::{ops::Range, path::Path};
+
+use crate::{
+    Rng, Vocabulary, WeightType,
+    gguf::{GgufFile, Meta},
+    weights::Weights,
+};
+
+/// The sizes of a random model.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Shape {
+    pub seed: u64,
+    pub n_layer: usize,
+    pub n_embd: usize,
+    pub n_head: usize,
+    pub n_head_kv: usize,
+    /// Written as keys only when it is not n_embd / n_head.
+    pub head_size: usize,
+    pub n_ff: usize,
+    /// Leaves `output.weight` out: the embedding serves for it.
+    pub tied: bool,
+    /// The type of all matrices but the experts'.
+    pub weight_type: WeightType,
+    pub expert_type: WeightType,
+    pub n_expert: usize,
+    pub n_expert_used: usize,
+    /// The deviation of what attention and feed-forward add to the residual stream, where a norm follows them.
+    pub post_norm: f32,
+}
+
+impl Default for Shape {
+    fn default() -> Shape {
+        Shape {
+            seed: 1,
+            n_layer: 4,
+            n_embd: 64,
+            n_head: 4,
+            n_head_kv: 2,
+            head_size: 16,
+            n_ff: 96,
+            tied: false,
+            weight_type: WeightType::F32,
+            expert_type: WeightType::F32,
+            n_expert: 6,
+            n_expert_used: 2,
+            post_norm: 1.0,
+        }
+    }
+}
+
+impl Shape {
+    /// One that differs from the default in everything.
+    pub fn other() -> Shape {
+        Shape {
+            seed: 2,
+            n_layer: 5,
+            n_embd: 96,
+            n_head: 6,
+            n_head_kv: 6,
+            head_size: 16,
+            n_ff: 160,
+            tied: true,
+            n_expert: 5,
+            n_expert_used: 3,
+            post_norm: 2.0,
+            ..Shape::default()
+        }
+    }
+}
+
+/// A model being put together: [`RandomDecoder::new`] writes what all have, the test adds its architecture's own keys
+/// and, for each layer, its parts.
+///
+/// Sizes of weights keep the network alive: activations of about 1 behind every norm, attention that is neither
+/// uniform nor one-hot, logits that vary by about 2.5.
+#[derive(Debug)]
+pub struct RandomDecoder {
+    pub architecture: &'static str,
+    pub shape: Shape,
+    pub n_vocab: usize,
+    /// Deviation of the biases.
+    bias: f32,
+    file: GgufFile,
+    rng: Rng,
+}
+
+impl RandomDecoder {
+    pub fn new(architecture: &'static str, shape: Shape) -> RandomDecoder {
+        let mut file = GgufFile::new();
+        file.set("general.architecture", architecture);
+        file.set("general.name", "random");
+        let n_vocab = Vocabulary::Spm.add_to(&mut file);
+        let mut model = RandomDecoder { architecture, shape, n_vocab, bias: 0.5, file, rng: Rng::new(shape.seed) };
+        model.key("block_count", shape.n_layer as u32);
+        model.key("context_length", 4096u32);
+        model.key("embedding_length", shape.n_embd as u32);
+        model.key("feed_forward_length", shape.n_ff as u32);
+        model.key("attention.head_count", shape.n_head as u32);
+        model.key("attention.head_count_kv", shape.n_head_kv as u32);
+        model.key("attention.layer_norm_rms_epsilon", 1e-5f32);
+        model.key("rope.freq_base", 50_000f32);
+        model.key("vocab_size", n_vocab as u32);
+        if shape.head_size * shape.n_head != shape.n_embd {
+            model.key("attention.key_length", shape.head_size as u32);
+            model.key("attention.value_length", shape.head_size as u32);
+        }
+        model.weights(|w| {
+            w.matrix("token_embd", shape.n_embd, n_vocab, 2.5);
+            w.norm("output_norm", shape.n_embd);
+            if !shape.tied {
+                w.matrix("output", shape.n_embd, n_vocab, 2.5);
+            }
+        });
+        model
+    }
+
+    /// Sets a key of the architecture.
+    pub fn key(&mut self, name: &str, value: impl Into<Meta>) {
+        self.file.set(&format!("{}.{name}", self.architecture), value);
+    }
+
+    /// Removes a key of the architecture.
+    pub fn remove_key(&mut self, name: &str) {
+        self.file.remove(&format!("{}.{name}", self.architecture));
+    }
+
+    pub fn layers(&self) -> Range<usize> {
+        0..self.shape.n_layer
+    }
+
+    pub fn q_width(&self) -> usize {
+        self.shape.n_head * self.shape.head_size
+    }
+
+    pub fn kv_width(&self) -> usize {
+        self.shape.n_head_kv * self.shape.head_size
+    }
+
+    /// What the layers add to the residual stream is of the embedding's size, or larger when it is the output too: the
+    /// token that was read would always be the likeliest otherwise.
+    fn residual(&self) -> f32 {
+        2.0 * if self.shape.tied { 15.0 } else { 2.5 } / (self.shape.n_embd as f32).sqrt()
+    }
+
+    fn weights(&mut self, add: impl FnOnce(&mut Weights<'_>)) {
+        let weight_type = self.shape.weight_type;
+        let mut weights = Weights { weight_type, rng: self.rng.clone(), file: &mut self.file };
+        add(&mut weights);
+        self.rng = weights.rng;
+    }
+
+    /// A norm of the layer's hidden states, in front of attention or feed-forward.
+    pub fn norm(&mut self, layer: usize, part: &str) {
+        let n = self.shape.n_embd;
+        self.weights(|w| w.norm(&format!("blk.{layer}.{part}"), n));
+    }
+
+    /// A norm of what attention or feed-forward gives.
+    pub fn post_norm(&mut self, layer: usize, part: &str) {
+        let Shape { n_embd, post_norm, .. } = self.shape;
+        self.weights(|w| w.norm_around(&format!("blk.{layer}.{part}"), n_embd, post_norm));
+    }
+
+    /// `attn_norm` and `ffn_norm`.
+    pub fn pre_norms(&mut self, layer: usize) {
+        self.norm(layer, "attn_norm");
+        self.norm(layer, "ffn_norm");
+    }
+
+    /// `post_attention_norm` and `post_ffw_norm`.
+    pub fn post_norms(&mut self, layer: usize) {
+        self.post_norm(layer, "post_attention_norm");
+        self.post_norm(layer, "post_ffw_norm");
+    }
+
+    /// `attn_q`, `attn_k`, `attn_v`, `attn_output`.
+    pub fn attention(&mut self, layer: usize) {
+        let (n_embd, n_q, n_kv, residual) = (self.shape.n_embd, self.q_width(), self.kv_width(), self.residual());
+        let name = |part: &str| format!("blk.{layer}.attn_{part}");
+        self.weights(|w| {
+            // Scores have deviation 1.6² ≈ 2.6 before the softmax.
+            w.matrix(&name("q"), n_embd, n_q, 1.6);
+            w.matrix(&name("k"), n_embd, n_kv, 1.6);
+            w.matrix(&name("v"), n_embd, n_kv, 1.0);
+            w.matrix(&name("output"), n_q, n_embd, residual);
+        });
+    }
+
+    /// `attn_qkv`, `attn_output`.
+    pub fn fused_attention(&mut self, layer: usize) {
+        let (n_embd, n_q, n_kv, residual) = (self.shape.n_embd, self.q_width(), self.kv_width(), self.residual());
+        let name = |part: &str| format!("blk.{layer}.attn_{part}");
+        self.weights(|w| {
+            w.matrix(&name("qkv"), n_embd, n_q + 2 * n_kv, 1.6);
+            w.matrix(&name("output"), n_q, n_embd, residual);
+        });
+    }
+
+    /// Biases of `attn_q`, `attn_k` and `attn_v`.
+    pub fn qkv_biases(&mut self, layer: usize) {
+        let (n_q, n_kv, bias) = (self.q_width(), self.kv_width(), self.bias);
+        self.weights(|w| {
+            w.bias(&format!("blk.{layer}.attn_q"), n_q, bias);
+            w.bias(&format!("blk.{layer}.attn_k"), n_kv, bias);
+            w.bias(&format!("blk.{layer}.attn_v"), n_kv, bias);
+        });
+    }
+
+    /// A bias of any product.
+    pub fn bias(&mut self, name: &str, n: usize) {
+        let bias = self.bias;
+        self.weights(|w| w.bias(name, n, bias));
+    }
+
+    /// `attn_q_norm` and `attn_k_norm` over each head, or over rows of other widths.
+    pub fn qk_norms(&mut self, layer: usize, widths: [usize; 2]) {
+        self.weights(|w| {
+            w.norm_around(&format!("blk.{layer}.attn_q_norm"), widths[0], 1.6);
+            w.norm_around(&format!("blk.{layer}.attn_k_norm"), widths[1], 1.6);
+        });
+    }
+
+    pub fn head_norms(&mut self, layer: usize) {
+        self.qk_norms(layer, [self.shape.head_size; 2]);
+    }
+
+    /// A learned sink for each head.
+    pub fn sinks(&mut self, layer: usize) {
+        let n_head = self.shape.n_head;
+        // As large as the largest products, so that they matter.
+        self.weights(|w| {
+            let logits: Vec<f32> = (0..n_head).map(|_| 5.0 + 2.0 * w.rng.normal()).collect();
+            w.floats(&format!("blk.{layer}.attn_sinks.weight"), &logits);
+        });
+    }
+
+    /// `ffn_gate`, `ffn_up`, `ffn_down`.
+    pub fn gated(&mut self, layer: usize) {
+        self.gated_named(layer, "", self.shape.n_ff);
+    }
+
+    fn gated_named(&mut self, layer: usize, suffix: &str, n_ff: usize) {
+        let (n_embd, residual) = (self.shape.n_embd, self.residual());
+        let name = |part: &str| format!("blk.{layer}.ffn_{part}{suffix}");
+        self.weights(|w| {
+            w.matrix(&name("gate"), n_embd, n_ff, 1.0);
+            w.matrix(&name("up"), n_embd, n_ff, 1.0);
+            w.matrix(&name("down"), n_ff, n_embd, residual);
+        });
+    }
+
+    /// `ffn_up` with the gate in its first half, `ffn_down`.
+    pub fn fused_gated(&mut self, layer: usize) {
+        let (Shape { n_embd, n_ff, .. }, residual) = (self.shape, self.residual());
+        self.weights(|w| {
+            w.matrix(&format!("blk.{layer}.ffn_up"), n_embd, 2 * n_ff, 1.0);
+            w.matrix(&format!("blk.{layer}.ffn_down"), n_ff, n_embd, residual);
+        });
+    }
+
+    /// The keys of a mixture of experts.
+    pub fn expert_keys(&mut self) {
+        self.key("expert_count", self.shape.n_expert as u32);
+        self.key("expert_used_count", self.shape.n_expert_used as u32);
+    }
+
+    /// `ffn_gate_inp` and the experts' `ffn_gate_exps`, `ffn_up_exps`, `ffn_down_exps` of width `n_ff`.
+    pub fn experts(&mut self, layer: usize, n_ff: usize) {
+        let (Shape { n_embd, n_expert, expert_type, .. }, residual) = (self.shape, self.residual());
+        let name = |part: &str| format!("blk.{layer}.ffn_{part}");
+        self.weights(|w| {
+            w.experts(&name("gate_exps"), [n_embd, n_ff, n_expert], 1.0, expert_type);
+            w.experts(&name("up_exps"), [n_embd, n_ff, n_expert], 1.0, expert_type);
+            w.experts(&name("down_exps"), [n_ff, n_embd, n_expert], residual, expert_type);
+            // A router is never quantised.
+            w.weight_type = WeightType::F32;
+            w.matrix(&name("gate_inp"), n_embd, n_expert, 1.0);
+        });
+    }
+
+    /// Biases of the router and the experts.
+    pub fn expert_biases(&mut self, layer: usize, n_ff: usize) {
+        let (Shape { n_embd, n_expert, .. }, bias) = (self.shape, self.bias);
+        let name = |part: &str| format!("blk.{layer}.ffn_{part}");
+        self.weights(|w| {
+            w.bias(&name("gate_inp"), n_expert, bias);
+            w.expert_biases(&name("gate_exps"), n_ff, n_expert, bias);
+            w.expert_biases(&name("up_exps"), n_ff, n_expert, bias);
+            w.expert_biases(&name("down_exps"), n_embd, n_expert, bias);
+        });
+    }
+
+    /// A shared expert of width `n_ff`; with `gate` its gate `ffn_gate_inp_shexp`.
+    pub fn shared_expert(&mut self, layer: usize, n_ff: usize, gate: bool) {
+        self.gated_named(layer, "_shexp", n_ff);
+        let n_embd = self.shape.n_embd;
+        if gate {
+            self.weights(|w| {
+                let values: Vec<f32> = (0..n_embd).map(|_| w.rng.normal() / (n_embd as f32).sqrt()).collect();
+                w.floats(&format!("blk.{layer}.ffn_gate_inp_shexp.weight"), &values);
+            });
+        }
+    }
+
+    /// Factors from 1 for the fastest pairs of RoPE to `last` for the slowest, under any name.
+    pub fn rope_factors(&mut self, name: &str, n_rot: usize, last: f32) {
+        let n = n_rot / 2;
+        let factor = |i: usize| 1.0 + (last - 1.0) * i as f32 / (n - 1).max(1) as f32;
+        let factors: Vec<f32> = (0..n).map(factor).collect();
+        self.weights(|w| w.floats(name, &factors));
+    }
+
+    /// Any other matrix.
+    pub fn matrix(&mut self, name: &str, n_in: usize, n_out: usize) {
+        self.weights(|w| w.matrix(name, n_in, n_out, 1.0));
+    }
+
+    /// Any other row of weights around 1.
+    pub fn row(&mut self, name: &str, n: usize) {
+        self.weights(|w| w.norm(name, n));
+    }
+
+    pub fn gguf(&self) -> &GgufFile {
+        &self.file
+    }
+
+    /// Writes the model.
+    pub fn write(&self, path: impl AsRef<Path>) {
+        self.file.write(path);
+    }
+}
