@@ -43,7 +43,7 @@ pub struct SessionParams {
     pub lazy_type_v: Option<Type>,
     /// Attention in one operation, without the matrix of all weights.
     pub flash_attn: bool,
-    /// Compute attention, and products of quantised weights with a few tokens, with this crate's own kernels, which are
+    /// Compute attention, and products of quantised weights, with this crate's own kernels, which are
     /// faster. Off (or without flash attention): with ggml's, whose logits are llama.cpp's bit for bit.
     pub fused_attention: bool,
     /// When keys and values are rotated.

@@ -5,7 +5,7 @@ use ggml_sys as sys;
 use super::{
     Context, Tensor, Type,
     attention::{Features, FusedAttention, KvSegment, Op, Partials},
-    matvec,
+    mul_mat,
 };
 
 /// A graph being built: a function for each operation adds a node and returns its result's tensor.
@@ -203,11 +203,11 @@ impl Graph {
 
     /// `weight [k, n] × input [k, m]` → `[n, m]`.
     pub fn mul_mat(&self, weight: &Tensor, input: &Tensor) -> Tensor {
-        if self.own_kernels && matvec::applies(weight, input) {
+        if self.own_kernels && mul_mat::applies(weight, input) {
             self.context.uses(weight);
             self.context.uses(input);
             // SAFETY: it applies; the context is alive and keeps the tensors.
-            return self.context.wrap(unsafe { matvec::add(self.context.raw(), weight, input) });
+            return self.context.wrap(unsafe { mul_mat::add(self.context.raw(), weight, input) });
         }
         self.ggml_mul_mat(weight, input)
     }

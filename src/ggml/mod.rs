@@ -15,9 +15,9 @@ mod context;
 mod device;
 mod graph;
 mod llama;
-mod matvec;
 mod memory;
 mod mmap;
+mod mul_mat;
 mod scheduler;
 mod types;
 
