@@ -1,8 +1,9 @@
-//! A prompt of 2,048 tokens through a random model in SmolLM2's proportions, and the parts that laziness adds to it.
+//! A prompt of 2,048 tokens, and decode steps of several sequences, through a random model in SmolLM2's proportions;
+//! and the parts that laziness adds.
 
-use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use simlayer::{
-    Model, ModelParams, Session, SessionParams, Token,
+    BatchEntry, Model, ModelParams, Outputs, Session, SessionParams, Token,
     ggml::{Context, Device, Graph, Scheduler, Type},
     lazy::Policy,
 };
@@ -61,6 +62,28 @@ fn prompts(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// A decode step of several sequences in one batch; throughput is in tokens.
+fn sequences(criterion: &mut Criterion) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let model = model(folder.path());
+    let mut group = criterion.benchmark_group("decode");
+    for n in [1u32, 2, 4, 8] {
+        let mut session = Session::new(&model, params("off", true)).expect("a session");
+        let batch: Vec<BatchEntry<'_>> =
+            (0..n).map(|seq| BatchEntry { seq, tokens: &[1], outputs: Outputs::Last, prompt_end: false }).collect();
+        group.throughput(Throughput::Elements(u64::from(n)));
+        group.bench_function(format!("{n} sequences"), |bencher| {
+            bencher.iter(|| {
+                if session.n_past() + 1 > session.n_ctx() {
+                    session.clear();
+                }
+                session.run(&batch).expect("logits");
+            });
+        });
+    }
+    group.finish();
+}
+
 /// One layer's score: the attention mass of 32 queries on sink and window, from all weights.
 fn score(criterion: &mut Criterion) {
     const ROWS: usize = 7168;
@@ -99,5 +122,5 @@ fn run(criterion: &mut Criterion, name: &str, graph: Graph) {
     criterion.bench_function(name, |bencher| bencher.iter(|| scheduler.compute(&graph).expect("computed")));
 }
 
-criterion_group!(benches, prompts, score, shrink);
+criterion_group!(benches, prompts, sequences, score, shrink);
 criterion_main!(benches);
