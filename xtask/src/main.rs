@@ -3,6 +3,7 @@
 mod compare;
 mod demo;
 mod dist;
+mod frontends;
 mod fuzz;
 mod prepare;
 mod quality;
@@ -39,6 +40,8 @@ enum Command {
     Dist(dist::Args),
     /// What lazy layers cost on texts of different kinds.
     Quality(quality::Args),
+    /// Run llama.cpp's own frontends and llama-cpp-python, unmodified, on our library.
+    Frontends(frontends::Args),
     /// Run the fuzz target.
     Fuzz(fuzz::Args),
 }
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Command::Rss(args) => rss::run(&args),
         Command::Dist(args) => dist::run(&args),
         Command::Quality(args) => quality::run(&args),
+        Command::Frontends(args) => frontends::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
     };
     match result {
