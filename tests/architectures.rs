@@ -8,7 +8,7 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::{lazy_f16, load, logits, plain, session};
-use simlayer::{Model, SessionParams, Token, lazy::PrefillMode};
+use simlayer::{Model, SessionParams, Token, ggml::Type, lazy::PrefillMode};
 use simlayer_testkit::{
     Logits, RandomDecoder, Rng, Shape, UpstreamRef, WeightType,
     gguf::Meta,
@@ -68,26 +68,30 @@ fn check(models: impl IntoIterator<Item = RandomDecoder>) {
 /// Prompts of three lengths and tokens decoded after each, nothing lazy: with ggml's flash attention, with our own kernel
 /// and without either; in one ubatch and in several, over which the rings of layers with windows wrap.
 ///
-/// Our kernel sums in f32, as upstream does without flash attention; with it upstream rounds queries and sums to f16.
+/// Our kernel does not round queries and weights to f16 beside an f16 cache as all of ggml's do, which these random
+/// models make a difference of up to 0.001 of. With caches in f32 nobody rounds.
 fn has_upstreams_logits(name: &str, Written { path, tokens, model, .. }: &Written) {
     let prompts: Vec<Vec<Token>> = [1, 40, 300].map(|n| tokens[tokens.len() - n - 20..][..n].to_vec()).into();
     let decoded: Vec<Vec<Token>> = prompts.iter().map(|_| tokens[tokens.len() - 20..].to_vec()).collect();
     let runs = [
         ("ggml's flash attention", true, 512, true),
-        ("our kernel", false, 512, true),
+        ("our kernel", false, 512, false),
         ("our kernel", false, 64, false),
         ("no flash attention", false, 64, true),
         ("no flash attention", false, 64, false),
     ];
     for (kernel, flash_attn, n_ubatch, layer_major) in runs {
         let run = format!("{name}: {kernel}, ubatch {n_ubatch}, layer-major {layer_major}");
+        let ty = if kernel == "our kernel" { Type::F32 } else { Type::F16 };
+        let fa = if flash_attn { "on" } else { "off" };
         let theirs = upstream()
-            .with_options(&["-fa", if flash_attn { "on" } else { "off" }, "-ub", &n_ubatch.to_string()])
+            .with_options(&["-fa", fa, "-ub", &n_ubatch.to_string(), "-ctk", ty.name(), "-ctv", ty.name()])
             .logits(path, Logits { prompts: &prompts, all: false, decode: Some(&decoded) });
         let mut params = in_one_thread(plain());
         params.flash_attn = kernel != "no flash attention";
         params.fused_attention = kernel == "our kernel";
         (params.n_ubatch, params.layer_major) = (n_ubatch, layer_major);
+        (params.type_k, params.type_v) = (ty, ty);
         let ours = |(prompt, decoded): (&Vec<Token>, &Vec<Token>)| logits(model, &params, prompt, decoded);
         let ours: Vec<Vec<f32>> = prompts.iter().zip(&decoded).flat_map(ours).collect();
         let kl = mean_kl(&theirs, &ours);

@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// Rows that attention reads are rounded up to this many, so that a decode graph serves as many steps (as in llama.cpp).
-const ROWS_STEP: usize = 256;
+pub(super) const ROWS_STEP: usize = 256;
 
 /// Name of the nodes that compute scores.
 pub(super) const SCORE_NAME: &std::ffi::CStr = c"score";

@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     Error,
-    attention::{Kernel, SCORE_NAME, Score},
+    attention::{Kernel, ROWS_STEP, SCORE_NAME, Score},
     inputs::Part,
     sequence::{LayerCache, LayerReport, Sequence, StoreMaker},
     ubatch::CachedGraph,
@@ -138,13 +138,16 @@ impl Session {
         // A layer has some 30 nodes, a few more for each sequence in a batch; scores and rotations add theirs.
         let max_nodes = 1024 + 64 * hparams.n_layer * MAX_PARTS;
         let scheduler = Scheduler::new(&[device], params.n_threads, max_nodes)?;
+        let kernel = kernel(&params, device.buffer_type());
         let maker = StoreMaker {
             width: hparams.head_size * hparams.n_head_kv,
             memory: device.buffer_type(),
             meter: Meter::default(),
             rotations: Rotations::new(hparams.head_size, device.buffer_type())?,
+            // ggml's kernels divide their work by the number of rows, and llama.cpp gives them a multiple of 256.
+            block: if kernel == Kernel::Fused { 64 } else { ROWS_STEP },
             n_ctx: params.n_ctx,
-            exact_span: (kernel(&params, device.buffer_type()) == Kernel::Fused && params.kv_exact > 0)
+            exact_span: (kernel == Kernel::Fused && params.kv_exact > 0)
                 .then_some(Span { n_sink: params.lazy.n_sink, n_window: params.kv_exact }),
         };
         Ok(Session {
