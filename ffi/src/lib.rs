@@ -1,7 +1,7 @@
 //! The C ABI of simlayer: the functions of llama.cpp's `llama.h`, so that its frontends run on simlayer unchanged, and
 //! those of `simlayer.h`, for what `llama.h` cannot say. `cargo xtask dist` links them to `libllama.so.0`.
 //!
-//! Every function is called through [`border::guard`]: a failure becomes a line in llama.cpp's log and the function's
+//! Every function is called through `border::guard`: a failure becomes a line in llama.cpp's log and the function's
 //! error value, and so does a panic. Handles are looked up in a table of the living ones, so that a null pointer or one
 //! that was freed is an error. The vocabulary, samplers, grammars and chat templates are llama.cpp's own code, exported
 //! as it is: there null pointers are as fatal as they are upstream.
@@ -22,3 +22,6 @@ mod settings;
 mod simlayer_api;
 mod state;
 mod system;
+
+#[cfg(test)]
+mod layout;

@@ -28,6 +28,10 @@ impl LazySettings {
         let mut settings = LazySettings::off();
         let lazy = &mut settings.lazy;
         read("SIMLAYER_LAZY", |text| text.parse().map_err(to_text).map(|policy| lazy.policy = policy));
+        read("SIMLAYER_PROFILE", |text| {
+            lazy.profile = Some(text.into());
+            Ok(())
+        });
         read("SIMLAYER_SINK", |text| number(text, 0).map(|n| lazy.n_sink = n));
         read("SIMLAYER_WINDOW", |text| number(text, 1).map(|n| lazy.n_window = n));
         read("SIMLAYER_QUERIES", |text| number(text, 1).map(|n| lazy.n_last = n));

@@ -17,39 +17,39 @@ use crate::{
 /// `struct simlayer_params`.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Params {
-    size: usize,
-    lazy: [u8; 2048],
-    lazy_type: [u8; 64],
-    n_sink: u32,
-    n_window: u32,
-    n_queries: u32,
-    at: i32,
-    prefill: i32,
+pub(crate) struct Params {
+    pub size: usize,
+    pub lazy: [u8; 2048],
+    pub lazy_type: [u8; 64],
+    pub n_sink: u32,
+    pub n_window: u32,
+    pub n_queries: u32,
+    pub at: i32,
+    pub prefill: i32,
 }
 
 /// `struct simlayer_layer`.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Layer {
-    index: i32,
-    kind: i32,
-    has_score: i32,
-    score: f32,
-    bytes: u64,
+pub(crate) struct Layer {
+    pub index: i32,
+    pub kind: i32,
+    pub has_score: i32,
+    pub score: f32,
+    pub bytes: u64,
 }
 
 /// `struct simlayer_memory`.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Memory {
-    size: usize,
-    tokens: u64,
-    f16_bytes: u64,
-    allocated_bytes: u64,
-    peak_bytes: u64,
-    lazy_layers: u32,
-    active_layers: u32,
+pub(crate) struct Memory {
+    pub size: usize,
+    pub tokens: u64,
+    pub f16_bytes: u64,
+    pub allocated_bytes: u64,
+    pub peak_bytes: u64,
+    pub lazy_layers: u32,
+    pub active_layers: u32,
 }
 
 /// The size that a struct with a size member says it has.

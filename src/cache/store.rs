@@ -3,9 +3,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::{Lease, Meter};
 use crate::ggml::{BufferType, Context, Error, Graph, Tensor, Type};
 
-/// Rows are allocated in blocks of this many.
-const BLOCK: usize = 64;
-
 /// How a store keeps its rows. Rows of equal formats can be copied as they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Format {
@@ -59,17 +56,19 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    /// A store of at least `n_rows` zeroed rows of `width` elements. With `max_rows` it never gets more.
+    /// A store of at least `n_rows` zeroed rows of `width` elements, in blocks of `block`. With `max_rows` it never gets
+    /// more.
     pub fn new(
         width: usize,
         n_rows: usize,
+        block: usize,
         max_rows: Option<usize>,
         format: Format,
         memory: BufferType,
         meter: &Meter,
     ) -> Result<Store, Error> {
         static NEXT_ID: AtomicU64 = AtomicU64::new(0);
-        let n_rows = n_rows.max(1).next_multiple_of(BLOCK);
+        let n_rows = n_rows.max(1).next_multiple_of(block);
         let n_rows = max_rows.map_or(n_rows, |max| n_rows.min(max));
         let context = Context::new(2);
         let k = context.tensor(format.k, &[width, n_rows]).named("cache_k");

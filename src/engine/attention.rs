@@ -9,7 +9,10 @@ use crate::{
 };
 
 /// Rows that attention reads are rounded up to this many, so that a decode graph serves as many steps (as in llama.cpp).
-const ROWS_STEP: usize = 256;
+pub(super) const ROWS_STEP: usize = 256;
+
+/// Name of the nodes that compute scores.
+pub(super) const SCORE_NAME: &std::ffi::CStr = c"score";
 
 /// Intermediate results of a score are kept below this many bytes, by scoring a few KV heads at a time.
 const SCORE_BYTES: usize = 64 << 20;
@@ -261,6 +264,9 @@ impl CacheAttention<'_> {
         options: &AttentionOptions<'_>,
     ) {
         let Part { n, n_past, n_score, .. } = self.parts[index];
+        // Attention needs the queries as well: they are not the score's.
+        graph.expand(queries);
+        let first_node = graph.n_nodes();
         let n_rows = rows_read(store, None, n_past + n);
         let keys = Store::heads(graph, &store.k, self.head_size, n_rows);
         let mask =
@@ -292,6 +298,7 @@ impl CacheAttention<'_> {
             graph.expand(&mass);
             masses.push(mass);
         }
+        graph.name_nodes_from(first_node, SCORE_NAME);
         self.scores.push(Score { part: index, layer, masses });
     }
 }

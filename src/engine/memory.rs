@@ -116,6 +116,7 @@ impl Session {
     pub fn set_lazy(&mut self, lazy: LazyParams, type_k: Option<Type>, type_v: Option<Type>) -> Result<(), Error> {
         let mut params = self.params.clone();
         (params.lazy, params.lazy_type_k, params.lazy_type_v) = (lazy, type_k, type_v);
+        super::profile::settle(&mut params.lazy, &self.model)?;
         let hparams = self.model.hparams();
         check(&params, hparams)?;
         self.span = Span { n_sink: params.lazy.n_sink, n_window: params.lazy.n_window };

@@ -6,10 +6,10 @@
 
 use super::{
     Error,
-    attention::{CacheAttention, Score},
+    attention::{CacheAttention, Kernel, Score},
     inputs::{Inputs, Part},
     sequence::{LayerCache, Sequence},
-    session::{BatchEntry, Outputs, Session, piece_ends, single_part},
+    session::{BatchEntry, Outputs, Session, compute, piece_ends, single_part},
 };
 use crate::{
     cache::{Format, Lease},
@@ -124,7 +124,8 @@ impl Session {
             let ends_prompt = piece.end == n_tokens;
             let n_score = if ends_prompt { n_score.min(piece.len()) } else { 0 };
             let parts: [Part; 1] = single_part(piece.len(), piece.start, n_score);
-            let graph = Graph::new(1024);
+            let mut graph = Graph::new(1024);
+            graph.use_own_kernels(self.kernel() == Kernel::Fused);
             let mut inputs = Inputs::default();
             let positions = inputs.positions(&graph, piece.len());
             let states = graph.rows(&hidden.states, piece.start, piece.len());
@@ -156,7 +157,7 @@ impl Session {
             }
             self.scheduler.alloc(&graph)?;
             inputs.fill(&parts, &entry.tokens[piece.clone()], &outputs);
-            self.scheduler.compute(&graph)?;
+            compute(&mut self.scheduler, &graph, &scores, &mut self.score_time)?;
             score = scores.first().map(Score::mean).or(score);
             progress(piece.end as f32 / n_tokens as f32);
         }
@@ -203,7 +204,8 @@ impl Session {
         };
         for start in (first..n_tokens).step_by(OUTPUT_ROWS) {
             let n = OUTPUT_ROWS.min(n_tokens - start);
-            let graph = Graph::new(32);
+            let mut graph = Graph::new(32);
+            graph.use_own_kernels(self.kernel() == Kernel::Fused);
             let states = graph.rows(&hidden.states, start, n);
             let logits = self.model.architecture().output(&graph, &states).as_output();
             graph.expand(&logits);
@@ -217,6 +219,8 @@ impl Session {
                 self.embeddings.extend(embeddings.to_f32());
             }
         }
+        // The last graph would keep the hidden states.
+        self.scheduler.release();
         Ok(())
     }
 }

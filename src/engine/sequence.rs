@@ -84,6 +84,8 @@ pub(super) struct StoreMaker {
     pub memory: BufferType,
     pub meter: Meter,
     pub rotations: Rotations,
+    /// Rows are allocated in blocks of this many.
+    pub block: usize,
     /// Rows that a store never needs to exceed.
     pub n_ctx: usize,
     /// What exact stores keep: KIVI's residual (arXiv 2402.02750), and the sink. `None`: there are none.
@@ -92,7 +94,7 @@ pub(super) struct StoreMaker {
 
 impl StoreMaker {
     pub fn make(&self, n_rows: usize, span: Option<Span>, format: Format) -> Result<Store, Error> {
-        Store::new(self.width, n_rows, span.map(Span::n_rows), format, self.memory, &self.meter)
+        Store::new(self.width, n_rows, self.block, span.map(Span::n_rows), format, self.memory, &self.meter)
     }
 
     /// The exact store beside a store of this format, where one is due.

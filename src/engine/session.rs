@@ -2,18 +2,19 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     sync::{Arc, atomic::AtomicBool},
+    time::Duration,
 };
 
 use super::{
     Error,
-    attention::Kernel,
+    attention::{Kernel, ROWS_STEP, SCORE_NAME, Score},
     inputs::Part,
     sequence::{LayerCache, LayerReport, Sequence, StoreMaker},
     ubatch::CachedGraph,
 };
 use crate::{
     cache::{Format, KvReport, KvRotate, Meter, Rotations, Span},
-    ggml::{self, BufferType, Device, Scheduler, Type},
+    ggml::{self, BufferType, Device, Graph, Scheduler, Type},
     lazy::{At, LazyParams, Policy, Selector, default_threshold},
     model::{Hparams, Model},
     vocab::Token,
@@ -42,8 +43,8 @@ pub struct SessionParams {
     pub lazy_type_v: Option<Type>,
     /// Attention in one operation, without the matrix of all weights.
     pub flash_attn: bool,
-    /// Compute it with this crate's own kernel, which sums in f32 and is faster over long and quantised caches. Off:
-    /// with ggml's, whose logits are llama.cpp's bit for bit.
+    /// Compute attention, and products of quantised weights, with this crate's own kernels, which are
+    /// faster. Off (or without flash attention): with ggml's, whose logits are llama.cpp's bit for bit.
     pub fused_attention: bool,
     /// When keys and values are rotated.
     pub kv_rotate: KvRotate,
@@ -114,6 +115,8 @@ pub struct Session {
     pub(super) active_format: Format,
     pub(super) lazy_format: Format,
     threshold: f32,
+    /// Time that scores took, where it is measured.
+    pub(super) score_time: Option<Duration>,
 }
 
 impl Session {
@@ -135,13 +138,16 @@ impl Session {
         // A layer has some 30 nodes, a few more for each sequence in a batch; scores and rotations add theirs.
         let max_nodes = 1024 + 64 * hparams.n_layer * MAX_PARTS;
         let scheduler = Scheduler::new(&[device], params.n_threads, max_nodes)?;
+        let kernel = kernel(&params, device.buffer_type());
         let maker = StoreMaker {
             width: hparams.head_size * hparams.n_head_kv,
             memory: device.buffer_type(),
             meter: Meter::default(),
             rotations: Rotations::new(hparams.head_size, device.buffer_type())?,
+            // ggml's kernels divide their work by the number of rows, and llama.cpp gives them a multiple of 256.
+            block: if kernel == Kernel::Fused { 64 } else { ROWS_STEP },
             n_ctx: params.n_ctx,
-            exact_span: (kernel(&params, device.buffer_type()) == Kernel::Fused && params.kv_exact > 0)
+            exact_span: (kernel == Kernel::Fused && params.kv_exact > 0)
                 .then_some(Span { n_sink: params.lazy.n_sink, n_window: params.kv_exact }),
         };
         Ok(Session {
@@ -149,6 +155,7 @@ impl Session {
             active_format: Format::new(params.type_k, params.type_v, params.kv_rotate),
             lazy_format: lazy_format(&params, hparams.head_size),
             threshold: default_threshold(&hparams.architecture, model.name(), hparams.rope.freq_base),
+            score_time: None,
             model: model.clone(),
             params,
             scheduler,
@@ -159,6 +166,17 @@ impl Session {
             wants_embeddings: false,
             decode_graph: None,
         })
+    }
+
+    /// Measures from now on how long it takes to score layers, for [`Session::score_time`]. Graphs that score run a
+    /// little slower so.
+    pub fn time_scores(&mut self) {
+        self.score_time = Some(Duration::ZERO);
+    }
+
+    /// How long scoring took since [`Session::time_scores`]; `None` without it.
+    pub fn score_time(&self) -> Option<Duration> {
+        self.score_time
     }
 
     pub(super) fn kernel(&self) -> Kernel {
@@ -326,6 +344,7 @@ impl Session {
     pub fn clear(&mut self) {
         self.sequences.clear();
         self.decode_graph = None;
+        self.scheduler.release();
         ggml::release_free_memory();
     }
 
@@ -333,6 +352,7 @@ impl Session {
     pub fn seq_clear(&mut self, seq: SeqId) {
         self.sequences.remove(&seq);
         self.decode_graph = None;
+        self.scheduler.release();
     }
 
     /// Keeps the first `n` tokens of sequence 0. False, with nothing changed, when a layer has dropped tokens that they
@@ -511,6 +531,20 @@ pub(super) fn piece_ends(n: usize, n_ubatch: usize, n_last: usize) -> Vec<usize>
     }
     ends.push(n);
     ends
+}
+
+/// Computes a graph that was given memory. Where time is measured, that of its scores is added.
+pub(super) fn compute(
+    scheduler: &mut Scheduler,
+    graph: &Graph,
+    scores: &[Score],
+    time: &mut Option<Duration>,
+) -> Result<(), Error> {
+    match time {
+        Some(total) if !scores.is_empty() => *total += scheduler.compute_timed(graph, SCORE_NAME)?,
+        _ => scheduler.compute(graph)?,
+    }
+    Ok(())
 }
 
 /// Parts of a ubatch for one sequence alone.

@@ -2,10 +2,10 @@
 
 use super::{
     Error,
-    attention::{CacheAttention, Score, rows_read},
+    attention::{CacheAttention, Kernel, Score, rows_read},
     inputs::{Inputs, Part},
     sequence::LayerCache,
-    session::{BatchEntry, Outputs, Session},
+    session::{BatchEntry, Outputs, Session, compute},
 };
 use crate::{
     ggml::{Graph, Tensor},
@@ -64,7 +64,7 @@ impl Session {
 
         let mut ready = self.graph_for(batch, &parts, outputs.len())?;
         ready.inputs.fill(&parts, &tokens, &outputs);
-        self.scheduler.compute(&ready.graph)?;
+        compute(&mut self.scheduler, &ready.graph, &ready.scores, &mut self.score_time)?;
         if let Some(logits) = &ready.logits {
             let start = self.logits.len();
             self.logits.resize(start + outputs.len() * self.model.hparams().n_vocab, 0.0);
@@ -119,7 +119,8 @@ impl Session {
         }
         let hparams = self.model.hparams();
         let architecture = self.model.architecture();
-        let graph = Graph::new(self.scheduler.max_nodes());
+        let mut graph = Graph::new(self.scheduler.max_nodes());
+        graph.use_own_kernels(self.kernel() == Kernel::Fused);
         let mut inputs = Inputs::default();
         let n_tokens = parts.iter().map(|part| part.n).sum();
         let ids = inputs.tokens(&graph, n_tokens);

@@ -268,7 +268,9 @@ impl Tensor {
         loop {
             // SAFETY: a graph's context keeps the contexts of all its nodes' sources alive (`Context::uses`).
             let header = unsafe { node.as_ref() };
-            if header.op == sys::GGML_OP_MUL_MAT {
+            // Of our own operations only the product has two sources.
+            let is_own_product = header.op == sys::GGML_OP_CUSTOM && header.src[2].is_null();
+            if header.op == sys::GGML_OP_MUL_MAT || is_own_product {
                 let raw = NonNull::new(header.src[1])?;
                 return Some(Tensor { raw, context: Arc::clone(&self.context) });
             }
@@ -280,6 +282,13 @@ impl Tensor {
     /// is given none.
     pub fn is_allocated(&self) -> bool {
         self.context.has_memory.load(Ordering::Acquire) && !self.header().data.is_null()
+    }
+
+    /// Whether the tensor has memory already that the processor can read by pointer, in ggml's own layout.
+    pub(super) fn is_host(&self) -> bool {
+        let buffer = self.header().buffer;
+        // SAFETY: a buffer in a header lives as long as the tensor's context.
+        self.is_allocated() && !buffer.is_null() && unsafe { sys::ggml_backend_buffer_is_host(buffer) }
     }
 
     fn check(&self, offset: usize, len: usize) {

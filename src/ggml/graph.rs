@@ -5,6 +5,7 @@ use ggml_sys as sys;
 use super::{
     Context, Tensor, Type,
     attention::{Features, FusedAttention, KvSegment, Op, Partials},
+    mul_mat,
 };
 
 /// A graph being built: a function for each operation adds a node and returns its result's tensor.
@@ -16,6 +17,7 @@ pub struct Graph {
     max_nodes: usize,
     /// Intermediate results of fused attention.
     partials: Arc<Partials>,
+    own_kernels: bool,
 }
 
 // SAFETY: the graph is plain memory inside its context; see `context::Inner`.
@@ -69,7 +71,7 @@ impl Graph {
         // SAFETY: the arena was made large enough for it.
         let raw = unsafe { sys::ggml_new_graph_custom(context.raw(), max_nodes, false) };
         let raw = NonNull::new(raw).expect("ggml aborts rather than return null for a graph");
-        Graph { context, raw, max_nodes, partials: Arc::default() }
+        Graph { context, raw, max_nodes, partials: Arc::default(), own_kernels: false }
     }
 
     pub(super) fn raw(&self) -> *mut sys::ggml_cgraph {
@@ -84,6 +86,12 @@ impl Graph {
         self.max_nodes
     }
 
+    /// Whether [`Graph::mul_mat`] may take this crate's kernels where they are faster than ggml's. They round elsewhere.
+    /// Off at first.
+    pub fn use_own_kernels(&mut self, on: bool) {
+        self.own_kernels = on;
+    }
+
     /// Nodes in the graph now.
     pub fn n_nodes(&self) -> usize {
         // SAFETY: a query on a live graph.
@@ -96,6 +104,15 @@ impl Graph {
         // SAFETY: sets a flag in the header.
         unsafe { sys::ggml_set_input(tensor.raw()) };
         tensor
+    }
+
+    /// Names the nodes that were added since there were `first` of them, for [`super::Scheduler::compute_timed`].
+    pub fn name_nodes_from(&self, first: usize, name: &std::ffi::CStr) {
+        for index in first..self.n_nodes() {
+            // SAFETY: the graph is alive and the index below its number of nodes; ggml copies the name, cut to its
+            // limit.
+            unsafe { sys::ggml_set_name(sys::ggml_graph_node(self.raw(), index as i32), name.as_ptr()) };
+        }
     }
 
     /// Makes the graph compute `tensor` and all it depends on, after what was added before.
@@ -186,12 +203,22 @@ impl Graph {
 
     /// `weight [k, n] × input [k, m]` → `[n, m]`.
     pub fn mul_mat(&self, weight: &Tensor, input: &Tensor) -> Tensor {
+        if self.own_kernels && mul_mat::applies(weight, input) {
+            self.context.uses(weight);
+            self.context.uses(input);
+            // SAFETY: it applies; the context is alive and keeps the tensors.
+            return self.context.wrap(unsafe { mul_mat::add(self.context.raw(), weight, input) });
+        }
+        self.ggml_mul_mat(weight, input)
+    }
+
+    fn ggml_mul_mat(&self, weight: &Tensor, input: &Tensor) -> Tensor {
         node!(self, [weight, input], ggml_mul_mat(weight.raw(), input.raw()))
     }
 
     /// As [`Graph::mul_mat`], with sums in f32 where the device would use less.
     pub fn mul_mat_f32(&self, weight: &Tensor, input: &Tensor) -> Tensor {
-        let product = self.mul_mat(weight, input);
+        let product = self.ggml_mul_mat(weight, input);
         // SAFETY: sets a parameter of the node just made.
         unsafe { sys::ggml_prec_set_acc(product.raw(), sys::GGML_PREC_F32) };
         product
@@ -199,7 +226,7 @@ impl Graph {
 
     /// As [`Graph::mul_mat`] with a Walsh-Hadamard matrix, which a device may turn into a fast transform.
     pub fn mul_mat_hadamard(&self, matrix: &Tensor, input: &Tensor) -> Tensor {
-        let product = self.mul_mat(matrix, input);
+        let product = self.ggml_mul_mat(matrix, input);
         // SAFETY: sets a parameter of the node just made.
         unsafe { sys::ggml_mul_mat_set_hint(product.raw(), sys::GGML_HINT_SRC0_IS_HADAMARD) };
         product

@@ -17,6 +17,7 @@ mod graph;
 mod llama;
 mod memory;
 mod mmap;
+mod mul_mat;
 mod scheduler;
 mod types;
 

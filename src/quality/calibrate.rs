@@ -236,18 +236,24 @@ impl<'a> Calibration<'a> {
     }
 }
 
-/// The lazy layers whose rescue is worth trying: those that do most harm alone and were not tried yet, and those whose
-/// rescue was worth most when it was tried.
+/// The lazy layers whose rescue is worth trying: those that do most harm alone, and those whose rescue was worth most
+/// when it was tried. The first are tried again and again: what they are worth shows only when others are rescued.
 fn candidates(lazy: &BTreeSet<usize>, harms: &[f64], gains: &[Option<f64>]) -> Vec<usize> {
-    let mut tried: Vec<(f64, usize)> = lazy.iter().filter_map(|&layer| Some((gains[layer]?, layer))).collect();
-    let mut untried: Vec<(f64, usize)> =
-        lazy.iter().filter(|&&layer| gains[layer].is_none()).map(|&layer| (harms[layer], layer)).collect();
-    let highest_first = |a: &(f64, usize), b: &(f64, usize)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
-    tried.sort_by(highest_first);
-    untried.sort_by(highest_first);
-    let n_tried = tried.len().min(CANDIDATES.saturating_sub(untried.len()).max(CANDIDATES / 2));
-    let new = untried.iter().take(CANDIDATES - n_tried);
-    tried.iter().take(n_tried).chain(new).map(|&(_, layer)| layer).collect()
+    let by = |key: &dyn Fn(usize) -> f64| {
+        let mut layers: Vec<usize> = lazy.iter().copied().collect();
+        layers.sort_by(|&a, &b| key(b).total_cmp(&key(a)));
+        layers
+    };
+    let by_harm = by(&|layer| harms[layer]);
+    let by_gain = by(&|layer| gains[layer].unwrap_or(f64::NEG_INFINITY));
+    let tried = by_gain.into_iter().filter(|&layer| gains[layer].is_some());
+    let mut chosen: Vec<usize> = by_harm.iter().copied().take(CANDIDATES / 2).collect();
+    for layer in tried.take(CANDIDATES / 2).chain(by_harm) {
+        if chosen.len() < CANDIDATES && !chosen.contains(&layer) {
+            chosen.push(layer);
+        }
+    }
+    chosen
 }
 
 /// A real run with these layers lazy, from the prompt on.
@@ -352,14 +358,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn candidates_are_new_ones_and_good_ones() {
+    fn candidates_are_harmful_ones_and_good_ones() {
         let all: BTreeSet<usize> = (0..6).collect();
         let harms = [0.1, 0.6, 0.2, 0.5, 0.3, 0.4];
         assert_eq!(candidates(&all, &harms, &[None; 6]), [1, 3, 5, 4]);
         let gains = [Some(0.3), Some(0.1), Some(0.2), None, None, None];
-        assert_eq!(candidates(&all, &harms, &gains), [0, 2, 3, 5]);
-        assert_eq!(candidates(&[0, 1, 3].into(), &harms, &gains), [0, 1, 3]);
-        assert_eq!(candidates(&[0, 1, 2].into(), &harms, &gains), [0, 2, 1]);
+        assert_eq!(candidates(&all, &harms, &gains), [1, 3, 0, 2]);
+        let gains = [None, Some(0.3), None, Some(0.1), None, None];
+        assert_eq!(candidates(&all, &harms, &gains), [1, 3, 5, 4]);
+        assert_eq!(candidates(&[0, 2].into(), &harms, &gains), [2, 0]);
     }
 
     #[test]

@@ -32,6 +32,8 @@ fn ask(env: &Env, program: &Path, model: &Path) -> Result<Value> {
     let mut command = env.command(&program.display().to_string());
     command.arg("-m").arg(model).arg("-f").arg(&prompt_file);
     command.args(["-n", "64", "--temp", "0", "--json"]);
+    // Made by `simlayer-run calibrate`: which of this model's layers can be spared.
+    command.args(["--lazy", "profile"]).arg("--lazy-profile").arg(prepare::profile());
     eprintln!("$ {}", sh::shown(&command));
     let out = command.stderr(std::process::Stdio::inherit()).output()?;
     if !out.status.success() {

@@ -39,31 +39,31 @@ pub struct Args {
     /// The folder to make; default: dist in the repository's root.
     #[arg(long)]
     out: Option<PathBuf>,
-    /// Extra arguments for the linker's command line, such as -fsanitize=address.
-    #[arg(long = "link-arg", allow_hyphen_values = true)]
-    link_args: Vec<String>,
+    /// For any x86-64-v3 processor (or the architecture's baseline) instead of this one.
+    #[arg(long)]
+    portable: bool,
 }
 
 pub fn run(args: &Args) -> Result<()> {
     let mut env = Env::default();
     prepare::libclang(&mut env)?;
     let out = args.out.clone().unwrap_or_else(|| root().join("dist"));
-    let dist = build(&env, &out, &args.link_args)?;
+    let dist = build(&env, &out, args.portable)?;
     println!("{}", dist.display());
     Ok(())
 }
 
 /// Makes the folder and returns it.
-pub fn build(env: &Env, out: &Path, link_args: &[String]) -> Result<PathBuf> {
+pub fn build(env: &Env, out: &Path, portable: bool) -> Result<PathBuf> {
     let source = source(env)?;
-    let built = compile(env)?;
+    let built = compile(env, portable)?;
     let lib = out.join("lib");
     let work = env.target_dir()?.join("dist-work");
     for dir in [&lib, &work] {
         remove(dir)?;
         std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
     }
-    let linker = Linker { env, lib: &lib, link_args };
+    let linker = Linker { env, lib: &lib };
 
     // llama.cpp keeps the registry of devices, which knows the processor's, in a library of its own.
     let base = unpack(&built.ggml.join("libggml-base.a"), &work.join("base"))?;
@@ -110,9 +110,12 @@ struct Built {
     ggml: PathBuf,
 }
 
-fn compile(env: &Env) -> Result<Built> {
+fn compile(env: &Env, portable: bool) -> Result<Built> {
     let mut cargo = env.cargo();
     cargo.args(["rustc", "--release", "-p", "simlayer-ffi", "--lib", "--crate-type", "staticlib"]);
+    if portable {
+        cargo.args(["--features", "portable"]);
+    }
     cargo.arg("--message-format=json-render-diagnostics").stderr(std::process::Stdio::inherit());
     eprintln!("$ {}", sh::shown(&cargo));
     let output = cargo.output()?;
@@ -143,7 +146,6 @@ fn compile(env: &Env) -> Result<Built> {
 struct Linker<'a> {
     env: &'a Env,
     lib: &'a Path,
-    link_args: &'a [String],
 }
 
 impl Linker<'_> {
@@ -160,7 +162,7 @@ impl Linker<'_> {
             command.arg(format!("-Wl,--version-script={}", script.display()));
         }
         command.arg("-L").arg(self.lib).args(needs.iter().map(|name| format!("-l:{name}.0")));
-        command.args(self.link_args).args(["-lpthread", "-ldl", "-lm"]);
+        command.args(["-lpthread", "-ldl", "-lm"]);
         sh::output(&mut command)?;
         symlink(&versioned, &self.lib.join(name))
     }

@@ -3,8 +3,10 @@
 mod compare;
 mod demo;
 mod dist;
+mod frontends;
 mod fuzz;
 mod prepare;
+mod quality;
 mod rss;
 mod sh;
 mod test;
@@ -36,6 +38,10 @@ enum Command {
     Rss(rss::Args),
     /// Make dist/: a drop-in libllama.so.0 for llama.cpp's frontends, with headers.
     Dist(dist::Args),
+    /// What lazy layers cost on texts of different kinds.
+    Quality(quality::Args),
+    /// Run llama.cpp's own frontends and llama-cpp-python, unmodified, on our library.
+    Frontends(frontends::Args),
     /// Run the fuzz target.
     Fuzz(fuzz::Args),
 }
@@ -48,6 +54,8 @@ fn main() -> ExitCode {
         Command::Compare(args) => compare::run(&args),
         Command::Rss(args) => rss::run(&args),
         Command::Dist(args) => dist::run(&args),
+        Command::Quality(args) => quality::run(&args),
+        Command::Frontends(args) => frontends::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
     };
     match result {

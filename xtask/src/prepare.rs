@@ -225,6 +225,11 @@ pub fn pip_download(name: &str, suffix: &str, args: &[&str]) -> Result<PathBuf> 
     }
 }
 
+/// The profile of the model that demo and tests use, which the repository carries.
+pub fn profile() -> PathBuf {
+    root().join("profiles").join(MODEL).with_extension("simlayer.toml")
+}
+
 /// The model that demo and tests use, fetched when it is missing, always checked.
 pub fn model() -> Result<PathBuf> {
     let path = root().join("models").join(MODEL);

@@ -331,6 +331,9 @@ pub struct LazyFlags {
     /// Do not rotate the keys and values of quantised caches
     #[arg(long)]
     pub no_kv_rotate: bool,
+    /// Compute with ggml's kernels only: slower, and llama.cpp's own logits bit for bit
+    #[arg(long)]
+    pub ggml_kernels: bool,
     /// Newest tokens that are kept in f16 as well, with the sink, beside a quantised cache; 0: none, as llama.cpp
     #[arg(long, value_name = "N", default_value_t = 32)]
     pub kv_exact: usize,

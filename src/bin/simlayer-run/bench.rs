@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, IsTerminal, Write},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use serde::Serialize;
@@ -44,6 +44,8 @@ struct Measurement {
     /// Bytes of the cache after the test.
     kv_bytes: usize,
     lazy_layers: usize,
+    /// Time that scoring the layers took, as a share of the test's; none where nothing is scored.
+    score_share: Option<f64>,
 }
 
 pub fn run(args: BenchArgs) -> Result<(), Failure> {
@@ -60,8 +62,8 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
     if !args.output.json {
         writeln!(
             out,
-            "{:<10} {:>8} {:>12} {:>10} {:>14} {:>6}",
-            "test", "depth", "tokens/s", "± stddev", "KV bytes", "lazy"
+            "{:<10} {:>8} {:>12} {:>10} {:>14} {:>6} {:>8}",
+            "test", "depth", "tokens/s", "± stddev", "KV bytes", "lazy", "scoring"
         )?;
     }
     for &depth in &args.depth {
@@ -69,9 +71,10 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
             let measured = measure(&run, &model, test, depth, args.reps)?;
             if !args.output.json {
                 let Measurement { test, tokens_per_second, stddev, kv_bytes, lazy_layers, .. } = &measured;
+                let scoring = measured.score_share.map_or("–".to_owned(), |share| format!("{:.2} %", share * 100.0));
                 writeln!(
                     out,
-                    "{test:<10} {depth:>8} {tokens_per_second:>12.2} {stddev:>10.2} {kv_bytes:>14} {lazy_layers:>6}"
+                    "{test:<10} {depth:>8} {tokens_per_second:>12.2} {stddev:>10.2} {kv_bytes:>14} {lazy_layers:>6} {scoring:>8}"
                 )?;
                 out.flush()?;
             }
@@ -104,9 +107,11 @@ fn measure(run: &Run, model: &Model, test: Test, depth: usize, reps: usize) -> R
         Test::Generate(_) => work(&mut session, Test::Generate(1), &mut tokens)?,
     }
     session.clear();
+    session.time_scores();
 
     let progress = io::stderr().is_terminal();
     let mut samples = Vec::with_capacity(reps);
+    let (mut scoring, mut testing) = (Duration::ZERO, Duration::ZERO);
     for rep in 1..=reps {
         if progress {
             eprint!("\r{} at depth {depth}: {rep}/{reps} ", test.name());
@@ -120,9 +125,13 @@ fn measure(run: &Run, model: &Model, test: Test, depth: usize, reps: usize) -> R
                 session.prefill(&text)?;
             }
         }
+        let scored_before = session.score_time().unwrap_or_default();
         let start = Instant::now();
         work(&mut session, test, &mut tokens)?;
-        samples.push(test.n_tokens() as f64 / start.elapsed().as_secs_f64());
+        let elapsed = start.elapsed();
+        samples.push(test.n_tokens() as f64 / elapsed.as_secs_f64());
+        testing += elapsed;
+        scoring += session.score_time().unwrap_or_default() - scored_before;
     }
     if progress {
         eprint!("\r{:40}\r", "");
@@ -137,6 +146,7 @@ fn measure(run: &Run, model: &Model, test: Test, depth: usize, reps: usize) -> R
         samples,
         kv_bytes: kv.allocated_bytes,
         lazy_layers: kv.lazy_layers,
+        score_share: (!scoring.is_zero()).then(|| scoring.as_secs_f64() / testing.as_secs_f64()),
     })
 }
 

@@ -55,6 +55,7 @@ impl Run {
             session.kv_rotate = KvRotate::Never;
         }
         session.kv_exact = args.lazy.kv_exact;
+        session.fused_attention = !args.lazy.ggml_kernels;
         session.lazy.policy = args.lazy.lazy;
         session.lazy.profile = args.lazy.lazy_profile;
         session.lazy.n_sink = args.lazy.lazy_sink;

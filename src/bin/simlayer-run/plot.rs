@@ -95,14 +95,15 @@ pub struct Scores {
 
 impl Picture for Scores {
     fn height(&self) -> u32 {
-        420
+        460
     }
 
     fn draw<DB: DrawingBackend>(&self, root: &DrawingArea<DB, Shift>) -> Drawn<DB> {
         let n = self.bars.len() as f64;
+        root.draw_text(&self.title, &centred(21), (WIDTH as i32 / 2, 20))?;
         let mut chart = ChartBuilder::on(root)
-            .caption(&self.title, text(22))
             .margin(12)
+            .margin_top(62)
             .x_label_area_size(44)
             .y_label_area_size(62)
             .build_cartesian_2d(-0.6..n - 0.4, 0.0..1.12f64)?;
@@ -139,26 +140,26 @@ impl Picture for Scores {
         if let Some(threshold) = self.threshold.map(f64::from) {
             let line = [(-0.6, threshold), (n - 0.4, threshold)];
             chart.draw_series(DashedLineSeries::new(line, 8, 5, BLACK.stroke_width(2)))?;
-            let pixel = chart.backend_coord(&(n - 0.45, 0.0));
-            let label = format!("τ = {threshold}");
-            let style = text(16).pos(Pos::new(HPos::Right, VPos::Bottom));
-            let y = chart.backend_coord(&(0.0, 1.12)).1;
-            root.draw_text(&label, &style, (pixel.0, y))?;
+            let (x, y) = (290, 47);
+            root.draw(&PathElement::new([(x, y), (x + 12, y)], BLACK.stroke_width(2)))?;
+            root.draw(&PathElement::new([(x + 17, y), (x + 29, y)], BLACK.stroke_width(2)))?;
+            // As it was written: an f64 would show the digits that f32 cannot hold.
+            root.draw_text(&format!("threshold τ = {}", threshold as f32), &text(16), (x + 36, y - 8))?;
         }
         legend(root, &[("lazy", BLUE, true), ("active", ORANGE, false)])
     }
 }
 
-/// Squares with their meaning, in the picture's upper left corner.
+/// Squares with their meaning, in a line under the title.
 fn legend<DB: DrawingBackend>(root: &DrawingArea<DB, Shift>, entries: &[(&str, RGBColor, bool)]) -> Drawn<DB> {
     let mut x = 76;
     for (name, colour, filled) in entries {
-        let corners = [(x, 18), (x + 14, 32)];
+        let corners = [(x, 40), (x + 14, 54)];
         if *filled {
             root.draw(&Rectangle::new(corners, colour.filled()))?;
         }
         root.draw(&Rectangle::new(corners, colour.stroke_width(3)))?;
-        root.draw_text(name, &text(16), (x + 20, 16))?;
+        root.draw_text(name, &text(16), (x + 21, 39))?;
         x += 100;
     }
     Ok(())

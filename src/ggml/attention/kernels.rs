@@ -1,5 +1,9 @@
 //! The inner loops, generic over vectors and element types. Scores are in units of log2: queries come multiplied by
 //! `scale × log2 e`, so that a softmax is made of powers of two.
+//!
+//! Vectors are kept in arrays that loops with constant bounds index: iterators and `from_fn` take closures, and a
+//! closure that is not inlined would be compiled without the processor's features.
+#![allow(clippy::needless_range_loop)]
 
 use super::simd::{Portable, Simd, exp2, f16_to_f32, tanh};
 #[cfg(target_arch = "x86_64")]
@@ -168,21 +172,30 @@ unsafe fn scores_of<V: Simd, E: Element, const G: usize>(
     // SAFETY: `row` is at most the last one; queries have `size` elements, and scores room for BLOCK × G.
     unsafe {
         for first in (0..keys.n).step_by(4) {
-            let rows: [*const u8; 4] = std::array::from_fn(|r| keys.at((first + r).min(keys.n - 1)));
+            let last = keys.n - 1;
+            let rows = [
+                keys.at(first),
+                keys.at((first + 1).min(last)),
+                keys.at((first + 2).min(last)),
+                keys.at((first + 3).min(last)),
+            ];
             for row in rows {
                 prefetch(row, keys, E::offset(size.next_multiple_of(E::BLOCK)));
             }
             let mut sums = [[V::splat(0.0); 4]; G];
             let mut i = 0;
             while i < size {
-                let blocks = rows.map(|row| row.add(E::offset(i)));
+                let offset = E::offset(i);
                 for c in 0..step / V::LANES {
                     let c = c * V::LANES;
-                    let keys: [V; 4] = std::array::from_fn(|r| E::load::<V>(blocks[r], c));
-                    for (g, sums) in sums.iter_mut().enumerate() {
+                    let mut keys = [V::splat(0.0); 4];
+                    for r in 0..4 {
+                        keys[r] = E::load::<V>(rows[r].add(offset), c);
+                    }
+                    for g in 0..G {
                         let query = V::load(queries.add(g * query_stride + i + c));
-                        for (sum, key) in sums.iter_mut().zip(keys) {
-                            *sum = key.mul_add(query, *sum);
+                        for r in 0..4 {
+                            sums[g][r] = keys[r].mul_add(query, sums[g][r]);
                         }
                     }
                 }
@@ -304,23 +317,30 @@ unsafe fn add_values_at<V: Simd, E: Element, const G: usize, const C: usize>(
 ) {
     // SAFETY: as in `add_values`.
     unsafe {
-        let mut sums: [[V; C]; G] = std::array::from_fn(|g| {
-            std::array::from_fn(|c| V::load(out.add(g * out_stride + c * V::LANES)).mul(V::splat(factors[g])))
-        });
+        let mut sums = [[V::splat(0.0); C]; G];
+        for g in 0..G {
+            let factor = V::splat(factors[g]);
+            for c in 0..C {
+                sums[g][c] = V::load(out.add(g * out_stride + c * V::LANES)).mul(factor);
+            }
+        }
         for r in 0..values.n {
             let row = values.at(r).add(E::offset(i));
             prefetch(row, values, E::offset(C * V::LANES));
-            let value: [V; C] = std::array::from_fn(|c| E::load::<V>(row, c * V::LANES));
-            for (g, sums) in sums.iter_mut().enumerate() {
+            let mut value = [V::splat(0.0); C];
+            for c in 0..C {
+                value[c] = E::load::<V>(row, c * V::LANES);
+            }
+            for g in 0..G {
                 let weight = V::splat(*weights.add(g * BLOCK + r));
-                for (sum, value) in sums.iter_mut().zip(value) {
-                    *sum = value.mul_add(weight, *sum);
+                for c in 0..C {
+                    sums[g][c] = value[c].mul_add(weight, sums[g][c]);
                 }
             }
         }
-        for (g, sums) in sums.into_iter().enumerate() {
-            for (c, sum) in sums.into_iter().enumerate() {
-                sum.store(out.add(g * out_stride + c * V::LANES));
+        for g in 0..G {
+            for c in 0..C {
+                sums[g][c].store(out.add(g * out_stride + c * V::LANES));
             }
         }
     }
@@ -384,72 +404,84 @@ unsafe fn add_tile<V: Simd, const R: usize>(tile: &Tile) {
     // SAFETY: the buffers are as large as `Tile` says, and R divides 8.
     unsafe {
         let lanes = 2 * V::LANES;
-        let load = |from: *const f32| [V::load(from), V::load(from.add(V::LANES))];
-        let store = |pair: [V; 2], to: *mut f32| {
-            pair[0].store(to);
-            pair[1].store(to.add(V::LANES));
-        };
-        let before = load(tile.max);
+        let before = load_two::<V>(tile.max);
         let mut max = before;
         for first in (0..tile.n).step_by(R) {
             let mut sums = [[V::splat(0.0); 2]; R];
             let keys = tile.keys.add(first * tile.key_size);
             for i in 0..tile.key_size {
-                let query = load(tile.queries.add(i * lanes));
-                for (r, sum) in sums.iter_mut().enumerate() {
+                let query = load_two::<V>(tile.queries.add(i * lanes));
+                for r in 0..R {
                     let key = V::splat(*keys.add(r * tile.key_size + i));
-                    *sum = [key.mul_add(query[0], sum[0]), key.mul_add(query[1], sum[1])];
+                    sums[r] = [key.mul_add(query[0], sums[r][0]), key.mul_add(query[1], sums[r][1])];
                 }
             }
-            for (r, mut score) in sums.into_iter().enumerate() {
+            for r in 0..R {
                 if first + r >= tile.n {
                     break;
                 }
+                let mut score = sums[r];
                 if tile.shape.cap != 0.0 {
                     let cap = V::splat(tile.shape.cap);
                     score = [tanh(score[0]).mul(cap), tanh(score[1]).mul(cap)];
                 }
                 if !tile.mask.is_null() {
-                    let mask = load(tile.mask.add((first + r) * tile.mask_stride));
+                    let mask = load_two::<V>(tile.mask.add((first + r) * tile.mask_stride));
                     score = [score[0].add(mask[0]), score[1].add(mask[1])];
                 }
-                store(score, tile.scores.add((first + r) * lanes));
+                store_two(score, tile.scores.add((first + r) * lanes));
                 max = [max[0].max(score[0]), max[1].max(score[1])];
             }
         }
-        store(max, tile.max);
+        store_two(max, tile.max);
         // A lane that has seen nothing yet has no finite maximum to subtract.
         let lowest = V::splat(f32::MIN);
         let max = [max[0].max(lowest), max[1].max(lowest)];
         let factor = [exp2(before[0].sub(max[0])), exp2(before[1].sub(max[1]))];
-        let mut sum = load(tile.sum);
+        let mut sum = load_two::<V>(tile.sum);
         sum = [sum[0].mul(factor[0]), sum[1].mul(factor[1])];
         for r in 0..tile.n {
-            let score = load(tile.scores.add(r * lanes));
+            let score = load_two::<V>(tile.scores.add(r * lanes));
             let weight = [exp2(score[0].sub(max[0])), exp2(score[1].sub(max[1]))];
-            store(weight, tile.scores.add(r * lanes));
+            store_two(weight, tile.scores.add(r * lanes));
             sum = [sum[0].add(weight[0]), sum[1].add(weight[1])];
         }
-        store(sum, tile.sum);
+        store_two(sum, tile.sum);
 
         for first in (0..tile.value_size).step_by(R) {
             let out = tile.out.add(first * lanes);
-            let mut sums: [[V; 2]; R] = std::array::from_fn(|i| {
-                let out = load(out.add(i * lanes));
-                [out[0].mul(factor[0]), out[1].mul(factor[1])]
-            });
+            let mut sums = [[V::splat(0.0); 2]; R];
+            for i in 0..R {
+                let out = load_two::<V>(out.add(i * lanes));
+                sums[i] = [out[0].mul(factor[0]), out[1].mul(factor[1])];
+            }
             for r in 0..tile.n {
-                let weight = load(tile.scores.add(r * lanes));
+                let weight = load_two::<V>(tile.scores.add(r * lanes));
                 let values = tile.values.add(r * tile.value_size + first);
-                for (i, sum) in sums.iter_mut().enumerate() {
+                for i in 0..R {
                     let value = V::splat(*values.add(i));
-                    *sum = [value.mul_add(weight[0], sum[0]), value.mul_add(weight[1], sum[1])];
+                    sums[i] = [value.mul_add(weight[0], sums[i][0]), value.mul_add(weight[1], sums[i][1])];
                 }
             }
-            for (i, sum) in sums.into_iter().enumerate() {
-                store(sum, out.add(i * lanes));
+            for i in 0..R {
+                store_two(sums[i], out.add(i * lanes));
             }
         }
+    }
+}
+
+#[inline(always)]
+unsafe fn load_two<V: Simd>(from: *const f32) -> [V; 2] {
+    // SAFETY: good for two vectors, says the caller.
+    unsafe { [V::load(from), V::load(from.add(V::LANES))] }
+}
+
+#[inline(always)]
+unsafe fn store_two<V: Simd>(pair: [V; 2], to: *mut f32) {
+    // SAFETY: good for two vectors, says the caller.
+    unsafe {
+        pair[0].store(to);
+        pair[1].store(to.add(V::LANES));
     }
 }
 

@@ -275,7 +275,7 @@ struct Chunks {
 impl Chunks {
     fn new(rows: [usize; MAX_SEGMENTS]) -> Chunks {
         let total: usize = rows.iter().sum();
-        Chunks { rows, size: (total / 64).next_multiple_of(BLOCK).max(256) }
+        Chunks { rows, size: (total / 16).next_multiple_of(BLOCK).max(256) }
     }
 
     fn n(&self) -> usize {
@@ -775,23 +775,25 @@ impl Call<'_> {
                     let running =
                         |chunk| self.partial(chunk, head, query).add(value_size).cast::<Running>().read_unaligned();
                     let max = (0..n_chunks).map(|chunk| running(chunk).max).fold(f32::NEG_INFINITY, f32::max);
-                    let weight = |chunk| match running(chunk).max {
-                        f32::NEG_INFINITY => 0.0,
-                        other => (other - max).exp2(),
-                    };
-                    let sum = (0..n_chunks).map(|chunk| running(chunk).sum * weight(chunk)).sum();
-                    let factor = self.finish(head, Running { max, sum });
                     let out = self.out.add((query * self.heads + head) * self.value_size);
                     let out = std::slice::from_raw_parts_mut(out, self.value_size);
                     out.fill(0.0);
+                    let mut sum = 0.0;
                     for chunk in 0..n_chunks {
-                        let weight = weight(chunk) * factor;
-                        if weight != 0.0 {
-                            let values = std::slice::from_raw_parts(self.partial(chunk, head, query), self.value_size);
-                            for (out, value) in out.iter_mut().zip(values) {
-                                *out += weight * value;
-                            }
+                        let part = running(chunk);
+                        if part.max == f32::NEG_INFINITY {
+                            continue;
                         }
+                        let weight = (part.max - max).exp2();
+                        sum += part.sum * weight;
+                        let values = std::slice::from_raw_parts(self.partial(chunk, head, query), self.value_size);
+                        for (out, value) in out.iter_mut().zip(values) {
+                            *out += weight * value;
+                        }
+                    }
+                    let factor = self.finish(head, Running { max, sum });
+                    for out in out {
+                        *out *= factor;
                     }
                 }
             }

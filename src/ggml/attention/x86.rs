@@ -214,10 +214,14 @@ impl Simd for Avx512 {
     unsafe fn sum_each([a, b, c, d]: [Self; 4], to: *mut f32) {
         // SAFETY: 4 elements are written.
         unsafe {
-            let halves = |x, y| {
-                _mm512_add_ps(_mm512_shuffle_f32x4::<0b01_00_01_00>(x, y), _mm512_shuffle_f32x4::<0b11_10_11_10>(x, y))
-            };
-            let (ab, cd) = (halves(a.0, b.0), halves(c.0, d.0));
+            let ab = _mm512_add_ps(
+                _mm512_shuffle_f32x4::<0b01_00_01_00>(a.0, b.0),
+                _mm512_shuffle_f32x4::<0b11_10_11_10>(a.0, b.0),
+            );
+            let cd = _mm512_add_ps(
+                _mm512_shuffle_f32x4::<0b01_00_01_00>(c.0, d.0),
+                _mm512_shuffle_f32x4::<0b11_10_11_10>(c.0, d.0),
+            );
             // One quarter of the register for each of the four.
             let four = _mm512_add_ps(
                 _mm512_shuffle_f32x4::<0b10_00_10_00>(ab, cd),

@@ -1,0 +1,182 @@
+//! C programs on the library that `cargo xtask dist` makes: what it exports, what it does, what it survives.
+//!
+//! `SIMLAYER_DIST` names the folder (`cargo xtask test` sets it). The programs are compiled with AddressSanitizer, which
+//! then watches the library's allocations as well.
+
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use simlayer_testkit::{RandomModel, smollm2_path, workspace_root};
+use tempfile::TempDir;
+
+/// The folder with the library, or a loud nothing.
+fn dist() -> Option<PathBuf> {
+    let dist = std::env::var_os("SIMLAYER_DIST").map(PathBuf::from);
+    if dist.is_none() {
+        eprintln!("SKIPPED: run `cargo xtask dist`, then set SIMLAYER_DIST to the folder that it names");
+    }
+    dist
+}
+
+struct Programs {
+    dist: PathBuf,
+    folder: TempDir,
+}
+
+impl Programs {
+    fn new() -> Option<Programs> {
+        Some(Programs { dist: dist()?, folder: tempfile::tempdir().expect("a folder") })
+    }
+
+    fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// A small model with random weights.
+    fn model(&self) -> String {
+        let path = self.path().join("random.gguf");
+        RandomModel::default().write(&path);
+        path.display().to_string()
+    }
+
+    /// Compiles `ffi/tests/c/NAME.c`.
+    fn build(&self, name: &str, flags: &[&str]) -> PathBuf {
+        let program = self.path().join(name);
+        let lib = self.dist.join("lib");
+        let mut cc = Command::new("cc");
+        cc.args(["-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror"]).args(flags);
+        cc.arg(format!("-I{}", self.dist.join("include").display()));
+        cc.arg(workspace_root().join("ffi/tests/c").join(name).with_extension("c")).arg("-o").arg(&program);
+        cc.arg("-L").arg(&lib).arg(format!("-Wl,-rpath,{}", lib.display()));
+        succeed(cc.args(["-lllama", "-lggml", "-lggml-cpu", "-lggml-base", "-lpthread", "-lm"]));
+        program
+    }
+
+    fn run(&self, program: &Path, arguments: &[&str]) -> String {
+        let output = succeed(Command::new(program).args(arguments).env_remove("SIMLAYER_LAZY"));
+        String::from_utf8(output.stdout).expect("text")
+    }
+
+    fn check(&self, name: &str, arguments: &[&str]) {
+        let program = self.build(name, &["-fsanitize=address"]);
+        assert_eq!(self.run(&program, arguments), "ok\n");
+    }
+}
+
+fn succeed(command: &mut Command) -> Output {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{command:?}: {}\n{stdout}\n{stderr}", output.status);
+    output
+}
+
+/// The functions that a header declares.
+fn declared(dist: &Path, header: &str, prefix: &str) -> BTreeSet<String> {
+    let mut cc = Command::new("cc");
+    cc.args(["-E", "-P", "-x", "c", "-include", header, "/dev/null"]).arg("-I").arg(dist.join("include"));
+    let text = String::from_utf8(succeed(&mut cc).stdout).expect("text");
+    let mut names = BTreeSet::new();
+    for word in text.split(|c: char| c.is_whitespace() || "*,;){}".contains(c)) {
+        if let Some((name, _)) = word.split_once('(')
+            && name.starts_with(prefix)
+        {
+            names.insert(name.to_owned());
+        }
+    }
+    // A name apart from its parenthesis.
+    for (at, _) in text.match_indices(" (") {
+        let name = text[..at].trim_end().rsplit(|c: char| !c.is_ascii_alphanumeric() && c != '_').next();
+        names.extend(name.filter(|name| name.starts_with(prefix)).map(str::to_owned));
+    }
+    names
+}
+
+#[test]
+fn exports_are_llama_cpps_and_simlayers() {
+    let Some(dist) = dist() else { return };
+    let mut nm = Command::new("nm");
+    nm.args(["-D", "--defined-only", "--format=just-symbols"]).arg(dist.join("lib/libllama.so.0"));
+    let text = String::from_utf8(succeed(&mut nm).stdout).expect("text");
+    let found: BTreeSet<String> = text.lines().map(str::to_owned).collect();
+    let (cpp, c): (BTreeSet<_>, BTreeSet<_>) = found.into_iter().partition(|name| name.starts_with("_Z"));
+    let llama = declared(&dist, "llama.h", "llama_");
+    let simlayer = declared(&dist, "simlayer.h", "simlayer_");
+    assert_eq!((llama.len(), cpp.len(), simlayer.len()), (255, 14, 9));
+    assert_eq!(c, llama.union(&simlayer).cloned().collect());
+    assert!(cpp.iter().all(|name| name.contains("llama_")), "{cpp:?}");
+}
+
+#[test]
+fn sequences() {
+    let Some(programs) = Programs::new() else { return };
+    programs.check("sequences", &[&programs.model()]);
+}
+
+#[test]
+fn hostile_callers() {
+    let Some(programs) = Programs::new() else { return };
+    programs.check("hostile", &[&programs.model(), "100000"]);
+}
+
+#[test]
+fn damaged_states() {
+    let Some(programs) = Programs::new() else { return };
+    let folder = programs.path().display().to_string();
+    programs.check("state", &["mutate", &programs.model(), &folder, "1000"]);
+}
+
+/// A conversation goes on in another process as if nothing had happened, also with lazy layers.
+#[test]
+fn states_survive_the_process() {
+    let Some(programs) = Programs::new() else { return };
+    let program = programs.build("state", &[]);
+    let model = smollm2_path().display().to_string();
+    let file = programs.path().join("long.state").display().to_string();
+    for rule in ["off", "budget:0.5"] {
+        let saved = programs.run(&program, &["save", &model, &file, "4000", rule]);
+        let loaded = programs.run(&program, &["load", &model, &file, "4000", rule]);
+        assert_eq!(saved.split_whitespace().count(), 16);
+        assert_eq!(saved, loaded, "{rule}");
+    }
+}
+
+#[test]
+fn examples() {
+    let Some(programs) = Programs::new() else { return };
+    let mut make = Command::new("make");
+    make.arg("-C").arg(workspace_root().join("ffi/examples")).arg(format!("OUT={}", programs.path().display()));
+    make.arg(format!("DIST={}", programs.dist.display())).arg("CFLAGS=-O2 -Wall -Wextra -Werror");
+    succeed(&mut make);
+    let model = smollm2_path().display().to_string();
+    let text = programs.run(&programs.path().join("simple"), &[&model, "The sea is"]);
+    assert!(text.split_whitespace().count() > 10, "{text}");
+
+    let story = workspace_root().join("xtask/demo/story.txt").display().to_string();
+    let report = programs.run(&programs.path().join("layers"), &[&model, &story, "budget:0.5", "256"]);
+    assert_eq!(report.matches("  lazy  ").count(), 15, "{report}");
+    assert!(report.contains(", 15 lazy layers, cache"), "{report}");
+}
+
+/// Needs Valgrind, and a library that it can run: it knows no AVX-512. `cargo xtask dist --portable --out DIR`, then
+/// `SIMLAYER_DIST=DIR cargo test --release -p simlayer-ffi --test c_programs -- --ignored valgrind`.
+#[test]
+#[ignore = "needs Valgrind and a portable build of the library; takes minutes"]
+fn valgrind_finds_nothing() {
+    let Some(programs) = Programs::new() else { return };
+    let (model, folder) = (programs.model(), programs.path().display().to_string());
+    let suppressions = workspace_root().join("ffi/tests/c/valgrind.supp");
+    for (name, arguments) in [
+        ("sequences", vec![&*model]),
+        ("state", vec!["mutate", &model, &folder, "60"]),
+        ("hostile", vec![&model, "4000"]),
+    ] {
+        let program = programs.build(name, &[]);
+        let mut valgrind = Command::new("valgrind");
+        valgrind.args(["--error-exitcode=9", "--leak-check=full", "--errors-for-leak-kinds=definite"]);
+        valgrind.arg(format!("--suppressions={}", suppressions.display())).arg(program).args(arguments);
+        assert_eq!(String::from_utf8_lossy(&succeed(&mut valgrind).stdout), "ok\n", "{name}");
+    }
+}

@@ -1,0 +1,69 @@
+//! What the cache is said to take against the process's resident memory. A process of its own: other tests would
+//! allocate meanwhile.
+
+mod common;
+
+use common::{plain, session, smollm2, story};
+use simlayer::{Session, SessionParams, ggml::Type};
+
+/// Resident memory that is not of files: how much of a mapped model is resident is the system's to decide.
+fn resident() -> Option<i64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<i64>().ok()? * 1024)
+}
+
+/// A session that has worked before: what it computes in is allocated already.
+fn warm(model: &simlayer::Model, params: SessionParams) -> Session {
+    let mut session = session(model, params);
+    session.prefill(&story(model, 1_100)).expect("prefill");
+    session.clear();
+    session
+}
+
+/// Growth of resident memory and the report, with 8,000 tokens in the cache. What longer graphs need for their
+/// intermediate results stays with the session and is not counted.
+fn grown(model: &simlayer::Model, params: SessionParams) -> (i64, i64, simlayer::KvReport) {
+    let mut session = warm(model, params);
+    let (before, computing) = (resident().expect("a figure"), session.compute_bytes());
+    session.prefill(&story(model, 8_000)).expect("prefill");
+    let kv = session.kv();
+    let computing = (session.compute_bytes() - computing) as i64;
+    let grown = resident().expect("a figure") - before - computing;
+    session.clear();
+    let left = resident().expect("a figure") - before - computing;
+    println!("{} bytes allocated, {grown} resident; {left} after clearing; {computing} computing", kv.allocated_bytes);
+    (grown, left, kv)
+}
+
+/// Full and all in four bits with half of the layers lazy: resident memory and reports.
+fn both() -> Option<[(i64, i64, simlayer::KvReport); 2]> {
+    if resident().is_none() {
+        println!("resident memory cannot be read on this system");
+        return None;
+    }
+    let model = smollm2();
+    let full = grown(&model, plain());
+    let mut params = plain();
+    params.lazy.policy = "budget:0.5".parse().expect("a policy");
+    (params.type_k, params.type_v) = (Type::Q4_0, Type::Q4_0);
+    Some([full, grown(&model, params)])
+}
+
+#[test]
+fn resident_memory_drops_as_the_report_says() {
+    let Some([(full, _, full_kv), (small, _, small_kv)]) = both() else { return };
+    assert!(small_kv.compression >= 6.0, "{small_kv:?}");
+    let reported = (full_kv.allocated_bytes - small_kv.allocated_bytes) as f64;
+    assert!((full - small) as f64 > 0.85 * reported, "{full} falls to {small}; reported are {reported} less");
+}
+
+#[test]
+#[ignore = "fails: behind a prefill that was scored 10 to 19 MB more stay resident than is reported"]
+fn resident_memory_is_what_the_report_says() {
+    for (resident, left, kv) in both().into_iter().flatten() {
+        assert!(left < 4 << 20, "{left} bytes stay resident behind a cleared session");
+        let allocated = kv.allocated_bytes as i64;
+        assert!((resident - allocated).abs() < allocated / 20 + (4 << 20), "{resident} resident, {allocated} reported");
+    }
+}

@@ -1,0 +1,189 @@
+//! llama.cpp's own frontends, unmodified, on the library of `cargo xtask dist`: each must do its job, and say what it
+//! says on llama.cpp's own library.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::prepare::{self, Env};
+use crate::root;
+use crate::sh::{self, step};
+use crate::{dist, upstream};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Chat requests to llama-server.
+    #[arg(long, default_value_t = 200)]
+    requests: usize,
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    let mut env = Env::default();
+    prepare::libclang(&mut env)?;
+    prepare::cmake(&mut env)?;
+    let model = prepare::model()?;
+    let dist = step("library", || dist::build(&env, &env.target_dir()?.join("dist"), false))?;
+    let frontends = Frontends { env: &env, model, lib: dist.join("lib") };
+    step("llama-simple, llama-completion, llama-bench", || frontends.tools())?;
+    step("llama-perplexity", || frontends.perplexity())?;
+    step("llama-server", || frontends.server(args.requests))?;
+    step("llama-cpp-python", || frontends.python())
+}
+
+struct Frontends<'a> {
+    env: &'a Env,
+    model: PathBuf,
+    lib: PathBuf,
+}
+
+impl Frontends<'_> {
+    /// One of llama.cpp's programs, with our library in front or with its own.
+    fn tool(&self, name: &str, ours: bool) -> Result<Command> {
+        let mut command = self.env.command(&upstream::tool(name)?.display().to_string());
+        command.env_remove("SIMLAYER_LAZY").arg("-m").arg(&self.model);
+        if ours {
+            command.env("LD_LIBRARY_PATH", &self.lib);
+        } else {
+            command.env_remove("LD_LIBRARY_PATH");
+        }
+        Ok(command)
+    }
+
+    fn tools(&self) -> Result<()> {
+        for (name, arguments) in [
+            ("llama-simple", vec!["-n", "24", "The sea is"]),
+            ("llama-completion", vec!["-p", "The sea is", "-n", "24", "--temp", "0", "-no-cnv"]),
+        ] {
+            let [ours, theirs] = [true, false].map(|ours| sh::output(self.tool(name, ours)?.args(&arguments)));
+            let (ours, theirs) = (ours?, theirs?);
+            println!("{name}: {}", ours.trim());
+            ensure!(ours == theirs, "{name} says otherwise on llama.cpp: {theirs}");
+        }
+        let speeds = sh::output(self.tool("llama-bench", true)?.args(["-p", "128", "-n", "16", "-o", "json"]))?;
+        let speeds: Value = serde_json::from_str(&speeds).context("llama-bench wrote no JSON")?;
+        for test in speeds.as_array().context("llama-bench wrote no list")? {
+            println!("llama-bench: {} prompt, {} generated: {} t/s", test["n_prompt"], test["n_gen"], test["avg_ts"]);
+        }
+        Ok(())
+    }
+
+    /// Over 4 chunks of 512, within 0.2 % of llama.cpp.
+    fn perplexity(&self) -> Result<()> {
+        let text = long_text()?;
+        let of = |ours: bool| -> Result<f64> {
+            let mut command = self.tool("llama-perplexity", ours)?;
+            command.arg("-f").arg(&text).args(["-c", "512", "--chunks", "4"]);
+            let output = command.output()?;
+            let all = [output.stdout, output.stderr].concat();
+            let all = String::from_utf8_lossy(&all);
+            let figure = all.split("Final estimate: PPL = ").nth(1).and_then(|rest| rest.split(' ').next());
+            figure.with_context(|| format!("llama-perplexity gave no figure:\n{all}"))?.parse().context("a number")
+        };
+        let (ours, theirs) = (of(true)?, of(false)?);
+        println!("llama-perplexity: {ours}, llama.cpp {theirs}");
+        ensure!((ours / theirs - 1.0).abs() <= 0.002, "more than 0.2 % apart");
+        Ok(())
+    }
+
+    /// Four requests at a time, with one system prompt: no errors, the prompt reused, no growth.
+    fn server(&self, requests: usize) -> Result<()> {
+        let tool = self.tool("llama-server", true)?;
+        let mut script = self.script("server.py");
+        script.env("LD_LIBRARY_PATH", &self.lib).arg(requests.to_string());
+        script.arg(tool.get_program()).args(tool.get_args());
+        let result: Value = serde_json::from_str(&sh::output(&mut script)?)?;
+        let (answered, reused) = (result["answered"].as_u64(), result["reused"].as_u64().unwrap_or(0));
+        ensure!(answered == Some(requests as u64), "not all were answered: {}", result["errors"]);
+        ensure!(reused as usize > requests * 100, "only {reused} prompt tokens were reused");
+        let resident: Vec<u64> =
+            result["resident"].as_array().into_iter().flatten().filter_map(Value::as_u64).collect();
+        let (early, late) = resident.split_at(resident.len() / 2);
+        let (early, late) = (early.iter().max().unwrap_or(&0), late.iter().max().unwrap_or(&0));
+        println!("llama-server: {requests} answers, {reused} tokens reused, at most {early} bytes, then {late}");
+        ensure!(*late as f64 <= *early as f64 * 1.05, "its memory grows");
+        Ok(())
+    }
+
+    fn python(&self) -> Result<()> {
+        let packages = python_packages()?;
+        let text = long_text()?;
+        let call = |what: &str, lib: &Path, lazy: Option<&str>| -> Result<Value> {
+            let mut script = self.script("python.py");
+            script.env("PYTHONPATH", &packages).env("LLAMA_CPP_LIB_PATH", lib).env_remove("SIMLAYER_LAZY");
+            script.envs(lazy.map(|rule| ("SIMLAYER_LAZY", rule))).arg(&self.model).arg(&text).arg(what);
+            let output = sh::output(&mut script)?;
+            serde_json::from_str(&output).with_context(|| format!("no JSON: {output}"))
+        };
+        let theirs = upstream::tool("llama-simple")?;
+        let theirs = call("features", theirs.parent().context("a folder")?, None)?;
+        let ours = call("features", &self.lib, None)?;
+        println!("llama-cpp-python: {} {}", ours["completion"], ours["json"]);
+        ensure!(ours["saved"] == ours["loaded"], "a saved state goes on otherwise");
+        ensure!(ours["completion"] == ours["streamed"], "streaming says otherwise");
+        for name in ["completion", "chat", "json", "saved", "embeddings", "pooled"] {
+            ensure!(ours[name] == theirs[name], "{name} is another on llama.cpp: {}", theirs[name]);
+        }
+
+        let lazy = call("long", &self.lib, Some("budget:0.5"))?;
+        let full = call("long", &self.lib, None)?;
+        println!(
+            "llama-cpp-python, 6000 tokens, budget:0.5: lazy layers {}, {} more resident bytes (full: {}); {}",
+            lazy["lazy_layers"], lazy["resident"], full["resident"], lazy["text"]
+        );
+        ensure!(full["lazy_layers"].as_array().is_some_and(Vec::is_empty), "layers are lazy that should not be");
+        let n_lazy = lazy["lazy_layers"].as_array().map_or(0, Vec::len);
+        ensure!(n_lazy == 15, "{n_lazy} lazy layers instead of 15");
+        ensure!(lazy["resident"].as_u64() < full["resident"].as_u64(), "resident memory does not fall");
+        let ours = self.simlayer_run(lazy["prompt"].as_str().context("a prompt")?)?;
+        ensure!(lazy["text"].as_str() == Some(&ours), "simlayer-run says otherwise: {ours:?}");
+        Ok(())
+    }
+
+    /// What our own tool says after the same prompt.
+    fn simlayer_run(&self, prompt: &str) -> Result<String> {
+        let program = self.env.build_simlayer_run()?;
+        let file = prepare::tools_dir().join("frontends-prompt.txt");
+        std::fs::write(&file, prompt)?;
+        let mut command = self.env.command(&program.display().to_string());
+        command.arg("-m").arg(&self.model).arg("-f").arg(&file).args(["-n", "24", "--temp", "0", "--json"]);
+        let answer: Value = serde_json::from_str(&sh::output(command.args(["--lazy", "budget:0.5"]))?)?;
+        ensure!(answer["prompt_tokens"] == 6000, "{} prompt tokens instead of 6000", answer["prompt_tokens"]);
+        Ok(answer["text"].as_str().context("a text")?.to_owned())
+    }
+
+    fn script(&self, name: &str) -> Command {
+        let mut command = self.env.command("python3");
+        command.arg(root().join("xtask/frontends").join(name));
+        command
+    }
+}
+
+/// The demo's story, twice: enough for four chunks.
+fn long_text() -> Result<PathBuf> {
+    let story = std::fs::read_to_string(root().join("xtask/demo/story.txt"))?;
+    let path = prepare::tools_dir().join("frontends-text.txt");
+    std::fs::create_dir_all(prepare::tools_dir())?;
+    std::fs::write(&path, story.repeat(2))?;
+    Ok(path)
+}
+
+/// llama-cpp-python without a library of its own, with what it imports, in a folder for PYTHONPATH.
+fn python_packages() -> Result<PathBuf> {
+    let dir = prepare::tools_dir().join("frontends");
+    if dir.join("llama_cpp/__init__.py").is_file() {
+        return Ok(dir);
+    }
+    prepare::pip_install("build-backend")?;
+    for (pins, arguments) in [("frontends", &[][..]), ("upstream", &["--no-build-isolation", "--no-binary", ":all:"])] {
+        let mut pip = prepare::pip()?;
+        pip.args(["install", "--quiet", "--no-deps", "--require-hashes", "--upgrade"]).args(arguments);
+        pip.env("CMAKE_ARGS", "-DLLAMA_BUILD=OFF").arg("--target").arg(&dir);
+        sh::run(pip.arg("-r").arg(prepare::requirements(pins)))?;
+    }
+    if !dir.join("llama_cpp/__init__.py").is_file() {
+        bail!("pip has not put llama_cpp into {}", dir.display());
+    }
+    Ok(dir)
+}
