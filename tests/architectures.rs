@@ -12,7 +12,7 @@ use simlayer::{Model, SessionParams, Token, ggml::Type, lazy::PrefillMode};
 use simlayer_testkit::{
     Logits, RandomDecoder, Rng, Shape, UpstreamRef, WeightType,
     gguf::Meta,
-    metrics::{entropy, mean_kl},
+    metrics::{entropy, mean_kl, same_top},
 };
 
 /// The bound on the mean KL between upstream's logits and ours, in nats.
@@ -522,24 +522,34 @@ fn qwen2moe() {
     }));
 }
 
+fn random_qwen3moe(shape: Shape) -> RandomDecoder {
+    let mut m = RandomDecoder::new("qwen3moe", shape);
+    m.expert_keys();
+    let n_ff = if shape.tied { shape.n_ff / shape.n_expert_used } else { 64 };
+    if !shape.tied {
+        m.key("expert_feed_forward_length", n_ff as u32);
+    }
+    for i in m.layers() {
+        m.pre_norms(i);
+        m.attention(i);
+        m.head_norms(i);
+        m.experts(i, n_ff);
+    }
+    m
+}
+
 #[test]
 fn qwen3moe() {
-    let shapes = [Shape { head_size: 32, ..Shape::default() }, Shape { n_ff: 192, ..Shape::other() }];
-    check(shapes.map(|shape| {
-        let mut m = RandomDecoder::new("qwen3moe", shape);
-        m.expert_keys();
-        let n_ff = if shape.tied { shape.n_ff / shape.n_expert_used } else { 64 };
-        if !shape.tied {
-            m.key("expert_feed_forward_length", n_ff as u32);
-        }
-        for i in m.layers() {
-            m.pre_norms(i);
-            m.attention(i);
-            m.head_norms(i);
-            m.experts(i, n_ff);
-        }
-        m
-    }));
+    check([Shape { head_size: 32, ..Shape::default() }, Shape { n_ff: 192, ..Shape::other() }].map(random_qwen3moe));
+}
+
+/// Quantised experts, repacked for the processor where it has kernels for them.
+#[test]
+fn quantised_experts_have_upstreams_logits() {
+    for expert_type in [WeightType::Q4_0, WeightType::Q8_0, WeightType::MXFP4, WeightType::F16] {
+        let random = random_qwen3moe(Shape { weight_type: WeightType::Q8_0, expert_type, ..Shape::default() });
+        has_upstreams_logits(&format!("qwen3moe with {expert_type:?}"), &write(&random, 360));
+    }
 }
 
 #[test]
@@ -597,6 +607,55 @@ fn gpt_oss() {
 }
 
 #[test]
+fn gemma() {
+    check([Shape { head_size: 32, ..Shape::default() }, Shape::other()].map(|shape| {
+        let mut m = RandomDecoder::new("gemma", Shape { tied: true, ..shape });
+        for i in m.layers() {
+            m.pre_norms(i);
+            m.gated(i);
+            match shape.tied {
+                true => m.fused_attention(i),
+                false => m.attention(i),
+            }
+        }
+        m
+    }));
+}
+
+#[test]
+fn olmoe() {
+    let shapes = [Shape { n_head_kv: 4, ..Shape::default() }, Shape { tied: false, n_ff: 64, ..Shape::other() }];
+    check(shapes.map(|shape| {
+        let mut m = RandomDecoder::new("olmoe", shape);
+        m.expert_keys();
+        for i in m.layers() {
+            m.pre_norms(i);
+            m.attention(i);
+            m.qk_norms(i, [m.q_width(), m.kv_width()]);
+            m.experts(i, shape.n_ff);
+        }
+        m
+    }));
+}
+
+#[test]
+fn seed_oss() {
+    check([Shape { head_size: 32, ..Shape::default() }, Shape::other()].map(|shape| {
+        let mut m = RandomDecoder::new("seed_oss", shape);
+        for i in m.layers() {
+            m.norm(i, "attn_norm");
+            m.norm(i, "post_attention_norm");
+            m.attention(i);
+            m.gated(i);
+            if !shape.tied {
+                m.qkv_biases(i);
+            }
+        }
+        m
+    }));
+}
+
+#[test]
 fn scores_of_soft_capped_attention_are_upstreams() {
     check_scores(&random_gemma2(Shape { n_layer: 6, tied: true, post_norm: 3.0, head_size: 32, ..Shape::default() }));
 }
@@ -616,6 +675,34 @@ fn scores_with_learned_sinks_are_upstreams() {
     check_scores(&random_gpt_oss(Shape { n_layer: 6, ..Shape::default() }));
 }
 
+/// A real model, where somebody has put it (docs/architectures.md).
+#[test]
+fn gemma_3_270m() {
+    let path = simlayer_testkit::workspace_root().join("models/gemma-3-270m-q4_k_m.gguf");
+    if !path.is_file() {
+        println!("SKIPPED: {} is not there", path.display());
+        return;
+    }
+    let model = load(&path);
+    let text = common::story(&model, 1_520);
+    let prompts: Vec<Vec<Token>> = [1, 40, 300, 1_500].map(|n| text[..n].to_vec()).into();
+    let decoded: Vec<Vec<Token>> = prompts.iter().map(|prompt| text[prompt.len()..][..20].to_vec()).collect();
+    for (fused, fa, ty) in [(false, "on", Type::F16), (true, "off", Type::F32)] {
+        let theirs = UpstreamRef::new()
+            .with_options(&["-fa", fa, "-ctk", ty.name(), "-ctv", ty.name()])
+            .logits(&path, Logits { prompts: &prompts, all: false, decode: Some(&decoded) });
+        let mut params = plain();
+        (params.fused_attention, params.type_k, params.type_v) = (fused, ty, ty);
+        params.n_threads = SessionParams::default().n_threads;
+        let run = |(prompt, decoded): (&Vec<Token>, &Vec<Token>)| logits(&model, &params, prompt, decoded);
+        let ours: Vec<Vec<f32>> = prompts.iter().zip(&decoded).flat_map(run).collect();
+        let kl = mean_kl(&theirs, &ours);
+        let same = theirs.iter().zip(&ours).filter(|(theirs, ours)| same_top(theirs, ours)).count();
+        println!("Gemma 3 270M, fused {fused}: mean KL {kl:.2e}, {same} of {} top tokens the same", ours.len());
+        assert!(kl < MAX_KL, "fused {fused}: mean KL {kl}");
+    }
+}
+
 /// The file's architecture must be one that is known; the message lists those.
 #[test]
 fn an_unknown_architecture_lists_those_that_work() {
@@ -627,4 +714,41 @@ fn an_unknown_architecture_lists_those_that_work() {
     for name in ["mamba", "llama", "gpt-oss", "smollm3", "granitemoe"] {
         assert!(error.contains(name), "{error}");
     }
+}
+
+/// Keys that do not fit each other are refused by name.
+#[test]
+fn wrong_keys_are_named() {
+    let refused = |change: &dyn Fn(&mut RandomDecoder), names: &[&str]| {
+        let mut random = random_gpt_oss(Shape::default());
+        change(&mut random);
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("random.gguf");
+        random.write(&path);
+        let error = Model::load(&path, &simlayer::ModelParams::default()).expect_err("refused").to_string();
+        for name in names {
+            assert!(error.contains(name), "{error}");
+        }
+    };
+    refused(&|m| m.key("expert_used_count", 7u32), &["gpt-oss.expert_used_count", "7 of 6"]);
+    refused(&|m| m.key("expert_count", 0u32), &["gpt-oss.expert_count", "zero"]);
+    refused(&|m| m.key("expert_count", 5u32), &["blk.0.ffn_gate_inp.weight", "shape"]);
+    refused(&|m| m.remove_key("attention.sliding_window"), &["gpt-oss.attention.sliding_window"]);
+    let pattern = Meta::array([true, false]);
+    refused(&|m| m.key("attention.sliding_window_pattern", pattern.clone()), &["sliding_window_pattern", "2 entries"]);
+    refused(&|m| m.key("nextn_predict_layers", 4u32), &["nextn_predict_layers", "4 of 4"]);
+}
+
+/// A layer that is sliding-window by design is told as such, and cannot be made lazy.
+#[test]
+fn layers_with_windows_are_reported() {
+    let Written { model, tokens, _folder, .. } = &write(&random_gpt_oss(Shape::default()), 100);
+    let mut session = session(model, in_one_thread(plain()));
+    session.prefill(tokens).expect("prefill");
+    let kinds: Vec<_> = session.layers(0).iter().map(|layer| (layer.kind, layer.window)).collect();
+    assert_eq!(kinds, [("window", Some(48)), ("full", None), ("window", Some(48)), ("full", None)]);
+
+    let refused = simlayer::Session::new(model, in_one_thread(lazy_f16("layers:1,2", 40)));
+    let error = refused.map(|_| ()).expect_err("refused").to_string();
+    assert!(error.contains("layer 2") && error.contains("window 48"), "{error}");
 }

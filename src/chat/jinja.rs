@@ -3,12 +3,12 @@
 use minijinja::{
     Environment, Error, ErrorKind, Value, context,
     syntax::SyntaxConfig,
-    value::{Kwargs, Rest},
+    value::{Kwargs, Rest, Serde},
 };
 use serde::Serialize;
 use serde_json::ser::{CompactFormatter, Formatter, PrettyFormatter, Serializer};
 
-use super::{ChatError, Message};
+use super::{ChatError, Message, RenderOptions};
 
 /// Steps that a template may take; 64 bytes of text count as one. Real templates need some hundreds for a message, so
 /// this is enough for a thousand messages and more, and an endless template stops at once.
@@ -26,7 +26,7 @@ pub(super) fn render(
     bos: &str,
     eos: &str,
     messages: &[Message],
-    add_generation_prompt: bool,
+    options: &RenderOptions,
 ) -> Result<String, ChatError> {
     let run = || {
         let template = without_generation_tags(template);
@@ -36,16 +36,24 @@ pub(super) fn render(
         env.set_fuel(Some(FUEL));
         let messages: Vec<Value> = messages
             .iter()
-            .map(|message| context! { role => message.role.as_str(), content => message.content.as_str() })
+            .map(|message| {
+                let fields = message.fields.iter().map(|(name, value)| (name.as_str(), Value::from(Serde(value))));
+                let own = [("role", message.role.as_str()), ("content", message.content.as_str())];
+                Value::from_pairs(own.into_iter().map(|(name, value)| (name, Value::from(value))).chain(fields))
+            })
             .collect();
-        env.template_from_str(&template)?.render(context! {
+        // Templates ask whether there are tools at all, by `none` or by truth.
+        let tools = if options.tools.is_empty() { Value::from(()) } else { Value::from(Serde(&options.tools)) };
+        let given = context! {
             messages,
-            add_generation_prompt,
+            tools,
+            add_generation_prompt => options.add_generation_prompt,
             bos_token => bos,
             eos_token => eos,
-            tools => (),
             documents => (),
-        })
+        };
+        let variables = Value::from(Serde(&options.variables));
+        env.template_from_str(&template)?.render(context! { ..given, ..variables })
     };
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("chat-template".to_owned()).stack_size(STACK_BYTES);

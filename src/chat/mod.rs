@@ -5,6 +5,8 @@
 
 mod jinja;
 
+use serde_json::{Map, Value};
+
 use crate::{
     ggml,
     vocab::{Token, Vocab, VocabError},
@@ -34,15 +36,46 @@ pub enum ChatError {
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Message {
-    /// Who speaks: "system", "user" or "assistant" in most templates.
+    /// Who speaks: "system", "user" or "assistant" in most templates, "tool" for what a tool answers, "developer" in
+    /// some.
     pub role: String,
+    /// What is said, thinking blocks included as the model wrote them: what becomes of those is the template's to say.
     pub content: String,
+    /// What the model's template knows of a message besides: `tool_calls`, `tool_call_id`, `name`,
+    /// `reasoning_content`, `thinking`. Built-in templates know nothing of them.
+    pub fields: Map<String, Value>,
 }
 
 impl Message {
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Message {
-        Message { role: role.into(), content: content.into() }
+        Message { role: role.into(), content: content.into(), fields: Map::new() }
     }
+
+    /// Adds a field that the model's template knows.
+    ///
+    /// ```
+    /// use simlayer::chat::Message;
+    /// use serde_json::json;
+    ///
+    /// let call = json!([{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]);
+    /// let message = Message::new("assistant", "").with("tool_calls", call);
+    /// ```
+    pub fn with(mut self, field: impl Into<String>, value: impl Into<Value>) -> Message {
+        self.fields.insert(field.into(), value.into());
+        self
+    }
+}
+
+/// How a conversation is rendered.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct RenderOptions {
+    /// Adds what opens the assistant's next answer.
+    pub add_generation_prompt: bool,
+    /// The tools that the model may call, as JSON descriptions (`{"type": "function", "function": {…}}`).
+    pub tools: Vec<Value>,
+    /// Further variables of the template, such as `enable_thinking` or `reasoning_effort`.
+    pub variables: Map<String, Value>,
 }
 
 /// A template that turns a conversation into a prompt.
@@ -104,15 +137,23 @@ impl ChatTemplate {
     /// A template that knows no system message gets it as the beginning of the first user message.
     ///
     /// # Errors
+    /// As [`ChatTemplate::render_with`].
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, ChatError> {
+        self.render_with(messages, &RenderOptions { add_generation_prompt, ..RenderOptions::default() })
+    }
+
+    /// As [`ChatTemplate::render`], with tools and whatever else the template knows.
+    ///
+    /// # Errors
     /// [`ChatError::Refused`] when the template itself raises an error, [`ChatError::Endless`] when it runs without
     /// end, [`ChatError::Template`] when it is broken and no built-in template is like it.
-    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, ChatError> {
+    pub fn render_with(&self, messages: &[Message], options: &RenderOptions) -> Result<String, ChatError> {
+        let add_generation_prompt = options.add_generation_prompt;
         let template = match &self.source {
             Source::Builtin(name) => return render_builtin(name, messages, add_generation_prompt),
             Source::Jinja(template) => template,
         };
-        let render =
-            |messages: &[Message]| jinja::render(template, &self.bos, &self.eos, messages, add_generation_prompt);
+        let render = |messages: &[Message]| jinja::render(template, &self.bos, &self.eos, messages, options);
         match render(messages) {
             Err(ChatError::Refused(reason)) => match merge_system(messages) {
                 Some(merged) => render(&merged).map_err(|_| ChatError::Refused(reason)),
@@ -152,7 +193,8 @@ fn render_builtin(template: &str, messages: &[Message], add_generation_prompt: b
 fn merge_system(messages: &[Message]) -> Option<Vec<Message>> {
     match messages {
         [system, user, rest @ ..] if system.role == "system" && user.role == "user" => {
-            let first = Message::new("user", format!("{}\n\n{}", system.content, user.content));
+            let content = format!("{}\n\n{}", system.content, user.content);
+            let first = Message { content, ..user.clone() };
             Some(std::iter::once(first).chain(rest.iter().cloned()).collect())
         }
         _ => None,

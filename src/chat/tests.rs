@@ -1,5 +1,7 @@
 //! Templates written in the manner of the well-known ones, against what those models expect.
 
+use serde_json::json;
+
 use super::*;
 
 const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}\
@@ -139,6 +141,105 @@ fn qwen() {
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n\
          <|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n\
          <|im_start|>assistant\n<think>\noh\n</think>\n\nBye!<|im_end|>\n"
+    );
+}
+
+/// Tools, calls and answers in the manner of Qwen 2.5 and 3, GLM 4 and Granite.
+const TOOLS: &str = "{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0].role == 'system' %}
+        {{- messages[0].content + '\\n\\n' }}
+    {%- endif %}
+    {{- '<tools>' }}
+    {%- for tool in tools %}
+        {{- '\\n' }}
+        {{- tool | tojson }}
+    {%- endfor %}
+    {{- '\\n</tools><|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- if message.reasoning_content is string %}
+            {{- '<think>\\n' + message.reasoning_content.strip('\\n') + '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {{- message.content }}
+        {%- for tool_call in message.tool_calls or [] %}
+            {%- set call = tool_call.function if tool_call.function else tool_call %}
+            {{- '<tool_call>\\n{\"name\": \"' + call.name + '\", \"arguments\": ' }}
+            {{- call.arguments if call.arguments is string else call.arguments | tojson }}
+            {{- '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == 'tool' %}
+        {{- '<|im_start|>user\\n<tool_response name=' + message.name + '>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+    {%- elif message.role == 'user' %}
+        {{- '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}";
+
+#[test]
+fn tools_calls_and_thinking() {
+    let call = json!([{"id": "1", "function": {"name": "weather", "arguments": {"city": "Oslo", "days": 2}}}]);
+    let messages = [
+        Message::new("system", "Be brief."),
+        Message::new("user", "Oslo?"),
+        Message::new("assistant", "").with("reasoning_content", "\nLook it up.\n").with("tool_calls", call),
+        Message::new("tool", "Rain").with("name", "weather").with("tool_call_id", "1"),
+    ];
+    let options = RenderOptions {
+        add_generation_prompt: true,
+        tools: vec![json!({"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}})],
+        variables: [("enable_thinking".to_owned(), json!(false))].into_iter().collect(),
+    };
+    let text = ChatTemplate::jinja(TOOLS, "<s>", "</s>").render_with(&messages, &options).unwrap();
+    assert_eq!(
+        text,
+        "<|im_start|>system\nBe brief.\n\n<tools>\n\
+         {\"type\": \"function\", \"function\": {\"name\": \"weather\", \"parameters\": {\"type\": \"object\"}}}\n\
+         </tools><|im_end|>\n<|im_start|>user\nOslo?<|im_end|>\n\
+         <|im_start|>assistant\n<think>\nLook it up.\n</think>\n\n<tool_call>\n\
+         {\"name\": \"weather\", \"arguments\": {\"city\": \"Oslo\", \"days\": 2}}\n</tool_call><|im_end|>\n\
+         <|im_start|>user\n<tool_response name=weather>\nRain\n</tool_response><|im_end|>\n\
+         <|im_start|>assistant\n<think>\n\n</think>\n\n"
+    );
+    // Without them nothing of all that appears, and a thinking block in the content stays where it is.
+    let plain = [Message::new("user", "Hi"), Message::new("assistant", "<think>\nhm\n</think>\n\nHello")];
+    assert_eq!(
+        ChatTemplate::jinja(TOOLS, "<s>", "</s>").render(&plain, true).unwrap(),
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\nhm\n</think>\n\nHello<|im_end|>\n\
+         <|im_start|>assistant\n"
+    );
+}
+
+/// gpt-oss's channels: a developer message, and thinking beside the answer.
+#[test]
+fn channels() {
+    let template = "{%- for m in messages %}{%- if m.role in ['system', 'developer'] %}\
+        {{- '<|start|>developer<|message|># Instructions\\n\\n' + m.content + '<|end|>' }}\
+        {%- elif m.role == 'assistant' %}{%- if m.thinking is defined %}\
+        {{- '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{%- endif %}\
+        {{- '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|return|>' }}\
+        {%- else %}{{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{%- endif %}{%- endfor %}\
+        {{- ' ' + reasoning_effort | default('medium') }}";
+    let messages = [
+        Message::new("developer", "Be brief."),
+        Message::new("user", "Hi"),
+        Message::new("assistant", "Hello").with("thinking", "A greeting."),
+    ];
+    let variables = [("reasoning_effort".to_owned(), json!("low"))].into_iter().collect();
+    let options = RenderOptions { variables, ..RenderOptions::default() };
+    assert_eq!(
+        ChatTemplate::jinja(template, "", "").render_with(&messages, &options).unwrap(),
+        "<|start|>developer<|message|># Instructions\n\nBe brief.<|end|><|start|>user<|message|>Hi<|end|>\
+         <|start|>assistant<|channel|>analysis<|message|>A greeting.<|end|>\
+         <|start|>assistant<|channel|>final<|message|>Hello<|return|> low"
     );
 }
 

@@ -13,7 +13,7 @@ impl Model {
         let mut hash = Sha256::new();
         let hparams = self.hparams();
         for layer in 0..hparams.n_layer {
-            for norm in ["attn_norm", "ffn_norm"] {
+            for norm in ["attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm"] {
                 if let Some(tensor) = file.tensor(&format!("blk.{layer}.{norm}.weight")).filter(|t| t.ty == Type::F32) {
                     hash.update(file.data(tensor));
                 }

@@ -2,6 +2,7 @@
 
 mod cohere2;
 mod exaone4;
+mod gemma;
 mod gemma2;
 mod gemma3;
 mod glm4;
@@ -13,12 +14,14 @@ mod identity;
 mod llama;
 mod mistral3;
 mod olmo2;
+mod olmoe;
 mod parts;
 mod phi3;
 mod qwen2;
 mod qwen2moe;
 mod qwen3;
 mod qwen3moe;
+mod seed_oss;
 mod smollm3;
 mod weights;
 
@@ -152,6 +155,7 @@ type Build = fn(&mut Builder<'_>) -> Result<Decoder, Error>;
 const ARCHITECTURES: &[(&str, Build)] = &[
     ("cohere2", cohere2::build),
     ("exaone4", exaone4::build),
+    ("gemma", gemma::build),
     ("gemma2", gemma2::build),
     ("gemma3", gemma3::build),
     ("glm4", glm4::build),
@@ -161,11 +165,13 @@ const ARCHITECTURES: &[(&str, Build)] = &[
     ("llama", llama::build),
     ("mistral3", mistral3::build),
     ("olmo2", olmo2::build),
+    ("olmoe", olmoe::build),
     ("phi3", phi3::build),
     ("qwen2", qwen2::build),
     ("qwen2moe", qwen2moe::build),
     ("qwen3", qwen3::build),
     ("qwen3moe", qwen3moe::build),
+    ("seed_oss", seed_oss::build),
     ("smollm3", smollm3::build),
 ];
 

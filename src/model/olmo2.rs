@@ -3,7 +3,7 @@
 
 use super::{
     Error,
-    parts::{Activation, Block, Builder, Decoder, Gated, Norm, SelfAttention},
+    parts::{Activation, Block, Builder, Decoder, Gated, SelfAttention},
 };
 use crate::ggml::{Rope, RopeKind};
 
@@ -13,13 +13,9 @@ pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
     if let Some(window) = b.keys.window()? {
         b.hparams.windows = b.keys.windows(n_layer, window, 4)?;
     }
-    let head_size = b.hparams.head_size;
-    let (q_width, kv_width) = (head_size * b.hparams.n_head, head_size * b.hparams.n_head_kv);
 
     let layers = b.layers(|b, i| {
-        let mut attention = SelfAttention::load(b, i)?;
-        attention.q_norm = Some(Norm::rms(b, &format!("blk.{i}.attn_q_norm"), q_width)?);
-        attention.k_norm = Some(Norm::rms(b, &format!("blk.{i}.attn_k_norm"), kv_width)?);
+        let mut attention = SelfAttention::load(b, i)?.with_row_norms(b, i)?;
         if b.hparams.windows[i].is_some() {
             // YaRN is the global layers' alone.
             let rope = b.hparams.rope.clone();

@@ -69,6 +69,14 @@ impl SelfAttention {
         Ok(self)
     }
 
+    /// Adds the norms `attn_q_norm` and `attn_k_norm` over all heads together.
+    pub fn with_row_norms(mut self, b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
+        let (q_width, kv_width) = (self.head_size * b.hparams.n_head, self.head_size * b.hparams.n_head_kv);
+        self.q_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_q_norm"), q_width)?);
+        self.k_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_k_norm"), kv_width)?);
+        Ok(self)
+    }
+
     /// Multiplies the queries in place of the products, as llama.cpp does for some architectures: the result is the
     /// same but for rounding.
     pub fn with_scaled_queries(self, factor: f32) -> SelfAttention {
