@@ -93,8 +93,7 @@ impl CacheAttention<'_> {
         let part = self.parts[index];
         let layers: &[LayerCache] = self.caches[index];
         let cache = &layers[layer];
-        let store = cache.store().expect("room was reserved before the graph is built");
-        let format = store.format;
+        let format = cache.store().expect("room was reserved before the graph is built").format;
         let (mut q, mut k, mut v) = (slice(graph, q, &part), slice(graph, k, &part), slice(graph, v, &part));
         if format.rotate_k {
             q = self.rotations.rotate_key(graph, &q);
@@ -121,7 +120,7 @@ impl CacheAttention<'_> {
             self.write(graph, index, cache, &own);
         }
         if part.n_score > 0 && cache.span().is_none() {
-            self.score(graph, (index, layer), store, &own.queries, options);
+            self.score(graph, (index, layer), cache, &own.queries, options);
         }
         // `[head size, heads, tokens]`
         let attended = if format.rotate_v { self.rotations.rotate_value(graph, &attended) } else { attended };
@@ -178,7 +177,8 @@ impl CacheAttention<'_> {
             cache.store().filter(|_| !has_own).map(|store| (rounded(&own.k, &store.k), rounded(&own.v, &store.v)));
         let mut groups: Vec<(&Tensor, &Tensor, Keys)> = Vec::new();
         if let Some(store) = cache.store() {
-            let n_rows = if has_own { rows_read(store, span, part.n_past + part.n) } else { used(span, part.n_past) };
+            let n_past = part.n_past;
+            let n_rows = if has_own { cache.rows_read(n_past + part.n) } else { cache.used_rows(n_past) };
             let exact = cache.exact().map(|exact| exact.span);
             groups.push((&store.k, &store.v, Keys::Stored { span, n_rows, has_own, exact }));
         }
@@ -259,7 +259,7 @@ impl CacheAttention<'_> {
         &mut self,
         graph: &Graph,
         (index, layer): (usize, usize),
-        store: &Store,
+        cache: &LayerCache,
         queries: &Tensor,
         options: &AttentionOptions<'_>,
     ) {
@@ -267,7 +267,8 @@ impl CacheAttention<'_> {
         // Attention needs the queries as well: they are not the score's.
         graph.expand(queries);
         let first_node = graph.n_nodes();
-        let n_rows = rows_read(store, None, n_past + n);
+        let n_rows = cache.rows_read(n_past + n);
+        let store = cache.store().expect("room was reserved before the graph is built");
         let keys = Store::heads(graph, &store.k, self.head_size, n_rows);
         let mask =
             self.inputs.mask(graph, n, index, &[Keys::Stored { span: None, n_rows, has_own: true, exact: None }]);
@@ -308,17 +309,6 @@ struct Own {
     queries: Tensor,
     k: Tensor,
     v: Tensor,
-}
-
-/// Rows in use when the sequence has `n_past` tokens.
-fn used(span: Option<Span>, n_past: usize) -> usize {
-    span.map_or(n_past, |span| span.used_rows(n_past))
-}
-
-/// Rows that are read of a store that holds `n_past` tokens: those in use and some more, so that a decode graph serves
-/// many steps.
-pub(super) fn rows_read(store: &Store, span: Option<Span>, n_past: usize) -> usize {
-    used(span, n_past).next_multiple_of(ROWS_STEP).min(store.n_rows())
 }
 
 /// Columns of a mask `[rows, tokens]`.

@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 
 use super::{
     Error,
-    sequence::Sequence,
     session::{SeqId, Session, check},
 };
 use crate::{
@@ -44,7 +43,7 @@ impl Session {
             None => None,
         };
         let Some(source) = self.sequences.get(&from) else { return Ok(()) };
-        let Sequence { n_past, score_next, exact_from, .. } = *source;
+        let n_past = source.n_past;
         let mut layers = Vec::with_capacity(source.layers.len());
         for (index, layer) in source.layers.iter().enumerate() {
             let becomes_lazy = lazy.contains(&index) && layer.is_active();
@@ -55,7 +54,8 @@ impl Session {
             let span = becomes_lazy.then_some(self.span);
             layers.push(layer.copy(n_past, span, format, &self.maker, &mut self.scheduler)?);
         }
-        self.sequences.insert(to, Sequence { n_past, layers, score_next, exact_from });
+        let copy = source.with_layers(layers);
+        self.sequences.insert(to, copy);
         ggml::release_free_memory();
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 
 use super::{
     Error,
-    sequence::{LayerCache, Sequence},
+    sequence::LayerCache,
     session::{SeqId, Session, check, lazy_format},
 };
 use crate::{
@@ -67,8 +67,7 @@ impl Session {
         for layer in &source.layers {
             layers.push(layer.copy(n_past, None, None, &self.maker, &mut self.scheduler)?);
         }
-        let Sequence { score_next, exact_from, .. } = *source;
-        let mut copy = Sequence { n_past, score_next, exact_from, ..Sequence::new(layers) };
+        let mut copy = source.with_layers(layers);
         copy.cut(n, n_past, self.params.kv_exact);
         self.seq_clear(to);
         self.sequences.insert(to, copy);

@@ -6,7 +6,7 @@
 
 use super::{
     Error,
-    attention::{CacheAttention, Kernel, Score},
+    attention::Score,
     inputs::{Inputs, Part},
     sequence::{LayerCache, Sequence},
     session::{BatchEntry, Outputs, Session, compute, piece_ends, single_part},
@@ -112,20 +112,17 @@ impl Session {
         progress: &mut dyn FnMut(f32),
     ) -> Result<Option<f32>, Error> {
         let n_tokens = entry.tokens.len();
-        let hparams = self.model.hparams();
-        let is_last = index + 1 == hparams.n_layer;
+        let is_last = index + 1 == self.model.hparams().n_layer;
         let layers = &mut sequence.layers;
-        let span = layers[index].span();
-        let rows = span.map_or(n_tokens, |span| span.used_rows(n_tokens));
-        layers[index].put_scratch(self.maker.make(rows, span, Format::F16)?);
+        let scratch = self.maker.make(layers[index].used_rows(n_tokens), layers[index].span(), Format::F16)?;
+        layers[index].put_scratch(scratch);
 
         let mut score = None;
         for piece in pieces(ends) {
             let ends_prompt = piece.end == n_tokens;
             let n_score = if ends_prompt { n_score.min(piece.len()) } else { 0 };
             let parts: [Part; 1] = single_part(piece.len(), piece.start, n_score);
-            let mut graph = Graph::new(1024);
-            graph.use_own_kernels(self.kernel() == Kernel::Fused);
+            let graph = self.new_graph(1024);
             let mut inputs = Inputs::default();
             let positions = inputs.positions(&graph, piece.len());
             let states = graph.rows(&hidden.states, piece.start, piece.len());
@@ -138,16 +135,7 @@ impl Session {
             };
             let outputs: Vec<i32> = (first_wanted..piece.len()).map(|row| row as i32).collect();
             let keep = (first_wanted > 0).then(|| inputs.outputs(&graph, outputs.len().max(1)));
-            let mut attention = CacheAttention {
-                inputs: &mut inputs,
-                parts: &parts,
-                caches: vec![&*layers],
-                rotations: &self.maker.rotations,
-                head_size: hparams.head_size,
-                kernel: self.kernel(),
-                score_span: self.span,
-                scores: Vec::new(),
-            };
+            let mut attention = self.attention(&mut inputs, &parts, vec![&*layers]);
             let n_ctx = self.params.n_ctx;
             let step = LayerStep { index, hidden: &states, positions: &positions, keep: keep.as_ref(), n_ctx };
             let result = self.model.architecture().layer(&graph, &step, &mut attention);
@@ -204,8 +192,7 @@ impl Session {
         };
         for start in (first..n_tokens).step_by(OUTPUT_ROWS) {
             let n = OUTPUT_ROWS.min(n_tokens - start);
-            let mut graph = Graph::new(32);
-            graph.use_own_kernels(self.kernel() == Kernel::Fused);
+            let graph = self.new_graph(32);
             let states = graph.rows(&hidden.states, start, n);
             let logits = self.model.architecture().output(&graph, &states).as_output();
             graph.expand(&logits);

@@ -1,5 +1,6 @@
 use serde::Serialize;
 
+use super::attention::ROWS_STEP;
 use crate::{
     cache::{Format, Meter, Move, Rotations, Span, Store, move_rows},
     ggml::{BufferType, Error, Scheduler},
@@ -20,6 +21,11 @@ pub(super) struct Sequence {
 impl Sequence {
     pub fn new(layers: Vec<LayerCache>) -> Sequence {
         Sequence { n_past: 0, layers, score_next: false, exact_from: 0 }
+    }
+
+    /// A sequence of the same tokens with these layers.
+    pub fn with_layers(&self, layers: Vec<LayerCache>) -> Sequence {
+        Sequence { layers, ..*self }
     }
 
     /// Goes back to the first `n` tokens when up to `end` tokens have been written: the exact stores' rings may have
@@ -97,10 +103,14 @@ impl StoreMaker {
         Store::new(self.width, n_rows, self.block, span.map(Span::n_rows), format, self.memory, &self.meter)
     }
 
+    /// What the exact store beside a store of this format keeps, where one is due.
+    pub fn exact_span_for(&self, format: Format) -> Option<Span> {
+        self.exact_span.filter(|_| format.k.is_quantized() || format.v.is_quantized())
+    }
+
     /// The exact store beside a store of this format, where one is due.
     pub(super) fn make_exact(&self, format: Format) -> Result<Option<Exact>, Error> {
-        let due = |_: &Span| format.k.is_quantized() || format.v.is_quantized();
-        let Some(span) = self.exact_span.filter(due) else { return Ok(None) };
+        let Some(span) = self.exact_span_for(format) else { return Ok(None) };
         let store = self.make(span.n_rows(), Some(span), format.exact())?;
         Ok(Some(Exact { store, span }))
     }
@@ -136,13 +146,29 @@ impl LayerCache {
     /// Turns the scratch of `n_past` tokens into the layer's store: as it is where the formats agree, else converted.
     pub fn keep_scratch(&mut self, n_past: usize, maker: &StoreMaker, scheduler: &mut Scheduler) -> Result<(), Error> {
         if let Some(scratch) = self.store.take_if(|scratch| scratch.format != self.format) {
-            let used = self.used_rows(n_past);
-            let store = maker.make(used, self.span, self.format)?;
-            move_rows(scheduler, &scratch, &store, &[Move { from: 0..used, to: 0 }], &maker.rotations)?;
+            let store = self.refilled(n_past, &scratch, self.used_rows(n_past), self.format, maker, scheduler)?;
             self.exact = self.exact_from_store(n_past, &scratch, self.format, maker, scheduler)?;
             self.store = Some(store);
         }
         Ok(())
+    }
+
+    /// A store of `n_rows` rows in a format, with the rows that `store` holds of `n_past` tokens.
+    fn refilled(
+        &self,
+        n_past: usize,
+        store: &Store,
+        n_rows: usize,
+        format: Format,
+        maker: &StoreMaker,
+        scheduler: &mut Scheduler,
+    ) -> Result<Store, Error> {
+        let refilled = maker.make(n_rows, self.span, format)?;
+        let used = self.used_rows(n_past);
+        if used > 0 {
+            move_rows(scheduler, store, &refilled, &[Move { from: 0..used, to: 0 }], &maker.rotations)?;
+        }
+        Ok(refilled)
     }
 
     /// The exact store for a new store's format, filled from the store of before.
@@ -174,6 +200,13 @@ impl LayerCache {
         self.span.map_or(n_past, |span| span.used_rows(n_past))
     }
 
+    /// Rows that are read when the sequence has `n_past` tokens: those in use and some more, so that a decode graph
+    /// serves many steps.
+    pub fn rows_read(&self, n_past: usize) -> usize {
+        let allocated = self.store.as_ref().map_or(0, Store::n_rows);
+        self.used_rows(n_past).next_multiple_of(ROWS_STEP).min(allocated)
+    }
+
     /// Makes room for the rows of `n_past + n` tokens, keeping what is there.
     pub fn reserve(
         &mut self,
@@ -191,14 +224,8 @@ impl LayerCache {
             }
             Some(store) => {
                 let rows = Store::rows_with_room(needed).min(maker.n_ctx).max(needed);
-                let larger = maker.make(rows, self.span, self.format)?;
-                let used = self.used_rows(n_past);
-                if used > 0 {
-                    // Rows are positions as long as a store grows, whatever its span.
-                    let moves = [Move { from: 0..used, to: 0 }];
-                    move_rows(scheduler, store, &larger, &moves, &maker.rotations)?;
-                }
-                self.store = Some(larger);
+                // Rows are positions as long as a store grows, whatever its span.
+                self.store = Some(self.refilled(n_past, store, rows, self.format, maker, scheduler)?);
             }
         }
         Ok(())
@@ -239,10 +266,7 @@ impl LayerCache {
             (None, _) => None,
             (Some(store), Some(span)) => Some(shrunk(store, n_past, span, format, maker, scheduler)?),
             (Some(store), None) => {
-                let used = self.used_rows(n_past);
-                let copy = maker.make(used, self.span, format)?;
-                move_rows(scheduler, store, &copy, &[Move { from: 0..used, to: 0 }], &maker.rotations)?;
-                Some(copy)
+                Some(self.refilled(n_past, store, self.used_rows(n_past), format, maker, scheduler)?)
             }
         };
         let exact = match (&self.exact, &self.store) {

@@ -7,8 +7,8 @@ use std::{
 
 use super::{
     Error,
-    attention::{Kernel, ROWS_STEP, SCORE_NAME, Score},
-    inputs::Part,
+    attention::{CacheAttention, Kernel, ROWS_STEP, SCORE_NAME, Score},
+    inputs::{Inputs, Part},
     sequence::{LayerCache, LayerReport, Sequence, StoreMaker},
     ubatch::CachedGraph,
 };
@@ -181,6 +181,32 @@ impl Session {
 
     pub(super) fn kernel(&self) -> Kernel {
         kernel(&self.params, self.maker.memory)
+    }
+
+    /// A graph for this session's kernels.
+    pub(super) fn new_graph(&self, max_nodes: usize) -> Graph {
+        let mut graph = Graph::new(max_nodes);
+        graph.use_own_kernels(self.kernel() == Kernel::Fused);
+        graph
+    }
+
+    /// Attention for the parts of a ubatch, over their sequences' caches.
+    pub(super) fn attention<'a>(
+        &'a self,
+        inputs: &'a mut Inputs,
+        parts: &'a [Part],
+        caches: Vec<&'a [LayerCache]>,
+    ) -> CacheAttention<'a> {
+        CacheAttention {
+            inputs,
+            parts,
+            caches,
+            rotations: &self.maker.rotations,
+            head_size: self.model.hparams().head_size,
+            kernel: self.kernel(),
+            score_span: self.span,
+            scores: Vec::new(),
+        }
     }
 
     pub fn model(&self) -> &Model {

@@ -362,8 +362,7 @@ impl Session {
         if rows != layer.used_rows(n_past) {
             return Err(StateError::Damaged("a layer has another number of rows than tokens"));
         }
-        let quantized = format.k.is_quantized() || format.v.is_quantized();
-        if exact != self.maker.exact_span.filter(|_| quantized) {
+        if exact != self.maker.exact_span_for(format) {
             return Err(mismatch("another number of newest tokens is kept in f16 beside a quantised cache"));
         }
         // Asked before memory is: a length that lies must not allocate.

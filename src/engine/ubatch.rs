@@ -2,12 +2,13 @@
 
 use super::{
     Error,
-    attention::{CacheAttention, Kernel, Score, rows_read},
+    attention::Score,
     inputs::{Inputs, Part},
     sequence::LayerCache,
     session::{BatchEntry, Outputs, Session, compute},
 };
 use crate::{
+    cache::Store,
     ggml::{Graph, Tensor},
     lazy::At,
     model::LayerStep,
@@ -119,24 +120,14 @@ impl Session {
         }
         let hparams = self.model.hparams();
         let architecture = self.model.architecture();
-        let mut graph = Graph::new(self.scheduler.max_nodes());
-        graph.use_own_kernels(self.kernel() == Kernel::Fused);
+        let graph = self.new_graph(self.scheduler.max_nodes());
         let mut inputs = Inputs::default();
         let n_tokens = parts.iter().map(|part| part.n).sum();
         let ids = inputs.tokens(&graph, n_tokens);
         let positions = inputs.positions(&graph, n_tokens);
         let keep = (n_outputs < n_tokens).then(|| inputs.outputs(&graph, n_outputs.max(1)));
         let mut hidden = architecture.embed(&graph, &ids);
-        let mut attention = CacheAttention {
-            inputs: &mut inputs,
-            parts,
-            caches,
-            rotations: &self.maker.rotations,
-            head_size: hparams.head_size,
-            kernel: self.kernel(),
-            score_span: self.span,
-            scores: Vec::new(),
-        };
+        let mut attention = self.attention(&mut inputs, parts, caches);
         for index in 0..hparams.n_layer {
             let is_last = index + 1 == hparams.n_layer;
             let keep = keep.as_ref().filter(|_| is_last);
@@ -182,9 +173,7 @@ impl Session {
 impl Key {
     fn new(parts: &[Part], caches: &[&[LayerCache]], n_outputs: usize) -> Key {
         let store = |part: &Part, layer: &LayerCache| {
-            layer
-                .store()
-                .map_or((u64::MAX, 0), |store| (store.id(), rows_read(store, layer.span(), part.n_past + part.n)))
+            (layer.store().map_or(u64::MAX, Store::id), layer.rows_read(part.n_past + part.n))
         };
         let stores = parts
             .iter()
