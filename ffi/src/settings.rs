@@ -84,16 +84,8 @@ pub(crate) fn parse_prefill(text: &str) -> Result<PrefillMode, String> {
 
 /// `T` for keys and values alike, or `K/V`.
 pub(crate) fn parse_types(text: &str) -> Result<(Type, Type), String> {
-    let one = |text: &str| {
-        Type::cache_type_from_name(text).ok_or_else(|| {
-            let names: Vec<_> = Type::CACHE.iter().map(|ty| ty.name()).collect();
-            format!("it must be one of {}, or two of them as K/V", names.join(", "))
-        })
-    };
-    match text.split_once('/') {
-        Some((k, v)) => Ok((one(k)?, one(v)?)),
-        None => one(text).map(|both| (both, both)),
-    }
+    let wrong = || format!("it must be one of {}, or two of them as K/V", Type::cache_type_names());
+    Type::cache_types_from_name(text).ok_or_else(wrong)
 }
 
 #[cfg(test)]

@@ -1,6 +1,4 @@
-use std::ffi::CStr;
-
-use ggml_sys as sys;
+use ggml_sys::{self as sys, checked};
 
 /// A ggml element type, such as `f16` or `q4_0`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -43,23 +41,30 @@ impl Type {
         Type::CACHE.into_iter().find(|ty| ty.name() == name)
     }
 
+    /// Cache types of keys and values: `T` for both, or `K/V`.
+    pub fn cache_types_from_name(text: &str) -> Option<(Type, Type)> {
+        let (k, v) = text.split_once('/').unwrap_or((text, text));
+        Some((Type::cache_type_from_name(k)?, Type::cache_type_from_name(v)?))
+    }
+
+    /// The names of the cache types, for messages.
+    pub fn cache_type_names() -> String {
+        Type::CACHE.map(Type::name).join(", ")
+    }
+
     /// ggml's name of the type, in small letters.
     pub fn name(self) -> &'static str {
-        // SAFETY: every `Type` was made from a number below GGML_TYPE_COUNT; the name is a static C string.
-        let name = unsafe { CStr::from_ptr(sys::ggml_type_name(self.0)) };
-        name.to_str().unwrap_or("?")
+        checked::type_name(self.0)
     }
 
     /// Elements in a block: a row's length must be a multiple of it.
     pub fn block_size(self) -> usize {
-        // SAFETY: a table look-up with a number below GGML_TYPE_COUNT.
-        usize::try_from(unsafe { sys::ggml_blck_size(self.0) }).unwrap_or(0)
+        checked::type_block_size(self.0)
     }
 
     /// Bytes of a block.
     pub fn block_bytes(self) -> usize {
-        // SAFETY: a table look-up with a number below GGML_TYPE_COUNT.
-        unsafe { sys::ggml_type_size(self.0) }
+        checked::type_block_bytes(self.0)
     }
 
     /// Bytes of a row of `n` elements, `n` being a multiple of the block size.

@@ -502,17 +502,15 @@ fn flash_attn(text: &str) -> Result<FlashAttn, String> {
 }
 
 fn cache_type(text: &str) -> Result<Type, String> {
-    Type::cache_type_from_name(text).ok_or_else(|| {
-        let names: Vec<_> = Type::CACHE.iter().map(|ty| ty.name()).collect();
-        format!("it must be one of {}", names.join(", "))
-    })
+    Type::cache_type_from_name(text).ok_or_else(no_cache_type)
 }
 
 fn lazy_types(text: &str) -> Result<(Type, Type), String> {
-    match text.split_once('/') {
-        Some((k, v)) => Ok((cache_type(k)?, cache_type(v)?)),
-        None => cache_type(text).map(|both| (both, both)),
-    }
+    Type::cache_types_from_name(text).ok_or_else(no_cache_type)
+}
+
+fn no_cache_type() -> String {
+    format!("it must be one of {}", Type::cache_type_names())
 }
 
 fn logit_bias(text: &str) -> Result<(i32, f32), String> {

@@ -7,7 +7,7 @@ fn check(ty: u32) {
     assert!(ty < crate::GGML_TYPE_COUNT, "{ty} is no ggml type");
 }
 
-/// ggml's name of a type.
+/// ggml's name of a type, in small letters.
 ///
 /// # Panics
 /// When the number is no type's.
@@ -27,6 +27,16 @@ pub fn type_block_size(ty: u32) -> usize {
     usize::try_from(unsafe { crate::ggml_blck_size(ty) }).unwrap_or(0)
 }
 
+/// Bytes of a block of a type.
+///
+/// # Panics
+/// When the number is no type's.
+pub fn type_block_bytes(ty: u32) -> usize {
+    check(ty);
+    // SAFETY: a table look-up with the number of a type.
+    unsafe { crate::ggml_type_size(ty) }
+}
+
 /// Bytes of `n` elements, which are a whole number of blocks.
 ///
 /// # Panics
@@ -34,8 +44,7 @@ pub fn type_block_size(ty: u32) -> usize {
 pub fn type_bytes(ty: u32, n: usize) -> usize {
     let block = type_block_size(ty);
     assert!(block > 0 && n.is_multiple_of(block), "{n} elements do not fill blocks of {}", type_name(ty));
-    // SAFETY: a table look-up with the number of a type.
-    n / block * unsafe { crate::ggml_type_size(ty) }
+    n / block * type_block_bytes(ty)
 }
 
 /// Rows of `row` values in a type, by ggml's own quantiser, every column mattering alike.
@@ -64,7 +73,7 @@ pub fn quantize(ty: u32, values: &[f32], row: usize) -> Vec<u8> {
 /// # Panics
 /// When the number is no type's or ggml cannot convert it, or the bytes are no whole blocks.
 pub fn dequantize(ty: u32, bytes: &[u8]) -> Vec<f32> {
-    let block_bytes = type_bytes(ty, type_block_size(ty));
+    let block_bytes = type_block_bytes(ty);
     assert!(bytes.len().is_multiple_of(block_bytes), "{} bytes are no blocks of {}", bytes.len(), type_name(ty));
     let n = bytes.len() / block_bytes * type_block_size(ty);
     let mut values = vec![0f32; n];
