@@ -94,12 +94,7 @@ pub fn source(env: &Env) -> Result<PathBuf> {
     if let Some(dir) = std::env::var_os("GGML_SOURCE_DIR") {
         return Ok(dir.into());
     }
-    let metadata = sh::output(env.cargo().args(["metadata", "--locked", "--format-version", "1"]))?;
-    let metadata: Value = serde_json::from_str(&metadata)?;
-    let mut packages = metadata["packages"].as_array().into_iter().flatten();
-    let manifest = packages.find(|package| package["name"] == "llama-cpp-sys-2").map(|p| &p["manifest_path"]);
-    let manifest = manifest.and_then(Value::as_str).context("llama-cpp-sys-2 is not in cargo's metadata")?;
-    Ok(Path::new(manifest).parent().context("a manifest has a folder")?.join("llama.cpp"))
+    Ok(env.package_source("llama-cpp-sys-2")?.join("llama.cpp"))
 }
 
 /// What cargo made.

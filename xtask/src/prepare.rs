@@ -58,6 +58,17 @@ impl Env {
         Ok(PathBuf::from(dir))
     }
 
+    /// Where cargo keeps the source of a package that Cargo.lock pins.
+    pub fn package_source(&self, name: &str) -> Result<PathBuf> {
+        let metadata = sh::output(self.cargo().args(["metadata", "--locked", "--format-version", "1"]))?;
+        let metadata: serde_json::Value = serde_json::from_str(&metadata)?;
+        let mut packages = metadata["packages"].as_array().into_iter().flatten();
+        let manifest = packages.find(|package| package["name"] == name).map(|package| &package["manifest_path"]);
+        let manifest = manifest.and_then(serde_json::Value::as_str);
+        let manifest = manifest.with_context(|| format!("{name} is not in cargo's metadata"))?;
+        Ok(Path::new(manifest).parent().context("a manifest has a folder")?.to_path_buf())
+    }
+
     /// Builds our command-line tool and returns its path.
     pub fn build_simlayer_run(&self) -> Result<PathBuf> {
         sh::run(self.cargo().args(["build", "--release", "--bin", "simlayer-run"]))?;

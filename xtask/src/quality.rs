@@ -77,7 +77,7 @@ pub fn run(args: &Args) -> Result<()> {
         if !args.texts.is_empty() && !args.texts.iter().any(|text| text == kind) {
             continue;
         }
-        let text = text(kind, from, file)?;
+        let text = text(&env, kind, from, file)?;
         for &length in &args.lengths {
             let path = out.join(format!("{kind}-{length}.json"));
             if !path.is_file() {
@@ -138,14 +138,14 @@ fn table(lazy: &[usize], rows: &[(String, Vec<f64>)]) -> String {
 }
 
 /// The beginning of a text, in a file.
-fn text(kind: &str, from: &Source, file: &str) -> Result<PathBuf> {
+fn text(env: &Env, kind: &str, from: &Source, file: &str) -> Result<PathBuf> {
     let folder = prepare::tools_dir().join("texts");
     let path = folder.join(kind).with_extension("txt");
     if !path.is_file() {
         std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
         let source = match from {
             Source::Texts => package_of_texts(&folder)?.join(file),
-            Source::Cargo(package) => cargo_package(package)?.join(file),
+            Source::Cargo(package) => env.package_source(package)?.join(file),
         };
         let bytes = std::fs::read(&source).with_context(|| source.display().to_string())?;
         let text = String::from_utf8_lossy(&bytes).replace('\r', "");
@@ -164,20 +164,6 @@ fn package_of_texts(folder: &Path) -> Result<PathBuf> {
         sh::run(Command::new("tar").arg("-xzf").arg(sdist).arg("-C").arg(&unpacked).arg("--strip-components=1"))?;
     }
     Ok(unpacked)
-}
-
-/// Where Cargo keeps the source of a package that Cargo.lock pins.
-fn cargo_package(name: &str) -> Result<PathBuf> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
-    let metadata =
-        sh::output(command.args(["metadata", "--locked", "--format-version", "1"]).current_dir(crate::root()))?;
-    let metadata: Value = serde_json::from_str(&metadata)?;
-    let packages = metadata["packages"].as_array().context("cargo metadata lists no packages")?;
-    let package =
-        packages.iter().find(|package| package["name"] == name).with_context(|| format!("no package {name}"))?;
-    let manifest = Path::new(package["manifest_path"].as_str().context("no manifest_path")?);
-    Ok(manifest.parent().context("a manifest without a folder")?.to_path_buf())
 }
 
 #[cfg(test)]
