@@ -35,6 +35,8 @@ struct Written {
     _folder: tempfile::TempDir,
     path: PathBuf,
     tokens_path: String,
+    /// Whether products quantise their inputs.
+    quantized: bool,
     tokens: Vec<Token>,
     model: Model,
 }
@@ -47,7 +49,8 @@ fn write(random: &RandomDecoder, n_tokens: usize) -> Written {
     let tokens_path = folder.path().join("tokens.json");
     std::fs::write(&tokens_path, serde_json::to_string(&tokens).expect("JSON")).expect("written");
     let tokens_path = tokens_path.to_string_lossy().into_owned();
-    Written { model: load(&path), path, tokens_path, tokens, _folder: folder }
+    let quantized = random.shape.weight_type != WeightType::F32;
+    Written { model: load(&path), path, tokens_path, tokens, quantized, _folder: folder }
 }
 
 fn global_layers(model: &Model) -> Vec<usize> {
@@ -70,26 +73,21 @@ fn check(models: impl IntoIterator<Item = RandomDecoder>) {
 ///
 /// Our kernel does not round queries and weights to f16 beside an f16 cache as all of ggml's do, which these random
 /// models make a difference of up to 0.001 of. With caches in f32 nobody rounds.
-fn has_upstreams_logits(name: &str, written: &Written) {
-    has_upstreams_logits_by(&GGMLS_ATTENTION, name, written);
-    has_upstreams_logits_by(&OUR_ATTENTION, name, written);
-}
-
-/// The attention's kernel, whether upstream's is flash attention, tokens of a ubatch, whether layer-major.
-type Run = (&'static str, bool, usize, bool);
-
-const GGMLS_ATTENTION: [Run; 3] = [
-    ("ggml's flash attention", true, 512, true),
-    ("no flash attention", false, 64, true),
-    ("no flash attention", false, 64, false),
-];
-
-const OUR_ATTENTION: [Run; 2] = [("our kernel", false, 512, false), ("our kernel", false, 64, false)];
-
-fn has_upstreams_logits_by(runs: &[Run], name: &str, Written { path, tokens, model, .. }: &Written) {
+fn has_upstreams_logits(name: &str, Written { path, tokens, model, quantized, .. }: &Written) {
     let prompts: Vec<Vec<Token>> = [1, 40, 300].map(|n| tokens[tokens.len() - n - 20..][..n].to_vec()).into();
     let decoded: Vec<Vec<Token>> = prompts.iter().map(|_| tokens[tokens.len() - 20..].to_vec()).collect();
-    for (kernel, flash_attn, n_ubatch, layer_major) in runs.iter().copied() {
+    let runs = [
+        ("ggml's flash attention", true, 512, true),
+        ("our kernel", false, 512, false),
+        ("our kernel", false, 64, false),
+        ("no flash attention", false, 64, true),
+        ("no flash attention", false, 64, false),
+    ];
+    for (kernel, flash_attn, n_ubatch, layer_major) in runs {
+        // With quantised weights other kernels round other inputs, and a router then picks other experts: 0.03 mean KL.
+        if *quantized && kernel == "our kernel" {
+            continue;
+        }
         let run = format!("{name}: {kernel}, ubatch {n_ubatch}, layer-major {layer_major}");
         let ty = if kernel == "our kernel" { Type::F32 } else { Type::F16 };
         let fa = if flash_attn { "on" } else { "off" };
@@ -154,7 +152,7 @@ fn restricted_layers_are_upstreams(name: &str, Written { path, tokens_path, toke
 
 /// Attention mass on sink and window, of the layers that are global by design; the others have no score.
 fn check_scores(random: &RandomDecoder) {
-    let Written { path, tokens_path, tokens, model, _folder } = &write(random, 400);
+    let Written { path, tokens_path, tokens, model, _folder, .. } = &write(random, 400);
     let global = global_layers(model);
     let arguments = ["--tokens", tokens_path, "--sinks=4", "--windows=40,100", "--lasts=1,32"];
     let answer = upstream().run("scores", path, &arguments);
@@ -558,7 +556,7 @@ fn qwen3moe() {
 fn quantised_experts_have_upstreams_logits() {
     for expert_type in [WeightType::Q4_0, WeightType::Q8_0, WeightType::MXFP4, WeightType::F16] {
         let random = random_qwen3moe(Shape { weight_type: WeightType::Q8_0, expert_type, ..Shape::default() });
-        has_upstreams_logits_by(&GGMLS_ATTENTION, &format!("qwen3moe with {expert_type:?}"), &write(&random, 360));
+        has_upstreams_logits(&format!("qwen3moe with {expert_type:?}"), &write(&random, 360));
     }
 }
 
