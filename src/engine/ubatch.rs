@@ -91,8 +91,8 @@ impl Session {
         let fresh = (!self.sequences.contains_key(&entry.seq)).then(|| self.new_sequence());
         let sequence = self.sequences.entry(entry.seq).or_insert_with(|| fresh.expect("made for a new sequence"));
         let n_past = sequence.n_past;
-        for layer in &mut sequence.layers {
-            layer.reserve(n_past, entry.tokens.len(), &self.maker, &mut self.scheduler)?;
+        for (layer, maker) in sequence.layers.iter_mut().zip(&self.makers) {
+            layer.reserve(n_past, entry.tokens.len(), maker, &mut self.scheduler)?;
         }
         Ok(())
     }
@@ -114,7 +114,7 @@ impl Session {
         let key = Key::new(parts, &caches, n_outputs);
         if let Some(cached) = self.decode_graph.take()
             && cached.key == key
-            && self.scheduler.is_allocated(&cached.graph)
+            && self.scheduler.can_rerun(&cached.graph)
         {
             return Ok(cached);
         }
