@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     cache::Store,
-    ggml::{Graph, Tensor},
+    ggml::{Device, Graph, Tensor},
     lazy::At,
     model::LayerStep,
     vocab::Token,
@@ -132,9 +132,12 @@ impl Session {
             let is_last = index + 1 == hparams.n_layer;
             let keep = keep.as_ref().filter(|_| is_last);
             let step = LayerStep { index, hidden: &hidden, positions: &positions, keep, n_ctx: self.params.n_ctx };
+            graph.set_device(self.makers[index].apart());
             hidden = architecture.layer(&graph, &step, &mut attention);
         }
         let scores = attention.scores;
+        let output = self.model.output_device();
+        graph.set_device((output != Device::cpu()).then_some(output));
         let logits = (n_outputs > 0).then(|| architecture.output(&graph, &hidden).as_output());
         if let Some(logits) = &logits {
             graph.expand(logits);

@@ -1,5 +1,5 @@
 use std::{
-    cell::{Ref, RefCell},
+    cell::{Cell, Ref, RefCell},
     fmt,
     ptr::NonNull,
     sync::Arc,
@@ -25,6 +25,8 @@ pub struct Graph {
     own_kernels: bool,
     /// Nodes that must be computed on a certain device.
     placed: RefCell<Vec<(Tensor, Device)>>,
+    /// Where the layer that is being added is computed.
+    device: Cell<Option<Device>>,
 }
 
 // SAFETY: the graph is plain memory inside its context; see `context::Inner`.
@@ -78,7 +80,15 @@ impl Graph {
         // SAFETY: the arena was made large enough for it.
         let raw = unsafe { sys::ggml_new_graph_custom(context.raw(), max_nodes, false) };
         let raw = NonNull::new(raw).expect("ggml aborts rather than return null for a graph");
-        Graph { context, raw, max_nodes, partials: Arc::default(), own_kernels: false, placed: RefCell::default() }
+        Graph {
+            context,
+            raw,
+            max_nodes,
+            partials: Arc::default(),
+            own_kernels: false,
+            placed: RefCell::default(),
+            device: Cell::default(),
+        }
     }
 
     pub(super) fn raw(&self) -> *mut sys::ggml_cgraph {
@@ -102,6 +112,19 @@ impl Graph {
     /// Has a node computed on this device, wherever the scheduler would have put it.
     pub fn place(&self, node: &Tensor, device: Device) {
         self.placed.borrow_mut().push((node.clone(), device));
+    }
+
+    /// Where the nodes to come are best computed: a layer's device, `None` to leave it to the scheduler. It would leave a
+    /// layer's first norm with the layer before, so that two tensors go from device to device in place of one.
+    pub fn set_device(&self, device: Option<Device>) {
+        self.device.set(device);
+    }
+
+    fn at_layer(&self, node: Tensor) -> Tensor {
+        if let Some(device) = self.device.get() {
+            self.place(&node, device);
+        }
+        node
     }
 
     pub(super) fn placed(&self) -> Ref<'_, Vec<(Tensor, Device)>> {
@@ -208,12 +231,12 @@ impl Graph {
     }
 
     pub fn rms_norm(&self, a: &Tensor, eps: f32) -> Tensor {
-        node!(self, [a], ggml_rms_norm(a.raw(), eps))
+        self.at_layer(node!(self, [a], ggml_rms_norm(a.raw(), eps)))
     }
 
     /// Each row less its mean, over its deviation.
     pub fn norm(&self, a: &Tensor, eps: f32) -> Tensor {
-        node!(self, [a], ggml_norm(a.raw(), eps))
+        self.at_layer(node!(self, [a], ggml_norm(a.raw(), eps)))
     }
 
     /// As [`Graph::swiglu`] for rows that hold the gate in their first half and `up` in the second: `[2n, …]` → `[n, …]`.

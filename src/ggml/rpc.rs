@@ -38,9 +38,6 @@ pub fn connect(endpoint: &str) -> Result<Vec<Device>, Error> {
     if let Some((_, devices)) = servers.iter().find(|(known, _)| known == endpoint) {
         return Ok(devices.clone());
     }
-    if servers.len() >= sys::GGML_RPC_MAX_SERVERS as usize {
-        return Err(failed(format!("ggml knows at most {} servers", sys::GGML_RPC_MAX_SERVERS)));
-    }
     probe(endpoint).map_err(failed)?;
     let name = CString::new(endpoint).map_err(|_| failed("the address has a NUL byte".to_owned()))?;
     // SAFETY: ggml copies the name. It aborts when it cannot connect: the server answered just now.

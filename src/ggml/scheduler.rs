@@ -16,6 +16,9 @@ use super::{
     context::{Inner, freed_device_memory, note_freed_device_memory},
 };
 
+/// ggml's own limit, the processor counted (`GGML_SCHED_MAX_BACKENDS`).
+const MAX_DEVICES: usize = 16;
+
 /// Runs graphs on one or more devices: splits them, gives their tensors memory, computes.
 pub struct Scheduler {
     raw: NonNull<sys::ggml_backend_sched>,
@@ -88,6 +91,10 @@ impl Scheduler {
         let mut devices = devices.to_vec();
         if !devices.contains(&Device::cpu()) {
             devices.push(Device::cpu());
+        }
+        if devices.len() > MAX_DEVICES {
+            let n = devices.len();
+            return Err(Error::Device(format!("number {n}: ggml computes on at most {MAX_DEVICES} at once")));
         }
         let abort = Arc::new(Abort { flag: Arc::default(), callback: Mutex::new(None) });
         let mut backends = Vec::new();

@@ -300,8 +300,7 @@ impl Cuda {
                 None => true,
             }
         }));
-        // The slowest come first, so that they do not run alone at the end.
-        files.sort_by_key(|file| std::cmp::Reverse(fs::metadata(file).map_or(0, |data| data.len())));
+        files.sort();
 
         // SAFETY: there are no other threads yet. cc reads the compiler's name from there.
         unsafe { env::set_var("NVCC", &self.nvcc) };
