@@ -253,36 +253,22 @@ impl CacheAttention<'_> {
         let apart = self.makers[layer].apart();
         let stored = Keys::Stored { span: None, n_rows, has_own: true, exact: None };
         let mask = self.inputs.mask(graph, &self.parts[index], index, &[stored], apart);
-        let [head_size, _, heads, _] = queries.shape();
-        let [_, _, kv_heads, _] = keys.shape();
         let kept = self.inputs.kept(graph, &self.parts[index], index, self.score_span, n_rows, apart);
         let mask = graph.rows(&mask, n - n_score, n_score);
-
-        let shared = heads / kv_heads;
-        let bytes_per_kv_head = n_rows * n_score * shared * size_of::<f32>();
-        let at_once = (SCORE_BYTES / bytes_per_kv_head.max(1)).clamp(1, kv_heads);
+        let [head_size, _, heads, _] = queries.shape();
         let [_, token_bytes, head_bytes, _] = queries.strides();
-        let [_, row_bytes, kv_head_bytes, _] = keys.strides();
-        let mut masses = Vec::new();
-        for first in (0..kv_heads).step_by(at_once) {
-            let some = at_once.min(kv_heads - first);
-            let offset = (n - n_score) * token_bytes + first * shared * head_bytes;
-            let q = graph.view(queries, [head_size, n_score, some * shared], [token_bytes, head_bytes], offset);
-            let k = graph.view(&keys, [head_size, n_rows, some], [row_bytes, kv_head_bytes], first * kv_head_bytes);
-            let sinks = options.sinks.map(|sinks| {
-                let [_, logit_bytes, ..] = sinks.strides();
-                let offset = first * shared * size_of::<f32>();
-                graph.view(sinks, [some * shared, 1, 1], [logit_bytes, logit_bytes], offset)
-            });
-            let options = AttentionOptions { sinks: sinks.as_ref(), ..*options };
-            let weights = weights(graph, &q, &k, &mask, &options);
-            let mass = graph.sum_rows(&graph.mul(&weights, &kept)).as_output();
+        let first = (n - n_score) * token_bytes;
+        let queries = graph.view(queries, [head_size, n_score, heads], [token_bytes, head_bytes], first);
+        let masses = if self.makers[layer].kernel == Kernel::Fused {
+            vec![fused_mass(graph, &queries, &keys, &kept, &mask, options)]
+        } else {
+            masses(graph, &queries, &keys, &kept, &mask, options)
+        };
+        for mass in &masses {
             if let Some(device) = apart {
-                graph.place(&weights, device);
-                graph.place(&mass, device);
+                graph.place(mass, device);
             }
-            graph.expand(&mass);
-            masses.push(mass);
+            graph.expand(mass);
         }
         graph.name_nodes_from(first_node, SCORE_NAME);
         self.scores.push(Score { part: index, layer, masses });
@@ -320,6 +306,58 @@ struct Own {
     queries: Tensor,
     k: Tensor,
     v: Tensor,
+}
+
+/// The mass `[1, n_score, heads]` of queries `[head size, n_score, heads]`, as attention whose values are what is
+/// `kept` `[n_score, rows]`: element i of what query i reads is the sum of its weights on what is kept for it.
+fn fused_mass(
+    graph: &Graph,
+    queries: &Tensor,
+    keys: &Tensor,
+    kept: &Tensor,
+    mask: &Tensor,
+    options: &AttentionOptions<'_>,
+) -> Tensor {
+    let &AttentionOptions { scale, softcap, sinks } = options;
+    let segment = KvSegment { k: keys, v: kept, mask: Some(mask) };
+    let read = graph.fused_attention(queries, &[segment], &FusedAttention { scale, soft_cap: softcap, sinks });
+    let [n_score, heads, ..] = read.shape();
+    let [_, head_bytes, query_bytes, _] = read.strides();
+    let diagonal = graph.view(&read, [1, n_score, heads], [query_bytes + size_of::<f32>(), head_bytes], 0);
+    graph.contiguous(&diagonal).as_output()
+}
+
+/// The same in ggml's operations, of a few heads at a time.
+fn masses(
+    graph: &Graph,
+    queries: &Tensor,
+    keys: &Tensor,
+    kept: &Tensor,
+    mask: &Tensor,
+    options: &AttentionOptions<'_>,
+) -> Vec<Tensor> {
+    let [head_size, n_score, heads, _] = queries.shape();
+    let [_, n_rows, kv_heads, _] = keys.shape();
+    let kept = graph.contiguous(&graph.permute(kept, [1, 0, 2, 3]));
+    let [_, token_bytes, head_bytes, _] = queries.strides();
+    let [_, row_bytes, kv_head_bytes, _] = keys.strides();
+    let shared = heads / kv_heads;
+    let bytes_per_kv_head = n_rows * n_score * shared * size_of::<f32>();
+    let at_once = (SCORE_BYTES / bytes_per_kv_head.max(1)).clamp(1, kv_heads);
+    let mass = |first: usize| {
+        let some = at_once.min(kv_heads - first);
+        let offset = first * shared * head_bytes;
+        let q = graph.view(queries, [head_size, n_score, some * shared], [token_bytes, head_bytes], offset);
+        let k = graph.view(keys, [head_size, n_rows, some], [row_bytes, kv_head_bytes], first * kv_head_bytes);
+        let sinks = options.sinks.map(|sinks| {
+            let [_, logit_bytes, ..] = sinks.strides();
+            let offset = first * shared * size_of::<f32>();
+            graph.view(sinks, [some * shared, 1, 1], [logit_bytes, logit_bytes], offset)
+        });
+        let weights = weights(graph, &q, &k, mask, &AttentionOptions { sinks: sinks.as_ref(), ..*options });
+        graph.sum_rows(&graph.mul(&weights, &kept)).as_output()
+    };
+    (0..kv_heads).step_by(at_once).map(mass).collect()
 }
 
 /// Columns of a mask `[rows, tokens]`.

@@ -87,7 +87,7 @@ enum Fill {
     Rows { part: usize, span: Option<Span> },
     /// Which of the rows each token of a part sees: those of one or more groups, one after the other.
     Mask { part: usize, keys: Vec<Keys> },
-    /// 1 where the scored queries of a part see a key that `span` keeps, else 0.
+    /// For each of `n_rows` keys: 1 for the scored queries of a part to which `span` keeps it, else 0.
     Kept { part: usize, span: Span, n_rows: usize },
     /// Positions of a part's tokens, as f32: exact below 2^24.
     Queries { part: usize },
@@ -162,7 +162,7 @@ impl Inputs {
         self.computed(graph, part, hidden, Type::F16, |hidden| graph.cast(&graph.scale(hidden, -1e9), Type::F16))
     }
 
-    /// f32 `[n_rows, n_score]`: 1 where one of the part's last queries sees a row that `span` keeps, else 0.
+    /// f32 `[n_score, n_rows]`: 1 where `span` keeps a row's key for a scored query, the part's last ones, else 0.
     pub fn kept(
         &mut self,
         graph: &Graph,
@@ -174,11 +174,12 @@ impl Inputs {
     ) -> Tensor {
         let Some(device) = device else {
             let fill = Fill::Kept { part: index, span, n_rows };
-            return self.input(graph, Type::F32, &[n_rows, part.n_score], fill);
+            return self.input(graph, Type::F32, &[part.n_score, n_rows], fill);
         };
         let keys = vec![Keys::Stored { span: None, n_rows, has_own: true, exact: None }];
         let hidden = Hidden { device, part: index, span: Some(span), skipped: part.n - part.n_score, keys };
-        self.computed(graph, part, hidden, Type::F32, |hidden| graph.scale_bias(hidden, -1.0, 1.0))
+        let kept = self.computed(graph, part, hidden, Type::F32, |hidden| graph.scale_bias(hidden, -1.0, 1.0));
+        graph.permute(&kept, [1, 0, 2, 3])
     }
 
     fn computed(
@@ -300,10 +301,11 @@ fn fill_kept(kept: &mut Vec<f32>, part: &Part, span: Span, n_rows: usize) {
     kept.clear();
     kept.resize(n_rows * part.n_score, 0.0);
     let first = part.n_past + part.n - part.n_score;
-    for (row, query) in kept.chunks_exact_mut(n_rows).zip(first..) {
-        for (key, cell) in row.iter_mut().enumerate() {
-            if span.sees(query, key) {
-                *cell = 1.0;
+    let recent = (first + 1).saturating_sub(span.n_window);
+    for (key, cells) in kept.chunks_exact_mut(part.n_score).enumerate() {
+        if key < span.n_sink || key >= recent {
+            for (cell, query) in cells.iter_mut().zip(first..) {
+                *cell = f32::from(u8::from(span.sees(query, key)));
             }
         }
     }
@@ -341,6 +343,23 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn the_score_counts_what_a_lazy_layer_would_see(
+            span in (0usize..5, 1usize..20).prop_map(|(n_sink, n_window)| Span { n_sink, n_window }),
+            n_past in 0usize..60,
+            (n, n_score) in (1usize..30).prop_flat_map(|n| (Just(n), 1..=n)),
+            slack in 0usize..10,
+        ) {
+            let part = Part { first: 0, n, n_past, n_score, exact_from: 0 };
+            let mut kept = Vec::new();
+            fill_kept(&mut kept, &part, span, n_past + n + slack);
+            for (key, cells) in kept.chunks_exact(n_score).enumerate() {
+                for (query, &cell) in (n_past + n - n_score..).zip(cells) {
+                    prop_assert_eq!(cell == 1.0, span.sees(query, key));
+                }
+            }
+        }
+
         /// Whatever the batch, however often rings have wrapped, and wherever keys lie: a query sees exactly its span,
         /// each key once.
         #[test]

@@ -5,6 +5,7 @@ mod demo;
 mod dist;
 mod frontends;
 mod fuzz;
+mod plot;
 mod prepare;
 mod quality;
 mod rss;
