@@ -316,6 +316,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::ggml::Scheduler;
 
     /// The positions that each query sees, over all groups of keys.
     fn seen(part: &Part, keys: &[Keys]) -> Vec<Vec<usize>> {
@@ -389,6 +390,66 @@ mod tests {
             let mut written = vec![stored(n_past + part.n, true)];
             written.extend(in_exact(true));
             prop_assert_eq!(seen(&part, &written), expected(&part, span));
+        }
+    }
+
+    /// The tensor's values once the graph has run.
+    fn computed<T: crate::ggml::Plain + Default>(
+        inputs: &mut Inputs,
+        graph: &Graph,
+        part: Part,
+        out: &Tensor,
+    ) -> Vec<T> {
+        graph.expand(out);
+        let mut scheduler = Scheduler::new(&[Device::cpu()], 1, 64).unwrap();
+        scheduler.alloc(graph).unwrap();
+        inputs.fill(&[part], &[], &[]);
+        scheduler.compute(graph).unwrap();
+        let mut values = vec![T::default(); out.shape().iter().product()];
+        out.read(0, &mut values);
+        values
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// What a device computes from positions is what is filled in for the processor.
+        #[test]
+        fn devices_compute_the_same_masks(
+            span in spans(),
+            n_past in 0usize..60,
+            n in 1usize..30,
+            n_score in 1usize..30,
+            slack in 0usize..10,
+        ) {
+            let n_score = n_score.min(n);
+            let part = Part { first: 0, n, n_past, n_score, exact_from: 0 };
+            let stored = |end: usize, has_own| {
+                let n_rows = span.map_or(end + slack, |span| span.used_rows(end)).max(1);
+                Keys::Stored { span, n_rows, has_own, exact: None }
+            };
+            let cases = [vec![stored(n_past, false), Keys::Own { span, n }], vec![stored(n_past + n, true)]];
+            for keys in cases {
+                let (graph, mut inputs) = (Graph::new(64), Inputs::default());
+                let mask = inputs.mask(&graph, &part, 0, &keys, Some(Device::cpu())).as_output();
+                let found: Vec<u16> = computed(&mut inputs, &graph, part, &mask);
+                let mut expected = Vec::new();
+                fill_mask(&mut expected, &part, &keys);
+                // Zeros of either sign.
+                prop_assert_eq!(found.iter().map(|cell| cell & 0x7fff).collect::<Vec<_>>(),
+                    expected.iter().map(|cell| cell & 0x7fff).collect::<Vec<_>>());
+                prop_assert!(found.iter().all(|&cell| cell == HIDDEN || cell & 0x7fff == VISIBLE));
+            }
+            if let Some(span) = span {
+                let n_rows = n_past + n + slack;
+                let (graph, mut inputs) = (Graph::new(64), Inputs::default());
+                let kept = inputs.kept(&graph, &part, 0, span, n_rows, Some(Device::cpu()));
+                let kept = graph.contiguous(&kept).as_output();
+                let found: Vec<f32> = computed(&mut inputs, &graph, part, &kept);
+                let mut expected = Vec::new();
+                fill_kept(&mut expected, &part, span, n_rows);
+                prop_assert_eq!(found, expected);
+            }
         }
     }
 }

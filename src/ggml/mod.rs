@@ -25,7 +25,7 @@ mod scheduler;
 mod types;
 
 pub use attention::{FusedAttention, KvSegment, MAX_SEGMENTS};
-pub use context::{Context, Tensor};
+pub use context::{Context, Plain, Tensor};
 pub use device::{BufferType, Device, DeviceKind, backends};
 pub use fatal::{exit_now, on_fatal_error};
 pub use graph::{Graph, Rope, RopeKind};

@@ -1,6 +1,7 @@
 //! The project's chores, run as `cargo xtask <command>`.
 
 mod compare;
+mod cuda_check;
 mod demo;
 mod dist;
 mod frontends;
@@ -43,6 +44,8 @@ enum Command {
     Quality(quality::Args),
     /// Run llama.cpp's own frontends and llama-cpp-python, unmodified, on our library.
     Frontends(frontends::Args),
+    /// Compile and link ggml's CUDA kernels with a compiler of its own (no GPU needed; takes long).
+    CudaCheck(cuda_check::Args),
     /// Run the fuzz target.
     Fuzz(fuzz::Args),
 }
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         Command::Dist(args) => dist::run(&args),
         Command::Quality(args) => quality::run(&args),
         Command::Frontends(args) => frontends::run(&args),
+        Command::CudaCheck(args) => cuda_check::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
     };
     match result {
