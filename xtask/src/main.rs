@@ -12,6 +12,7 @@ mod rss;
 mod sh;
 mod test;
 mod upstream;
+mod valgrind;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -43,6 +44,8 @@ enum Command {
     Quality(quality::Args),
     /// Run llama.cpp's own frontends and llama-cpp-python, unmodified, on our library.
     Frontends(frontends::Args),
+    /// Run the C programs of the tests under Valgrind.
+    Valgrind,
     /// Run the fuzz target.
     Fuzz(fuzz::Args),
 }
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         Command::Dist(args) => dist::run(&args),
         Command::Quality(args) => quality::run(&args),
         Command::Frontends(args) => frontends::run(&args),
+        Command::Valgrind => valgrind::run(),
         Command::Fuzz(args) => fuzz::run(&args),
     };
     match result {
