@@ -1,9 +1,9 @@
 use super::{
     inputs::{Inputs, Keys, Part},
-    sequence::LayerCache,
+    sequence::{LayerCache, StoreMaker},
 };
 use crate::{
-    cache::{Rotations, Span, Store},
+    cache::{Span, Store},
     ggml::{FusedAttention, Graph, KvSegment, Tensor, Type},
     model::{Attention, AttentionOptions},
 };
@@ -34,9 +34,9 @@ pub(super) struct CacheAttention<'a> {
     pub parts: &'a [Part],
     /// For each part the layers' caches of its sequence.
     pub caches: Vec<&'a [LayerCache]>,
-    pub rotations: &'a Rotations,
+    /// For each layer what its stores are made from.
+    pub makers: &'a [StoreMaker],
     pub head_size: usize,
-    pub kernel: Kernel,
     /// What a lazy layer would keep: the span whose attention mass is the score.
     pub score_span: Span,
     /// Attention mass of the scored queries, `[1, n_score, heads]` each.
@@ -92,15 +92,16 @@ impl CacheAttention<'_> {
     ) -> Tensor {
         let part = self.parts[index];
         let layers: &[LayerCache] = self.caches[index];
-        let cache = &layers[layer];
+        let (cache, maker) = (&layers[layer], &self.makers[layer]);
+        let rotations = &maker.rotations;
         let format = cache.store().expect("room was reserved before the graph is built").format;
         let (mut q, mut k, mut v) = (slice(graph, q, &part), slice(graph, k, &part), slice(graph, v, &part));
         if format.rotate_k {
-            q = self.rotations.rotate_key(graph, &q);
-            k = self.rotations.rotate_key(graph, &k);
+            q = rotations.rotate_key(graph, &q);
+            k = rotations.rotate_key(graph, &k);
         }
         if format.rotate_v {
-            v = self.rotations.rotate_value(graph, &v);
+            v = rotations.rotate_value(graph, &v);
         }
         // `[head size, tokens, heads]`: what attention wants.
         let queries = graph.permute(&q, [0, 2, 1, 3]);
@@ -113,7 +114,7 @@ impl CacheAttention<'_> {
         if write_first {
             self.write(graph, index, cache, &own);
         }
-        let attended = self.attend_cache(graph, index, cache, &own, write_first, options);
+        let attended = self.attend_cache(graph, (index, layer), cache, &own, write_first, options);
         if !write_first {
             // Nodes run in the order in which they are added.
             graph.expand(&attended);
@@ -123,7 +124,7 @@ impl CacheAttention<'_> {
             self.score(graph, (index, layer), cache, &own.queries, options);
         }
         // `[head size, heads, tokens]`
-        let attended = if format.rotate_v { self.rotations.rotate_value(graph, &attended) } else { attended };
+        let attended = if format.rotate_v { rotations.rotate_value(graph, &attended) } else { attended };
         let [head_size, heads, n, _] = attended.shape();
         graph.reshape(&attended, &[head_size * heads, n])
     }
@@ -160,13 +161,13 @@ impl CacheAttention<'_> {
     fn attend_cache(
         &mut self,
         graph: &Graph,
-        index: usize,
+        (index, layer): (usize, usize),
         cache: &LayerCache,
         own: &Own,
         has_own: bool,
         options: &AttentionOptions<'_>,
     ) -> Tensor {
-        let (part, span) = (self.parts[index], cache.span());
+        let (part, span, maker) = (self.parts[index], cache.span(), &self.makers[layer]);
         // Rounded as they will be stored. Not quantised though: that would lose more than is needed.
         let rounded = |rows: &Tensor, stored: &Tensor| match stored.ty() {
             Type::F32 => rows.clone(),
@@ -193,9 +194,9 @@ impl CacheAttention<'_> {
             groups.push((k, v, Keys::Own { span, n: part.n }));
         }
         let keys: Vec<Keys> = groups.iter().map(|(.., keys)| *keys).collect();
-        let mask = self.inputs.mask(graph, part.n, index, &keys);
+        let mask = self.inputs.mask(graph, &part, index, &keys, maker.apart());
         let heads = |rows: &Tensor, keys: &Keys| Store::heads(graph, rows, self.head_size, keys.n_rows());
-        if self.kernel == Kernel::Fused {
+        if maker.kernel == Kernel::Fused {
             let mut first = 0;
             let views: Vec<[Tensor; 3]> = groups
                 .iter()
@@ -212,7 +213,7 @@ impl CacheAttention<'_> {
         }
         match &groups[..] {
             [(k, v, keys)] if has_own => {
-                self.attention(graph, &own.queries, &heads(k, keys), &heads(v, keys), &mask, options)
+                attention(graph, maker, &own.queries, [&heads(k, keys), &heads(v, keys)], &mask, options)
             }
             groups => {
                 // In one piece, behind each other: ggml's operations know one tensor only.
@@ -227,30 +228,9 @@ impl CacheAttention<'_> {
                     Store::heads(graph, &if is_f32 { all } else { graph.cast(&all, Type::F16) }, self.head_size, n)
                 };
                 let (k, v) = (joined(|group| group.0.clone()), joined(|group| group.1.clone()));
-                self.attention(graph, &own.queries, &k, &v, &mask, options)
+                attention(graph, maker, &own.queries, [&k, &v], &mask, options)
             }
         }
-    }
-
-    /// Attention by ggml's operations. → `[head size, heads, tokens]`
-    fn attention(
-        &self,
-        graph: &Graph,
-        queries: &Tensor,
-        keys: &Tensor,
-        values: &Tensor,
-        mask: &Tensor,
-        options: &AttentionOptions<'_>,
-    ) -> Tensor {
-        if self.kernel == Kernel::Flash {
-            let AttentionOptions { scale, softcap, sinks } = *options;
-            return graph.flash_attn(queries, keys, values, mask, scale, softcap.unwrap_or(0.0), sinks);
-        }
-        let weights = weights(graph, queries, keys, mask, options);
-        let values = if values.ty().is_quantized() { graph.cast(values, Type::F32) } else { values.clone() };
-        let transposed = graph.contiguous(&graph.permute(&values, [1, 0, 2, 3]));
-        let attended = graph.mul_mat(&transposed, &weights);
-        graph.contiguous(&graph.permute(&attended, [0, 2, 1, 3]))
     }
 
     /// The attention mass of the part's last queries on what a lazy layer would keep (method: SimLayerKV, section 3).
@@ -270,25 +250,55 @@ impl CacheAttention<'_> {
         let n_rows = cache.rows_read(n_past + n);
         let store = cache.store().expect("room was reserved before the graph is built");
         let keys = Store::heads(graph, &store.k, self.head_size, n_rows);
-        let mask =
-            self.inputs.mask(graph, n, index, &[Keys::Stored { span: None, n_rows, has_own: true, exact: None }]);
-        let kept = self.inputs.kept(graph, n_score, index, self.score_span, n_rows);
+        let apart = self.makers[layer].apart();
+        let stored = Keys::Stored { span: None, n_rows, has_own: true, exact: None };
+        let mask = self.inputs.mask(graph, &self.parts[index], index, &[stored], apart);
+        let kept = self.inputs.kept(graph, &self.parts[index], index, self.score_span, n_rows, apart);
         let mask = graph.rows(&mask, n - n_score, n_score);
         let [head_size, _, heads, _] = queries.shape();
         let [_, token_bytes, head_bytes, _] = queries.strides();
         let first = (n - n_score) * token_bytes;
         let queries = graph.view(queries, [head_size, n_score, heads], [token_bytes, head_bytes], first);
-        let masses = if self.kernel == Kernel::Fused {
+        let masses = if self.makers[layer].kernel == Kernel::Fused {
             vec![fused_mass(graph, &queries, &keys, &kept, &mask, options)]
         } else {
             masses(graph, &queries, &keys, &kept, &mask, options)
         };
         for mass in &masses {
+            if let Some(device) = apart {
+                graph.place(mass, device);
+            }
             graph.expand(mass);
         }
         graph.name_nodes_from(first_node, SCORE_NAME);
         self.scores.push(Score { part: index, layer, masses });
     }
+}
+
+/// Attention by ggml's operations, on the layer's device. → `[head size, heads, tokens]`
+fn attention(
+    graph: &Graph,
+    maker: &StoreMaker,
+    queries: &Tensor,
+    [keys, values]: [&Tensor; 2],
+    mask: &Tensor,
+    options: &AttentionOptions<'_>,
+) -> Tensor {
+    let place = |node: Tensor| {
+        if let Some(device) = maker.apart() {
+            graph.place(&node, device);
+        }
+        node
+    };
+    if maker.kernel == Kernel::Flash {
+        let AttentionOptions { scale, softcap, sinks } = *options;
+        return place(graph.flash_attn(queries, keys, values, mask, scale, softcap.unwrap_or(0.0), sinks));
+    }
+    let weights = place(weights(graph, queries, keys, mask, options));
+    let values = if values.ty().is_quantized() { graph.cast(values, Type::F32) } else { values.clone() };
+    let transposed = graph.contiguous(&graph.permute(&values, [1, 0, 2, 3]));
+    let attended = place(graph.mul_mat(&transposed, &weights));
+    graph.contiguous(&graph.permute(&attended, [0, 2, 1, 3]))
 }
 
 /// A part's tokens, rotated as the store is: queries `[head size, tokens, heads]`, keys and values as rows.

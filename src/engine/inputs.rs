@@ -2,7 +2,7 @@
 
 use crate::{
     cache::Span,
-    ggml::{Graph, Tensor, Type},
+    ggml::{Device, Graph, Tensor, Type},
     vocab::Token,
 };
 
@@ -89,12 +89,32 @@ enum Fill {
     Mask { part: usize, keys: Vec<Keys> },
     /// For each of `n_rows` keys: 1 for the scored queries of a part to which `span` keeps it, else 0.
     Kept { part: usize, span: Span, n_rows: usize },
+    /// Positions of a part's tokens, as f32: exact below 2^24.
+    Queries { part: usize },
+    /// The position in each row, as f32; [`NOWHERE`] where there is none to be seen.
+    KeyPositions { part: usize, keys: Vec<Keys> },
+}
+
+/// Behind every position.
+const NOWHERE: f32 = (1u32 << 30) as f32;
+
+/// What a device computes by itself from positions: of the rows of `keys`, for each query that is not among the first
+/// `skipped`, 1 where it is hidden, else 0.
+#[derive(Debug, Clone, PartialEq)]
+struct Hidden {
+    device: Device,
+    part: usize,
+    span: Option<Span>,
+    skipped: usize,
+    keys: Vec<Keys>,
 }
 
 /// The inputs of a graph under construction, and later of its runs. Each distinct one exists once.
 #[derive(Debug, Default)]
 pub(super) struct Inputs {
     inputs: Vec<(Tensor, Fill)>,
+    /// Masks (f16) and kept keys (f32) that devices compute.
+    computed: Vec<(Tensor, Hidden, Type)>,
     mask: Vec<u16>,
     floats: Vec<f32>,
 }
@@ -134,20 +154,85 @@ impl Inputs {
         self.input(graph, Type::I64, &[n], Fill::Rows { part, span })
     }
 
-    /// f16 `[rows of all groups, n]`: 0 where a token sees a row, else minus infinity.
-    pub fn mask(&mut self, graph: &Graph, n: usize, part: usize, keys: &[Keys]) -> Tensor {
-        let n_rows = keys.iter().map(|keys| keys.n_rows()).sum();
-        self.input(graph, Type::F16, &[n_rows, n], Fill::Mask { part, keys: keys.to_vec() })
+    /// f16 `[rows of all groups, n]`: 0 where a token of the part (number `index`) sees a row, else minus infinity. With a
+    /// device it is computed there, so that what is sent does not grow with the context.
+    pub fn mask(&mut self, graph: &Graph, part: &Part, index: usize, keys: &[Keys], device: Option<Device>) -> Tensor {
+        let Some(device) = device else {
+            let n_rows = keys.iter().map(|keys| keys.n_rows()).sum();
+            return self.input(graph, Type::F16, &[n_rows, part.n], Fill::Mask { part: index, keys: keys.to_vec() });
+        };
+        let span = keys.first().and_then(|keys| keys.span());
+        let hidden = Hidden { device, part: index, span, skipped: 0, keys: keys.to_vec() };
+        // Beyond f16's numbers: the cast makes it minus infinity.
+        self.computed(graph, part, hidden, Type::F16, |hidden| graph.cast(&graph.scale(hidden, -1e9), Type::F16))
     }
 
-    /// f32 `[n_score, n_rows]`: 1 where `span` keeps a row's key for a scored query, else 0.
-    pub fn kept(&mut self, graph: &Graph, n_score: usize, part: usize, span: Span, n_rows: usize) -> Tensor {
-        self.input(graph, Type::F32, &[n_score, n_rows], Fill::Kept { part, span, n_rows })
+    /// f32 `[n_score, n_rows]`: 1 where `span` keeps a row's key for a scored query, the part's last ones, else 0.
+    pub fn kept(
+        &mut self,
+        graph: &Graph,
+        part: &Part,
+        index: usize,
+        span: Span,
+        n_rows: usize,
+        device: Option<Device>,
+    ) -> Tensor {
+        let Some(device) = device else {
+            let fill = Fill::Kept { part: index, span, n_rows };
+            return self.input(graph, Type::F32, &[part.n_score, n_rows], fill);
+        };
+        let keys = vec![Keys::Stored { span: None, n_rows, has_own: true, exact: None }];
+        let hidden = Hidden { device, part: index, span: Some(span), skipped: part.n - part.n_score, keys };
+        let kept = self.computed(graph, part, hidden, Type::F32, |hidden| graph.scale_bias(hidden, -1.0, 1.0));
+        graph.permute(&kept, [1, 0, 2, 3])
+    }
+
+    fn computed(
+        &mut self,
+        graph: &Graph,
+        part: &Part,
+        hidden: Hidden,
+        ty: Type,
+        finish: impl Fn(&Tensor) -> Tensor,
+    ) -> Tensor {
+        let known = |(_, other, other_ty): &&(Tensor, Hidden, Type)| *other == hidden && *other_ty == ty;
+        if let Some((tensor, ..)) = self.computed.iter().find(known) {
+            return tensor.clone();
+        }
+        let tensor = finish(&self.hidden(graph, part, &hidden));
+        graph.place(&tensor, hidden.device);
+        self.computed.push((tensor.clone(), hidden, ty));
+        tensor
+    }
+
+    fn hidden(&mut self, graph: &Graph, part: &Part, hidden: &Hidden) -> Tensor {
+        let Hidden { device, part: index, span, skipped, ref keys } = *hidden;
+        let place = |node: Tensor| {
+            graph.place(&node, device);
+            node
+        };
+        let n_rows = keys.iter().map(|keys| keys.n_rows()).sum();
+        let positions = match keys[..] {
+            // A row's number is its position; what was not written yet is behind every query.
+            [Keys::Stored { span: None, exact: None, .. }] => place(graph.arange(n_rows)),
+            _ => self.input(graph, Type::F32, &[n_rows], Fill::KeyPositions { part: index, keys: keys.clone() }),
+        };
+        let n = part.n - skipped;
+        let queries = self.input(graph, Type::F32, &[1, part.n], Fill::Queries { part: index });
+        let queries = graph.rows(&queries, skipped, n);
+        let positions = place(graph.repeat_row(&positions, n));
+        let ahead = place(graph.sub(&positions, &queries));
+        let later = place(graph.step(&ahead));
+        let Some(Span { n_sink, n_window }) = span else { return later };
+        // Not among the newest `n_window`, the query's own counted, and not of the sink.
+        let old = place(graph.step(&place(graph.scale_bias(&ahead, -1.0, 0.5 - n_window as f32))));
+        let behind_sink = place(graph.step(&place(graph.scale_bias(&positions, 1.0, 0.5 - n_sink as f32))));
+        place(graph.add(&later, &place(graph.mul(&old, &behind_sink))))
     }
 
     /// Fills every input that the graph really reads.
     pub fn fill(&mut self, parts: &[Part], tokens: &[Token], outputs: &[i32]) {
-        let Inputs { inputs, mask, floats } = self;
+        let Inputs { inputs, mask, floats, .. } = self;
         for (tensor, fill) in inputs.iter().filter(|(tensor, _)| tensor.is_allocated()) {
             match fill {
                 Fill::Tokens => tensor.write(0, tokens),
@@ -168,6 +253,16 @@ impl Inputs {
                 &Fill::Kept { part, span, n_rows } => {
                     fill_kept(floats, &parts[part], span, n_rows);
                     tensor.write(0, floats);
+                }
+                &Fill::Queries { part } => {
+                    let Part { n, n_past, .. } = parts[part];
+                    tensor.write(0, &(n_past..n_past + n).map(|position| position as f32).collect::<Vec<_>>());
+                }
+                Fill::KeyPositions { part, keys } => {
+                    let positions =
+                        keys.iter().flat_map(|keys| (0..keys.n_rows()).map(|row| keys.position(row, &parts[*part])));
+                    let positions = positions.map(|position| position.map_or(NOWHERE, |position| position as f32));
+                    tensor.write(0, &positions.collect::<Vec<_>>());
                 }
             }
         }

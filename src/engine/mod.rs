@@ -4,6 +4,7 @@ mod attention;
 mod fork;
 mod inputs;
 mod memory;
+mod plan;
 mod prefill;
 mod profile;
 mod sequence;
@@ -11,6 +12,7 @@ mod session;
 mod state;
 mod ubatch;
 
+pub use plan::{DevicePlan, plan};
 pub use sequence::LayerReport;
 pub use session::{BatchEntry, Outputs, SeqId, Session, SessionParams};
 pub use state::StateError;

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     cache::Store,
-    ggml::{Graph, Tensor},
+    ggml::{Device, Graph, Tensor},
     lazy::At,
     model::LayerStep,
     vocab::Token,
@@ -91,8 +91,8 @@ impl Session {
         let fresh = (!self.sequences.contains_key(&entry.seq)).then(|| self.new_sequence());
         let sequence = self.sequences.entry(entry.seq).or_insert_with(|| fresh.expect("made for a new sequence"));
         let n_past = sequence.n_past;
-        for layer in &mut sequence.layers {
-            layer.reserve(n_past, entry.tokens.len(), &self.maker, &mut self.scheduler)?;
+        for (layer, maker) in sequence.layers.iter_mut().zip(&self.makers) {
+            layer.reserve(n_past, entry.tokens.len(), maker, &mut self.scheduler)?;
         }
         Ok(())
     }
@@ -114,7 +114,7 @@ impl Session {
         let key = Key::new(parts, &caches, n_outputs);
         if let Some(cached) = self.decode_graph.take()
             && cached.key == key
-            && self.scheduler.is_allocated(&cached.graph)
+            && self.scheduler.can_rerun(&cached.graph)
         {
             return Ok(cached);
         }
@@ -132,9 +132,12 @@ impl Session {
             let is_last = index + 1 == hparams.n_layer;
             let keep = keep.as_ref().filter(|_| is_last);
             let step = LayerStep { index, hidden: &hidden, positions: &positions, keep, n_ctx: self.params.n_ctx };
+            graph.set_device(self.makers[index].apart());
             hidden = architecture.layer(&graph, &step, &mut attention);
         }
         let scores = attention.scores;
+        let output = self.model.output_device();
+        graph.set_device((output != Device::cpu()).then_some(output));
         let logits = (n_outputs > 0).then(|| architecture.output(&graph, &hidden).as_output());
         if let Some(logits) = &logits {
             graph.expand(logits);
