@@ -1,9 +1,11 @@
-//! Compiles the C++ entry points of llama.cpp's llama-ext.h.
+//! Compiles what has to be C++: the entry points of llama.cpp's llama-ext.h, and the checks in front of the functions of
+//! llama.h that are llama.cpp's own.
 
 use std::{env, path::PathBuf};
 
 fn main() {
     println!("cargo:rerun-if-changed=src/ext.cpp");
+    println!("cargo:rerun-if-changed=src/reused.cpp");
     let source = PathBuf::from(env::var_os("DEP_GGML_SOURCE").expect("ggml-sys says where its source is"));
     // For the layout test.
     println!("cargo:rustc-env=LLAMA_SOURCE={}", source.display());
@@ -14,6 +16,9 @@ fn main() {
         .include(source.join("include"))
         .include(source.join("src"))
         .include(source.join("ggml/include"))
-        .file("src/ext.cpp")
+        .include("../vendor/ggml-sys/shim")
+        // llama.h's old names are checked as well.
+        .flag("-Wno-deprecated-declarations")
+        .files(["src/ext.cpp", "src/reused.cpp"])
         .compile("simlayer-ext");
 }

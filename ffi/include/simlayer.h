@@ -69,7 +69,8 @@ int32_t simlayer_default_params(struct simlayer_params * params);
 int32_t simlayer_get_params(struct llama_context * ctx, struct simlayer_params * params);
 
 // Changes a context's settings, for decisions to come: layers that are lazy stay so. 0, or negative with nothing
-// changed when a value makes no sense or does not fit the model.
+// changed when a value makes no sense or does not fit the model. A context that was made without SIMLAYER_LAZY keeps
+// ggml's attention, which is slower at depth and has no newest tokens in f16 beside a quantised cache.
 int32_t simlayer_set_params(struct llama_context * ctx, const struct simlayer_params * params);
 
 enum simlayer_kind {

@@ -242,7 +242,7 @@ fn start(
     model: &Model,
     engine: &EngineModel,
     params: &sys::llama_context_params,
-    mut session: SessionParams,
+    session: SessionParams,
 ) -> Result<Session> {
     let engine = match rope_overrides(model, params)? {
         overrides if overrides.is_empty() => engine.clone(),
@@ -256,22 +256,26 @@ fn start(
             EngineModel::load(&model.path, &load)?
         }
     };
-    let settings = LazySettings::from_environment();
-    // Where nothing is to be lazy the answers are llama.cpp's, bit for bit: its kernel, and no exact copies.
-    if settings.lazy.policy == Policy::Off {
-        session.fused_attention = false;
-        session.kv_exact = 0;
-    }
-    session.lazy = settings.lazy;
-    (session.lazy_type_k, session.lazy_type_v) = (settings.type_k, settings.type_v);
-    match Session::new(&engine, session.clone()) {
+    let with = |settings: LazySettings| {
+        let mut session = session.clone();
+        if settings.lazy.policy == Policy::Off {
+            // The answers are llama.cpp's, bit for bit: its kernel, and no exact copies.
+            session.fused_attention = false;
+            session.kv_exact = 0;
+        } else {
+            // The answers are simlayer-run's, whatever llama.cpp's kernels a frontend asks for (llama-cpp-python's
+            // default is the one without flash attention).
+            session.flash_attn = true;
+        }
+        session.lazy = settings.lazy;
+        (session.lazy_type_k, session.lazy_type_v) = (settings.type_k, settings.type_v);
+        Session::new(&engine, session)
+    };
+    match with(LazySettings::from_environment()) {
         Ok(session) => Ok(session),
         Err(error) => {
-            let off = LazySettings::off();
-            session.lazy = off.lazy;
-            (session.lazy_type_k, session.lazy_type_v) = (off.type_k, off.type_v);
             // When it works without them, the environment's settings were what was wrong.
-            let started = Session::new(&engine, session)?;
+            let started = with(LazySettings::off())?;
             log::warn_once("simlayer", &format!("the SIMLAYER_ variables are ignored: {error}"));
             Ok(started)
         }

@@ -3,8 +3,8 @@
 //!
 //! Every function is called through `border::guard`: a failure becomes a line in llama.cpp's log and the function's
 //! error value, and so does a panic. Handles are looked up in a table of the living ones, so that a null pointer or one
-//! that was freed is an error. The vocabulary, samplers, grammars and chat templates are llama.cpp's own code, exported
-//! as it is: there null pointers are as fatal as they are upstream.
+//! that was freed is an error. The vocabulary, samplers and grammars are llama.cpp's own code behind checks of ours
+//! (`reused.cpp`).
 
 #[macro_use]
 mod border;

@@ -1,11 +1,12 @@
 //! Models: loading, and what a model says of itself.
 
 use std::{
+    collections::BTreeSet,
     ffi::{CStr, CString, c_char, c_void},
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     ptr,
-    sync::Arc,
+    sync::{Arc, PoisonError, RwLock},
 };
 
 use ggml_sys as sys;
@@ -22,6 +23,9 @@ use crate::{
 };
 
 pub(crate) static MODELS: Registry<Model> = Registry::new("model");
+
+/// Addresses of the vocabularies of living models: unlike other handles these are pointers, to llama.cpp's own objects.
+static VOCABS: RwLock<BTreeSet<usize>> = RwLock::new(BTreeSet::new());
 
 /// What a `llama_model` handle stands for.
 pub(crate) struct Model {
@@ -89,6 +93,7 @@ impl Model {
         let meta = file.keys().filter_map(|key| Some((c_text(key.as_bytes()), value_text(file.get(key)?)?))).collect();
         // SAFETY: reads a clock.
         let load_us = unsafe { sys::ggml_time_us() } - start_us;
+        VOCABS.write().unwrap_or_else(PoisonError::into_inner).insert(vocab.raw().as_ptr().addr());
         Ok(Model {
             engine,
             vocab,
@@ -129,6 +134,18 @@ impl Model {
         let key = CString::new(format!("{}.{key}", self.architecture)).ok()?;
         self.meta(&key)?.to_str().ok()?.parse().ok()
     }
+}
+
+impl Drop for Model {
+    fn drop(&mut self) {
+        VOCABS.write().unwrap_or_else(PoisonError::into_inner).remove(&self.vocab().addr());
+    }
+}
+
+/// Whether the pointer is a living model's vocabulary, for the checks in C++.
+#[unsafe(no_mangle)]
+extern "C" fn simlayer_ext_is_vocab(vocab: *const sys::llama_vocab) -> bool {
+    VOCABS.read().unwrap_or_else(PoisonError::into_inner).contains(&vocab.addr())
 }
 
 /// A text up to its first NUL.

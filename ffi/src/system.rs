@@ -9,7 +9,10 @@ use std::{
 use ggml_sys as sys;
 use simlayer::ggml::keep_logs;
 
-use crate::border::{Failure, Result, c_str, slice, text};
+use crate::{
+    border::{Failure, Result, c_str, slice, text},
+    log,
+};
 
 /// As upstream has it: no context has more sequences.
 pub(crate) const MAX_SEQUENCES: usize = 256;
@@ -235,5 +238,19 @@ unsafe extern "C" fn simlayer_ext_unsupported(function: *const c_char) {
         // SAFETY: a C string, as said.
         let function = unsafe { text(function, "function") }?;
         not_supported(function)
+    });
+}
+
+/// A failure that C++ has noticed.
+///
+/// # Safety
+/// Both are C strings.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn simlayer_ext_failed(function: *const c_char, why: *const c_char) {
+    crate::border::guard("reused", (), || {
+        // SAFETY: C strings, as said.
+        let (function, why) = unsafe { (text(function, "function")?, c_str(why, "why")?) };
+        log::error(function, &why.to_string_lossy());
+        Ok(())
     });
 }

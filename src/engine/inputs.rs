@@ -124,6 +124,11 @@ const VISIBLE: u16 = 0;
 const HIDDEN: u16 = 0xfc00;
 
 impl Inputs {
+    /// As new, for another graph; the memory that they were filled from is kept.
+    pub fn clear(&mut self) {
+        self.inputs.clear();
+    }
+
     fn input(&mut self, graph: &Graph, ty: Type, shape: &[usize], fill: Fill) -> Tensor {
         if let Some((tensor, _)) = self.inputs.iter().find(|(_, other)| *other == fill) {
             return tensor.clone();

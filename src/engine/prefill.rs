@@ -145,12 +145,13 @@ impl Session {
         layers[index].put_scratch(scratch);
 
         let mut score = None;
+        let mut inputs = Inputs::default();
         for piece in pieces(ends) {
             let ends_prompt = piece.end == n_tokens;
             let n_score = if ends_prompt { n_score.min(piece.len()) } else { 0 };
             let parts: [Part; 1] = single_part(piece.len(), piece.start, n_score);
             let graph = self.new_graph(1024);
-            let mut inputs = Inputs::default();
+            inputs.clear();
             let positions = inputs.positions(&graph, piece.len());
             let states = graph.rows(&hidden.states, piece.start, piece.len());
             // Of the last layer only the tokens with outputs are carried on; all have their keys and values stored.

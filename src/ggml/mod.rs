@@ -33,7 +33,7 @@ pub use llama::{
     Candidates, LogLevel, RawSampler, RawVocab, SamplerKind, SpecialToken, VocabKind, builtin_chat_template,
     builtin_chat_templates, keep_logs, set_log, silence_logs,
 };
-pub use memory::{release_free_memory, resident_bytes};
+pub use memory::{map_large_blocks, release_free_memory, resident_bytes};
 pub use mmap::{map_file, release_pages};
 pub use scheduler::{AbortCallback, Scheduler};
 pub use types::Type;

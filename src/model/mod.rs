@@ -216,6 +216,8 @@ impl Model {
     /// # Errors
     /// When the file cannot be read, is damaged, is of an unknown architecture, or does not fit into memory.
     pub fn load(path: impl AsRef<Path>, params: &ModelParams) -> Result<Model, Error> {
+        // Before the first large block is freed, so that what loading needs meanwhile goes back, too.
+        ggml::map_large_blocks();
         let path = path.as_ref();
         let file = open(path, params)?;
         let (architecture, Builder { hparams, loader, .. }, placement) = build(&file, path, params)?;

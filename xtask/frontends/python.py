@@ -74,7 +74,8 @@ def features(model: str) -> dict:
 
 
 def long_prompt(model: str, text: str) -> dict:
-    llama = Llama(model, n_ctx=8192, n_batch=8192, verbose=False)
+    # With flash attention, so that without lazy layers memory is the cache as well, and no matrix of all weights.
+    llama = Llama(model, n_ctx=8192, n_batch=8192, flash_attn=True, verbose=False)
     with open(text, "rb") as file:
         tokens = llama.tokenize(file.read())
     tokens = (tokens * (6000 // len(tokens) + 1))[:6000]
@@ -83,6 +84,7 @@ def long_prompt(model: str, text: str) -> dict:
     result = {
         "resident": resident() - before,
         "prompt": llama.detokenize(tokens, special=True).decode(errors="replace"),
+        "tokens": generated,
         "text": llama.detokenize(generated).decode(errors="replace"),
     }
     simlayer = ctypes.CDLL(os.path.join(os.environ["LLAMA_CPP_LIB_PATH"], "libsimlayer.so"))

@@ -77,6 +77,7 @@ pub fn build(env: &Env, out: &Path, portable: bool) -> Result<PathBuf> {
     linker.link("libggml.so", &registry, &["libggml-cpu.so", "libggml-base.so"], None)?;
 
     let ours = without_ggml(&built, &work)?;
+    put_checks_in_front(&built, &source, &ours, env)?;
     let exports = exports(env, &source, &ours)?;
     let script = work.join("exports.map");
     std::fs::write(&script, version_script(&exports))?;
@@ -195,6 +196,33 @@ fn without_ggml(built: &Built, work: &Path) -> Result<PathBuf> {
     }
     sh::output(&mut delete)?;
     Ok(ours)
+}
+
+/// In ffi/src/reused.cpp, what is checked before llama.cpp's own function of that name runs.
+const CHECKED: &str = "simlayer_checked_";
+
+/// Gives the checked functions the names of llama.cpp's own, and those other ones.
+fn put_checks_in_front(built: &Built, source: &Path, ours: &Path, env: &Env) -> Result<()> {
+    // Functions, but for weak ones, which give way to Rust's.
+    let defined = |archive: &Path| -> Result<BTreeSet<String>> {
+        let symbols = sh::output(Command::new("nm").args(["--defined-only", "--format=posix"]).arg(archive))?;
+        let functions = symbols.lines().filter_map(|line| line.split_once(" T ").map(|(name, _)| name.to_owned()));
+        Ok(functions.collect())
+    };
+    let checked: BTreeSet<String> =
+        defined(ours)?.iter().filter_map(|name| name.strip_prefix(CHECKED)).map(str::to_owned).collect();
+    let reused = defined(&built.ggml.join("libsimlayer-llama.a"))?;
+    let declared = functions(env, &[source.join("include"), source.join("ggml/include")], "llama.h", "llama_")?;
+    let unchecked: Vec<_> = declared.intersection(&reused).filter(|name| !checked.contains(*name)).collect();
+    if !unchecked.is_empty() {
+        bail!("llama.cpp's own {unchecked:?} are not in ffi/src/reused.cpp");
+    }
+    let mut rename = Command::new("objcopy");
+    for name in &checked {
+        rename.arg(format!("--redefine-sym={name}=upstream_{name}"));
+        rename.arg(format!("--redefine-sym={CHECKED}{name}={name}"));
+    }
+    sh::output(rename.arg(ours)).map(|_| ())
 }
 
 /// Everything that the library exports: llama.h's functions, llama-ext.h's, and simlayer.h's.

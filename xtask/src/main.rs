@@ -13,6 +13,7 @@ mod rss;
 mod sh;
 mod test;
 mod upstream;
+mod valgrind;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -46,6 +47,8 @@ enum Command {
     Frontends(frontends::Args),
     /// Compile and link ggml's CUDA kernels with a compiler of its own (no GPU needed; takes long).
     CudaCheck(cuda_check::Args),
+    /// Run the C programs of the tests under Valgrind.
+    Valgrind,
     /// Run the fuzz target.
     Fuzz(fuzz::Args),
 }
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Command::Quality(args) => quality::run(&args),
         Command::Frontends(args) => frontends::run(&args),
         Command::CudaCheck(args) => cuda_check::run(&args),
+        Command::Valgrind => valgrind::run(),
         Command::Fuzz(args) => fuzz::run(&args),
     };
     match result {

@@ -126,6 +126,19 @@ pub fn cmake(env: &mut Env) -> Result<()> {
     Ok(())
 }
 
+/// Installs Valgrind where it is missing. No package of pip's has it.
+pub fn valgrind() -> Result<()> {
+    if on_path("valgrind") {
+        return Ok(());
+    }
+    if !is_root() || !on_path("apt-get") {
+        bail!("Valgrind is missing; please install your system's package (Debian: valgrind)");
+    }
+    apt_install("valgrind")?;
+    // Without these it cannot take the place of the C library's functions.
+    apt_install("libc6-dbg")
+}
+
 /// Whether `cmake` has to be called by a path of its own: `Command` looks a program up in our PATH,
 /// not in the one that it gives to the child.
 pub fn cmake_program() -> String {

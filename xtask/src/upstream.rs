@@ -88,23 +88,41 @@ fn source() -> Result<PathBuf> {
     if dir().exists() {
         std::fs::remove_dir_all(dir()).with_context(|| dir().display().to_string())?;
     }
-    // To name a source package's version, pip asks its build backend, which must be there.
-    prepare::pip_install("build-backend")?;
-    let args = ["--no-binary", ":all:", "--no-build-isolation"];
-    let sdist = prepare::pip_download("upstream", ".tar.gz", &args)?;
-    unpack(&sdist, &source)?;
+    let sdist = download()?;
+    unpack(&sdist, "vendor/llama.cpp", &source)?;
     std::fs::remove_file(sdist)?;
     std::fs::write(&stamp, pins)?;
     Ok(source)
 }
 
-/// Unpacks `<package>/vendor/llama.cpp` of the source package to `to`.
-fn unpack(sdist: &Path, to: &Path) -> Result<()> {
+/// llama-cpp-python's own tests, in a folder from which they find llama.cpp where they look for it.
+pub fn python_tests() -> Result<PathBuf> {
+    let source = source()?;
+    let folder = dir().join("python");
+    let (tests, link) = (folder.join("tests"), folder.join("vendor/llama.cpp"));
+    if !link.exists() {
+        let sdist = download()?;
+        unpack(&sdist, "tests", &tests)?;
+        std::fs::remove_file(sdist)?;
+        std::fs::create_dir_all(folder.join("vendor"))?;
+        std::os::unix::fs::symlink(&source, &link).with_context(|| link.display().to_string())?;
+    }
+    Ok(folder)
+}
+
+fn download() -> Result<PathBuf> {
+    // To name a source package's version, pip asks its build backend, which must be there.
+    prepare::pip_install("build-backend")?;
+    prepare::pip_download("upstream", ".tar.gz", &["--no-binary", ":all:", "--no-build-isolation"])
+}
+
+/// Unpacks the folder `<package>/<inner>` of the source package to `to`.
+fn unpack(sdist: &Path, inner: &str, to: &Path) -> Result<()> {
     let name = sdist.file_name().unwrap_or_default().to_string_lossy();
     let package = name.strip_suffix(".tar.gz").unwrap_or(&name);
     std::fs::create_dir_all(to)?;
-    let inner = format!("{package}/vendor/llama.cpp");
+    let depth = format!("--strip-components={}", inner.split('/').count() + 1);
     let mut tar = Command::new("tar");
-    tar.arg("-xzf").arg(sdist).arg("-C").arg(to).args(["--strip-components=3", &inner]);
+    tar.arg("-xzf").arg(sdist).arg("-C").arg(to).arg(depth).arg(format!("{package}/{inner}"));
     sh::run(&mut tar)
 }

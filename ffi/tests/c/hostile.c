@@ -7,6 +7,7 @@
 static struct llama_model *     model;
 static struct llama_context *   freed_context;
 static struct llama_model *     freed_model;
+static const struct llama_vocab * freed_vocab;
 static struct llama_batch_ext * freed_batch;
 static int                      n_calls;
 
@@ -20,11 +21,143 @@ static int32_t odd_number(uint32_t * random) {
     return numbers[next_random(random) % (sizeof(numbers) / sizeof(numbers[0]))];
 }
 
+// A call that answers with its error value, and with a line in the log.
+#define FAILS(call, value)                \
+    do {                                  \
+        const int n_lines = n_log_lines;  \
+        CHECK((call) == (value));         \
+        CHECK(n_log_lines > n_lines);     \
+    } while (0)
+// A function without a result.
+#define REFUSED(call) FAILS(((call), 0), 0)
+
+// The functions that are llama.cpp's own code, with a vocabulary that is none.
+static void call_with(const struct llama_vocab * none) {
+    FAILS(llama_vocab_bos(none), LLAMA_TOKEN_NULL);
+    FAILS(llama_vocab_eos(none), LLAMA_TOKEN_NULL);
+    FAILS(llama_vocab_eot(none), LLAMA_TOKEN_NULL);
+    FAILS(llama_vocab_sep(none), LLAMA_TOKEN_NULL);
+    FAILS(llama_vocab_nl(none), LLAMA_TOKEN_NULL);
+    FAILS(llama_vocab_pad(none), LLAMA_TOKEN_NULL);
+    FAILS(llama_vocab_mask(none), LLAMA_TOKEN_NULL);
+    FAILS(llama_vocab_fim_pre(none), LLAMA_TOKEN_NULL);
+    FAILS(llama_vocab_fim_suf(none), LLAMA_TOKEN_NULL);
+    FAILS(llama_vocab_fim_mid(none), LLAMA_TOKEN_NULL);
+    FAILS(llama_vocab_fim_pad(none), LLAMA_TOKEN_NULL);
+    FAILS(llama_vocab_fim_rep(none), LLAMA_TOKEN_NULL);
+    FAILS(llama_vocab_fim_sep(none), LLAMA_TOKEN_NULL);
+    FAILS(llama_vocab_get_add_bos(none), false);
+    FAILS(llama_vocab_get_add_eos(none), false);
+    FAILS(llama_vocab_get_add_sep(none), false);
+    FAILS(llama_vocab_type(none), LLAMA_VOCAB_TYPE_NONE);
+    FAILS(llama_vocab_n_tokens(none), 0);
+    FAILS(llama_vocab_get_text(none, 1), NULL);
+    FAILS(isnan(llama_vocab_get_score(none, 1)), true);
+    FAILS(llama_vocab_get_attr(none, 1), LLAMA_TOKEN_ATTR_UNDEFINED);
+    FAILS(llama_vocab_is_eog(none, 1), false);
+    FAILS(llama_vocab_is_control(none, 1), false);
+    FAILS(llama_vocab_get_suppress_tokens(none, NULL), NULL);
+    char        text[8];
+    llama_token token = 1;
+    FAILS(llama_tokenize(none, "a", 1, &token, 1, true, true), INT32_MIN);
+    FAILS(llama_token_to_piece(none, 1, text, sizeof(text), 0, true), INT32_MIN);
+    FAILS(llama_detokenize(none, &token, 1, text, sizeof(text), true, true), INT32_MIN);
+    FAILS(llama_sampler_init_infill(none), NULL);
+    FAILS(llama_sampler_init_dry(none, 1, 2, 2, 8, NULL, 0), NULL);
+    FAILS(llama_sampler_init_grammar(none, "root ::= \"a\"", "root"), NULL);
+    FAILS(llama_sampler_init_grammar_lazy_patterns(none, "root ::= \"a\"", "root", NULL, 0, NULL, 0), NULL);
+}
+
+static void call_with_nulls(const struct llama_vocab * vocab, struct llama_context * ctx) {
+    char        text[8];
+    llama_token token = 1;
+    FAILS(llama_tokenize(vocab, NULL, 1, &token, 1, true, true), INT32_MIN);
+    FAILS(llama_tokenize(vocab, "a", -1, &token, 1, true, true), INT32_MIN);
+    FAILS(llama_tokenize(vocab, "a", 1, NULL, 1, true, true), INT32_MIN);
+    FAILS(llama_token_to_piece(vocab, 1, NULL, 8, 0, true), INT32_MIN);
+    FAILS(llama_token_to_piece(vocab, INT32_MAX, text, sizeof(text), 0, true), INT32_MIN);
+    FAILS(llama_detokenize(vocab, NULL, 1, text, sizeof(text), true, true), INT32_MIN);
+    FAILS(llama_detokenize(vocab, &token, 1, NULL, 8, true, true), INT32_MIN);
+    FAILS(llama_vocab_get_text(vocab, -5), NULL);
+    FAILS(llama_vocab_get_text(vocab, INT32_MAX), NULL);
+    FAILS(isnan(llama_vocab_get_score(vocab, -5)), true);
+
+    FAILS(llama_sampler_init(NULL, NULL), NULL);
+    FAILS(llama_sampler_name(NULL), NULL);
+    FAILS(llama_sampler_get_seed(NULL), LLAMA_DEFAULT_SEED);
+    FAILS(llama_sampler_sample(NULL, ctx, 0), LLAMA_TOKEN_NULL);
+    FAILS(llama_sampler_chain_get(NULL, 0), NULL);
+    FAILS(llama_sampler_chain_remove(NULL, 0), NULL);
+    FAILS(llama_sampler_chain_n(NULL), 0);
+    FAILS(llama_perf_sampler(NULL).n_sample, 0);
+    REFUSED(llama_perf_sampler_print(NULL));
+    REFUSED(llama_perf_sampler_reset(NULL));
+    REFUSED(llama_log_get(NULL, NULL));
+    FAILS(llama_sampler_init_logit_bias(10, 2, NULL), NULL);
+    FAILS(llama_sampler_init_grammar(vocab, "root ::= \"a\"", NULL), NULL);
+    FAILS(llama_chat_builtin_templates(NULL, 2), -1);
+    FAILS(llama_split_path(NULL, 8, "a", 0, 2), 0);
+    FAILS(llama_split_path(text, 8, NULL, 0, 2), 0);
+    FAILS(llama_split_prefix(text, 8, NULL, 0, 2), 0);
+
+    // A sampler that is no chain, in itself, applied to nothing, and used where there are no logits.
+    struct llama_sampler * greedy = llama_sampler_init_greedy();
+    struct llama_sampler * chain  = llama_sampler_chain_init(llama_sampler_chain_default_params());
+    CHECK(greedy != NULL && chain != NULL);
+    FAILS(llama_sampler_chain_n(greedy), 0);
+    REFUSED(llama_sampler_chain_add(greedy, chain));
+    REFUSED(llama_sampler_chain_add(chain, chain));
+    REFUSED(llama_sampler_chain_add(chain, NULL));
+    REFUSED(llama_sampler_chain_add(NULL, greedy));
+    REFUSED(llama_sampler_apply(greedy, NULL));
+    REFUSED(llama_sampler_copy(greedy, NULL));
+    REFUSED(llama_sampler_copy(greedy, chain));
+    FAILS(llama_sampler_sample(greedy, NULL, 0), LLAMA_TOKEN_NULL);
+    FAILS(llama_sampler_sample(greedy, freed_context, 0), LLAMA_TOKEN_NULL);
+    FAILS(llama_sampler_sample(greedy, ctx, 12345), LLAMA_TOKEN_NULL);
+
+    // No sampler is one that does nothing, as in llama.cpp.
+    llama_sampler_accept(NULL, 1);
+    llama_sampler_apply(NULL, NULL);
+    llama_sampler_reset(NULL);
+    CHECK(llama_sampler_clone(NULL) == NULL);
+    llama_sampler_free(NULL);
+
+    // What is right still is.
+    llama_sampler_chain_add(chain, greedy);
+    CHECK(llama_sampler_chain_n(chain) == 1 && llama_sampler_chain_get(chain, 0) == greedy);
+    CHECK(llama_tokenize(vocab, "a b", 3, NULL, 0, true, true) < 0);
+    CHECK(llama_vocab_get_text(vocab, 1) != NULL && llama_vocab_n_tokens(vocab) > 0);
+    llama_sampler_free(chain);
+}
+
+// Vocabulary and samplers with whatever comes.
+static void use_vocab(const struct llama_vocab * vocab, struct llama_sampler * chain, struct llama_context * ctx, int32_t a,
+                      int32_t b) {
+    char        text[64];
+    llama_token tokens[4] = { a, b, 1, 2 };
+    llama_token_data       data[4] = { { a, 1, 0 }, { b, 2, 0 }, { 1, 3, 0 }, { 2, 4, 0 } };
+    llama_token_data_array array   = { data, 4, -1, false };
+    llama_vocab_get_text(vocab, a), llama_vocab_get_score(vocab, b), llama_vocab_get_attr(vocab, a);
+    llama_vocab_is_eog(vocab, b), llama_vocab_is_control(vocab, a), llama_vocab_bos(vocab);
+    llama_token_to_piece(vocab, a, b & 1 ? text : NULL, b & 63, b, a & 1);
+    llama_detokenize(vocab, tokens, 4, text, b & 63, a & 1, b & 1);
+    llama_tokenize(vocab, "one two", a & 7, a & 1 ? tokens : NULL, b & 3, a & 2, b & 2);
+    llama_sampler_apply(chain, b & 1 ? &array : NULL);
+    llama_sampler_sample(chain, ctx, a);
+    llama_sampler_free(llama_sampler_chain_remove(chain, a < 0 || a > 100 ? a : 100));
+    llama_sampler_free(llama_sampler_init_grammar(vocab, a & 1 ? "root ::= [" : "root ::= \"a\"", b & 1 ? "root" : NULL));
+}
+
 static void * caller(void * argument) {
     uint32_t               random  = (uint32_t) (size_t) argument * 7919u + 1;
     struct llama_context * own     = new_context(model, 256, 2);
     struct llama_batch     batch   = llama_batch_init(600, 0, 3);
     struct llama_batch_ext * ext   = llama_batch_ext_init(own);
+    const struct llama_vocab * vocab = llama_model_get_vocab(model);
+    struct llama_sampler *     chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
+    llama_sampler_chain_add(chain, llama_sampler_init_top_k(2));
+    llama_sampler_chain_add(chain, llama_sampler_init_greedy());
     uint8_t                bytes[256];
     char                   text[64];
 
@@ -37,7 +170,7 @@ static void * caller(void * argument) {
         for (size_t i = 0; i < sizeof(bytes); i++) {
             bytes[i] = next_random(&random);
         }
-        switch (next_random(&random) % 24) {
+        switch (next_random(&random) % 25) {
             case 0: {
                 const int n    = next_random(&random) % 8;
                 batch.n_tokens = 0;
@@ -114,6 +247,11 @@ static void * caller(void * argument) {
                 simlayer_n_layers(ctx);
                 break;
             }
+            case 23: {
+                const struct llama_vocab * vocabs[] = { vocab, vocab, NULL, freed_vocab, (const struct llama_vocab *) &random };
+                use_vocab(vocabs[next_random(&random) % 5], c & 1 ? chain : NULL, ctx, a, b);
+                break;
+            }
             case 22: llama_free(freed_context); llama_model_free(freed_model); llama_batch_ext_free(freed_batch); llama_free(NULL); break;
             default: {
                 struct llama_context_params params = llama_context_default_params();
@@ -130,6 +268,7 @@ static void * caller(void * argument) {
             }
         }
     }
+    llama_sampler_free(chain);
     llama_batch_free(batch);
     llama_batch_ext_free(ext);
     llama_free(own);
@@ -144,6 +283,7 @@ int main(int argc, char ** argv) {
     freed_model = llama_model_load_from_file(argv[1], llama_model_default_params());
     CHECK(freed_model != NULL);
     freed_context = new_context(freed_model, 256, 1);
+    freed_vocab   = llama_model_get_vocab(freed_model);
     freed_batch   = llama_batch_ext_init(freed_context);
     llama_batch_ext_free(freed_batch);
     // A context outlives its model's handle: the weights stay until it goes.
@@ -152,6 +292,13 @@ int main(int argc, char ** argv) {
     CHECK(llama_decode(freed_context, llama_batch_get_one(tokens, 3)) == 0);
     llama_free(freed_context);
     CHECK(llama_decode(freed_context, llama_batch_get_one(tokens, 3)) == -1);
+
+    call_with(NULL);
+    call_with(freed_vocab);
+    call_with((const struct llama_vocab *) tokens);
+    struct llama_context * one = new_context(model, 256, 1);
+    call_with_nulls(llama_model_get_vocab(model), one);
+    llama_free(one);
 
     CHECK(llama_model_load_from_file(NULL, llama_model_default_params()) == NULL);
     CHECK(llama_model_load_from_file("/nonexistent/model.gguf", llama_model_default_params()) == NULL);

@@ -52,6 +52,13 @@ template <typename T, typename F> static T guarded(char * error, size_t error_si
     return failed;
 }
 
+extern "C" bool simlayer_guarded(void (*body)(void * data), void * data, char * error, size_t error_size) {
+    return guarded<bool>(error, error_size, false, [&] {
+        body(data);
+        return true;
+    });
+}
+
 extern "C" struct llama_vocab * simlayer_vocab_load(const char * path,
                                                     const struct llama_model_kv_override * overrides,
                                                     char * error, size_t error_size) {

@@ -14,6 +14,9 @@
 extern "C" {
 #endif
 
+// Calls `body` with `data`, as above: nothing that it throws or asserts gets out. False on failure.
+bool simlayer_guarded(void (*body)(void * data), void * data, char * error, size_t error_size);
+
 // Reads the vocabulary of a GGUF file. NULL on failure. Free with simlayer_vocab_free.
 // `overrides` take the place of the file's keys: a list that ends with an empty key, or NULL.
 struct llama_vocab * simlayer_vocab_load(const char * path, const struct llama_model_kv_override * overrides,
