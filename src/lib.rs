@@ -41,7 +41,9 @@ pub mod sampling;
 pub mod vocab;
 
 pub use cache::{KvReport, KvRotate};
-pub use engine::{BatchEntry, Error, LayerReport, Outputs, SeqId, Session, SessionParams, StateError};
+pub use engine::{
+    BatchEntry, DevicePlan, Error, LayerReport, Outputs, SeqId, Session, SessionParams, StateError, plan,
+};
 pub use model::{Hparams, Model, ModelParams, Progress};
 pub use sampling::{Sampler, SamplerParams};
 pub use vocab::{Token, Vocab};

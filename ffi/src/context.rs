@@ -251,6 +251,7 @@ fn start(
             // stay in the mapped file.
             let mut load = ModelParams::default();
             load.repack = model.repack;
+            load.devices = Some(Vec::new());
             load.overrides = model.overrides.iter().cloned().chain(overrides).collect();
             EngineModel::load(&model.path, &load)?
         }

@@ -71,6 +71,8 @@ impl Model {
         } else {
             let mut engine_params = ModelParams::default();
             engine_params.repack = params.use_extra_bufts;
+            // Also where a frontend has loaded other backends: see docs/c-abi.md.
+            engine_params.devices = Some(Vec::new());
             engine_params.overrides = overrides.clone();
             engine_params.progress = progress(params);
             let engine = simlayer::Model::load(path, &engine_params)?;

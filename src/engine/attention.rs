@@ -1,18 +1,16 @@
 use super::{
     inputs::{Inputs, Keys, Part},
-    sequence::LayerCache,
+    second_look::{SCORE_NAME, likeness},
+    sequence::{LayerCache, StoreMaker},
 };
 use crate::{
-    cache::{Rotations, Span, Store},
+    cache::{Span, Store},
     ggml::{FusedAttention, Graph, KvSegment, Tensor, Type},
     model::{Attention, AttentionOptions},
 };
 
 /// Rows that attention reads are rounded up to this many, so that a decode graph serves as many steps (as in llama.cpp).
 pub(super) const ROWS_STEP: usize = 256;
-
-/// Name of the nodes that compute scores.
-pub(super) const SCORE_NAME: &std::ffi::CStr = c"score";
 
 /// Intermediate results of a score are kept below this many bytes, by scoring a few KV heads at a time.
 const SCORE_BYTES: usize = 64 << 20;
@@ -34,27 +32,47 @@ pub(super) struct CacheAttention<'a> {
     pub parts: &'a [Part],
     /// For each part the layers' caches of its sequence.
     pub caches: Vec<&'a [LayerCache]>,
-    pub rotations: &'a Rotations,
+    /// For each layer what its stores are made from.
+    pub makers: &'a [StoreMaker],
     pub head_size: usize,
-    pub kernel: Kernel,
-    /// What a lazy layer would keep: the span whose attention mass is the score.
-    pub score_span: Span,
-    /// Attention mass of the scored queries, `[1, n_score, heads]` each.
+    pub look: Look,
+    /// The layers' scores, where they are of attention mass.
     pub scores: Vec<Score>,
 }
 
+/// What queries do with the caches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Look {
+    /// They are written and attended to. With a span, what a lazy layer would keep, the attention mass on it is scored.
+    First(Option<Span>),
+    /// The tokens are in stores that keep all, and attend to this span of them, or to everything.
+    Again(Option<Span>),
+}
+
+/// A layer's score, as a graph computes it.
 pub(super) struct Score {
     pub part: usize,
     pub layer: usize,
-    /// Masses of a few heads each.
-    pub masses: Vec<Tensor>,
+    pub taken: Taken,
+}
+
+pub(super) enum Taken {
+    /// Attention masses `[1, n_score, heads]`, of a few heads each.
+    Masses(Vec<Tensor>),
+    /// Hidden states `[n_embd, n]` behind the layer, as they are, and as they were if it was lazy.
+    Outputs { full: Tensor, restricted: Tensor, n: usize },
 }
 
 impl Score {
-    /// The mean over heads and queries.
-    pub fn mean(&self) -> f32 {
-        let masses: Vec<f32> = self.masses.iter().flat_map(Tensor::to_f32).collect();
-        (masses.iter().map(|&mass| f64::from(mass)).sum::<f64>() / masses.len().max(1) as f64) as f32
+    /// 1 or less; the higher, the lazier.
+    pub fn value(&self) -> f32 {
+        match &self.taken {
+            Taken::Masses(masses) => {
+                let masses: Vec<f32> = masses.iter().flat_map(Tensor::to_f32).collect();
+                (masses.iter().map(|&mass| f64::from(mass)).sum::<f64>() / masses.len().max(1) as f64) as f32
+            }
+            Taken::Outputs { full, restricted, n } => likeness(&full.to_f32(), &restricted.to_f32(), *n),
+        }
     }
 }
 
@@ -92,18 +110,28 @@ impl CacheAttention<'_> {
     ) -> Tensor {
         let part = self.parts[index];
         let layers: &[LayerCache] = self.caches[index];
-        let cache = &layers[layer];
+        let (cache, maker) = (&layers[layer], &self.makers[layer]);
+        let rotations = &maker.rotations;
         let format = cache.store().expect("room was reserved before the graph is built").format;
         let (mut q, mut k, mut v) = (slice(graph, q, &part), slice(graph, k, &part), slice(graph, v, &part));
         if format.rotate_k {
-            q = self.rotations.rotate_key(graph, &q);
-            k = self.rotations.rotate_key(graph, &k);
+            q = rotations.rotate_key(graph, &q);
+            k = rotations.rotate_key(graph, &k);
         }
         if format.rotate_v {
-            v = self.rotations.rotate_value(graph, &v);
+            v = rotations.rotate_value(graph, &v);
         }
         // `[head size, tokens, heads]`: what attention wants.
         let queries = graph.permute(&q, [0, 2, 1, 3]);
+        // `[head size, heads, tokens]` → `[head size × heads, tokens]`
+        let joined = |attended: Tensor| {
+            let attended = if format.rotate_v { rotations.rotate_value(graph, &attended) } else { attended };
+            let [head_size, heads, n, _] = attended.shape();
+            graph.reshape(&attended, &[head_size * heads, n])
+        };
+        if let Look::Again(span) = self.look {
+            return joined(self.attend_again(graph, (index, layer), cache, &queries, span, options));
+        }
         let own = Own { queries, k: rows(graph, &k), v: rows(graph, &v) };
 
         // Several tokens read their own keys as they come and are written afterwards where a ring would overwrite rows
@@ -113,19 +141,42 @@ impl CacheAttention<'_> {
         if write_first {
             self.write(graph, index, cache, &own);
         }
-        let attended = self.attend_cache(graph, index, cache, &own, write_first, options);
+        let attended = self.attend_cache(graph, (index, layer), cache, &own, write_first, options);
         if !write_first {
             // Nodes run in the order in which they are added.
             graph.expand(&attended);
             self.write(graph, index, cache, &own);
         }
-        if part.n_score > 0 && cache.span().is_none() {
-            self.score(graph, (index, layer), cache, &own.queries, options);
+        if let Look::First(Some(kept)) = self.look
+            && part.n_score > 0
+            && cache.span().is_none()
+        {
+            self.score(graph, (index, layer), cache, &own.queries, kept, options);
         }
-        // `[head size, heads, tokens]`
-        let attended = if format.rotate_v { self.rotations.rotate_value(graph, &attended) } else { attended };
-        let [head_size, heads, n, _] = attended.shape();
-        graph.reshape(&attended, &[head_size * heads, n])
+        joined(attended)
+    }
+
+    /// Attends to a span of what the layer holds, the tokens included. → `[head size, heads, tokens]`
+    fn attend_again(
+        &mut self,
+        graph: &Graph,
+        (index, layer): (usize, usize),
+        cache: &LayerCache,
+        queries: &Tensor,
+        span: Option<Span>,
+        options: &AttentionOptions<'_>,
+    ) -> Tensor {
+        let (part, maker) = (self.parts[index], &self.makers[layer]);
+        let store = cache.store().expect("room was reserved before the graph is built");
+        let n_rows = cache.rows_read(part.n_past + part.n);
+        let mask = self.inputs.mask(graph, &part, index, &[Keys::All { span, n_rows }], maker.apart());
+        let [k, v] = [&store.k, &store.v].map(|rows| Store::heads(graph, rows, self.head_size, n_rows));
+        if maker.kernel == Kernel::Fused {
+            let AttentionOptions { scale, softcap, sinks } = *options;
+            let segment = KvSegment { k: &k, v: &v, mask: Some(&mask) };
+            return graph.fused_attention(queries, &[segment], &FusedAttention { scale, soft_cap: softcap, sinks });
+        }
+        attention(graph, maker, queries, [&k, &v], &mask, options)
     }
 
     /// Writes the tokens' rows into the layer's stores.
@@ -160,13 +211,13 @@ impl CacheAttention<'_> {
     fn attend_cache(
         &mut self,
         graph: &Graph,
-        index: usize,
+        (index, layer): (usize, usize),
         cache: &LayerCache,
         own: &Own,
         has_own: bool,
         options: &AttentionOptions<'_>,
     ) -> Tensor {
-        let (part, span) = (self.parts[index], cache.span());
+        let (part, span, maker) = (self.parts[index], cache.span(), &self.makers[layer]);
         // Rounded as they will be stored. Not quantised though: that would lose more than is needed.
         let rounded = |rows: &Tensor, stored: &Tensor| match stored.ty() {
             Type::F32 => rows.clone(),
@@ -193,9 +244,9 @@ impl CacheAttention<'_> {
             groups.push((k, v, Keys::Own { span, n: part.n }));
         }
         let keys: Vec<Keys> = groups.iter().map(|(.., keys)| *keys).collect();
-        let mask = self.inputs.mask(graph, part.n, index, &keys);
+        let mask = self.inputs.mask(graph, &part, index, &keys, maker.apart());
         let heads = |rows: &Tensor, keys: &Keys| Store::heads(graph, rows, self.head_size, keys.n_rows());
-        if self.kernel == Kernel::Fused {
+        if maker.kernel == Kernel::Fused {
             let mut first = 0;
             let views: Vec<[Tensor; 3]> = groups
                 .iter()
@@ -212,7 +263,7 @@ impl CacheAttention<'_> {
         }
         match &groups[..] {
             [(k, v, keys)] if has_own => {
-                self.attention(graph, &own.queries, &heads(k, keys), &heads(v, keys), &mask, options)
+                attention(graph, maker, &own.queries, [&heads(k, keys), &heads(v, keys)], &mask, options)
             }
             groups => {
                 // In one piece, behind each other: ggml's operations know one tensor only.
@@ -227,30 +278,9 @@ impl CacheAttention<'_> {
                     Store::heads(graph, &if is_f32 { all } else { graph.cast(&all, Type::F16) }, self.head_size, n)
                 };
                 let (k, v) = (joined(|group| group.0.clone()), joined(|group| group.1.clone()));
-                self.attention(graph, &own.queries, &k, &v, &mask, options)
+                attention(graph, maker, &own.queries, [&k, &v], &mask, options)
             }
         }
-    }
-
-    /// Attention by ggml's operations. → `[head size, heads, tokens]`
-    fn attention(
-        &self,
-        graph: &Graph,
-        queries: &Tensor,
-        keys: &Tensor,
-        values: &Tensor,
-        mask: &Tensor,
-        options: &AttentionOptions<'_>,
-    ) -> Tensor {
-        if self.kernel == Kernel::Flash {
-            let AttentionOptions { scale, softcap, sinks } = *options;
-            return graph.flash_attn(queries, keys, values, mask, scale, softcap.unwrap_or(0.0), sinks);
-        }
-        let weights = weights(graph, queries, keys, mask, options);
-        let values = if values.ty().is_quantized() { graph.cast(values, Type::F32) } else { values.clone() };
-        let transposed = graph.contiguous(&graph.permute(&values, [1, 0, 2, 3]));
-        let attended = graph.mul_mat(&transposed, &weights);
-        graph.contiguous(&graph.permute(&attended, [0, 2, 1, 3]))
     }
 
     /// The attention mass of the part's last queries on what a lazy layer would keep (method: SimLayerKV, section 3).
@@ -261,6 +291,7 @@ impl CacheAttention<'_> {
         (index, layer): (usize, usize),
         cache: &LayerCache,
         queries: &Tensor,
+        kept: Span,
         options: &AttentionOptions<'_>,
     ) {
         let Part { n, n_past, n_score, .. } = self.parts[index];
@@ -270,38 +301,55 @@ impl CacheAttention<'_> {
         let n_rows = cache.rows_read(n_past + n);
         let store = cache.store().expect("room was reserved before the graph is built");
         let keys = Store::heads(graph, &store.k, self.head_size, n_rows);
-        let mask =
-            self.inputs.mask(graph, n, index, &[Keys::Stored { span: None, n_rows, has_own: true, exact: None }]);
-        let [head_size, _, heads, _] = queries.shape();
-        let [_, _, kv_heads, _] = keys.shape();
-        let kept = self.inputs.kept(graph, n_score, index, self.score_span, n_rows);
+        let apart = self.makers[layer].apart();
+        let stored = Keys::Stored { span: None, n_rows, has_own: true, exact: None };
+        let mask = self.inputs.mask(graph, &self.parts[index], index, &[stored], apart);
+        let kept = self.inputs.kept(graph, &self.parts[index], index, kept, n_rows, apart);
         let mask = graph.rows(&mask, n - n_score, n_score);
-
-        let shared = heads / kv_heads;
-        let bytes_per_kv_head = n_rows * n_score * shared * size_of::<f32>();
-        let at_once = (SCORE_BYTES / bytes_per_kv_head.max(1)).clamp(1, kv_heads);
+        let [head_size, _, heads, _] = queries.shape();
         let [_, token_bytes, head_bytes, _] = queries.strides();
-        let [_, row_bytes, kv_head_bytes, _] = keys.strides();
-        let mut masses = Vec::new();
-        for first in (0..kv_heads).step_by(at_once) {
-            let some = at_once.min(kv_heads - first);
-            let offset = (n - n_score) * token_bytes + first * shared * head_bytes;
-            let q = graph.view(queries, [head_size, n_score, some * shared], [token_bytes, head_bytes], offset);
-            let k = graph.view(&keys, [head_size, n_rows, some], [row_bytes, kv_head_bytes], first * kv_head_bytes);
-            let sinks = options.sinks.map(|sinks| {
-                let [_, logit_bytes, ..] = sinks.strides();
-                let offset = first * shared * size_of::<f32>();
-                graph.view(sinks, [some * shared, 1, 1], [logit_bytes, logit_bytes], offset)
-            });
-            let options = AttentionOptions { sinks: sinks.as_ref(), ..*options };
-            let weights = weights(graph, &q, &k, &mask, &options);
-            let mass = graph.sum_rows(&graph.mul(&weights, &kept)).as_output();
-            graph.expand(&mass);
-            masses.push(mass);
+        let first = (n - n_score) * token_bytes;
+        let queries = graph.view(queries, [head_size, n_score, heads], [token_bytes, head_bytes], first);
+        let masses = if self.makers[layer].kernel == Kernel::Fused {
+            vec![fused_mass(graph, &queries, &keys, &kept, &mask, options)]
+        } else {
+            masses(graph, &queries, &keys, &kept, &mask, options)
+        };
+        for mass in &masses {
+            if let Some(device) = apart {
+                graph.place(mass, device);
+            }
+            graph.expand(mass);
         }
         graph.name_nodes_from(first_node, SCORE_NAME);
-        self.scores.push(Score { part: index, layer, masses });
+        self.scores.push(Score { part: index, layer, taken: Taken::Masses(masses) });
     }
+}
+
+/// Attention by ggml's operations, on the layer's device. → `[head size, heads, tokens]`
+fn attention(
+    graph: &Graph,
+    maker: &StoreMaker,
+    queries: &Tensor,
+    [keys, values]: [&Tensor; 2],
+    mask: &Tensor,
+    options: &AttentionOptions<'_>,
+) -> Tensor {
+    let place = |node: Tensor| {
+        if let Some(device) = maker.apart() {
+            graph.place(&node, device);
+        }
+        node
+    };
+    if maker.kernel == Kernel::Flash {
+        let AttentionOptions { scale, softcap, sinks } = *options;
+        return place(graph.flash_attn(queries, keys, values, mask, scale, softcap.unwrap_or(0.0), sinks));
+    }
+    let weights = place(weights(graph, queries, keys, mask, options));
+    let values = if values.ty().is_quantized() { graph.cast(values, Type::F32) } else { values.clone() };
+    let transposed = graph.contiguous(&graph.permute(&values, [1, 0, 2, 3]));
+    let attended = place(graph.mul_mat(&transposed, &weights));
+    graph.contiguous(&graph.permute(&attended, [0, 2, 1, 3]))
 }
 
 /// A part's tokens, rotated as the store is: queries `[head size, tokens, heads]`, keys and values as rows.
@@ -309,6 +357,58 @@ struct Own {
     queries: Tensor,
     k: Tensor,
     v: Tensor,
+}
+
+/// The mass `[1, n_score, heads]` of queries `[head size, n_score, heads]`, as attention whose values are what is
+/// `kept` `[n_score, rows]`: element i of what query i reads is the sum of its weights on what is kept for it.
+fn fused_mass(
+    graph: &Graph,
+    queries: &Tensor,
+    keys: &Tensor,
+    kept: &Tensor,
+    mask: &Tensor,
+    options: &AttentionOptions<'_>,
+) -> Tensor {
+    let &AttentionOptions { scale, softcap, sinks } = options;
+    let segment = KvSegment { k: keys, v: kept, mask: Some(mask) };
+    let read = graph.fused_attention(queries, &[segment], &FusedAttention { scale, soft_cap: softcap, sinks });
+    let [n_score, heads, ..] = read.shape();
+    let [_, head_bytes, query_bytes, _] = read.strides();
+    let diagonal = graph.view(&read, [1, n_score, heads], [query_bytes + size_of::<f32>(), head_bytes], 0);
+    graph.contiguous(&diagonal).as_output()
+}
+
+/// The same in ggml's operations, of a few heads at a time.
+fn masses(
+    graph: &Graph,
+    queries: &Tensor,
+    keys: &Tensor,
+    kept: &Tensor,
+    mask: &Tensor,
+    options: &AttentionOptions<'_>,
+) -> Vec<Tensor> {
+    let [head_size, n_score, heads, _] = queries.shape();
+    let [_, n_rows, kv_heads, _] = keys.shape();
+    let kept = graph.contiguous(&graph.permute(kept, [1, 0, 2, 3]));
+    let [_, token_bytes, head_bytes, _] = queries.strides();
+    let [_, row_bytes, kv_head_bytes, _] = keys.strides();
+    let shared = heads / kv_heads;
+    let bytes_per_kv_head = n_rows * n_score * shared * size_of::<f32>();
+    let at_once = (SCORE_BYTES / bytes_per_kv_head.max(1)).clamp(1, kv_heads);
+    let mass = |first: usize| {
+        let some = at_once.min(kv_heads - first);
+        let offset = first * shared * head_bytes;
+        let q = graph.view(queries, [head_size, n_score, some * shared], [token_bytes, head_bytes], offset);
+        let k = graph.view(keys, [head_size, n_rows, some], [row_bytes, kv_head_bytes], first * kv_head_bytes);
+        let sinks = options.sinks.map(|sinks| {
+            let [_, logit_bytes, ..] = sinks.strides();
+            let offset = first * shared * size_of::<f32>();
+            graph.view(sinks, [some * shared, 1, 1], [logit_bytes, logit_bytes], offset)
+        });
+        let weights = weights(graph, &q, &k, mask, &AttentionOptions { sinks: sinks.as_ref(), ..*options });
+        graph.sum_rows(&graph.mul(&weights, &kept)).as_output()
+    };
+    (0..kv_heads).step_by(at_once).map(mass).collect()
 }
 
 /// Columns of a mask `[rows, tokens]`.

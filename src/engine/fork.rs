@@ -52,7 +52,7 @@ impl Session {
                 active => active.filter(|_| !layer.lazy),
             };
             let span = becomes_lazy.then_some(self.span);
-            layers.push(layer.copy(n_past, span, format, &self.maker, &mut self.scheduler)?);
+            layers.push(layer.copy(n_past, span, format, &self.makers[index], &mut self.scheduler)?);
         }
         let copy = source.with_layers(layers);
         self.sequences.insert(to, copy);

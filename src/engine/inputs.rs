@@ -2,7 +2,7 @@
 
 use crate::{
     cache::Span,
-    ggml::{Graph, Tensor, Type},
+    ggml::{Device, Graph, Tensor, Type},
     vocab::Token,
 };
 
@@ -20,6 +20,14 @@ pub(super) struct Part {
     pub exact_from: usize,
 }
 
+impl Part {
+    /// Its scored tokens as a part of their own, at the same place.
+    pub fn scored(self) -> Part {
+        let others = self.n - self.n_score;
+        Part { first: self.first + others, n: self.n_score, n_past: self.n_past + others, n_score: 0, ..self }
+    }
+}
+
 /// Rows of keys that a part's tokens attend to.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Keys {
@@ -28,6 +36,8 @@ pub(super) enum Keys {
     Stored { span: Option<Span>, n_rows: usize, has_own: bool, exact: Option<Span> },
     /// All rows of a layer's exact store.
     Exact { span: Option<Span>, exact: Span, has_own: bool },
+    /// The first `n_rows` rows of a store that holds all tokens, of which queries are to see this span.
+    All { span: Option<Span>, n_rows: usize },
     /// The part's own tokens.
     Own { span: Option<Span>, n: usize },
 }
@@ -35,7 +45,7 @@ pub(super) enum Keys {
 impl Keys {
     pub fn n_rows(self) -> usize {
         match self {
-            Keys::Stored { n_rows, .. } => n_rows,
+            Keys::Stored { n_rows, .. } | Keys::All { n_rows, .. } => n_rows,
             Keys::Exact { exact, .. } => exact.n_rows(),
             Keys::Own { n, .. } => n,
         }
@@ -44,7 +54,9 @@ impl Keys {
     /// What the layer lets a query see; `None` for everything before it.
     fn span(self) -> Option<Span> {
         match self {
-            Keys::Stored { span, .. } | Keys::Exact { span, .. } | Keys::Own { span, .. } => span,
+            Keys::Stored { span, .. } | Keys::All { span, .. } | Keys::Exact { span, .. } | Keys::Own { span, .. } => {
+                span
+            }
         }
     }
 
@@ -64,6 +76,7 @@ impl Keys {
                 let end = end(has_own);
                 exact.position(row, end).filter(|&position| is_exact(exact, position, end, part))
             }
+            Keys::All { .. } => (row < end(true)).then_some(row),
             Keys::Own { .. } => Some(part.n_past + row),
         }
     }
@@ -87,14 +100,34 @@ enum Fill {
     Rows { part: usize, span: Option<Span> },
     /// Which of the rows each token of a part sees: those of one or more groups, one after the other.
     Mask { part: usize, keys: Vec<Keys> },
-    /// 1 where the scored queries of a part see a key that `span` keeps, else 0.
+    /// For each of `n_rows` keys: 1 for the scored queries of a part to which `span` keeps it, else 0.
     Kept { part: usize, span: Span, n_rows: usize },
+    /// Positions of a part's tokens, as f32: exact below 2^24.
+    Queries { part: usize },
+    /// The position in each row, as f32; [`NOWHERE`] where there is none to be seen.
+    KeyPositions { part: usize, keys: Vec<Keys> },
+}
+
+/// Behind every position.
+const NOWHERE: f32 = (1u32 << 30) as f32;
+
+/// What a device computes by itself from positions: of the rows of `keys`, for each query that is not among the first
+/// `skipped`, 1 where it is hidden, else 0.
+#[derive(Debug, Clone, PartialEq)]
+struct Hidden {
+    device: Device,
+    part: usize,
+    span: Option<Span>,
+    skipped: usize,
+    keys: Vec<Keys>,
 }
 
 /// The inputs of a graph under construction, and later of its runs. Each distinct one exists once.
 #[derive(Debug, Default)]
 pub(super) struct Inputs {
     inputs: Vec<(Tensor, Fill)>,
+    /// Masks (f16) and kept keys (f32) that devices compute.
+    computed: Vec<(Tensor, Hidden, Type)>,
     mask: Vec<u16>,
     floats: Vec<f32>,
 }
@@ -104,6 +137,12 @@ const VISIBLE: u16 = 0;
 const HIDDEN: u16 = 0xfc00;
 
 impl Inputs {
+    /// As new, for another graph; the memory that they were filled from is kept.
+    pub fn clear(&mut self) {
+        self.inputs.clear();
+        self.computed.clear();
+    }
+
     fn input(&mut self, graph: &Graph, ty: Type, shape: &[usize], fill: Fill) -> Tensor {
         if let Some((tensor, _)) = self.inputs.iter().find(|(_, other)| *other == fill) {
             return tensor.clone();
@@ -129,19 +168,85 @@ impl Inputs {
         self.input(graph, Type::I64, &[n], Fill::Rows { part, span })
     }
 
-    /// f16 `[rows of all groups, n]`: 0 where a token sees a row, else minus infinity.
-    pub fn mask(&mut self, graph: &Graph, n: usize, part: usize, keys: &[Keys]) -> Tensor {
-        let n_rows = keys.iter().map(|keys| keys.n_rows()).sum();
-        self.input(graph, Type::F16, &[n_rows, n], Fill::Mask { part, keys: keys.to_vec() })
+    /// f16 `[rows of all groups, n]`: 0 where a token of the part (number `index`) sees a row, else minus infinity. With a
+    /// device it is computed there, so that what is sent does not grow with the context.
+    pub fn mask(&mut self, graph: &Graph, part: &Part, index: usize, keys: &[Keys], device: Option<Device>) -> Tensor {
+        let Some(device) = device else {
+            let n_rows = keys.iter().map(|keys| keys.n_rows()).sum();
+            return self.input(graph, Type::F16, &[n_rows, part.n], Fill::Mask { part: index, keys: keys.to_vec() });
+        };
+        let span = keys.first().and_then(|keys| keys.span());
+        let hidden = Hidden { device, part: index, span, skipped: 0, keys: keys.to_vec() };
+        // Beyond f16's numbers: the cast makes it minus infinity.
+        self.computed(graph, part, hidden, Type::F16, |hidden| graph.cast(&graph.scale(hidden, -1e9), Type::F16))
     }
 
-    pub fn kept(&mut self, graph: &Graph, n_score: usize, part: usize, span: Span, n_rows: usize) -> Tensor {
-        self.input(graph, Type::F32, &[n_rows, n_score], Fill::Kept { part, span, n_rows })
+    /// f32 `[n_score, n_rows]`: 1 where `span` keeps a row's key for a scored query, the part's last ones, else 0.
+    pub fn kept(
+        &mut self,
+        graph: &Graph,
+        part: &Part,
+        index: usize,
+        span: Span,
+        n_rows: usize,
+        device: Option<Device>,
+    ) -> Tensor {
+        let Some(device) = device else {
+            let fill = Fill::Kept { part: index, span, n_rows };
+            return self.input(graph, Type::F32, &[part.n_score, n_rows], fill);
+        };
+        let keys = vec![Keys::Stored { span: None, n_rows, has_own: true, exact: None }];
+        let hidden = Hidden { device, part: index, span: Some(span), skipped: part.n - part.n_score, keys };
+        let kept = self.computed(graph, part, hidden, Type::F32, |hidden| graph.scale_bias(hidden, -1.0, 1.0));
+        graph.permute(&kept, [1, 0, 2, 3])
+    }
+
+    fn computed(
+        &mut self,
+        graph: &Graph,
+        part: &Part,
+        hidden: Hidden,
+        ty: Type,
+        finish: impl Fn(&Tensor) -> Tensor,
+    ) -> Tensor {
+        let known = |(_, other, other_ty): &&(Tensor, Hidden, Type)| *other == hidden && *other_ty == ty;
+        if let Some((tensor, ..)) = self.computed.iter().find(known) {
+            return tensor.clone();
+        }
+        let tensor = finish(&self.hidden(graph, part, &hidden));
+        graph.place(&tensor, hidden.device);
+        self.computed.push((tensor.clone(), hidden, ty));
+        tensor
+    }
+
+    fn hidden(&mut self, graph: &Graph, part: &Part, hidden: &Hidden) -> Tensor {
+        let Hidden { device, part: index, span, skipped, ref keys } = *hidden;
+        let place = |node: Tensor| {
+            graph.place(&node, device);
+            node
+        };
+        let n_rows = keys.iter().map(|keys| keys.n_rows()).sum();
+        let positions = match keys[..] {
+            // A row's number is its position; what was not written yet is behind every query.
+            [Keys::Stored { span: None, exact: None, .. }] => place(graph.arange(n_rows)),
+            _ => self.input(graph, Type::F32, &[n_rows], Fill::KeyPositions { part: index, keys: keys.clone() }),
+        };
+        let n = part.n - skipped;
+        let queries = self.input(graph, Type::F32, &[1, part.n], Fill::Queries { part: index });
+        let queries = graph.rows(&queries, skipped, n);
+        let positions = place(graph.repeat_row(&positions, n));
+        let ahead = place(graph.sub(&positions, &queries));
+        let later = place(graph.step(&ahead));
+        let Some(Span { n_sink, n_window }) = span else { return later };
+        // Not among the newest `n_window`, the query's own counted, and not of the sink.
+        let old = place(graph.step(&place(graph.scale_bias(&ahead, -1.0, 0.5 - n_window as f32))));
+        let behind_sink = place(graph.step(&place(graph.scale_bias(&positions, 1.0, 0.5 - n_sink as f32))));
+        place(graph.add(&later, &place(graph.mul(&old, &behind_sink))))
     }
 
     /// Fills every input that the graph really reads.
     pub fn fill(&mut self, parts: &[Part], tokens: &[Token], outputs: &[i32]) {
-        let Inputs { inputs, mask, floats } = self;
+        let Inputs { inputs, mask, floats, .. } = self;
         for (tensor, fill) in inputs.iter().filter(|(tensor, _)| tensor.is_allocated()) {
             match fill {
                 Fill::Tokens => tensor.write(0, tokens),
@@ -162,6 +267,16 @@ impl Inputs {
                 &Fill::Kept { part, span, n_rows } => {
                     fill_kept(floats, &parts[part], span, n_rows);
                     tensor.write(0, floats);
+                }
+                &Fill::Queries { part } => {
+                    let Part { n, n_past, .. } = parts[part];
+                    tensor.write(0, &(n_past..n_past + n).map(|position| position as f32).collect::<Vec<_>>());
+                }
+                Fill::KeyPositions { part, keys } => {
+                    let positions =
+                        keys.iter().flat_map(|keys| (0..keys.n_rows()).map(|row| keys.position(row, &parts[*part])));
+                    let positions = positions.map(|position| position.map_or(NOWHERE, |position| position as f32));
+                    tensor.write(0, &positions.collect::<Vec<_>>());
                 }
             }
         }
@@ -205,10 +320,11 @@ fn fill_kept(kept: &mut Vec<f32>, part: &Part, span: Span, n_rows: usize) {
     kept.clear();
     kept.resize(n_rows * part.n_score, 0.0);
     let first = part.n_past + part.n - part.n_score;
-    for (row, query) in kept.chunks_exact_mut(n_rows).zip(first..) {
-        for (key, cell) in row.iter_mut().enumerate() {
-            if span.sees(query, key) {
-                *cell = 1.0;
+    let recent = (first + 1).saturating_sub(span.n_window);
+    for (key, cells) in kept.chunks_exact_mut(part.n_score).enumerate() {
+        if key < span.n_sink || key >= recent {
+            for (cell, query) in cells.iter_mut().zip(first..) {
+                *cell = f32::from(u8::from(span.sees(query, key)));
             }
         }
     }
@@ -219,6 +335,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::ggml::Scheduler;
 
     /// The positions that each query sees, over all groups of keys.
     fn seen(part: &Part, keys: &[Keys]) -> Vec<Vec<usize>> {
@@ -246,6 +363,23 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn the_score_counts_what_a_lazy_layer_would_see(
+            span in (0usize..5, 1usize..20).prop_map(|(n_sink, n_window)| Span { n_sink, n_window }),
+            n_past in 0usize..60,
+            (n, n_score) in (1usize..30).prop_flat_map(|n| (Just(n), 1..=n)),
+            slack in 0usize..10,
+        ) {
+            let part = Part { first: 0, n, n_past, n_score, exact_from: 0 };
+            let mut kept = Vec::new();
+            fill_kept(&mut kept, &part, span, n_past + n + slack);
+            for (key, cells) in kept.chunks_exact(n_score).enumerate() {
+                for (query, &cell) in (n_past + n - n_score..).zip(cells) {
+                    prop_assert_eq!(cell == 1.0, span.sees(query, key));
+                }
+            }
+        }
+
         /// Whatever the batch, however often rings have wrapped, and wherever keys lie: a query sees exactly its span,
         /// each key once.
         #[test]
@@ -275,6 +409,71 @@ mod tests {
             let mut written = vec![stored(n_past + part.n, true)];
             written.extend(in_exact(true));
             prop_assert_eq!(seen(&part, &written), expected(&part, span));
+
+            // A store that holds all, looked at as if it did not.
+            let part = Part { n, ..part };
+            let all = [Keys::All { span, n_rows: n_past + n + slack }];
+            prop_assert_eq!(seen(&part, &all), expected(&part, span));
+        }
+    }
+
+    /// The tensor's values once the graph has run.
+    fn computed<T: crate::ggml::Plain + Default>(
+        inputs: &mut Inputs,
+        graph: &Graph,
+        part: Part,
+        out: &Tensor,
+    ) -> Vec<T> {
+        graph.expand(out);
+        let mut scheduler = Scheduler::new(&[Device::cpu()], 1, 64).unwrap();
+        scheduler.alloc(graph).unwrap();
+        inputs.fill(&[part], &[], &[]);
+        scheduler.compute(graph).unwrap();
+        let mut values = vec![T::default(); out.shape().iter().product()];
+        out.read(0, &mut values);
+        values
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// What a device computes from positions is what is filled in for the processor.
+        #[test]
+        fn devices_compute_the_same_masks(
+            span in spans(),
+            n_past in 0usize..60,
+            n in 1usize..30,
+            n_score in 1usize..30,
+            slack in 0usize..10,
+        ) {
+            let n_score = n_score.min(n);
+            let part = Part { first: 0, n, n_past, n_score, exact_from: 0 };
+            let stored = |end: usize, has_own| {
+                let n_rows = span.map_or(end + slack, |span| span.used_rows(end)).max(1);
+                Keys::Stored { span, n_rows, has_own, exact: None }
+            };
+            let cases = [vec![stored(n_past, false), Keys::Own { span, n }], vec![stored(n_past + n, true)]];
+            for keys in cases {
+                let (graph, mut inputs) = (Graph::new(64), Inputs::default());
+                let mask = inputs.mask(&graph, &part, 0, &keys, Some(Device::cpu())).as_output();
+                let found: Vec<u16> = computed(&mut inputs, &graph, part, &mask);
+                let mut expected = Vec::new();
+                fill_mask(&mut expected, &part, &keys);
+                // Zeros of either sign.
+                prop_assert_eq!(found.iter().map(|cell| cell & 0x7fff).collect::<Vec<_>>(),
+                    expected.iter().map(|cell| cell & 0x7fff).collect::<Vec<_>>());
+                prop_assert!(found.iter().all(|&cell| cell == HIDDEN || cell & 0x7fff == VISIBLE));
+            }
+            if let Some(span) = span {
+                let n_rows = n_past + n + slack;
+                let (graph, mut inputs) = (Graph::new(64), Inputs::default());
+                let kept = inputs.kept(&graph, &part, 0, span, n_rows, Some(Device::cpu()));
+                let kept = graph.contiguous(&kept).as_output();
+                let found: Vec<f32> = computed(&mut inputs, &graph, part, &kept);
+                let mut expected = Vec::new();
+                fill_kept(&mut expected, &part, span, n_rows);
+                prop_assert_eq!(found, expected);
+            }
         }
     }
 }

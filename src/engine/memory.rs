@@ -64,8 +64,8 @@ impl Session {
         };
         let n_past = source.n_past;
         let mut layers = Vec::with_capacity(source.layers.len());
-        for layer in &source.layers {
-            layers.push(layer.copy(n_past, None, None, &self.maker, &mut self.scheduler)?);
+        for (layer, maker) in source.layers.iter().zip(&self.makers) {
+            layers.push(layer.copy(n_past, None, None, maker, &mut self.scheduler)?);
         }
         let mut copy = source.with_layers(layers);
         copy.cut(n, n_past, self.params.kv_exact);

@@ -4,13 +4,16 @@ mod attention;
 mod fork;
 mod inputs;
 mod memory;
+mod plan;
 mod prefill;
 mod profile;
+mod second_look;
 mod sequence;
 mod session;
 mod state;
 mod ubatch;
 
+pub use plan::{DevicePlan, plan};
 pub use sequence::LayerReport;
 pub use session::{BatchEntry, Outputs, SeqId, Session, SessionParams};
 pub use state::StateError;

@@ -8,12 +8,13 @@ use super::{
     Error,
     attention::Score,
     inputs::{Inputs, Part},
+    second_look::SecondLook,
     sequence::{LayerCache, Sequence},
     session::{BatchEntry, Outputs, Session, compute, piece_ends, single_part},
 };
 use crate::{
-    cache::{Format, Lease},
-    ggml::{self, Context, Graph, Tensor, Type},
+    cache::{Format, Lease, Meter},
+    ggml::{self, Context, Device, Graph, Tensor, Type},
     lazy::{At, Selector},
     model::LayerStep,
 };
@@ -24,7 +25,35 @@ const OUTPUT_ROWS: usize = 512;
 /// The hidden states of a prompt, `[n_embd, n_tokens]`.
 struct Hidden {
     states: Tensor,
+    device: Device,
     _lease: Lease,
+}
+
+impl Hidden {
+    fn new(n_embd: usize, n_tokens: usize, device: Device, meter: &Meter) -> Result<Hidden, Error> {
+        let context = Context::new(1);
+        let states = context.tensor(Type::F32, &[n_embd, n_tokens]).named("hidden");
+        let bytes = context.alloc(device.buffer_type(), "the prompt's hidden states")?;
+        Ok(Hidden { states, device, _lease: meter.lease(bytes) })
+    }
+
+    /// The states in a device's memory, where they are not there already: they follow the layers, so that caches can
+    /// stay where they are.
+    fn moved_to(self, device: Device, meter: &Meter) -> Result<Hidden, Error> {
+        if self.device == device {
+            return Ok(self);
+        }
+        let [n_embd, n_tokens, ..] = self.states.shape();
+        let moved = Hidden::new(n_embd, n_tokens, device, meter)?;
+        let rows = OUTPUT_ROWS.min(n_tokens);
+        let mut buffer = vec![0f32; rows * n_embd];
+        for start in (0..n_tokens).step_by(rows) {
+            let (n, offset) = (rows.min(n_tokens - start), start * n_embd * size_of::<f32>());
+            self.states.read(offset, &mut buffer[..n * n_embd]);
+            moved.states.write(offset, &buffer[..n * n_embd]);
+        }
+        Ok(moved)
+    }
 }
 
 impl Session {
@@ -61,13 +90,14 @@ impl Session {
         let n_tokens = entry.tokens.len();
         let n_layer = self.model.hparams().n_layer;
         let ends = piece_ends(n_tokens, self.params.n_ubatch, self.params.lazy.n_last);
-        let hidden = self.embed(entry, &ends)?;
+        let mut hidden = self.embed(entry, &ends)?;
         let n_score = match self.params.lazy.at {
             At::Prefill if entry.prompt_end => self.n_score(n_tokens, n_tokens, At::Prefill),
             _ => 0,
         };
         let mut selector = self.selector();
         for index in 0..n_layer {
+            hidden = hidden.moved_to(self.makers[index].device, &self.meter)?;
             let score = self.read_layer(entry, sequence, index, &ends, &hidden, n_score, &mut |piece| {
                 progress((index as f32 + piece) / n_layer as f32);
             })?;
@@ -80,10 +110,8 @@ impl Session {
 
     fn embed(&mut self, entry: &BatchEntry<'_>, ends: &[usize]) -> Result<Hidden, Error> {
         let n_embd = self.model.hparams().n_embd;
-        let context = Context::new(1);
-        let states = context.tensor(Type::F32, &[n_embd, entry.tokens.len()]).named("hidden");
-        let bytes = context.alloc(self.maker.memory, "the prompt's hidden states")?;
-        let hidden = Hidden { states, _lease: self.maker.meter.lease(bytes) };
+        // Embeddings are looked up by the processor.
+        let hidden = Hidden::new(n_embd, entry.tokens.len(), Device::cpu(), &self.meter)?;
         for piece in pieces(ends) {
             let graph = Graph::new(16);
             let mut inputs = Inputs::default();
@@ -114,16 +142,17 @@ impl Session {
         let n_tokens = entry.tokens.len();
         let is_last = index + 1 == self.model.hparams().n_layer;
         let layers = &mut sequence.layers;
-        let scratch = self.maker.make(layers[index].used_rows(n_tokens), layers[index].span(), Format::F16)?;
+        let scratch = self.makers[index].make(layers[index].used_rows(n_tokens), layers[index].span(), Format::F16)?;
         layers[index].put_scratch(scratch);
 
         let mut score = None;
+        let mut inputs = Inputs::default();
         for piece in pieces(ends) {
             let ends_prompt = piece.end == n_tokens;
             let n_score = if ends_prompt { n_score.min(piece.len()) } else { 0 };
             let parts: [Part; 1] = single_part(piece.len(), piece.start, n_score);
             let graph = self.new_graph(1024);
-            let mut inputs = Inputs::default();
+            inputs.clear();
             let positions = inputs.positions(&graph, piece.len());
             let states = graph.rows(&hidden.states, piece.start, piece.len());
             // Of the last layer only the tokens with outputs are carried on; all have their keys and values stored.
@@ -139,14 +168,20 @@ impl Session {
             let n_ctx = self.params.n_ctx;
             let step = LayerStep { index, hidden: &states, positions: &positions, keep: keep.as_ref(), n_ctx };
             let result = self.model.architecture().layer(&graph, &step, &mut attention);
-            let scores = attention.scores;
+            let mut scores = attention.scores;
+            let mut looks = self.second_looks(&parts);
+            for look in &mut looks {
+                let whole = Some(&result).filter(|_| keep.is_none());
+                scores.extend(self.look_again(&graph, look, &[&*layers], index, &states, whole));
+            }
             if !outputs.is_empty() {
                 graph.expand(&graph.copy(&result, &graph.rows(&states, first_wanted, outputs.len())));
             }
             self.scheduler.alloc(&graph)?;
             inputs.fill(&parts, &entry.tokens[piece.clone()], &outputs);
+            looks.iter_mut().for_each(SecondLook::fill);
             compute(&mut self.scheduler, &graph, &scores, &mut self.score_time)?;
-            score = scores.first().map(Score::mean).or(score);
+            score = scores.first().map(Score::value).or(score);
             progress(piece.end as f32 / n_tokens as f32);
         }
         self.scheduler.release();
@@ -175,10 +210,10 @@ impl Session {
         if let Some(lazy) = lazy {
             let layer: &mut LayerCache = &mut sequence.layers[lazy];
             if layer.is_active() {
-                layer.make_lazy(n_tokens, span, format, &self.maker, &mut self.scheduler)?;
+                layer.make_lazy(n_tokens, span, format, &self.makers[lazy], &mut self.scheduler)?;
             }
         }
-        sequence.layers[index].keep_scratch(n_tokens, &self.maker, &mut self.scheduler)?;
+        sequence.layers[index].keep_scratch(n_tokens, &self.makers[index], &mut self.scheduler)?;
         Ok(())
     }
 

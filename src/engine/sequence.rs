@@ -1,9 +1,11 @@
+use std::sync::Arc;
+
 use serde::Serialize;
 
-use super::attention::ROWS_STEP;
+use super::attention::{Kernel, ROWS_STEP};
 use crate::{
     cache::{Format, Meter, Move, Rotations, Span, Store, move_rows},
-    ggml::{BufferType, Error, Scheduler},
+    ggml::{Device, Error, Scheduler},
 };
 
 /// One sequence's cache.
@@ -82,14 +84,16 @@ pub struct LayerReport {
     pub kv_bytes: usize,
 }
 
-/// What stores are made of and from: the same for all layers of a session.
-#[derive(Debug)]
+/// What stores are made of and from: the same for all layers of a session on one device.
+#[derive(Debug, Clone)]
 pub(super) struct StoreMaker {
     /// Elements of a token's keys in one layer: head size × KV heads.
     pub width: usize,
-    pub memory: BufferType,
+    pub device: Device,
+    /// What computes attention over the stores.
+    pub kernel: Kernel,
     pub meter: Meter,
-    pub rotations: Rotations,
+    pub rotations: Arc<Rotations>,
     /// Rows are allocated in blocks of this many.
     pub block: usize,
     /// Rows that a store never needs to exceed.
@@ -100,7 +104,13 @@ pub(super) struct StoreMaker {
 
 impl StoreMaker {
     pub fn make(&self, n_rows: usize, span: Option<Span>, format: Format) -> Result<Store, Error> {
-        Store::new(self.width, n_rows, self.block, span.map(Span::n_rows), format, self.memory, &self.meter)
+        let memory = self.device.buffer_type();
+        Store::new(self.width, n_rows, self.block, span.map(Span::n_rows), format, memory, &self.meter)
+    }
+
+    /// The device, unless the processor can read its memory.
+    pub fn apart(&self) -> Option<Device> {
+        (!self.device.buffer_type().is_host()).then_some(self.device)
     }
 
     /// What the exact store beside a store of this format keeps, where one is due.

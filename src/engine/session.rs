@@ -7,15 +7,16 @@ use std::{
 
 use super::{
     Error,
-    attention::{CacheAttention, Kernel, ROWS_STEP, SCORE_NAME, Score},
+    attention::{CacheAttention, Kernel, Look, ROWS_STEP, Score},
     inputs::{Inputs, Part},
+    second_look::SCORE_NAME,
     sequence::{LayerCache, LayerReport, Sequence, StoreMaker},
     ubatch::CachedGraph,
 };
 use crate::{
     cache::{Format, KvReport, KvRotate, Meter, Rotations, Span},
-    ggml::{self, BufferType, Device, Graph, Scheduler, Type},
-    lazy::{At, LazyParams, Policy, Selector, default_threshold},
+    ggml::{self, Device, Graph, Scheduler, Type},
+    lazy::{At, LazyParams, Measure, Policy, Selector, default_threshold},
     model::{Hparams, Model},
     vocab::Token,
 };
@@ -103,7 +104,11 @@ pub struct Session {
     pub(super) model: Model,
     pub(super) params: SessionParams,
     pub(super) scheduler: Scheduler,
-    pub(super) maker: StoreMaker,
+    /// For each layer what its stores are made from, on its device.
+    pub(super) makers: Vec<StoreMaker>,
+    pub(super) meter: Meter,
+    /// Elements of a token's keys in one layer.
+    pub(super) width: usize,
     pub(super) sequences: BTreeMap<SeqId, Sequence>,
     /// Rows of `n_vocab` logits, in the order of the last call's tokens.
     pub(super) logits: Vec<f32>,
@@ -134,22 +139,11 @@ impl Session {
         }
         super::profile::settle(&mut params.lazy, model)?;
         check(&params, hparams)?;
-        let device = Device::cpu();
         // A layer has some 30 nodes, a few more for each sequence in a batch; scores and rotations add theirs.
         let max_nodes = 1024 + 64 * hparams.n_layer * MAX_PARTS;
-        let scheduler = Scheduler::new(&[device], params.n_threads, max_nodes)?;
-        let kernel = kernel(&params, device.buffer_type());
-        let maker = StoreMaker {
-            width: hparams.head_size * hparams.n_head_kv,
-            memory: device.buffer_type(),
-            meter: Meter::default(),
-            rotations: Rotations::new(hparams.head_size, device.buffer_type())?,
-            // ggml's kernels divide their work by the number of rows, and llama.cpp gives them a multiple of 256.
-            block: if kernel == Kernel::Fused { 64 } else { ROWS_STEP },
-            n_ctx: params.n_ctx,
-            exact_span: (kernel == Kernel::Fused && params.kv_exact > 0)
-                .then_some(Span { n_sink: params.lazy.n_sink, n_window: params.kv_exact }),
-        };
+        let scheduler = Scheduler::new(&model.devices(), params.n_threads, max_nodes)?;
+        let meter = Meter::default();
+        let makers = makers(model, &params, &meter)?;
         Ok(Session {
             span: Span { n_sink: params.lazy.n_sink, n_window: params.lazy.n_window },
             active_format: Format::new(params.type_k, params.type_v, params.kv_rotate),
@@ -159,7 +153,9 @@ impl Session {
             model: model.clone(),
             params,
             scheduler,
-            maker,
+            makers,
+            meter,
+            width: hparams.head_size * hparams.n_head_kv,
             sequences: BTreeMap::new(),
             logits: Vec::new(),
             embeddings: Vec::new(),
@@ -179,14 +175,10 @@ impl Session {
         self.score_time
     }
 
-    pub(super) fn kernel(&self) -> Kernel {
-        kernel(&self.params, self.maker.memory)
-    }
-
     /// A graph for this session's kernels.
     pub(super) fn new_graph(&self, max_nodes: usize) -> Graph {
         let mut graph = Graph::new(max_nodes);
-        graph.use_own_kernels(self.kernel() == Kernel::Fused);
+        graph.use_own_kernels(self.params.flash_attn && self.params.fused_attention);
         graph
     }
 
@@ -201,10 +193,9 @@ impl Session {
             inputs,
             parts,
             caches,
-            rotations: &self.maker.rotations,
+            makers: &self.makers,
             head_size: self.model.hparams().head_size,
-            kernel: self.kernel(),
-            score_span: self.span,
+            look: Look::First((self.params.lazy.policy.measure() == Measure::Mass).then_some(self.span)),
             scores: Vec::new(),
         }
     }
@@ -411,14 +402,14 @@ impl Session {
         let context_tokens: usize = self.sequences.values().map(|sequence| sequence.n_past).sum();
         let hparams = self.model.hparams();
         let f16_bytes = self.sequences.values().map(|sequence| hparams.f16_kv_bytes(sequence.n_past)).sum();
-        let allocated_bytes = self.maker.meter.now();
+        let allocated_bytes = self.meter.now();
         let longest = self.sequences.values().max_by_key(|sequence| sequence.n_past);
         let lazy_layers = longest.map_or(0, |sequence| sequence.layers.iter().filter(|layer| layer.lazy).count());
         KvReport {
             context_tokens,
             f16_bytes,
             allocated_bytes,
-            peak_bytes: self.maker.meter.peak(),
+            peak_bytes: self.meter.peak(),
             compression: if allocated_bytes == 0 { 0.0 } else { f16_bytes as f64 / allocated_bytes as f64 },
             lazy_layers,
             active_layers: self.model.hparams().n_layer - lazy_layers,
@@ -503,7 +494,13 @@ impl Session {
         // The old store goes only when no graph refers to it any more.
         self.decode_graph = None;
         let n_past = sequence.n_past;
-        sequence.layers[layer].make_lazy(n_past, self.span, self.lazy_format, &self.maker, &mut self.scheduler)?;
+        sequence.layers[layer].make_lazy(
+            n_past,
+            self.span,
+            self.lazy_format,
+            &self.makers[layer],
+            &mut self.scheduler,
+        )?;
         Ok(())
     }
 
@@ -585,12 +582,45 @@ pub(super) fn lazy_format(params: &SessionParams, head_size: usize) -> Format {
     Format::new(k, v, params.kv_rotate)
 }
 
-fn kernel(params: &SessionParams, memory: BufferType) -> Kernel {
+/// For each layer what its stores are made from: on the device of its weights.
+fn makers(model: &Model, params: &SessionParams, meter: &Meter) -> Result<Vec<StoreMaker>, Error> {
+    let hparams = model.hparams();
+    let mut makers: Vec<StoreMaker> = Vec::with_capacity(hparams.n_layer);
+    for index in 0..hparams.n_layer {
+        let device = model.layer_device(index);
+        if let Some(maker) = makers.iter().find(|maker| maker.device == device) {
+            makers.push(maker.clone());
+            continue;
+        }
+        let kernel = kernel(params, hparams, device);
+        makers.push(StoreMaker {
+            width: hparams.head_size * hparams.n_head_kv,
+            device,
+            kernel,
+            meter: meter.clone(),
+            rotations: Arc::new(Rotations::new(hparams.head_size, device.buffer_type())?),
+            // ggml's kernels divide their work by the number of rows, and llama.cpp gives them a multiple of 256.
+            block: if kernel == Kernel::Fused { 64 } else { ROWS_STEP },
+            n_ctx: params.n_ctx,
+            exact_span: (kernel == Kernel::Fused && params.kv_exact > 0)
+                .then_some(Span { n_sink: params.lazy.n_sink, n_window: params.kv_exact }),
+        });
+    }
+    Ok(makers)
+}
+
+fn kernel(params: &SessionParams, hparams: &Hparams, device: Device) -> Kernel {
+    let &Hparams { head_size, n_head, n_head_kv, .. } = hparams;
+    let lazy = lazy_format(params, head_size);
+    let types = [(Type::F16, Type::F16), (params.type_k, params.type_v), (lazy.k, lazy.v)];
     match params.flash_attn {
-        // Our kernel reads tensors by pointer.
-        true if params.fused_attention && memory.is_host() => Kernel::Fused,
-        true => Kernel::Flash,
         false => Kernel::Separate,
+        // Our kernel reads tensors by pointer.
+        true if params.fused_attention && device.buffer_type().is_host() => Kernel::Fused,
+        true if device == Device::cpu() => Kernel::Flash,
+        // Where a device lacks a pair of types, the scheduler would move whole caches to the processor and back.
+        true if types.iter().all(|&(k, v)| device.can_attend(head_size, n_head, n_head_kv, k, v)) => Kernel::Flash,
+        true => Kernel::Separate,
     }
 }
 

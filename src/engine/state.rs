@@ -194,7 +194,7 @@ impl Session {
 
     /// Bytes of a token's key and value in one layer.
     fn row_bytes(&self, format: Format) -> usize {
-        format.k.row_bytes(self.maker.width) + format.v.row_bytes(self.maker.width)
+        format.k.row_bytes(self.width) + format.v.row_bytes(self.width)
     }
 
     /// Writes a sequence: its tokens' keys and values as they are, lazy layers with what they hold, and the scores.
@@ -211,7 +211,7 @@ impl Session {
 
         to.u32(hparams.architecture.len() as u32)?;
         to.bytes(hparams.architecture.as_bytes())?;
-        for size in [hparams.n_layer, hparams.n_embd, self.maker.width, hparams.head_size] {
+        for size in [hparams.n_layer, hparams.n_embd, self.width, hparams.head_size] {
             to.u32(size as u32)?;
         }
         let sequence = self.sequences.get(&seq);
@@ -226,7 +226,7 @@ impl Session {
             let exact = layer.exact.as_ref().map(|exact| (&exact.store, exact.span.n_rows()));
             for (store, n_rows) in layer.store.iter().map(|store| (store, header.rows)).chain(exact) {
                 for rows in [&store.k, &store.v] {
-                    buffer.resize(n_rows * rows.ty().row_bytes(self.maker.width), 0u8);
+                    buffer.resize(n_rows * rows.ty().row_bytes(self.width), 0u8);
                     rows.read(0, &mut buffer);
                     to.bytes(&buffer)?;
                 }
@@ -309,7 +309,7 @@ impl Session {
         for (name, size) in [
             ("layers", hparams.n_layer),
             ("embedding length", hparams.n_embd),
-            ("width of keys", self.maker.width),
+            ("width of keys", self.width),
             ("head size", hparams.head_size),
         ] {
             let found = reader.u32()? as usize;
@@ -362,7 +362,7 @@ impl Session {
         if rows != layer.used_rows(n_past) {
             return Err(StateError::Damaged("a layer has another number of rows than tokens"));
         }
-        if exact != self.maker.exact_span_for(format) {
+        if exact != self.makers[index].exact_span_for(format) {
             return Err(mismatch("another number of newest tokens is kept in f16 beside a quantised cache"));
         }
         // Asked before memory is: a length that lies must not allocate.
@@ -372,10 +372,10 @@ impl Session {
         if bytes.is_none_or(|bytes| bytes > reader.rest.len()) {
             return Err(StateError::Damaged("it ends too early"));
         }
-        let store = self.maker.make(rows, span, format)?;
+        let store = self.makers[index].make(rows, span, format)?;
         self.fill(&store, rows, reader)?;
         layer.store = Some(store);
-        layer.exact = self.maker.make_exact(format)?;
+        layer.exact = self.makers[index].make_exact(format)?;
         if let Some(exact) = &layer.exact {
             self.fill(&exact.store, exact_rows, reader)?;
         }
@@ -385,7 +385,7 @@ impl Session {
     /// Reads a store's first rows.
     fn fill(&self, store: &Store, n_rows: usize, reader: &mut Reader<'_>) -> Result<(), StateError> {
         for rows in [&store.k, &store.v] {
-            rows.write(0, reader.bytes(n_rows * rows.ty().row_bytes(self.maker.width))?);
+            rows.write(0, reader.bytes(n_rows * rows.ty().row_bytes(self.width))?);
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use std::{
     ptr::NonNull,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -59,8 +59,26 @@ unsafe impl Send for Buffer {}
 impl Drop for Buffer {
     fn drop(&mut self) {
         // SAFETY: the handle is owned by this value alone.
-        unsafe { sys::ggml_backend_buffer_free(self.0.as_ptr()) }
+        unsafe {
+            if !sys::ggml_backend_buffer_is_host(self.0.as_ptr()) {
+                note_freed_device_memory();
+            }
+            sys::ggml_backend_buffer_free(self.0.as_ptr())
+        }
     }
+}
+
+/// Grows whenever memory of a device is freed.
+static FREED: AtomicU64 = AtomicU64::new(0);
+
+/// A server of ggml's RPC forgets its last graph when any buffer is freed, while the client goes on to ask for that
+/// graph again, and the connection ends. So a graph runs again only where this number is that of its first run.
+pub(super) fn freed_device_memory() -> u64 {
+    FREED.load(Ordering::Relaxed)
+}
+
+pub(super) fn note_freed_device_memory() {
+    FREED.fetch_add(1, Ordering::Relaxed);
 }
 
 impl Context {

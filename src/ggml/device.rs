@@ -37,8 +37,19 @@ impl Device {
         unsafe { (0..sys::ggml_backend_dev_count()).map(|i| Device(sys::ggml_backend_dev_get(i))).collect() }
     }
 
+    /// The devices that layers can be on besides the processor.
+    pub fn all_but_processor() -> Vec<Device> {
+        Device::all().into_iter().filter(|device| device.kind() == DeviceKind::Gpu).collect()
+    }
+
     pub(super) fn raw(self) -> sys::ggml_backend_dev_t {
         self.0
+    }
+
+    /// A handle that a registry gave.
+    #[cfg(feature = "rpc")]
+    pub(super) fn from_raw(raw: sys::ggml_backend_dev_t) -> Device {
+        Device(raw)
     }
 
     /// The device's short name, such as `CPU` or `CUDA0`.
@@ -133,6 +144,39 @@ impl Device {
     }
 }
 
+/// The names of the backends that this build has, such as `CPU`, `CUDA` and `RPC`, with or without devices here.
+pub fn backends() -> Vec<String> {
+    // SAFETY: the index is below the count; names are static strings.
+    unsafe {
+        let registry = |i| text(sys::ggml_backend_reg_name(sys::ggml_backend_reg_get(i)));
+        (0..sys::ggml_backend_reg_count()).map(registry).collect()
+    }
+}
+
+impl Device {
+    /// The name of the backend that drives it.
+    pub fn backend(self) -> String {
+        // SAFETY: a device's registry entry lives as long as the device; the name is a static string.
+        text(unsafe { sys::ggml_backend_reg_name(sys::ggml_backend_dev_backend_reg(self.0)) })
+    }
+
+    /// Whether ggml's flash attention can run here over caches of these types.
+    pub fn can_attend(self, head_size: usize, n_head: usize, n_head_kv: usize, k: Type, v: Type) -> bool {
+        // Of rows and tokens the answer does not depend.
+        const ROWS: usize = 256;
+        let context = Context::new(8);
+        let query = context.tensor(Type::F32, &[head_size, 1, n_head]);
+        let [k, v] = [k, v].map(|ty| context.tensor(ty, &[head_size, ROWS, n_head_kv]));
+        let mask = context.tensor(Type::F16, &[ROWS, 1]);
+        // SAFETY: live tensors of fitting shapes; the node is asked about and never computed.
+        unsafe {
+            let node =
+                sys::ggml_flash_attn_ext(context.raw(), query.raw(), k.raw(), v.raw(), mask.raw(), 1.0, 0.0, 0.0);
+            sys::ggml_backend_dev_supports_op(self.0, node)
+        }
+    }
+}
+
 impl fmt::Debug for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Device({})", self.name())
@@ -140,7 +184,7 @@ impl fmt::Debug for Device {
 }
 
 /// A kind of memory. Lives as long as the process.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct BufferType(sys::ggml_backend_buffer_type_t);
 
 // SAFETY: a handle to a static description.

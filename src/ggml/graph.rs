@@ -1,9 +1,14 @@
-use std::{fmt, ptr::NonNull, sync::Arc};
+use std::{
+    cell::{Cell, Ref, RefCell},
+    fmt,
+    ptr::NonNull,
+    sync::Arc,
+};
 
 use ggml_sys as sys;
 
 use super::{
-    Context, Tensor, Type,
+    Context, Device, Tensor, Type,
     attention::{Features, FusedAttention, KvSegment, Op, Partials},
     mul_mat,
 };
@@ -18,6 +23,10 @@ pub struct Graph {
     /// Intermediate results of fused attention.
     partials: Arc<Partials>,
     own_kernels: bool,
+    /// Nodes that must be computed on a certain device.
+    placed: RefCell<Vec<(Tensor, Device)>>,
+    /// Where the layer that is being added is computed.
+    device: Cell<Option<Device>>,
 }
 
 // SAFETY: the graph is plain memory inside its context; see `context::Inner`.
@@ -71,7 +80,15 @@ impl Graph {
         // SAFETY: the arena was made large enough for it.
         let raw = unsafe { sys::ggml_new_graph_custom(context.raw(), max_nodes, false) };
         let raw = NonNull::new(raw).expect("ggml aborts rather than return null for a graph");
-        Graph { context, raw, max_nodes, partials: Arc::default(), own_kernels: false }
+        Graph {
+            context,
+            raw,
+            max_nodes,
+            partials: Arc::default(),
+            own_kernels: false,
+            placed: RefCell::default(),
+            device: Cell::default(),
+        }
     }
 
     pub(super) fn raw(&self) -> *mut sys::ggml_cgraph {
@@ -90,6 +107,28 @@ impl Graph {
     /// Off at first.
     pub fn use_own_kernels(&mut self, on: bool) {
         self.own_kernels = on;
+    }
+
+    /// Has a node computed on this device, wherever the scheduler would have put it.
+    pub fn place(&self, node: &Tensor, device: Device) {
+        self.placed.borrow_mut().push((node.clone(), device));
+    }
+
+    /// Where the nodes to come are best computed: a layer's device, `None` to leave it to the scheduler. It would leave a
+    /// layer's first norm with the layer before, so that two tensors go from device to device in place of one.
+    pub fn set_device(&self, device: Option<Device>) {
+        self.device.set(device);
+    }
+
+    fn at_layer(&self, node: Tensor) -> Tensor {
+        if let Some(device) = self.device.get() {
+            self.place(&node, device);
+        }
+        node
+    }
+
+    pub(super) fn placed(&self) -> Ref<'_, Vec<(Tensor, Device)>> {
+        self.placed.borrow()
     }
 
     /// Nodes in the graph now.
@@ -128,6 +167,10 @@ impl Graph {
         node!(self, [a, b], ggml_add(a.raw(), b.raw()))
     }
 
+    pub fn sub(&self, a: &Tensor, b: &Tensor) -> Tensor {
+        node!(self, [a, b], ggml_sub(a.raw(), b.raw()))
+    }
+
     pub fn mul(&self, a: &Tensor, b: &Tensor) -> Tensor {
         node!(self, [a, b], ggml_mul(a.raw(), b.raw()))
     }
@@ -162,6 +205,21 @@ impl Graph {
         node!(self, [a], ggml_floor(a.raw()))
     }
 
+    /// 1 where an element is above 0, else 0.
+    pub fn step(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_step(a.raw()))
+    }
+
+    /// The numbers from 0 to `n - 1`, f32 `[n]`.
+    pub fn arange(&self, n: usize) -> Tensor {
+        node!(self, [], ggml_arange(0.0, n as f32, 1.0))
+    }
+
+    /// `n` times the row `a` `[width]` → `[width, n]`.
+    pub fn repeat_row(&self, a: &Tensor, n: usize) -> Tensor {
+        node!(self, [a], ggml_repeat_4d(a.raw(), a.shape()[0] as i64, n as i64, 1, 1))
+    }
+
     /// The natural logarithm.
     pub fn log(&self, a: &Tensor) -> Tensor {
         node!(self, [a], ggml_log(a.raw()))
@@ -173,12 +231,12 @@ impl Graph {
     }
 
     pub fn rms_norm(&self, a: &Tensor, eps: f32) -> Tensor {
-        node!(self, [a], ggml_rms_norm(a.raw(), eps))
+        self.at_layer(node!(self, [a], ggml_rms_norm(a.raw(), eps)))
     }
 
     /// Each row less its mean, over its deviation.
     pub fn norm(&self, a: &Tensor, eps: f32) -> Tensor {
-        node!(self, [a], ggml_norm(a.raw(), eps))
+        self.at_layer(node!(self, [a], ggml_norm(a.raw(), eps)))
     }
 
     /// As [`Graph::swiglu`] for rows that hold the gate in their first half and `up` in the second: `[2n, …]` → `[n, …]`.
@@ -207,7 +265,10 @@ impl Graph {
             self.context.uses(weight);
             self.context.uses(input);
             // SAFETY: it applies; the context is alive and keeps the tensors.
-            return self.context.wrap(unsafe { mul_mat::add(self.context.raw(), weight, input) });
+            let product = self.context.wrap(unsafe { mul_mat::add(self.context.raw(), weight, input) });
+            // Remote devices claim to know every operation.
+            self.place(&product, Device::cpu());
+            return product;
         }
         self.ggml_mul_mat(weight, input)
     }
@@ -346,7 +407,9 @@ impl Graph {
         // SAFETY: the context is alive, it keeps the tensors, and it keeps the operation's state below.
         let (raw, op) = unsafe { Op::add(self.context.raw(), q, segments, params, &self.partials, features) };
         self.context.keep(op);
-        self.context.wrap(raw)
+        let attended = self.context.wrap(raw);
+        self.place(&attended, Device::cpu());
+        attended
     }
 
     /// Softmax of `scale × a + mask` over each row of `a` `[rows, tokens, heads]`. `sinks` `[heads]` (f32) are logits

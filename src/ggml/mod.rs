@@ -13,23 +13,27 @@
 mod attention;
 mod context;
 mod device;
+mod fatal;
 mod graph;
 mod llama;
 mod memory;
 mod mmap;
 mod mul_mat;
+#[cfg(feature = "rpc")]
+pub mod rpc;
 mod scheduler;
 mod types;
 
 pub use attention::{FusedAttention, KvSegment, MAX_SEGMENTS};
-pub use context::{Context, Tensor};
-pub use device::{BufferType, Device, DeviceKind};
+pub use context::{Context, Plain, Tensor};
+pub use device::{BufferType, Device, DeviceKind, backends};
+pub use fatal::{exit_now, on_fatal_error};
 pub use graph::{Graph, Rope, RopeKind};
 pub use llama::{
     Candidates, LogLevel, RawSampler, RawVocab, SamplerKind, SpecialToken, VocabKind, builtin_chat_template,
     builtin_chat_templates, keep_logs, set_log, silence_logs,
 };
-pub use memory::{release_free_memory, resident_bytes};
+pub use memory::{map_large_blocks, release_free_memory, resident_bytes};
 pub use mmap::{map_file, release_pages};
 pub use scheduler::{AbortCallback, Scheduler};
 pub use types::Type;
@@ -46,6 +50,9 @@ pub enum Error {
     /// ggml refused to run a graph.
     #[error("the graph failed to run on the device (ggml status {0})")]
     Compute(i32),
+    /// A server for remote devices cannot be used, or cannot be started.
+    #[error("remote server {endpoint}: {why}")]
+    Remote { endpoint: String, why: String },
     /// The run was interrupted by the abort callback.
     #[error("interrupted")]
     Aborted,

@@ -11,7 +11,13 @@ use std::{
 
 use ggml_sys as sys;
 
-use super::{Device, DeviceKind, Error, Graph, context::Inner};
+use super::{
+    Device, DeviceKind, Error, Graph,
+    context::{Inner, freed_device_memory, note_freed_device_memory},
+};
+
+/// ggml's own limit, the processor counted (`GGML_SCHED_MAX_BACKENDS`).
+const MAX_DEVICES: usize = 16;
 
 /// Runs graphs on one or more devices: splits them, gives their tensors memory, computes.
 pub struct Scheduler {
@@ -19,6 +25,8 @@ pub struct Scheduler {
     backends: Vec<Backend>,
     /// The graph whose tensors have memory now.
     current: Option<Arc<Inner>>,
+    /// What [`freed_device_memory`] was when it got memory.
+    freed: u64,
     max_nodes: usize,
     threads: usize,
     /// Threads of the caller's, used instead of our own.
@@ -45,6 +53,7 @@ unsafe impl Send for Scheduler {}
 
 /// A started device.
 struct Backend {
+    device: Device,
     raw: NonNull<sys::ggml_backend>,
     threadpool: Option<ThreadPool>,
 }
@@ -83,13 +92,17 @@ impl Scheduler {
         if !devices.contains(&Device::cpu()) {
             devices.push(Device::cpu());
         }
+        if devices.len() > MAX_DEVICES {
+            let n = devices.len();
+            return Err(Error::Device(format!("number {n}: ggml computes on at most {MAX_DEVICES} at once")));
+        }
         let abort = Arc::new(Abort { flag: Arc::default(), callback: Mutex::new(None) });
         let mut backends = Vec::new();
         for device in devices {
             // SAFETY: a live device, no parameters.
             let raw = unsafe { sys::ggml_backend_dev_init(device.raw(), std::ptr::null()) };
             let raw = NonNull::new(raw).ok_or_else(|| Error::Device(device.name()))?;
-            let backend = Backend { raw, threadpool: None };
+            let backend = Backend { device, raw, threadpool: None };
             if device.kind() == DeviceKind::Cpu {
                 // SAFETY: `abort` outlives the backend: the scheduler owns both and drops the backend first.
                 unsafe {
@@ -112,7 +125,8 @@ impl Scheduler {
             )
         };
         let raw = NonNull::new(raw).ok_or_else(|| Error::Device("scheduler".into()))?;
-        let mut scheduler = Scheduler { raw, backends, current: None, max_nodes, threads: 0, attached: None, abort };
+        let mut scheduler =
+            Scheduler { raw, backends, current: None, freed: 0, max_nodes, threads: 0, attached: None, abort };
         scheduler.set_threads(threads)?;
         Ok(scheduler)
     }
@@ -192,6 +206,22 @@ impl Scheduler {
     pub fn alloc(&mut self, graph: &Graph) -> Result<(), Error> {
         assert!(graph.max_nodes() <= self.max_nodes, "the graph is larger than the scheduler was made for");
         self.release();
+        if self.has_devices() {
+            // Its own buffers may be exchanged for larger ones.
+            note_freed_device_memory();
+            for (tensor, device) in graph.placed().iter() {
+                if let Some(backend) = self.backends.iter().find(|backend| backend.device == *device) {
+                    // SAFETY: live handles; the tensor is one of this graph.
+                    unsafe {
+                        sys::ggml_backend_sched_set_tensor_backend(
+                            self.raw.as_ptr(),
+                            tensor.raw(),
+                            backend.raw.as_ptr(),
+                        );
+                    }
+                }
+            }
+        }
         // SAFETY: both are alive; the graph's context is kept in `current` while the scheduler refers to its tensors.
         let done = unsafe { sys::ggml_backend_sched_alloc_graph(self.raw.as_ptr(), graph.raw()) };
         if !done {
@@ -206,7 +236,19 @@ impl Scheduler {
         let inner = Arc::clone(graph.context().inner());
         inner.has_memory.store(true, Ordering::Release);
         self.current = Some(inner);
+        self.freed = freed_device_memory();
         Ok(())
+    }
+
+    /// Whether there are other devices than the processor.
+    fn has_devices(&self) -> bool {
+        self.backends.len() > 1
+    }
+
+    /// Whether this graph can be computed again: its tensors have memory now, and it does not run on a device that may
+    /// have forgotten it.
+    pub fn can_rerun(&self, graph: &Graph) -> bool {
+        self.is_allocated(graph) && (!self.has_devices() || self.freed == freed_device_memory())
     }
 
     /// Whether this graph is the one whose tensors have memory now.
@@ -274,6 +316,9 @@ impl Scheduler {
 impl Drop for Scheduler {
     fn drop(&mut self) {
         self.release();
+        if self.has_devices() {
+            note_freed_device_memory();
+        }
         // SAFETY: the handle is this value's alone; the backends, fields, go after it.
         unsafe { sys::ggml_backend_sched_free(self.raw.as_ptr()) }
     }

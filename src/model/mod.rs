@@ -17,6 +17,7 @@ mod olmo2;
 mod olmoe;
 mod parts;
 mod phi3;
+mod placement;
 mod qwen2;
 mod qwen2moe;
 mod qwen3;
@@ -34,9 +35,10 @@ use std::{
 pub use hparams::Hparams;
 use hparams::Keys;
 use parts::{Builder, Decoder};
+pub(crate) use placement::Placement;
 
 use crate::{
-    ggml::{self, Graph, Tensor},
+    ggml::{self, Device, Graph, Tensor},
     gguf::{self, Gguf, Override},
     vocab::{Vocab, VocabError},
 };
@@ -74,11 +76,24 @@ pub struct ModelParams {
     pub overrides: Vec<(String, Override)>,
     /// Told how far loading is.
     pub progress: Option<Progress>,
+    /// Devices that layers can be on besides the processor; `None` for all that there are.
+    pub devices: Option<Vec<Device>>,
+    /// Last layers that go to devices, the output counting as one behind them; `None` for all.
+    pub gpu_layers: Option<usize>,
+    /// How the layers are shared out over the devices, in proportions. Empty, or all zero: by their free memory.
+    pub tensor_split: Vec<f32>,
 }
 
 impl Default for ModelParams {
     fn default() -> Self {
-        ModelParams { repack: true, overrides: Vec::new(), progress: None }
+        ModelParams {
+            repack: true,
+            overrides: Vec::new(),
+            progress: None,
+            devices: None,
+            gpu_layers: None,
+            tensor_split: Vec::new(),
+        }
     }
 }
 
@@ -189,35 +204,24 @@ struct Inner {
     name: Option<String>,
     chat_template: Option<String>,
     weight_bytes: usize,
+    placement: Placement,
 }
 
 impl Model {
     /// Loads a GGUF file; of a split model the first file (`…-00001-of-0000N.gguf`).
     ///
-    /// Weights stay in the mapped file, except those that the processor's kernels want repacked.
+    /// Weights stay in the mapped file, except those that the processor's kernels want repacked and those of layers on
+    /// other devices.
     ///
     /// # Errors
     /// When the file cannot be read, is damaged, is of an unknown architecture, or does not fit into memory.
     pub fn load(path: impl AsRef<Path>, params: &ModelParams) -> Result<Model, Error> {
+        // Before the first large block is freed, so that what loading needs meanwhile goes back, too.
+        ggml::map_large_blocks();
         let path = path.as_ref();
-        let mut file = Gguf::open(path)?;
-        for (key, value) in &params.overrides {
-            file.set_override(key, value.clone());
-        }
-        let architecture = file.architecture()?;
-        let Some((_, build)) = ARCHITECTURES.iter().find(|(name, _)| *name == architecture) else {
-            return Err(Error::Architecture {
-                path: path.to_owned(),
-                architecture: gguf::shown(architecture.as_bytes()),
-                supported: ARCHITECTURES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", "),
-            });
-        };
-        let keys = Keys { file: &file, architecture };
-        let hparams = Hparams::read(&keys)?;
-        gguf::check_vocab(&file)?;
-        let mut builder = Builder { keys, hparams, loader: weights::Loader::new(&file, params.repack) };
-        let architecture = Box::new(build(&mut builder)?);
-        let Builder { hparams, loader, .. } = builder;
+        let file = open(path, params)?;
+        let (architecture, Builder { hparams, loader, .. }, placement) = build(&file, path, params)?;
+        let architecture = Box::new(architecture);
         let weight_bytes = loader.finish(params.progress.as_ref())?;
         let vocab = Vocab::load_checked(path, &params.overrides)
             .map_err(|source| Error::Vocab { path: path.to_owned(), source })?;
@@ -230,8 +234,17 @@ impl Model {
         }
         let text = |key: &str| file.str(key).map(|text| text.map(str::to_owned));
         let (name, chat_template) = (text("general.name")?, text("tokenizer.chat_template")?);
-        let inner = Inner { path: path.to_owned(), hparams, architecture, vocab, name, chat_template, weight_bytes };
+        let path = path.to_owned();
+        let inner = Inner { path, hparams, architecture, vocab, name, chat_template, weight_bytes, placement };
         Ok(Model { inner: Arc::new(inner) })
+    }
+
+    /// Where a model would be, from the file's header.
+    pub(crate) fn plan(path: &Path, params: &ModelParams) -> Result<Planned, Error> {
+        let file = open(path, params)?;
+        let (_, Builder { hparams, loader, .. }, placement) = build(&file, path, params)?;
+        let weights = loader.device_bytes();
+        Ok(Planned { hparams, placement, weights })
     }
 
     /// The file that was loaded.
@@ -262,9 +275,60 @@ impl Model {
         self.inner.weight_bytes
     }
 
+    /// The device that a layer's weights are on, and its caches with them.
+    pub fn layer_device(&self, layer: usize) -> Device {
+        self.inner.placement.layer(layer)
+    }
+
+    /// The device of the output matrix.
+    pub fn output_device(&self) -> Device {
+        self.inner.placement.output()
+    }
+
+    /// The devices in use besides the processor.
+    pub fn devices(&self) -> Vec<Device> {
+        self.inner.placement.devices()
+    }
+
     pub(crate) fn architecture(&self) -> &dyn Architecture {
         &*self.inner.architecture
     }
+}
+
+/// A model that is not loaded.
+pub(crate) struct Planned {
+    pub hparams: Hparams,
+    pub placement: Placement,
+    /// Bytes of weights on devices; one may be named more than once.
+    pub weights: Vec<(Device, usize)>,
+}
+
+fn open(path: &Path, params: &ModelParams) -> Result<Gguf, Error> {
+    let mut file = Gguf::open(path)?;
+    for (key, value) in &params.overrides {
+        file.set_override(key, value.clone());
+    }
+    Ok(file)
+}
+
+/// A model whose tensors are checked and have no memory yet.
+fn build<'a>(file: &'a Gguf, path: &Path, params: &ModelParams) -> Result<(Decoder, Builder<'a>, Placement), Error> {
+    let architecture = file.architecture()?;
+    let Some((_, build)) = ARCHITECTURES.iter().find(|(name, _)| *name == architecture) else {
+        return Err(Error::Architecture {
+            path: path.to_owned(),
+            architecture: gguf::shown(architecture.as_bytes()),
+            supported: ARCHITECTURES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", "),
+        });
+    };
+    let keys = Keys { file, architecture };
+    let hparams = Hparams::read(&keys)?;
+    gguf::check_vocab(file)?;
+    let placement = Placement::new(hparams.n_layer, params);
+    let loader = weights::Loader::new(file, params.repack, placement.clone());
+    let mut builder = Builder { keys, hparams, loader };
+    let decoder = build(&mut builder)?;
+    Ok((decoder, builder, placement))
 }
 
 impl fmt::Debug for Model {

@@ -1,13 +1,13 @@
 use std::collections::{HashMap, HashSet};
 
-use super::{Error, Progress};
+use super::{Error, Placement, Progress};
 use crate::{
     ggml::{self, BufferType, Context, Device, Tensor, Type},
     gguf::{Gguf, TensorInfo},
 };
 
 /// Where a tensor's data will be.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum Place {
     /// In the mapped file, by its number.
     Map(usize),
@@ -24,22 +24,21 @@ type Placed<'a> = (Place, Context, Vec<(Tensor, &'a TensorInfo)>);
 /// so that a file with a wrong tensor fails before anything large is allocated.
 pub(crate) struct Loader<'a> {
     file: &'a Gguf,
-    device: Device,
+    placement: Placement,
     repacking: Vec<BufferType>,
     contexts: Vec<Placed<'a>>,
     asked: HashSet<&'a str>,
     /// Whether a kind of memory can multiply a type and shape: asking ggml allocates, and layers are alike.
-    answers: HashMap<(usize, Type, Vec<usize>), bool>,
+    answers: HashMap<(Place, Type, Vec<usize>), bool>,
     /// Beginnings of the names of tensors that are not run.
     ignored: Vec<String>,
 }
 
 impl<'a> Loader<'a> {
-    pub(super) fn new(file: &'a Gguf, repack: bool) -> Self {
-        let device = Device::cpu();
-        let repacking = if repack { device.repacking_buffer_types() } else { Vec::new() };
+    pub(super) fn new(file: &'a Gguf, repack: bool, placement: Placement) -> Self {
+        let repacking = if repack { Device::cpu().repacking_buffer_types() } else { Vec::new() };
         let (asked, answers, ignored) = (HashSet::new(), HashMap::new(), Vec::new());
-        Loader { file, device, repacking, contexts: Vec::new(), asked, answers, ignored }
+        Loader { file, placement, repacking, contexts: Vec::new(), asked, answers, ignored }
     }
 
     /// A matrix that hidden states are multiplied by, `[input width, output width]`.
@@ -75,7 +74,8 @@ impl<'a> Loader<'a> {
     pub fn table(&mut self, name: &str, shape: [usize; 2]) -> Result<Tensor, Error> {
         let info = self.require(name, &shape)?;
         self.check_weight_type(info)?;
-        Ok(self.add(self.unpacked(info), info))
+        // Looked up by the processor, wherever the layers are.
+        Ok(self.add(Loader::unpacked(Device::cpu(), info), info))
     }
 
     /// A norm's weights, a bias, or frequency factors: one row of f32.
@@ -88,7 +88,8 @@ impl<'a> Loader<'a> {
         if info.ty != Type::F32 {
             return Err(self.wrong(info, format!("has type {}, expected f32", info.ty)));
         }
-        Ok(self.add(self.unpacked(info), info))
+        let device = self.device(info);
+        Ok(self.add(Loader::unpacked(device, info), info))
     }
 
     /// As [`Loader::vector`], for one that the file may lack.
@@ -123,24 +124,45 @@ impl<'a> Loader<'a> {
         Error::Tensor { path: self.file.path().to_owned(), tensor: info.name.clone(), why }
     }
 
-    /// The first kind of repacking memory that has kernels for this weight, else the file.
+    /// The device of a layer's tensor, or of one for the output. What all layers share stays with the processor.
+    fn device(&self, info: &TensorInfo) -> Device {
+        let layer = info.name.strip_prefix("blk.").and_then(|rest| rest.split('.').next()?.parse().ok());
+        match layer {
+            Some(layer) => self.placement.layer(layer),
+            None if info.name.starts_with("output") => self.placement.output(),
+            None => Device::cpu(),
+        }
+    }
+
+    /// On the layer's device where that has kernels for this weight. With the processor: in the first kind of repacking
+    /// memory that has kernels for it, else in the file.
     fn multiplied(&mut self, info: &'a TensorInfo, shape: &[usize]) -> Tensor {
-        for (i, &memory) in self.repacking.iter().enumerate() {
-            let device = self.device;
-            let answer = self.answers.entry((i, info.ty, shape.to_vec()));
-            if *answer.or_insert_with(|| device.can_multiply(memory, info.ty, shape)) {
+        // As a matrix the embedding serves for the output.
+        let is_output = info.name == "token_embd.weight";
+        let device = if is_output { self.placement.output() } else { self.device(info) };
+        if device != Device::cpu() && self.can_multiply(device, device.buffer_type(), info.ty, shape) {
+            return self.add(Place::Memory(device.buffer_type()), info);
+        }
+        let device = Device::cpu();
+        for memory in self.repacking.clone() {
+            if self.can_multiply(device, memory, info.ty, shape) {
                 return self.add(Place::Memory(memory), info);
             }
         }
-        self.add(self.unpacked(info), info)
+        self.add(Loader::unpacked(device, info), info)
     }
 
-    /// In the file when its data is aligned as ggml's kernels want it, else copied.
-    fn unpacked(&self, info: &TensorInfo) -> Place {
-        if self.device.buffer_type().is_host() && info.offset.is_multiple_of(32) {
+    fn can_multiply(&mut self, device: Device, memory: BufferType, ty: Type, shape: &[usize]) -> bool {
+        let answer = self.answers.entry((Place::Memory(memory), ty, shape.to_vec()));
+        *answer.or_insert_with(|| device.can_multiply(memory, ty, shape))
+    }
+
+    /// In the file when its data is aligned as ggml's kernels want it, else copied; copied to another device.
+    fn unpacked(device: Device, info: &TensorInfo) -> Place {
+        if device.buffer_type().is_host() && info.offset.is_multiple_of(32) {
             Place::Map(info.file)
         } else {
-            Place::Memory(self.device.buffer_type())
+            Place::Memory(device.buffer_type())
         }
     }
 
@@ -158,6 +180,19 @@ impl<'a> Loader<'a> {
         let tensor = context.tensor(info.ty, &shape[..info.n_dims.clamp(1, 4)]).named(&info.name);
         tensors.push((tensor.clone(), info));
         tensor
+    }
+
+    /// Bytes of the tensors that were asked for, by device; a device may be named more than once.
+    pub(super) fn device_bytes(&self) -> Vec<(Device, usize)> {
+        let device = |place: &Place| match *place {
+            Place::Map(_) => Device::cpu(),
+            Place::Memory(memory) => {
+                let devices = self.placement.devices().into_iter();
+                devices.into_iter().find(|device| device.buffer_type() == memory).unwrap_or_else(Device::cpu)
+            }
+        };
+        let bytes = |tensors: &[(Tensor, &TensorInfo)]| tensors.iter().map(|(_, info)| info.n_bytes).sum();
+        self.contexts.iter().map(|(place, _, tensors)| (device(place), bytes(tensors))).collect()
     }
 
     /// Gives every tensor its data and returns their bytes. A tensor that nobody asked for is an error: the model
@@ -190,7 +225,7 @@ impl<'a> Loader<'a> {
             match *place {
                 Place::Map(index) => {
                     let places: Vec<_> = tensors.iter().map(|(tensor, info)| (tensor, info.offset)).collect();
-                    context.place_in_map(self.device, &self.file.maps()[index], &places).map_err(failed)?;
+                    context.place_in_map(Device::cpu(), &self.file.maps()[index], &places).map_err(failed)?;
                     tell(tensors.iter().map(|(_, info)| info.n_bytes).sum())?;
                 }
                 Place::Memory(memory) => {

@@ -13,7 +13,12 @@ pub fn smollm2() -> Model {
     load(&smollm2_path())
 }
 
+/// With `SIMLAYER_TEST_RPC` (servers, `HOST:PORT,…`) weights and caches are on the servers' devices.
 pub fn load(path: &Path) -> Model {
+    #[cfg(feature = "rpc")]
+    for server in std::env::var("SIMLAYER_TEST_RPC").iter().flat_map(|servers| servers.split(',')) {
+        simlayer::ggml::rpc::connect(server).unwrap_or_else(|error| panic!("{error}"));
+    }
     Model::load(path, &ModelParams::default()).unwrap_or_else(|error| panic!("{error}"))
 }
 

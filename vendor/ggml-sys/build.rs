@@ -4,9 +4,13 @@
 //! `GGML_SOURCE_DIR` may name another copy of the llama.cpp tree (the folder that holds `ggml/`).
 
 use std::{
-    env, fs,
+    env,
+    ffi::OsStr,
+    fs,
     path::{Path, PathBuf},
     process::Command,
+    sync::Mutex,
+    thread,
 };
 
 const PACKAGE: &str = "llama-cpp-sys-2";
@@ -76,6 +80,10 @@ fn write_version_headers(out: &Path) {
     }
 }
 
+fn has_feature(name: &str) -> bool {
+    env::var_os(format!("CARGO_FEATURE_{name}")).is_some()
+}
+
 struct Library<'a> {
     source: &'a Path,
     out: &'a Path,
@@ -84,7 +92,7 @@ struct Library<'a> {
 
 impl<'a> Library<'a> {
     fn new(source: &'a Path, out: &'a Path) -> Self {
-        let openmp = env::var_os("CARGO_FEATURE_OPENMP").is_some();
+        let openmp = has_feature("OPENMP");
         Library { source, out, openmp }
     }
 
@@ -161,11 +169,35 @@ impl<'a> Library<'a> {
         .map(str::to_owned);
         self.archive("ggml-base", &base, &c, &cpp, |build| {
             build.define("GGML_USE_CPU", None);
+            // Which backends the registry knows.
+            for feature in ["RPC", "CUDA"].into_iter().filter(|feature| has_feature(feature)) {
+                build.define(&format!("GGML_USE_{feature}"), None);
+            }
         });
+        if has_feature("RPC") {
+            self.rpc();
+        }
+        if has_feature("CUDA") {
+            Cuda::find().build(self);
+        }
 
         if self.openmp {
             println!("cargo:rustc-link-lib=dylib=gomp");
         }
+    }
+
+    /// The client and the server of ggml's protocol for remote devices.
+    fn rpc(&self) {
+        let dir = self.source.join("ggml/src/ggml-rpc");
+        let mut transport = self.cpp();
+        transport.file(dir.join("transport.cpp"));
+        if env::var_os("CARGO_CFG_UNIX").is_some() {
+            // Its sockets never notice that the other machine is gone; ours do.
+            transport.define("socket", "simlayer_rpc_socket");
+        }
+        let mut build = self.cpp();
+        build.file(dir.join("ggml-rpc.cpp")).file("shim/rpc.cpp").objects(transport.compile_intermediates());
+        build.compile("ggml-rpc");
     }
 
     /// One archive of C and C++ files: cc compiles one language at a time, so the C objects go into the C++ call.
@@ -208,7 +240,7 @@ impl<'a> Library<'a> {
 
     /// The processor to compile for: this one, or one that any packager's user has.
     fn target_flags(&self, build: &mut cc::Build) {
-        let portable = env::var_os("CARGO_FEATURE_PORTABLE").is_some();
+        let portable = has_feature("PORTABLE");
         let cross = env::var("HOST") != env::var("TARGET");
         match env::var("CARGO_CFG_TARGET_ARCH").as_deref() {
             Ok("x86_64") if portable || cross => build.flag("-march=x86-64-v3"),
@@ -220,13 +252,174 @@ impl<'a> Library<'a> {
     }
 }
 
+/// nvcc and the folder that it lies in, with CUDA's headers and libraries.
+struct Cuda {
+    nvcc: PathBuf,
+    root: PathBuf,
+}
+
+/// Cache types that ggml's flash attention knows on CUDA, for keys and values in any combination.
+const CUDA_FLASH_TYPES: [&str; 7] = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "bf16", "f16"];
+
+/// What `SIMLAYER_CUDA_ARCHS` is when it is not set: code for the cards of the last years, and for others what the
+/// driver compiles when it is first run.
+const CUDA_ARCHS: &str = "75-virtual;80-virtual;86-real;89-real;90-virtual";
+
+impl Cuda {
+    /// `NVCC`, or nvcc in `CUDA_PATH`, or on the PATH, or where NVIDIA's installer puts it.
+    fn find() -> Cuda {
+        for variable in ["CUDA_PATH", "NVCC", "SIMLAYER_CUDA_ARCHS", "SIMLAYER_CUDA_FLASH_TYPES"] {
+            println!("cargo:rerun-if-env-changed={variable}");
+        }
+        let given = env::var_os("NVCC").map(PathBuf::from);
+        let cuda_path = env::var_os("CUDA_PATH").map(PathBuf::from);
+        let path = env::var_os("PATH").unwrap_or_default();
+        let on_path = env::split_paths(&path).map(|dir| dir.join("nvcc")).find(|file| file.is_file());
+        let usual = Some(PathBuf::from("/usr/local/cuda/bin/nvcc")).filter(|file| file.is_file());
+        let nvcc = given.or_else(|| cuda_path.as_ref().map(|root| root.join("bin/nvcc"))).or(on_path).or(usual);
+        let Some(nvcc) = nvcc.filter(|file| file.is_file()) else {
+            stop(
+                "the feature `cuda` needs NVIDIA's compiler: set CUDA_PATH to the folder that holds bin/nvcc, or NVCC \
+                  to the program itself, or build without the feature (`cargo xtask cuda-check` fetches a compiler)",
+            );
+        };
+        let above = nvcc.canonicalize().ok().and_then(|file| Some(file.parent()?.parent()?.to_owned()));
+        let root = cuda_path.or(above).unwrap_or_default();
+        Cuda { nvcc, root }
+    }
+
+    /// Compiles all kernels. Each file is a compilation of its own: where cc has several, it would compile for a link
+    /// step on the device, which ggml is not written for.
+    fn build(&self, library: &Library<'_>) {
+        let dir = library.source.join("ggml/src/ggml-cuda");
+        let flash_types = self.flash_types();
+        let mut files = cu_files(&dir, |_| true);
+        files.extend(cu_files(&dir.join("template-instances"), |name| {
+            match name.strip_prefix("fattn-vec-instance-").and_then(|rest| rest.strip_suffix(".cu")) {
+                Some(types) => flash_types.iter().any(|compiled| compiled == types),
+                None => true,
+            }
+        }));
+        files.sort();
+
+        // SAFETY: there are no other threads yet. cc reads the compiler's name from there.
+        unsafe { env::set_var("NVCC", &self.nvcc) };
+        let queue = Mutex::new(files.into_iter());
+        let objects = Mutex::new(Vec::new());
+        let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
+        thread::scope(|scope| {
+            for _ in 0..jobs {
+                scope.spawn(|| {
+                    loop {
+                        let next = queue.lock().expect("no thread panics with it").next();
+                        let Some(file) = next else { break };
+                        let compiled = self.compiler(library, &flash_types).file(file).compile_intermediates();
+                        objects.lock().expect("no thread panics with it").extend(compiled);
+                    }
+                });
+            }
+        });
+        let mut archive = library.cpp();
+        archive.objects(objects.into_inner().expect("the threads have ended"));
+        archive.compile("ggml-cuda");
+        self.link();
+    }
+
+    fn compiler(&self, library: &Library<'_>, flash_types: &[String]) -> cc::Build {
+        let mut build = library.common();
+        build.cuda(true).std("c++17").include(self.root.join("include"));
+        build.flag("-use_fast_math").flag("-extended-lambda").flag("-compress-mode=size").flag("-diag-suppress=177");
+        build.define("GGML_CUDA_USE_GRAPHS", None);
+        // Without it CUDA's driver would have to be there to link, and to start.
+        build.define("GGML_CUDA_NO_VMM", None);
+        build.define("GGML_CUDA_FA_QUANTS", format!("\"{}\"", flash_types.join(",")).as_str());
+        for [k, v] in pairs() {
+            let compiled = flash_types.contains(&format!("{k}-{v}"));
+            let name = format!("GGML_CUDA_FA_{k}_{v}").to_uppercase();
+            build.define(&name, if compiled { "1" } else { "0" });
+        }
+        let archs = env::var("SIMLAYER_CUDA_ARCHS").unwrap_or_else(|_| CUDA_ARCHS.to_owned());
+        for arch in archs.split([';', ',']).filter(|arch| !arch.is_empty()) {
+            match arch.split_once('-') {
+                _ if arch == "native" => build.flag("-arch=native"),
+                Some((arch, "virtual")) => build.flag(format!("-gencode=arch=compute_{arch},code=compute_{arch}")),
+                Some((arch, "real")) => build.flag(format!("-gencode=arch=compute_{arch},code=sm_{arch}")),
+                None => build.flag(format!("-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]")),
+                Some(_) => stop(&format!(
+                    "SIMLAYER_CUDA_ARCHS has {arch}: give native, or numbers such as 86, 86-real or 86-virtual"
+                )),
+            };
+        }
+        build
+    }
+
+    /// The pairs of key and value types to compile flash attention for: all, or those that are asked for.
+    fn flash_types(&self) -> Vec<String> {
+        let all: Vec<String> = pairs().map(|[k, v]| format!("{k}-{v}")).collect();
+        let Ok(asked) = env::var("SIMLAYER_CUDA_FLASH_TYPES") else { return all };
+        let asked: Vec<String> = asked.split([';', ',']).map(str::to_owned).collect();
+        if let Some(unknown) = asked.iter().find(|pair| !all.contains(pair)) {
+            stop(&format!(
+                "SIMLAYER_CUDA_FLASH_TYPES has {unknown}: give pairs such as f16-f16 or q8_0-q4_0, of {}",
+                CUDA_FLASH_TYPES.join(", ")
+            ));
+        }
+        asked
+    }
+
+    /// The runtime goes into the program. cuBLAS, half a gigabyte, stays a shared library.
+    fn link(&self) {
+        let dirs = ["lib64", "lib", "lib/x64", "targets/x86_64-linux/lib"].map(|dir| self.root.join(dir));
+        for dir in dirs.iter().filter(|dir| dir.is_dir()) {
+            println!("cargo:rustc-link-search=native={}", dir.display());
+        }
+        for library in ["cudart_static", "dl", "rt", "pthread"] {
+            let kind = if library == "cudart_static" { "static" } else { "dylib" };
+            println!("cargo:rustc-link-lib={kind}={library}");
+        }
+        // Python packages of CUDA lack the names without a version.
+        let named = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.file_name());
+        let names: Vec<_> = dirs.iter().flat_map(|dir| named(dir)).collect();
+        let found = |name: &str| names.iter().any(|found| found == OsStr::new(name));
+        match ["13", "12", "11"].map(|version| format!("libcublas.so.{version}")).iter().find(|name| found(name)) {
+            Some(versioned) if !found("libcublas.so") => {
+                println!("cargo:rustc-link-lib=dylib:+verbatim={versioned}");
+            }
+            _ => println!("cargo:rustc-link-lib=dylib=cublas"),
+        }
+    }
+}
+
+fn pairs() -> impl Iterator<Item = [&'static str; 2]> {
+    CUDA_FLASH_TYPES.into_iter().flat_map(|k| CUDA_FLASH_TYPES.map(|v| [k, v]))
+}
+
+fn cu_files(dir: &Path, wanted: impl Fn(&str) -> bool) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let is_wanted = |file: &PathBuf| {
+        let name = file.file_name().and_then(OsStr::to_str).unwrap_or_default();
+        name.ends_with(".cu") && wanted(name)
+    };
+    entries.filter(is_wanted).collect()
+}
+
+/// Ends the build with a message, without a panic's noise.
+fn stop(why: &str) -> ! {
+    println!("cargo:error={why}");
+    std::process::exit(1)
+}
+
 fn bind(source: &Path, out: &Path) {
     let include = |dir: &str| format!("-I{}", source.join(dir).display());
+    let mut clang_args = vec![include("ggml/include"), include("include")];
+    if has_feature("RPC") {
+        clang_args.push("-DSIMLAYER_RPC".to_owned());
+    }
     bindgen::Builder::default()
         .header("shim/bindings.h")
-        .clang_args([include("ggml/include"), include("include")])
+        .clang_args(clang_args)
         .allowlist_item("(ggml|gguf|llama|simlayer)_.*")
-        .allowlist_item("(GGML|GGUF|LLAMA)_.*")
+        .allowlist_item("(GGML|GGUF|LLAMA|RPC_PROTO)_.*")
         .blocklist_type("FILE|_IO_FILE")
         .raw_line("pub type FILE = ::std::os::raw::c_void;")
         .prepend_enum_name(false)

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use crate::prepare::{self, Env};
-use crate::{sh, upstream};
+use crate::{plot, sh, upstream};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -43,6 +43,12 @@ pub struct Args {
     /// Writes everything measured to this file.
     #[arg(long)]
     json: Option<PathBuf>,
+    /// Draws time per token over the depth into this SVG.
+    #[arg(long)]
+    plot: Option<PathBuf>,
+    /// Draws (with --plot) what an earlier run wrote to this file, and measures nothing.
+    #[arg(long, requires = "plot")]
+    from: Option<PathBuf>,
 }
 
 /// Something that is measured.
@@ -59,6 +65,11 @@ struct Contender {
 type Samples = BTreeMap<(usize, u32, String), Vec<f64>>;
 
 pub fn run(args: &Args) -> Result<()> {
+    if let (Some(from), Some(path)) = (&args.from, &args.plot) {
+        let report = std::fs::read_to_string(from).with_context(|| from.display().to_string())?;
+        let report = serde_json::from_str(&report).with_context(|| from.display().to_string())?;
+        return plot::write(&report, path);
+    }
     if args.rounds == 0 || args.depths.is_empty() || (args.prompt == 0 && args.generate == 0) {
         bail!("nothing to measure: give at least one round, one depth, and --prompt or --gen");
     }
@@ -90,17 +101,20 @@ pub fn run(args: &Args) -> Result<()> {
 
     let rows = rows(&contenders, &samples, &args.types[0]);
     print_table(&rows);
+    let report = json!({
+        "model": model.file_name().map(|n| n.to_string_lossy()),
+        "cpu": cpu_name(),
+        "threads": args.threads,
+        "rounds": args.rounds,
+        "load_before": load_before,
+        "results": rows.iter().map(Row::json).collect::<Vec<_>>(),
+    });
     if let Some(path) = &args.json {
-        let report = json!({
-            "model": model.file_name().map(|n| n.to_string_lossy()),
-            "cpu": cpu_name(),
-            "threads": args.threads,
-            "rounds": args.rounds,
-            "load_before": load_before,
-            "results": rows.iter().map(Row::json).collect::<Vec<_>>(),
-        });
         std::fs::write(path, serde_json::to_string_pretty(&report)? + "\n")
             .with_context(|| path.display().to_string())?;
+    }
+    if let Some(path) = &args.plot {
+        plot::write(&report, path)?;
     }
     Ok(())
 }

@@ -1,10 +1,12 @@
 //! The project's chores, run as `cargo xtask <command>`.
 
 mod compare;
+mod cuda_check;
 mod demo;
 mod dist;
 mod frontends;
 mod fuzz;
+mod plot;
 mod prepare;
 mod quality;
 mod rss;
@@ -43,6 +45,8 @@ enum Command {
     Quality(quality::Args),
     /// Run llama.cpp's own frontends and llama-cpp-python, unmodified, on our library.
     Frontends(frontends::Args),
+    /// Compile and link ggml's CUDA kernels with a compiler of its own (no GPU needed; takes long).
+    CudaCheck(cuda_check::Args),
     /// Run the C programs of the tests under Valgrind.
     Valgrind,
     /// Run the fuzz target.
@@ -59,6 +63,7 @@ fn main() -> ExitCode {
         Command::Dist(args) => dist::run(&args),
         Command::Quality(args) => quality::run(&args),
         Command::Frontends(args) => frontends::run(&args),
+        Command::CudaCheck(args) => cuda_check::run(&args),
         Command::Valgrind => valgrind::run(),
         Command::Fuzz(args) => fuzz::run(&args),
     };

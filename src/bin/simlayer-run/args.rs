@@ -5,6 +5,9 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Subcommand, ValueEnum};
 use simlayer::{ggml::Type, lazy::Policy};
 
+/// Stands for the model where none was given and none is needed.
+pub const NO_MODEL: &str = "-";
+
 /// The whole command line. Options without a command's name are those of generation.
 pub fn command_line() -> clap::Command {
     let command = GenerateArgs::augment_args(clap::Command::new("simlayer-run"));
@@ -18,6 +21,10 @@ pub fn command_line() -> clap::Command {
         .subcommand_negates_reqs(true)
         // As with llama.cpp, the last one counts where an option is given twice.
         .args_override_self(true)
+        // Only a plan needs a model.
+        .mut_subcommand("devices", |devices| {
+            devices.mut_arg("model", |model| model.required(false).default_value(NO_MODEL).hide_default_value(true))
+        })
         .max_term_width(110)
 }
 
@@ -37,6 +44,11 @@ pub enum Command {
     Passkey(PasskeyArgs),
     /// Measure which layers can become lazy with the least harm, and write the model's profile
     Calibrate(CalibrateArgs),
+    /// List the devices that there are, and say what would go where
+    Devices(DevicesArgs),
+    /// Lend this machine's devices to others, for their --rpc
+    #[cfg(feature = "rpc")]
+    RpcServer(RpcServerArgs),
     /// Print shell completions
     Completions(CompletionsArgs),
 }
@@ -249,6 +261,42 @@ pub struct CalibrateArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct DevicesArgs {
+    #[command(flatten)]
+    pub common: CommonArgs,
+    /// Say what of the model and of a full context would be on each device
+    #[arg(help_heading = "Output", long)]
+    pub plan: bool,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// llama.cpp's rpc-server has these options.
+#[cfg(feature = "rpc")]
+#[derive(Debug, Args)]
+pub struct RpcServerArgs {
+    /// Address to listen at. The protocol has no authentication: beyond loopback, anybody who reaches the port can use
+    /// the devices and read what is in them
+    #[arg(short = 'H', long, value_name = "HOST", default_value = "127.0.0.1")]
+    pub host: String,
+    /// Port to listen at
+    #[arg(short, long, value_name = "PORT", default_value_t = 50052, value_parser = clap::value_parser!(u16).range(1..))]
+    pub port: u16,
+    /// Memory that each device lends at most, in MiB [default: all that it has]
+    #[arg(short, long, value_name = "MIB", value_parser = positive)]
+    pub mem: Option<usize>,
+    /// Threads of the processor [default: all cores]
+    #[arg(short, long, value_name = "N", value_parser = positive)]
+    pub threads: Option<usize>,
+    /// Devices to lend [default: all but the processor, or the processor where there is no other]
+    #[arg(short, long, value_name = "DEV,...", value_delimiter = ',')]
+    pub device: Vec<String>,
+    /// Keep large weights in this folder, so that they need not be sent again
+    #[arg(short, long, value_name = "FOLDER")]
+    pub cache: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
 pub struct CompletionsArgs {
     #[arg(value_name = "SHELL")]
     pub shell: clap_complete::Shell,
@@ -275,13 +323,16 @@ pub struct CommonArgs {
     /// Threads for reading prompts (-tb) [default: as for decoding]
     #[arg(long, value_name = "N", value_parser = positive)]
     pub threads_batch: Option<usize>,
-    /// Layers to keep on the GPU: a number, auto or all (-ngl)
+    /// Last layers to put on devices, the output counting as one: a number, auto or all (-ngl) [default: all]
     #[arg(long, alias = "n-gpu-layers", value_name = "N", value_parser = gpu_layers, allow_negative_numbers = true)]
     pub gpu_layers: Option<GpuLayers>,
-    /// Devices to use, or none for the processor alone (-dev)
+    /// Devices to use besides the processor, or none (-dev) [default: all; see the command devices]
     #[arg(long, value_name = "DEV,...", value_delimiter = ',')]
     pub device: Vec<String>,
-    /// Remote devices
+    /// How to share the layers out over the devices: 3,1 (-ts) [default: by their free memory]
+    #[arg(long, value_name = "N,...", value_parser = tensor_split)]
+    pub tensor_split: Option<Split>,
+    /// Servers whose devices to use as well: rpc-server's, here or of llama.cpp
     #[arg(long, value_name = "HOST:PORT,...", value_delimiter = ',')]
     pub rpc: Vec<String>,
     /// Flash attention (-fa)
@@ -304,7 +355,7 @@ pub struct CommonArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Lazy layers")]
 pub struct LazyFlags {
-    /// Which layers become lazy: auto, `threshold[:τ]`, `budget[:ρ]`, `profile[:ρ|:kl=X]`, layers:1,2,... or off
+    /// Which layers become lazy: auto, `threshold[:τ]`, `budget[:ρ]`, `output[:ρ]`, `profile[:ρ|:kl=X]`, layers:1,2,... or off
     #[arg(long, value_name = "RULE", default_value = "auto")]
     pub lazy: Policy,
     /// A profile of the model, made by calibrate [default: MODEL.simlayer.toml beside the model]
@@ -490,6 +541,16 @@ fn gpu_layers(text: &str) -> Result<GpuLayers, String> {
         "all" | "-2" => Ok(GpuLayers::All),
         number => number.parse().map(GpuLayers::Number).map_err(|_| "it must be a number, auto or all".to_owned()),
     }
+}
+
+/// Proportions of layers on the devices.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Split(pub Vec<f32>);
+
+fn tensor_split(text: &str) -> Result<Split, String> {
+    let share = |part: &str| part.trim().parse().ok().filter(|share: &f32| *share >= 0.0 && share.is_finite());
+    let shares: Option<Vec<f32>> = text.split([',', '/']).map(share).collect();
+    shares.map(Split).ok_or_else(|| "it must be proportions such as 3,1".to_owned())
 }
 
 fn flash_attn(text: &str) -> Result<FlashAttn, String> {

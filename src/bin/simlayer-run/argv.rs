@@ -12,6 +12,7 @@ const SHORTS: &[(&str, &str)] = &[
     ("-tb", "--threads-batch"),
     ("-ngl", "--gpu-layers"),
     ("-dev", "--device"),
+    ("-ts", "--tensor-split"),
     ("-fa", "--flash-attn"),
     ("-ctk", "--cache-type-k"),
     ("-ctv", "--cache-type-v"),

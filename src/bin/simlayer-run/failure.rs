@@ -39,6 +39,18 @@ impl Failure {
     }
 }
 
+/// What is said when ggml gives up, which it also does when the connection to a remote device is lost: that is no bug.
+pub fn fatal(message: &str) {
+    #[cfg(feature = "rpc")]
+    if message.contains("ggml-rpc") {
+        let lost = simlayer::ggml::rpc::lost().join(", ");
+        let which = if lost.is_empty() { "a remote server".to_owned() } else { format!("remote server {lost}") };
+        eprintln!("\nerror: the connection to {which} was lost; is it still running and reachable?");
+        simlayer::ggml::exit_now(1);
+    }
+    eprintln!("\nggml gave up: {message}");
+}
+
 impl From<simlayer::Error> for Failure {
     fn from(error: simlayer::Error) -> Failure {
         match error {
@@ -74,6 +86,7 @@ macro_rules! failed_while_running {
 }
 
 failed_while_running!(
+    simlayer::ggml::Error,
     simlayer::model::Error,
     simlayer::vocab::VocabError,
     simlayer::sampling::SamplingError,

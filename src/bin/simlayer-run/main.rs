@@ -9,6 +9,7 @@ mod bench;
 mod calibrate;
 mod chat;
 mod completions;
+mod devices;
 mod failure;
 mod generate;
 mod inspect;
@@ -19,6 +20,8 @@ mod perplexity;
 mod plot;
 mod progress;
 mod report;
+#[cfg(feature = "rpc")]
+mod rpc_server;
 mod stream;
 
 use std::process::ExitCode;
@@ -29,6 +32,7 @@ use failure::Failure;
 fn main() -> ExitCode {
     // Wrong usage, --help and --version end here.
     let command = argv::parse();
+    simlayer::ggml::on_fatal_error(failure::fatal);
     match run(command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
@@ -50,6 +54,9 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Perplexity(args) => perplexity::run(args),
         Command::Passkey(args) => passkey::run(args),
         Command::Calibrate(args) => calibrate::run(args),
+        Command::Devices(args) => devices::run(args),
+        #[cfg(feature = "rpc")]
+        Command::RpcServer(args) => rpc_server::run(args),
         Command::Completions(args) => completions::run(args),
     }
 }

@@ -31,14 +31,9 @@ pub struct Run {
 
 impl Run {
     pub fn settle(args: CommonArgs) -> Result<Run, Failure> {
-        if !args.rpc.is_empty() {
-            return Err(Failure::usage("--rpc: this build cannot use remote devices"));
-        }
-        check_devices(&args.device)?;
         ggml::set_log(if args.verbose { LogLevel::Info } else { LogLevel::Silent });
-        if args.verbose && !matches!(args.gpu_layers, None | Some(GpuLayers::Number(0))) {
-            eprintln!("there is no GPU in this build: -ngl has no effect");
-        }
+        let remote = connect(&args.rpc)?;
+        let model = model_params(&args, remote)?;
 
         let mut session = SessionParams::default();
         session.n_ctx = args.ctx_size;
@@ -69,7 +64,7 @@ impl Run {
             LazyPrefill::Full => PrefillMode::Full,
             LazyPrefill::Window => PrefillMode::Window,
         });
-        Ok(Run { model_path: args.model, model: ModelParams::default(), session, verbose: args.verbose })
+        Ok(Run { model_path: args.model, model, session, verbose: args.verbose })
     }
 
     /// Loads the model; also gives the time it took.
@@ -95,19 +90,78 @@ impl Run {
                 threads.1,
                 session.policy(),
             );
+            let devices = (0..model.hparams().n_layer).map(|layer| model.layer_device(layer).name());
+            let mut shares: Vec<(String, usize)> = Vec::new();
+            for device in devices {
+                match shares.last_mut() {
+                    Some((last, n)) if *last == device => *n += 1,
+                    _ => shares.push((device, 1)),
+                }
+            }
+            let shares: Vec<String> = shares.iter().map(|(device, n)| format!("{n} on {device}")).collect();
+            eprintln!("layers: {}; output on {}", shares.join(", "), model.output_device().name());
         }
         Ok(session)
     }
 }
 
-/// The processor is the only device: it can be named, or `none` for no other.
-fn check_devices(names: &[String]) -> Result<(), Failure> {
-    let known: Vec<_> = Device::all().iter().map(|device| device.name()).collect();
-    let is_known = |name: &String| name == "none" || known.iter().any(|known| known.eq_ignore_ascii_case(name));
-    match names.iter().find(|name| !is_known(name)) {
-        Some(name) => Err(Failure::usage(format!("--device: there is no {name} here, only {}", known.join(", ")))),
-        None => Ok(()),
+/// The devices of these servers.
+#[cfg(feature = "rpc")]
+fn connect(servers: &[String]) -> Result<Vec<Device>, Failure> {
+    let mut devices = Vec::new();
+    for server in servers {
+        devices.extend(ggml::rpc::connect(server)?);
     }
+    Ok(devices)
+}
+
+#[cfg(not(feature = "rpc"))]
+fn connect(servers: &[String]) -> Result<Vec<Device>, Failure> {
+    match servers {
+        [] => Ok(Vec::new()),
+        _ => Err(Failure::usage("--rpc: this build cannot use remote devices (it lacks the feature rpc)")),
+    }
+}
+
+/// Where the layers go. Remote devices come first, as in llama.cpp.
+fn model_params(args: &CommonArgs, remote: Vec<Device>) -> Result<ModelParams, Failure> {
+    let mut params = ModelParams::default();
+    let is_local = |device: &Device| !remote.contains(device);
+    let local: Vec<Device> = Device::all_but_processor().into_iter().filter(is_local).collect();
+    params.devices = Some(match &args.device[..] {
+        [] => [remote, local.clone()].concat(),
+        [none] if none == "none" => Vec::new(),
+        names => devices_named(names)?,
+    });
+    params.gpu_layers = match args.gpu_layers {
+        Some(GpuLayers::Number(n)) => Some(n as usize),
+        None | Some(GpuLayers::Auto | GpuLayers::All) => None,
+    };
+    params.tensor_split = args.tensor_split.clone().map_or_else(Vec::new, |split| split.0);
+    let wants_none = params.gpu_layers == Some(0) || args.device.iter().any(|name| name == "none");
+    if params.devices.as_ref().is_none_or(Vec::is_empty) && !wants_none {
+        let gpus: Vec<String> =
+            ggml::backends().into_iter().filter(|name| name != "CPU" && !name.starts_with("RPC")).collect();
+        if !gpus.is_empty() {
+            eprintln!("no device of {} was found: running on the processor", gpus.join(", "));
+        } else if args.verbose && args.gpu_layers.is_some() {
+            eprintln!("there is no device but the processor: -ngl has no effect");
+        }
+    }
+    Ok(params)
+}
+
+/// The devices of these names, whatever their letters' case.
+pub fn devices_named(names: &[String]) -> Result<Vec<Device>, Failure> {
+    let all = Device::all();
+    let named = |name: &String| {
+        let found = all.iter().find(|device| device.name().eq_ignore_ascii_case(name));
+        found.copied().ok_or_else(|| {
+            let known: Vec<_> = all.iter().map(|device| device.name()).collect();
+            Failure::usage(format!("--device: there is no {name} here, only {}", known.join(", ")))
+        })
+    };
+    names.iter().map(named).collect()
 }
 
 /// The prompt's text, which need not be UTF-8 when it comes from a file.

@@ -47,7 +47,7 @@ const TILE: usize = 64;
 pub struct KvSegment<'a> {
     /// `[head size, rows, KV heads]`, of any cache type; rows and heads may be any distance apart.
     pub k: &'a Tensor,
-    /// `[value size, rows, KV heads]`, likewise.
+    /// `[value size, rows, KV heads]`, likewise. With one head where the keys have more, all share it.
     pub v: &'a Tensor,
     /// f16 or f32 `[rows, queries]`: what is added to the scores, minus infinity to hide a row. `None` hides nothing.
     pub mask: Option<&'a Tensor>,
@@ -160,7 +160,8 @@ impl Op {
     ) -> (*mut sys::ggml_tensor, Arc<Op>) {
         check(q, segments, params);
         let [_, n, heads, _] = q.shape();
-        let [value_size, _, kv_heads, _] = segments[0].v.shape();
+        let [value_size, ..] = segments[0].v.shape();
+        let [_, _, kv_heads, _] = segments[0].k.shape();
         let op = Arc::new(Op {
             scale: params.scale,
             soft_cap: params.soft_cap,
@@ -239,12 +240,14 @@ fn check(q: &Tensor, segments: &[KvSegment<'_>], params: &FusedAttention<'_>) {
     let [key_size, n, heads, _] = q.shape();
     assert!((1..=MAX_SEGMENTS).contains(&segments.len()), "one to {MAX_SEGMENTS} segments");
     assert!(q.ty() == Type::F32 && q.strides()[0] == 4, "queries are rows of f32");
-    let [value_size, _, kv_heads, _] = segments[0].v.shape();
+    let [value_size, ..] = segments[0].v.shape();
+    let [_, _, kv_heads, _] = segments[0].k.shape();
     assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "{heads} heads for {kv_heads} KV heads");
     for KvSegment { k, v, mask } in segments {
         let rows = k.shape()[1];
         assert_eq!(k.shape(), [key_size, rows, kv_heads, 1], "keys");
-        assert_eq!(v.shape(), [value_size, rows, kv_heads, 1], "values");
+        let value_heads = if v.shape()[2] == 1 { 1 } else { kv_heads };
+        assert_eq!(v.shape(), [value_size, rows, value_heads, 1], "values");
         assert!(Type::CACHE.contains(&k.ty()) && Type::CACHE.contains(&v.ty()), "keys and values have cache types");
         for rows in [k, v] {
             assert_eq!(rows.strides()[0], rows.ty().block_bytes(), "rows have no gaps");
@@ -371,6 +374,8 @@ impl Rows {
                 ty => Kind::Other((*sys::ggml_get_type_traits(ty)).to_float.expect("cache types can be converted")),
             };
             let [_, row_bytes, head_bytes, _] = (*tensor).nb;
+            // A single head serves all.
+            let head_bytes = if (*tensor).ne[2] == 1 { 0 } else { head_bytes };
             Rows { kind, data: (*tensor).data.cast(), row_bytes, head_bytes }
         }
     }

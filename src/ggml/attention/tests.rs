@@ -302,6 +302,33 @@ fn segments_share_a_softmax() {
     }
 }
 
+/// Values that all KV heads share give what a copy for each of them gives.
+#[test]
+fn heads_may_share_values() {
+    let mut scheduler = scheduler(1);
+    for n in [1, 7, 40] {
+        let case = case(64, n, 3, 2, &[(300, Type::F16, Type::F32)]);
+        let data = Data::new(&case, &mut scheduler, 13);
+        let run = |shared: bool, scheduler: &mut Scheduler| {
+            let graph = Graph::new(64);
+            let q = graph.permute(&data.q, [0, 2, 1, 3]);
+            let heads = |t: &Tensor, size, n_heads| {
+                let [_, row_bytes, ..] = t.strides();
+                graph.view(t, [size, 300, n_heads], [row_bytes, t.ty().row_bytes(size)], 0)
+            };
+            let (k, v) = (heads(&data.k[0], 64, 3), heads(&data.v[0], 20, 1));
+            let copies = graph.concat(&graph.concat(&v, &v, 2), &v, 2);
+            let segment = KvSegment { k: &k, v: if shared { &v } else { &copies }, mask: Some(&data.masks[0]) };
+            let node = graph.fused_attention(&q, &[segment], &data.params(&case)).as_output();
+            graph.expand(&node);
+            scheduler.alloc(&graph).unwrap();
+            scheduler.compute(&graph).unwrap();
+            node.to_f32()
+        };
+        assert_eq!(bits(&run(true, &mut scheduler)), bits(&run(false, &mut scheduler)), "{n} queries");
+    }
+}
+
 #[test]
 fn soft_caps_and_sinks() {
     let mut scheduler = scheduler(1);

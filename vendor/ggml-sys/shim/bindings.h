@@ -6,3 +6,7 @@
 #include "gguf.h"
 #include "llama.h"
 #include "vocab.h"
+#ifdef SIMLAYER_RPC
+#include "ggml-rpc.h"
+#include "rpc.h"
+#endif

@@ -1,0 +1,88 @@
+//! The devices that there are, and what would go where.
+
+use std::io::{self, Write};
+
+use indicatif::HumanBytes;
+use serde_json::{Value, json};
+use simlayer::{
+    DevicePlan,
+    ggml::{self, Device, DeviceKind},
+    plan,
+};
+
+use crate::{
+    args::{DevicesArgs, NO_MODEL},
+    failure::Failure,
+    options::Run,
+};
+
+pub fn run(args: DevicesArgs) -> Result<(), Failure> {
+    if args.plan && args.common.model.as_os_str() == NO_MODEL {
+        return Err(Failure::usage("--plan needs a model: give -m FILE"));
+    }
+    let run = Run::settle(args.common)?;
+    let plans = if args.plan { plan(&run.model_path, &run.model, &run.session)? } else { Vec::new() };
+    let mut out = io::stdout().lock();
+    if args.output.json {
+        let devices: Vec<Value> = Device::all().into_iter().map(device_json).collect();
+        let mut object = json!({ "backends": ggml::backends(), "devices": devices });
+        if args.plan {
+            object["plan"] = serde_json::to_value(&plans)?;
+        }
+        serde_json::to_writer(&mut out, &object)?;
+        writeln!(out)?;
+        return Ok(());
+    }
+    writeln!(out, "backends: {}", ggml::backends().join(", "))?;
+    for device in Device::all() {
+        let (free, total) = device.memory();
+        let (name, description) = (device.name(), device.description());
+        writeln!(out, "{name:<8} {} free of {}  {description}", bytes(free), bytes(total))?;
+    }
+    for plan in &plans {
+        writeln!(out, "{}", plan_text(plan))?;
+    }
+    Ok(())
+}
+
+fn device_json(device: Device) -> Value {
+    let (free, total) = device.memory();
+    let kind = match device.kind() {
+        DeviceKind::Cpu => "cpu",
+        DeviceKind::Gpu => "gpu",
+        DeviceKind::Accelerator => "accelerator",
+    };
+    json!({
+        "name": device.name(),
+        "description": device.description(),
+        "backend": device.backend(),
+        "kind": kind,
+        "free_bytes": free,
+        "total_bytes": total,
+    })
+}
+
+fn plan_text(plan: &DevicePlan) -> String {
+    let layers = match (plan.layers.first(), plan.layers.last()) {
+        (Some(first), Some(last)) if first != last => format!("layers {first} to {last}"),
+        (Some(only), _) => format!("layer {only}"),
+        _ => "no layers".to_owned(),
+    };
+    let output = if plan.output { " and the output" } else { "" };
+    let lazy = match plan.lazy_kv_bytes {
+        Some(lazy) => format!("{} of it behind a full prompt", bytes(lazy)),
+        None => "less as the prompt lets layers become lazy".to_owned(),
+    };
+    let fits = if plan.needed_bytes() > plan.free_bytes { "; THIS DOES NOT FIT" } else { "" };
+    format!(
+        "{:<8} {layers}{output}: weights {}, cache {} ({lazy}); free {}{fits}",
+        plan.device,
+        bytes(plan.weight_bytes),
+        bytes(plan.kv_bytes),
+        bytes(plan.free_bytes),
+    )
+}
+
+fn bytes(n: usize) -> HumanBytes {
+    HumanBytes(n as u64)
+}
