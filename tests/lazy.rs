@@ -441,6 +441,72 @@ fn random_model(folder: &Path, n_layer: usize) -> (std::path::PathBuf, Model, us
     (path, model, random.n_vocab())
 }
 
+/// The score of the policy `output`, against hidden states of the plain reference: with all layers as they are, and with
+/// one of them restricted for the scored queries.
+#[test]
+fn output_scores_are_the_change_of_hidden_states() {
+    const N: usize = 200;
+    const WINDOW: usize = 40;
+    let folder = tempfile::tempdir().expect("a folder");
+    let (path, model, n_vocab) = random_model(folder.path(), 5);
+    let tokens = Rng::new(21).tokens(N, n_vocab);
+    let mut params = lazy_f32("output:0.4", WINDOW);
+    params.lazy.n_last = 7;
+    let (n_sink, first) = (params.lazy.n_sink, N - params.lazy.n_last);
+    // Hidden states of the scored queries behind each layer, when one layer is restricted.
+    let hidden = |restricted: Option<usize>| -> Vec<Vec<Vec<f32>>> {
+        let mut reference = Reference::load(&path, model.hparams());
+        let mut scored = Vec::new();
+        for &token in &tokens {
+            reference.decode(token, &|layer, query, key| {
+                restricted != Some(layer) || query < first || key < n_sink || key + WINDOW > query
+            });
+            scored.push(reference.hidden.clone());
+        }
+        scored.split_off(first)
+    };
+    let full = hidden(None);
+    let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| x * x).sum::<f32>().sqrt();
+    let expected: Vec<f32> = (0..5)
+        .map(|layer| {
+            let changes = hidden(Some(layer))
+                .iter()
+                .zip(&full)
+                .map(|(restricted, full)| {
+                    let difference = restricted[layer].iter().zip(&full[layer]).map(|(a, b)| a - b);
+                    norm(&mut difference.into_iter()) / norm(&mut full[layer].iter().copied())
+                })
+                .collect::<Vec<_>>();
+            1.0 - changes.iter().sum::<f32>() / changes.len() as f32
+        })
+        .collect();
+    let mut laziest: Vec<usize> = (0..5).collect();
+    laziest.sort_by(|&a, &b| expected[b].total_cmp(&expected[a]));
+    laziest.truncate(2);
+    laziest.sort_unstable();
+
+    // In one ubatch and in several, and layer by layer, where keys and values are f16 meanwhile; with each kernel.
+    for (n_ubatch, layer_major, flash, bound) in
+        [(512, false, false, 1e-5), (30, false, false, 1e-5), (512, false, true, 1e-3), (64, true, true, 1e-3)]
+    {
+        for fused in [false, true] {
+            let mut params = params.clone();
+            (params.n_ubatch, params.layer_major, params.flash_attn) = (n_ubatch, layer_major, flash);
+            params.fused_attention = fused;
+            let mut session = session(&model, params);
+            session.prefill(&tokens).expect("prefill");
+            let scores: Vec<f32> = session.layers(0).iter().map(|layer| layer.score.expect("a score")).collect();
+            for (layer, (score, expected)) in scores.iter().zip(&expected).enumerate() {
+                assert!(
+                    (score - expected).abs() < bound,
+                    "ubatch {n_ubatch}, layer-major {layer_major}, fused {fused}, layer {layer}: {score}, not {expected}"
+                );
+            }
+            assert_eq!(lazy_layers(&session), laziest, "{scores:?}");
+        }
+    }
+}
+
 #[test]
 fn a_conversation_of_three_turns_equals_the_plain_reference() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -1,5 +1,6 @@
 use super::{
     inputs::{Inputs, Keys, Part},
+    second_look::{SCORE_NAME, likeness},
     sequence::{LayerCache, StoreMaker},
 };
 use crate::{
@@ -10,9 +11,6 @@ use crate::{
 
 /// Rows that attention reads are rounded up to this many, so that a decode graph serves as many steps (as in llama.cpp).
 pub(super) const ROWS_STEP: usize = 256;
-
-/// Name of the nodes that compute scores.
-pub(super) const SCORE_NAME: &std::ffi::CStr = c"score";
 
 /// Intermediate results of a score are kept below this many bytes, by scoring a few KV heads at a time.
 const SCORE_BYTES: usize = 64 << 20;
@@ -37,24 +35,44 @@ pub(super) struct CacheAttention<'a> {
     /// For each layer what its stores are made from.
     pub makers: &'a [StoreMaker],
     pub head_size: usize,
-    /// What a lazy layer would keep: the span whose attention mass is the score.
-    pub score_span: Span,
-    /// Attention mass of the scored queries, `[1, n_score, heads]` each.
+    pub look: Look,
+    /// The layers' scores, where they are of attention mass.
     pub scores: Vec<Score>,
 }
 
+/// What queries do with the caches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Look {
+    /// They are written and attended to. With a span, what a lazy layer would keep, the attention mass on it is scored.
+    First(Option<Span>),
+    /// The tokens are in stores that keep all, and attend to this span of them, or to everything.
+    Again(Option<Span>),
+}
+
+/// A layer's score, as a graph computes it.
 pub(super) struct Score {
     pub part: usize,
     pub layer: usize,
-    /// Masses of a few heads each.
-    pub masses: Vec<Tensor>,
+    pub taken: Taken,
+}
+
+pub(super) enum Taken {
+    /// Attention masses `[1, n_score, heads]`, of a few heads each.
+    Masses(Vec<Tensor>),
+    /// Hidden states `[n_embd, n]` behind the layer, as they are, and as they were if it was lazy.
+    Outputs { full: Tensor, restricted: Tensor, n: usize },
 }
 
 impl Score {
-    /// The mean over heads and queries.
-    pub fn mean(&self) -> f32 {
-        let masses: Vec<f32> = self.masses.iter().flat_map(Tensor::to_f32).collect();
-        (masses.iter().map(|&mass| f64::from(mass)).sum::<f64>() / masses.len().max(1) as f64) as f32
+    /// 1 or less; the higher, the lazier.
+    pub fn value(&self) -> f32 {
+        match &self.taken {
+            Taken::Masses(masses) => {
+                let masses: Vec<f32> = masses.iter().flat_map(Tensor::to_f32).collect();
+                (masses.iter().map(|&mass| f64::from(mass)).sum::<f64>() / masses.len().max(1) as f64) as f32
+            }
+            Taken::Outputs { full, restricted, n } => likeness(&full.to_f32(), &restricted.to_f32(), *n),
+        }
     }
 }
 
@@ -105,6 +123,15 @@ impl CacheAttention<'_> {
         }
         // `[head size, tokens, heads]`: what attention wants.
         let queries = graph.permute(&q, [0, 2, 1, 3]);
+        // `[head size, heads, tokens]` → `[head size × heads, tokens]`
+        let joined = |attended: Tensor| {
+            let attended = if format.rotate_v { rotations.rotate_value(graph, &attended) } else { attended };
+            let [head_size, heads, n, _] = attended.shape();
+            graph.reshape(&attended, &[head_size * heads, n])
+        };
+        if let Look::Again(span) = self.look {
+            return joined(self.attend_again(graph, (index, layer), cache, &queries, span, options));
+        }
         let own = Own { queries, k: rows(graph, &k), v: rows(graph, &v) };
 
         // Several tokens read their own keys as they come and are written afterwards where a ring would overwrite rows
@@ -120,13 +147,36 @@ impl CacheAttention<'_> {
             graph.expand(&attended);
             self.write(graph, index, cache, &own);
         }
-        if part.n_score > 0 && cache.span().is_none() {
-            self.score(graph, (index, layer), cache, &own.queries, options);
+        if let Look::First(Some(kept)) = self.look
+            && part.n_score > 0
+            && cache.span().is_none()
+        {
+            self.score(graph, (index, layer), cache, &own.queries, kept, options);
         }
-        // `[head size, heads, tokens]`
-        let attended = if format.rotate_v { rotations.rotate_value(graph, &attended) } else { attended };
-        let [head_size, heads, n, _] = attended.shape();
-        graph.reshape(&attended, &[head_size * heads, n])
+        joined(attended)
+    }
+
+    /// Attends to a span of what the layer holds, the tokens included. → `[head size, heads, tokens]`
+    fn attend_again(
+        &mut self,
+        graph: &Graph,
+        (index, layer): (usize, usize),
+        cache: &LayerCache,
+        queries: &Tensor,
+        span: Option<Span>,
+        options: &AttentionOptions<'_>,
+    ) -> Tensor {
+        let (part, maker) = (self.parts[index], &self.makers[layer]);
+        let store = cache.store().expect("room was reserved before the graph is built");
+        let n_rows = cache.rows_read(part.n_past + part.n);
+        let mask = self.inputs.mask(graph, &part, index, &[Keys::All { span, n_rows }], maker.apart());
+        let [k, v] = [&store.k, &store.v].map(|rows| Store::heads(graph, rows, self.head_size, n_rows));
+        if maker.kernel == Kernel::Fused {
+            let AttentionOptions { scale, softcap, sinks } = *options;
+            let segment = KvSegment { k: &k, v: &v, mask: Some(&mask) };
+            return graph.fused_attention(queries, &[segment], &FusedAttention { scale, soft_cap: softcap, sinks });
+        }
+        attention(graph, maker, queries, [&k, &v], &mask, options)
     }
 
     /// Writes the tokens' rows into the layer's stores.
@@ -241,6 +291,7 @@ impl CacheAttention<'_> {
         (index, layer): (usize, usize),
         cache: &LayerCache,
         queries: &Tensor,
+        kept: Span,
         options: &AttentionOptions<'_>,
     ) {
         let Part { n, n_past, n_score, .. } = self.parts[index];
@@ -253,7 +304,7 @@ impl CacheAttention<'_> {
         let apart = self.makers[layer].apart();
         let stored = Keys::Stored { span: None, n_rows, has_own: true, exact: None };
         let mask = self.inputs.mask(graph, &self.parts[index], index, &[stored], apart);
-        let kept = self.inputs.kept(graph, &self.parts[index], index, self.score_span, n_rows, apart);
+        let kept = self.inputs.kept(graph, &self.parts[index], index, kept, n_rows, apart);
         let mask = graph.rows(&mask, n - n_score, n_score);
         let [head_size, _, heads, _] = queries.shape();
         let [_, token_bytes, head_bytes, _] = queries.strides();
@@ -271,7 +322,7 @@ impl CacheAttention<'_> {
             graph.expand(mass);
         }
         graph.name_nodes_from(first_node, SCORE_NAME);
-        self.scores.push(Score { part: index, layer, masses });
+        self.scores.push(Score { part: index, layer, taken: Taken::Masses(masses) });
     }
 }
 

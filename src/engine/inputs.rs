@@ -20,6 +20,14 @@ pub(super) struct Part {
     pub exact_from: usize,
 }
 
+impl Part {
+    /// Its scored tokens as a part of their own, at the same place.
+    pub fn scored(self) -> Part {
+        let others = self.n - self.n_score;
+        Part { first: self.first + others, n: self.n_score, n_past: self.n_past + others, n_score: 0, ..self }
+    }
+}
+
 /// Rows of keys that a part's tokens attend to.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Keys {
@@ -28,6 +36,8 @@ pub(super) enum Keys {
     Stored { span: Option<Span>, n_rows: usize, has_own: bool, exact: Option<Span> },
     /// All rows of a layer's exact store.
     Exact { span: Option<Span>, exact: Span, has_own: bool },
+    /// The first `n_rows` rows of a store that holds all tokens, of which queries are to see this span.
+    All { span: Option<Span>, n_rows: usize },
     /// The part's own tokens.
     Own { span: Option<Span>, n: usize },
 }
@@ -35,7 +45,7 @@ pub(super) enum Keys {
 impl Keys {
     pub fn n_rows(self) -> usize {
         match self {
-            Keys::Stored { n_rows, .. } => n_rows,
+            Keys::Stored { n_rows, .. } | Keys::All { n_rows, .. } => n_rows,
             Keys::Exact { exact, .. } => exact.n_rows(),
             Keys::Own { n, .. } => n,
         }
@@ -44,7 +54,9 @@ impl Keys {
     /// What the layer lets a query see; `None` for everything before it.
     fn span(self) -> Option<Span> {
         match self {
-            Keys::Stored { span, .. } | Keys::Exact { span, .. } | Keys::Own { span, .. } => span,
+            Keys::Stored { span, .. } | Keys::All { span, .. } | Keys::Exact { span, .. } | Keys::Own { span, .. } => {
+                span
+            }
         }
     }
 
@@ -64,6 +76,7 @@ impl Keys {
                 let end = end(has_own);
                 exact.position(row, end).filter(|&position| is_exact(exact, position, end, part))
             }
+            Keys::All { .. } => (row < end(true)).then_some(row),
             Keys::Own { .. } => Some(part.n_past + row),
         }
     }
@@ -127,6 +140,7 @@ impl Inputs {
     /// As new, for another graph; the memory that they were filled from is kept.
     pub fn clear(&mut self) {
         self.inputs.clear();
+        self.computed.clear();
     }
 
     fn input(&mut self, graph: &Graph, ty: Type, shape: &[usize], fill: Fill) -> Tensor {
@@ -395,6 +409,11 @@ mod tests {
             let mut written = vec![stored(n_past + part.n, true)];
             written.extend(in_exact(true));
             prop_assert_eq!(seen(&part, &written), expected(&part, span));
+
+            // A store that holds all, looked at as if it did not.
+            let part = Part { n, ..part };
+            let all = [Keys::All { span, n_rows: n_past + n + slack }];
+            prop_assert_eq!(seen(&part, &all), expected(&part, span));
         }
     }
 

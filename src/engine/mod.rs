@@ -7,6 +7,7 @@ mod memory;
 mod plan;
 mod prefill;
 mod profile;
+mod second_look;
 mod sequence;
 mod session;
 mod state;

@@ -96,7 +96,7 @@ fn layer_bytes(layer: usize, n_ctx: usize, hparams: &Hparams, session: &SessionP
 fn lazy_share(policy: &Policy, scorable: usize) -> Option<f64> {
     match policy {
         Policy::Off => Some(0.0),
-        Policy::Budget(share) => {
+        Policy::Budget(share) | Policy::Output(share) => {
             let active = ((1.0 - f64::from(*share)) * scorable as f64).ceil();
             Some(1.0 - active / scorable.max(1) as f64)
         }

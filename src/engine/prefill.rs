@@ -8,6 +8,7 @@ use super::{
     Error,
     attention::Score,
     inputs::{Inputs, Part},
+    second_look::SecondLook,
     sequence::{LayerCache, Sequence},
     session::{BatchEntry, Outputs, Session, compute, piece_ends, single_part},
 };
@@ -167,14 +168,20 @@ impl Session {
             let n_ctx = self.params.n_ctx;
             let step = LayerStep { index, hidden: &states, positions: &positions, keep: keep.as_ref(), n_ctx };
             let result = self.model.architecture().layer(&graph, &step, &mut attention);
-            let scores = attention.scores;
+            let mut scores = attention.scores;
+            let mut looks = self.second_looks(&parts);
+            for look in &mut looks {
+                let whole = Some(&result).filter(|_| keep.is_none());
+                scores.extend(self.look_again(&graph, look, &[&*layers], index, &states, whole));
+            }
             if !outputs.is_empty() {
                 graph.expand(&graph.copy(&result, &graph.rows(&states, first_wanted, outputs.len())));
             }
             self.scheduler.alloc(&graph)?;
             inputs.fill(&parts, &entry.tokens[piece.clone()], &outputs);
+            looks.iter_mut().for_each(SecondLook::fill);
             compute(&mut self.scheduler, &graph, &scores, &mut self.score_time)?;
-            score = scores.first().map(Score::mean).or(score);
+            score = scores.first().map(Score::value).or(score);
             progress(piece.end as f32 / n_tokens as f32);
         }
         self.scheduler.release();

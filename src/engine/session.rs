@@ -7,15 +7,16 @@ use std::{
 
 use super::{
     Error,
-    attention::{CacheAttention, Kernel, ROWS_STEP, SCORE_NAME, Score},
+    attention::{CacheAttention, Kernel, Look, ROWS_STEP, Score},
     inputs::{Inputs, Part},
+    second_look::SCORE_NAME,
     sequence::{LayerCache, LayerReport, Sequence, StoreMaker},
     ubatch::CachedGraph,
 };
 use crate::{
     cache::{Format, KvReport, KvRotate, Meter, Rotations, Span},
     ggml::{self, Device, Graph, Scheduler, Type},
-    lazy::{At, LazyParams, Policy, Selector, default_threshold},
+    lazy::{At, LazyParams, Measure, Policy, Selector, default_threshold},
     model::{Hparams, Model},
     vocab::Token,
 };
@@ -194,7 +195,7 @@ impl Session {
             caches,
             makers: &self.makers,
             head_size: self.model.hparams().head_size,
-            score_span: self.span,
+            look: Look::First((self.params.lazy.policy.measure() == Measure::Mass).then_some(self.span)),
             scores: Vec::new(),
         }
     }

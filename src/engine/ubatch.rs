@@ -4,6 +4,7 @@ use super::{
     Error,
     attention::Score,
     inputs::{Inputs, Part},
+    second_look::SecondLook,
     sequence::LayerCache,
     session::{BatchEntry, Outputs, Session, compute},
 };
@@ -23,6 +24,7 @@ pub(super) struct CachedGraph {
     logits: Option<Tensor>,
     embeddings: Option<Tensor>,
     scores: Vec<Score>,
+    looks: Vec<SecondLook>,
 }
 
 /// What a graph's shape depends on.
@@ -65,6 +67,7 @@ impl Session {
 
         let mut ready = self.graph_for(batch, &parts, outputs.len())?;
         ready.inputs.fill(&parts, &tokens, &outputs);
+        ready.looks.iter_mut().for_each(SecondLook::fill);
         compute(&mut self.scheduler, &ready.graph, &ready.scores, &mut self.score_time)?;
         if let Some(logits) = &ready.logits {
             let start = self.logits.len();
@@ -76,7 +79,7 @@ impl Session {
         }
         let mut scores: Vec<Vec<(usize, f32)>> = vec![Vec::new(); parts.len()];
         for score in &ready.scores {
-            scores[score.part].push((score.layer, score.mean()));
+            scores[score.part].push((score.layer, score.value()));
         }
         // Only a decode step is likely to come again.
         self.decode_graph = parts.iter().all(|part| part.n == 1 && part.n_score == 0).then_some(ready);
@@ -127,15 +130,22 @@ impl Session {
         let positions = inputs.positions(&graph, n_tokens);
         let keep = (n_outputs < n_tokens).then(|| inputs.outputs(&graph, n_outputs.max(1)));
         let mut hidden = architecture.embed(&graph, &ids);
-        let mut attention = self.attention(&mut inputs, parts, caches);
+        let mut attention = self.attention(&mut inputs, parts, caches.clone());
+        let (mut looks, mut looked) = (self.second_looks(parts), Vec::new());
         for index in 0..hparams.n_layer {
             let is_last = index + 1 == hparams.n_layer;
             let keep = keep.as_ref().filter(|_| is_last);
             let step = LayerStep { index, hidden: &hidden, positions: &positions, keep, n_ctx: self.params.n_ctx };
             graph.set_device(self.makers[index].apart());
-            hidden = architecture.layer(&graph, &step, &mut attention);
+            let result = architecture.layer(&graph, &step, &mut attention);
+            let whole = Some(&result).filter(|_| keep.is_none());
+            for look in &mut looks {
+                looked.extend(self.look_again(&graph, look, &caches, index, &hidden, whole));
+            }
+            hidden = result;
         }
-        let scores = attention.scores;
+        let mut scores = attention.scores;
+        scores.extend(looked);
         let output = self.model.output_device();
         graph.set_device((output != Device::cpu()).then_some(output));
         let logits = (n_outputs > 0).then(|| architecture.output(&graph, &hidden).as_output());
@@ -145,7 +155,7 @@ impl Session {
         let embeddings = logits.as_ref().filter(|_| self.wants_embeddings).and_then(Tensor::multiplied);
         let embeddings = embeddings.map(Tensor::as_output);
         self.scheduler.alloc(&graph)?;
-        Ok(CachedGraph { key, graph, inputs, logits, embeddings, scores })
+        Ok(CachedGraph { key, graph, inputs, logits, embeddings, scores, looks })
     }
 
     /// Counts the tokens in, and lets layers become lazy where a prompt has ended.

@@ -9,7 +9,7 @@ mod selector;
 
 use std::path::PathBuf;
 
-pub use policy::{ParsePolicyError, Policy, default_threshold};
+pub use policy::{Measure, ParsePolicyError, Policy, default_threshold};
 pub use profile::{CalibrationText, Cut, Identity, Profile, ProfileError, ProfiledLayer, Target};
 pub use selector::Selector;
 

@@ -12,6 +12,8 @@ pub enum Policy {
     Threshold(Option<f32>),
     /// The layers with the highest scores, so that at most `⌈(1 − ρ)·L⌉` of L stay active.
     Budget(f32),
+    /// As `Budget`, by how little hidden states change when a layer is lazy, instead of attention mass.
+    Output(f32),
     /// These layers, whatever their scores.
     Layers(BTreeSet<usize>),
     /// The layers that the model's profile found least harmful.
@@ -19,6 +21,22 @@ pub enum Policy {
     /// The model's calibrated profile where there is one, else its own threshold.
     #[default]
     Auto,
+}
+
+/// What a layer is scored by. Higher scores are lazier either way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Measure {
+    /// The share of attention on what a lazy layer would keep (the paper's).
+    Mass,
+    /// 1 − the relative change of the last tokens' hidden states behind the layer, when they see only that.
+    Output,
+}
+
+impl Policy {
+    /// What this policy goes by.
+    pub fn measure(&self) -> Measure {
+        if matches!(self, Policy::Output(_)) { Measure::Output } else { Measure::Mass }
+    }
 }
 
 /// The share of lazy layers in `budget` and `profile` when none is given.
@@ -33,7 +51,7 @@ impl Default for Target {
 /// Why a `--lazy` argument is not one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParsePolicyError {
-    #[error("\"{0}\" is none of auto, threshold[:τ], budget[:ρ], profile[:ρ|:kl=X], layers:1,2,…, off")]
+    #[error("\"{0}\" is none of auto, threshold[:τ], budget[:ρ], output[:ρ], profile[:ρ|:kl=X], layers:1,2,…, off")]
     Unknown(String),
     #[error("\"{value}\" is no number between 0 and 1 in \"{rule}:{value}\"")]
     Share { rule: String, value: String },
@@ -60,6 +78,7 @@ impl FromStr for Policy {
             ("auto", None) => Ok(Policy::Auto),
             ("threshold", value) => Ok(Policy::Threshold(value.map(share).transpose()?)),
             ("budget", value) => Ok(Policy::Budget(value.map_or(Ok(DEFAULT_SHARE), share)?)),
+            ("output", value) => Ok(Policy::Output(value.map_or(Ok(DEFAULT_SHARE), share)?)),
             ("layers", Some(list)) => parse_layers(list).map(Policy::Layers),
             ("profile", None) => Ok(Policy::Profile(Target::default())),
             ("profile", Some(value)) => match value.strip_prefix("kl=") {
@@ -101,6 +120,7 @@ impl fmt::Display for Policy {
             Policy::Threshold(None) => f.write_str("threshold"),
             Policy::Threshold(Some(threshold)) => write!(f, "threshold:{threshold}"),
             Policy::Budget(share) => write!(f, "budget:{share}"),
+            Policy::Output(share) => write!(f, "output:{share}"),
             Policy::Profile(target) => write!(f, "profile:{target}"),
             Policy::Layers(layers) => {
                 let list: Vec<String> = layers.iter().map(usize::to_string).collect();

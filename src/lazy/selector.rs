@@ -28,7 +28,9 @@ impl Selector {
             Policy::Off => Rule::Nothing,
             Policy::Threshold(given) => Rule::Above(given.unwrap_or(threshold)),
             Policy::Auto => Rule::Above(threshold),
-            Policy::Budget(share) => Rule::Queue { active: Vec::new(), n_active: n_active(*share, n_layers) },
+            Policy::Budget(share) | Policy::Output(share) => {
+                Rule::Queue { active: Vec::new(), n_active: n_active(*share, n_layers) }
+            }
             Policy::Layers(layers) => Rule::Set(layers.clone()),
             // A session has replaced it by the layers that the profile names.
             Policy::Profile(_) => Rule::Nothing,

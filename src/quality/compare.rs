@@ -4,9 +4,9 @@ use serde::Serialize;
 
 use super::{Scorer, Summary, Tally, uncompressed};
 use crate::{
-    engine::{Error, SeqId, Session, SessionParams},
+    engine::{Error, LayerReport, SeqId, Session, SessionParams},
     ggml::Type,
-    lazy::{At, Policy},
+    lazy::{At, Measure, Policy},
     model::Model,
     vocab::Token,
 };
@@ -59,6 +59,7 @@ pub fn compare(
         base_rows.extend(scorer.rows(64)?);
     }
 
+    let mut by_output = None;
     let mut compared = Vec::new();
     for (i, policy) in policies.iter().enumerate() {
         let at = |share: f32| (1.0 + i as f32 + share) / total;
@@ -71,7 +72,16 @@ pub fn compare(
             !windowed && params.lazy.at == At::Prefill && (params.type_k, params.type_v) == (Type::F16, Type::F16);
         let mut tally = Tally::default();
         let (layers, n_past) = if copies {
-            let lazy = own.choose(&base.layers(0));
+            let lazy = match policy.measure() {
+                Measure::Mass => own.choose(&base.layers(0)),
+                Measure::Output => {
+                    // Read once more at most: the first run's scores are masses.
+                    if by_output.is_none() {
+                        by_output = Some(output_scores(model, &params, &tokens[..n_skip], watch)?);
+                    }
+                    own.choose(by_output.as_deref().unwrap_or_default())
+                }
+            };
             drop(own);
             base.fork(0, COPY, &lazy)?;
             watch(&base);
@@ -96,4 +106,23 @@ pub fn compare(
         });
     }
     Ok(compared)
+}
+
+/// A prompt's layers with the scores that the policy `output` goes by, read uncompressed.
+///
+/// # Errors
+/// As [`Session::new`] and [`Session::prefill`].
+pub fn output_scores(
+    model: &Model,
+    params: &SessionParams,
+    prompt: &[Token],
+    watch: &mut dyn FnMut(&Session),
+) -> Result<Vec<LayerReport>, Error> {
+    let mut params = uncompressed(params);
+    // A budget of nothing: the layers are scored, and all stay active.
+    params.lazy.policy = Policy::Output(0.0);
+    let mut session = Session::new(model, params)?;
+    watch(&session);
+    session.prefill(prompt)?;
+    Ok(session.layers(0))
 }

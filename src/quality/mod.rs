@@ -26,5 +26,5 @@ pub mod metrics;
 mod score;
 
 pub use calibrate::{BUILT_IN_TEXT, Excerpts, Stage, calibrate};
-pub use compare::{Compared, compare};
+pub use compare::{Compared, compare, output_scores};
 pub use score::{Scorer, Summary, Tally, uncompressed};

@@ -14,6 +14,8 @@ pub struct Reference {
     n_past: usize,
     /// The attention weights of the last token: layer, head, key.
     pub weights: Vec<Vec<Vec<f32>>>,
+    /// Of the last token: its hidden state behind each layer.
+    pub hidden: Vec<Vec<f32>>,
 }
 
 struct Layer {
@@ -63,6 +65,7 @@ impl Reference {
             table,
             n_past: 0,
             weights: Vec::new(),
+            hidden: Vec::new(),
         }
     }
 
@@ -73,6 +76,7 @@ impl Reference {
         let rope_base = self.hparams.rope.freq_base;
         let mut hidden = self.table[token as usize * n_embd..][..n_embd].to_vec();
         self.weights = vec![vec![Vec::new(); n_head]; self.layers.len()];
+        self.hidden.clear();
         for (index, layer) in self.layers.iter_mut().enumerate() {
             let input = norm(&hidden, &layer.attn_norm, norm_eps);
             let mut q = multiply(&layer.q, &input);
@@ -113,6 +117,7 @@ impl Reference {
                 .map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up)
                 .collect();
             add(&mut hidden, &multiply(&layer.down, &gated));
+            self.hidden.push(hidden.clone());
         }
         self.n_past += 1;
         multiply(&self.output, &norm(&hidden, &self.output_norm, norm_eps))

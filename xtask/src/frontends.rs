@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
 use serde_json::Value;
 
 use crate::prepare::{self, Env};
@@ -12,8 +13,25 @@ use crate::root;
 use crate::sh::{self, step};
 use crate::{dist, upstream};
 
+/// A part of the chore.
+#[derive(Debug, Clone, Copy, PartialEq, clap::ValueEnum)]
+enum Part {
+    /// llama-simple, llama-completion, llama-bench.
+    Tools,
+    Perplexity,
+    Server,
+    /// llama-cpp-python.
+    Python,
+    /// Its own tests.
+    PythonTests,
+    /// With lazy layers.
+    PythonLazy,
+}
+
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    /// What to run; default: everything.
+    parts: Vec<Part>,
     /// Chat requests to llama-server.
     #[arg(long, default_value_t = 200)]
     requests: usize,
@@ -26,12 +44,19 @@ pub fn run(args: &Args) -> Result<()> {
     let model = prepare::model()?;
     let dist = step("library", || dist::build(&env, &env.target_dir()?.join("dist"), false))?;
     let frontends = Frontends { env: &env, model, lib: dist.join("lib") };
-    step("llama-simple, llama-completion, llama-bench", || frontends.tools())?;
-    step("llama-perplexity", || frontends.perplexity())?;
-    step("llama-server", || frontends.server(args.requests))?;
-    step("llama-cpp-python", || frontends.python_features())?;
-    step("llama-cpp-python's own tests", || frontends.python_tests())?;
-    step("llama-cpp-python with lazy layers", || frontends.python_lazy())
+    let parts = if args.parts.is_empty() { Part::value_variants() } else { &args.parts };
+    for part in parts {
+        let name = part.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
+        step(&name, || match part {
+            Part::Tools => frontends.tools(),
+            Part::Perplexity => frontends.perplexity(),
+            Part::Server => frontends.server(args.requests),
+            Part::Python => frontends.python_features(),
+            Part::PythonTests => frontends.python_tests(),
+            Part::PythonLazy => frontends.python_lazy(),
+        })?;
+    }
+    Ok(())
 }
 
 struct Frontends<'a> {

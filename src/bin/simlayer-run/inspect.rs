@@ -30,7 +30,7 @@ pub fn run(args: InspectArgs) -> Result<(), Failure> {
     let policy = session.policy().clone();
     // Some rules need no scores; they are of interest all the same.
     let scores: Option<Vec<Option<f32>>> = match policy {
-        Policy::Threshold(_) | Policy::Budget(_) | Policy::Auto => None,
+        Policy::Threshold(_) | Policy::Budget(_) | Policy::Output(_) | Policy::Auto => None,
         _ => {
             let mut params = run.session.clone();
             params.lazy.policy = Policy::Threshold(Some(1.0));
@@ -87,6 +87,7 @@ pub fn run(args: InspectArgs) -> Result<(), Failure> {
             title: title(&model, &policy, &kv),
             bars: layers.iter().map(|layer| Bar { score: layer.score, lazy: layer.lazy }).collect(),
             threshold,
+            measure: policy.measure(),
         };
         plot::write(path, &picture)?;
     }

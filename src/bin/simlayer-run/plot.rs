@@ -12,6 +12,8 @@ use plotters::{
     },
 };
 
+use simlayer::lazy::Measure;
+
 use crate::failure::Failure;
 
 const BLUE: RGBColor = RGBColor(0, 114, 178);
@@ -91,6 +93,7 @@ pub struct Scores {
     pub title: String,
     pub bars: Vec<Bar>,
     pub threshold: Option<f32>,
+    pub measure: Measure,
 }
 
 impl Picture for Scores {
@@ -114,7 +117,10 @@ impl Picture for Scores {
             .light_line_style(WHITE)
             .bold_line_style(BLACK.mix(0.12))
             .x_desc("layer")
-            .y_desc("attention on sink and window")
+            .y_desc(match self.measure {
+                Measure::Mass => "attention on sink and window",
+                Measure::Output => "1 − change of the output",
+            })
             .axis_desc_style(text(18))
             .label_style(text(15))
             .y_labels(6)

@@ -15,7 +15,7 @@ use serde_json::json;
 use simlayer::{
     BatchEntry, Model, Outputs, SeqId, Session, SessionParams,
     ggml::Type,
-    lazy::Policy,
+    lazy::{Measure, Policy},
     quality::{self, metrics},
 };
 use text::{Haystack, Needle, Random};
@@ -226,7 +226,13 @@ fn ask_all(
             own.fork(0, TEXT, &BTreeSet::new())?;
             &mut own
         } else {
-            let lazy = own.choose(&base.layers(0));
+            let lazy = match contender.policy.measure() {
+                Measure::Mass => own.choose(&base.layers(0)),
+                Measure::Output => {
+                    let watch = &mut |session: &Session| interrupt::watch(session.abort_flag());
+                    own.choose(&quality::output_scores(model, params, &haystack.tokens, watch)?)
+                }
+            };
             interrupt::watch(base.abort_flag());
             base.fork_with(0, TEXT, &lazy, Some(types))?;
             &mut base
