@@ -172,6 +172,8 @@ fn lazy_layers_are_those_of_the_processor() {
         ("threshold:0.15", Type::Q8_0, false, At::Prefill),
         ("layers:0,3,5", Type::Q4_0, false, At::Prefill),
         ("budget:0.7", Type::Q4_0, false, At::Decode),
+        ("output:0.5", Type::Q4_0, true, At::Prefill),
+        ("output:0.5", Type::F16, false, At::Prefill),
     ] {
         let run = |model: &Model| {
             let mut params = ggmls_attention();

@@ -228,7 +228,7 @@ impl Inputs {
         let n_rows = keys.iter().map(|keys| keys.n_rows()).sum();
         let positions = match keys[..] {
             // A row's number is its position; what was not written yet is behind every query.
-            [Keys::Stored { span: None, exact: None, .. }] => place(graph.arange(n_rows)),
+            [Keys::Stored { span: None, exact: None, .. } | Keys::All { .. }] => place(graph.arange(n_rows)),
             _ => self.input(graph, Type::F32, &[n_rows], Fill::KeyPositions { part: index, keys: keys.clone() }),
         };
         let n = part.n - skipped;

@@ -55,14 +55,22 @@ pub fn connect(endpoint: &str) -> Result<Vec<Device>, Error> {
     Ok(devices)
 }
 
-/// The connected servers at whose address nobody listens any more.
+/// The connected servers at whose address nobody listens any more. Waits a little for one: a process that is ending
+/// closes its connections one after the other.
 pub fn lost() -> Vec<String> {
     // In the handler of a fatal error another thread may hold the list for ever.
     let Ok(servers) = SERVERS.try_lock() else { return Vec::new() };
     let is_lost = |endpoint: &&String| {
         resolve(endpoint).is_ok_and(|address| TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_err())
     };
-    servers.iter().map(|(endpoint, _)| endpoint).filter(is_lost).cloned().collect()
+    for _ in 0..10 {
+        let lost: Vec<String> = servers.iter().map(|(endpoint, _)| endpoint).filter(is_lost).cloned().collect();
+        if !lost.is_empty() {
+            return lost;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Vec::new()
 }
 
 fn resolve(endpoint: &str) -> Result<SocketAddr, String> {

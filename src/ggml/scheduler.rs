@@ -94,7 +94,7 @@ impl Scheduler {
         }
         if devices.len() > MAX_DEVICES {
             let n = devices.len();
-            return Err(Error::Device(format!("number {n}: ggml computes on at most {MAX_DEVICES} at once")));
+            return Err(Error::Device(format!("number {n} (ggml computes on at most {MAX_DEVICES} at once)")));
         }
         let abort = Arc::new(Abort { flag: Arc::default(), callback: Mutex::new(None) });
         let mut backends = Vec::new();
