@@ -151,7 +151,6 @@ fn wrong_usage_has_code_2() {
         &["@", "-p", "x", "-fa", "perhaps"],
         &["@", "-p", "x", "-ngl", "some"],
         &["@", "-p", "x", "-dev", "CUDA7"],
-        &["@", "-p", "x", "--rpc", "host:1"],
         &["@", "-p", "x", "--lazy", "sometimes"],
         &["@", "-p", "x", "--lazy", "budget:2"],
         &["@", "-p", "x", "--lazy", "profile:kl=0"],

@@ -92,6 +92,13 @@ fn load_on(path: &Path, devices: &[Device], layers: Option<usize>) -> Model {
     Model::load(path, &params).unwrap_or_else(|error| panic!("{error}"))
 }
 
+/// ggml's kernels with one thread, as the servers here have: with another number ggml's flash attention rounds otherwise.
+fn as_servers() -> SessionParams {
+    let mut params = ggmls_attention();
+    params.n_threads = 1;
+    params
+}
+
 /// The same without any device, and with the weights as the file has them: so has a server.
 fn load_here(path: &Path) -> Model {
     let mut params = ModelParams::default();
@@ -119,14 +126,14 @@ fn logits_are_the_processors() {
         let (prompt, decoded) = (rng.tokens(300, random.n_vocab()), rng.tokens(20, random.n_vocab()));
         let here = load_here(&path);
         // Whole prompts, layer by layer, and ubatch by ubatch without flash attention.
-        let mut pieces = ggmls_attention();
+        let mut pieces = as_servers();
         (pieces.layer_major, pieces.n_ubatch, pieces.flash_attn) = (false, 70, false);
-        let mut by_layer = ggmls_attention();
+        let mut by_layer = as_servers();
         by_layer.n_ubatch = 64;
         for n in [1, 2] {
             let there = load_on(&path, &devices[..n], None);
             assert_eq!(there.devices(), devices[..n], "{name}");
-            for params in [ggmls_attention(), pieces.clone(), by_layer.clone()] {
+            for params in [as_servers(), pieces.clone(), by_layer.clone()] {
                 let expected = logits(&here, &params, &prompt, &decoded);
                 let kl = mean_kl(&expected, &logits(&there, &params, &prompt, &decoded));
                 println!("{name}, {n} servers: mean KL {kl:.3e}");
@@ -176,7 +183,7 @@ fn lazy_layers_are_those_of_the_processor() {
         ("output:0.5", Type::F16, false, At::Prefill),
     ] {
         let run = |model: &Model| {
-            let mut params = ggmls_attention();
+            let mut params = as_servers();
             params.lazy.policy = policy.parse().expect("a policy");
             (params.lazy.n_window, params.lazy.at, params.layer_major) = (60, at, layer_major);
             (params.type_k, params.type_v, params.n_ubatch) = (ty, ty, 128);
@@ -220,7 +227,7 @@ fn lazy_layers_are_those_of_the_processor() {
 fn two_servers_say_the_tokens_of_one_process() {
     let (_servers, devices) = servers(2);
     let greedy = |model: &Model| {
-        let mut session = session(model, ggmls_attention());
+        let mut session = session(model, as_servers());
         let mut token = top(session.prefill(&story(model, 60)).expect("prefill"));
         let mut tokens = vec![token];
         for _ in 0..23 {
