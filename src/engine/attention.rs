@@ -171,11 +171,6 @@ impl CacheAttention<'_> {
         let n_rows = cache.rows_read(part.n_past + part.n);
         let mask = self.inputs.mask(graph, &part, index, &[Keys::All { span, n_rows }], maker.apart());
         let [k, v] = [&store.k, &store.v].map(|rows| Store::heads(graph, rows, self.head_size, n_rows));
-        if maker.kernel == Kernel::Fused {
-            let AttentionOptions { scale, softcap, sinks } = *options;
-            let segment = KvSegment { k: &k, v: &v, mask: Some(&mask) };
-            return graph.fused_attention(queries, &[segment], &FusedAttention { scale, soft_cap: softcap, sinks });
-        }
         attention(graph, maker, queries, [&k, &v], &mask, options)
     }
 
@@ -258,8 +253,7 @@ impl CacheAttention<'_> {
                 .collect();
             let segments: Vec<KvSegment<'_>> =
                 views.iter().map(|[k, v, mask]| KvSegment { k, v, mask: Some(mask) }).collect();
-            let AttentionOptions { scale, softcap, sinks } = *options;
-            return graph.fused_attention(&own.queries, &segments, &FusedAttention { scale, soft_cap: softcap, sinks });
+            return fused(graph, &own.queries, &segments, options);
         }
         match &groups[..] {
             [(k, v, keys)] if has_own => {
@@ -326,7 +320,13 @@ impl CacheAttention<'_> {
     }
 }
 
-/// Attention by ggml's operations, on the layer's device. → `[head size, heads, tokens]`
+/// Attention by our own operation. → `[value size, heads, tokens]`
+fn fused(graph: &Graph, queries: &Tensor, segments: &[KvSegment<'_>], options: &AttentionOptions<'_>) -> Tensor {
+    let AttentionOptions { scale, softcap, sinks } = *options;
+    graph.fused_attention(queries, segments, &FusedAttention { scale, soft_cap: softcap, sinks })
+}
+
+/// Attention to keys and values in one piece, on the layer's device. → `[head size, heads, tokens]`
 fn attention(
     graph: &Graph,
     maker: &StoreMaker,
@@ -341,6 +341,9 @@ fn attention(
         }
         node
     };
+    if maker.kernel == Kernel::Fused {
+        return fused(graph, queries, &[KvSegment { k: keys, v: values, mask: Some(mask) }], options);
+    }
     if maker.kernel == Kernel::Flash {
         let AttentionOptions { scale, softcap, sinks } = *options;
         return place(graph.flash_attn(queries, keys, values, mask, scale, softcap.unwrap_or(0.0), sinks));
@@ -369,9 +372,7 @@ fn fused_mass(
     mask: &Tensor,
     options: &AttentionOptions<'_>,
 ) -> Tensor {
-    let &AttentionOptions { scale, softcap, sinks } = options;
-    let segment = KvSegment { k: keys, v: kept, mask: Some(mask) };
-    let read = graph.fused_attention(queries, &[segment], &FusedAttention { scale, soft_cap: softcap, sinks });
+    let read = fused(graph, queries, &[KvSegment { k: keys, v: kept, mask: Some(mask) }], options);
     let [n_score, heads, ..] = read.shape();
     let [_, head_bytes, query_bytes, _] = read.strides();
     let diagonal = graph.view(&read, [1, n_score, heads], [query_bytes + size_of::<f32>(), head_bytes], 0);

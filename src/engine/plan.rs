@@ -11,7 +11,7 @@ use super::{
 use crate::{
     cache::{Format, Span},
     ggml::Device,
-    lazy::Policy,
+    lazy::{Policy, n_active},
     model::{Hparams, Model, ModelParams, Planned},
 };
 
@@ -97,8 +97,7 @@ fn lazy_share(policy: &Policy, scorable: usize) -> Option<f64> {
     match policy {
         Policy::Off => Some(0.0),
         Policy::Budget(share) | Policy::Output(share) => {
-            let active = ((1.0 - f64::from(*share)) * scorable as f64).ceil();
-            Some(1.0 - active / scorable.max(1) as f64)
+            Some(1.0 - n_active(*share, scorable) as f64 / scorable.max(1) as f64)
         }
         Policy::Layers(layers) => Some(layers.len() as f64 / scorable.max(1) as f64),
         Policy::Threshold(_) | Policy::Profile(_) | Policy::Auto => None,

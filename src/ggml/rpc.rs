@@ -154,7 +154,7 @@ impl Server {
             None => device.raw(),
         };
         let mut devices: Vec<_> = self.devices.iter().map(limit).collect();
-        super::memory::return_freed_memory_at_once();
+        super::memory::map_large_blocks(128 << 10);
         // SAFETY: strings and the list outlive the call, in which the server works.
         unsafe {
             sys::ggml_backend_rpc_start_server(

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 pub use policy::{Measure, ParsePolicyError, Policy, default_threshold};
 pub use profile::{CalibrationText, Cut, Identity, Profile, ProfileError, ProfiledLayer, Target};
 pub use selector::Selector;
+pub(crate) use selector::n_active;
 
 /// What the lazy layers keep, and how they are found. The defaults are the paper's.
 #[derive(Debug, Clone, PartialEq)]

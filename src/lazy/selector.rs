@@ -74,7 +74,7 @@ impl Selector {
 }
 
 /// `⌈(1 − ρ)·L⌉`, exact for shares that f32 cannot represent (30 layers at 0.9 leave 3, not 4).
-pub(super) fn n_active(share: f32, n_layers: usize) -> usize {
+pub(crate) fn n_active(share: f32, n_layers: usize) -> usize {
     let active = (1.0 - f64::from(share)) * n_layers as f64;
     (active - 1e-4).ceil().max(0.0) as usize
 }

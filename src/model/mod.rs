@@ -217,7 +217,7 @@ impl Model {
     /// When the file cannot be read, is damaged, is of an unknown architecture, or does not fit into memory.
     pub fn load(path: impl AsRef<Path>, params: &ModelParams) -> Result<Model, Error> {
         // Before the first large block is freed, so that what loading needs meanwhile goes back, too.
-        ggml::map_large_blocks();
+        ggml::map_large_blocks(1 << 20);
         let path = path.as_ref();
         let file = open(path, params)?;
         let (architecture, Builder { hparams, loader, .. }, placement) = build(&file, path, params)?;
