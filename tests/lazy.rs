@@ -11,7 +11,7 @@ use common::{
 use simlayer::{
     KvRotate, Model, Session, SessionParams, Token,
     ggml::Type,
-    lazy::{At, Policy, PrefillMode, Selector},
+    lazy::{At, LayerWindows, Policy, PrefillMode, Selector},
 };
 use simlayer_testkit::{
     RandomModel, Rng, UpstreamRef,
@@ -360,10 +360,10 @@ impl Beside {
     }
 
     fn step(&mut self, token: Token) -> Vec<f32> {
-        let (n_sink, n_window) = (self.params.lazy.n_sink, self.params.lazy.n_window);
-        let lazy = &self.lazy;
-        self.reference
-            .decode(token, &|layer, query, key| !lazy.contains(&layer) || key < n_sink || key + n_window > query)
+        let (lazy, params) = (&self.lazy, &self.params.lazy);
+        self.reference.decode(token, &|layer, query, key| {
+            !lazy.contains(&layer) || key < params.n_sink || key + params.window(layer) > query
+        })
     }
 
     fn compare(&mut self, theirs: &[f32], ours: &[f32]) {
@@ -385,7 +385,7 @@ impl Beside {
             let query = start + i;
             for (layer, heads) in self.reference.weights.iter().enumerate() {
                 for weights in heads {
-                    let kept = |key: &usize| *key < lazy_params.n_sink || key + lazy_params.n_window > query;
+                    let kept = |key: &usize| *key < lazy_params.n_sink || key + lazy_params.window(layer) > query;
                     let mass: f32 = (0..weights.len()).filter(kept).map(|key| weights[key]).sum();
                     masses[layer].push(mass);
                 }
@@ -511,9 +511,15 @@ fn output_scores_are_the_change_of_hidden_states() {
 fn a_conversation_of_three_turns_equals_the_plain_reference() {
     let folder = tempfile::tempdir().expect("a folder");
     let (path, model, n_vocab) = random_model(folder.path(), 6);
-    for (policy, n_ubatch) in [("budget:0.5", 512), ("budget:0.5", 50), ("threshold:0.15", 64)] {
+    for (policy, n_ubatch, windows) in [
+        ("budget:0.5", 512, None),
+        ("budget:0.5", 50, None),
+        ("threshold:0.15", 64, None),
+        ("budget:0.67", 50, Some("0=25,1=90,3-4=33")),
+    ] {
         let mut params = lazy_f32(policy, 60);
         params.n_ubatch = n_ubatch;
+        params.lazy.windows = windows.map_or_else(LayerWindows::default, |text| text.parse().expect("windows"));
         let mut beside = Beside::new(&path, &model, params);
         let mut rng = Rng::new(11);
         // The first turn is within sink and window but for the last: nothing can be scored before.

@@ -211,6 +211,46 @@ fn a_calibrated_profile_is_used() {
     assert!(message.contains(&profile) && message.contains("is no profile"), "{message}");
 }
 
+/// Windows of their own take no more rows than one window for all, cost less in a real run, and are what a run with the
+/// profile has.
+#[test]
+fn calibrated_windows_are_used() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let model = random_model(folder.path(), 1);
+    let story_path = story();
+    let calibrate = [&["calibrate", "-f", &story_path, "--json", "--windows", "16,32,64,128"], &CALIBRATE[..]].concat();
+    let profile = json_of(&model, &calibrate);
+    let order: Vec<usize> = serde_json::from_value(profile["order"].clone()).expect("an order");
+    let cuts = profile["cuts"].as_array().expect("cuts");
+    let with_windows: Vec<&Value> = cuts.iter().filter(|cut| cut.get("windows").is_some()).collect();
+    assert!(!with_windows.is_empty(), "no cut gained by windows of its own: {profile}");
+    for cut in with_windows {
+        let windows: Vec<usize> = serde_json::from_value(cut["windows"].clone()).expect("windows");
+        let lazy = cut["lazy"].as_u64().expect("a number") as usize;
+        assert_eq!(windows.len(), lazy);
+        assert!(windows.iter().sum::<usize>() <= 64 * lazy, "{cut}");
+        assert!(number(cut, "kl_mean") < number(cut, "kl_mean_one_window"), "{cut}");
+
+        let beginning = folder.path().join("beginning.txt");
+        let text = std::fs::read(&story_path).expect("the story");
+        std::fs::write(&beginning, &text[..600]).expect("written");
+        let beginning = beginning.to_string_lossy();
+        let share = format!("profile:{}", lazy as f64 / order.len() as f64);
+        let run = |options: &[&str]| {
+            let arguments = ["inspect", "-f", &beginning, "--lazy", &share, "--json"];
+            let run = json_of(&model, &[&arguments[..], options].concat());
+            let layers = run["layers"].as_array().expect("layers").clone();
+            order[..lazy].iter().map(|&layer| layers[layer]["window"].as_u64()).collect::<Vec<_>>()
+        };
+        let expected: Vec<_> = windows.iter().map(|&window| Some(window as u64)).collect();
+        assert_eq!(run(&["--lazy-window", "64"]), expected);
+        // Whoever asks for another window gets it, and for one layer as well.
+        assert_eq!(run(&["--lazy-window", "48"]), vec![Some(48); lazy]);
+        let one = run(&["--lazy-window", "64", "--lazy-windows", &format!("{}=20", order[0])]);
+        assert_eq!((one[0], &one[1..]), (Some(20), &expected[1..]));
+    }
+}
+
 #[test]
 fn a_prompt_that_fits_the_window_cannot_be_calibrated_on() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -11,6 +11,7 @@
 //   SIMLAYER_PROFILE    the model's profile, which simlayer-run calibrate makes; else MODEL.simlayer.toml beside it
 //   SIMLAYER_SINK       first tokens that a lazy layer keeps
 //   SIMLAYER_WINDOW     recent tokens that a lazy layer keeps
+//   SIMLAYER_WINDOWS    other windows for single layers, such as 3=256,9-12=2048
 //   SIMLAYER_QUERIES    last prompt tokens whose attention is scored
 //   SIMLAYER_LAZY_TYPE  type of the lazy layers, T or K/V, such as q4_0 or q8_0/q4_0
 //   SIMLAYER_AT         prefill or decode

@@ -3,7 +3,7 @@
 use std::ffi::c_char;
 
 use ggml_sys as sys;
-use simlayer::lazy::{At, LazyParams, PrefillMode};
+use simlayer::lazy::{At, LayerWindows, LazyParams, PrefillMode};
 
 use crate::{
     batch::sequence,
@@ -123,9 +123,14 @@ fn to_c(settings: &LazySettings) -> Result<Params> {
     })
 }
 
-fn from_c(params: &Params) -> Result<LazySettings> {
-    let mut lazy = LazyParams::default();
+/// What the struct cannot say is as it was.
+fn from_c(params: &Params, was: &LazyParams) -> Result<LazySettings> {
+    let mut lazy = was.clone();
     lazy.policy = text_of(&params.lazy, "lazy")?.parse()?;
+    if lazy.policy != was.policy {
+        // They may be a profile's, which chose them for its layers.
+        lazy.windows = LayerWindows::default();
+    }
     (lazy.n_sink, lazy.n_window, lazy.n_last) =
         (params.n_sink as usize, params.n_window as usize, params.n_queries as usize);
     lazy.at = match params.at {
@@ -195,6 +200,7 @@ unsafe extern "C" fn simlayer_set_params(ctx: *mut sys::llama_context, params: *
         let mut state = context.lock();
         let session = session(&mut state)?;
         let (lazy, type_k, type_v) = session.lazy_params();
+        let lazy = lazy.clone();
         // What the caller's struct lacks stays as it is.
         let mut all = to_c(&LazySettings { lazy: lazy.clone(), type_k, type_v })?;
         // SAFETY: the caller's struct; as many bytes are copied as both have.
@@ -202,7 +208,7 @@ unsafe extern "C" fn simlayer_set_params(ctx: *mut sys::llama_context, params: *
             let size = size_of_struct(params, "params")?.min(size_of::<Params>());
             std::ptr::copy_nonoverlapping(params.cast::<u8>(), (&raw mut all).cast::<u8>(), size);
         }
-        let settings = from_c(&all)?;
+        let settings = from_c(&all, &lazy)?;
         session.set_lazy(settings.lazy, settings.type_k, settings.type_v)?;
         Ok(0)
     })

@@ -34,6 +34,8 @@ pub(super) struct CacheAttention<'a> {
     pub caches: Vec<&'a [LayerCache]>,
     /// For each layer what its stores are made from.
     pub makers: &'a [StoreMaker],
+    /// What each layer would keep if it was lazy.
+    pub spans: &'a [Span],
     pub head_size: usize,
     pub look: Look,
     /// The layers' scores, where they are of attention mass.
@@ -43,8 +45,9 @@ pub(super) struct CacheAttention<'a> {
 /// What queries do with the caches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Look {
-    /// They are written and attended to. With a span, what a lazy layer would keep, the attention mass on it is scored.
-    First(Option<Span>),
+    /// They are written and attended to. Where it is asked for, the attention mass on what the layer would keep if it
+    /// was lazy is scored.
+    First { scored: bool },
     /// The tokens are in stores that keep all, and attend to this span of them, or to everything.
     Again(Option<Span>),
 }
@@ -147,10 +150,8 @@ impl CacheAttention<'_> {
             graph.expand(&attended);
             self.write(graph, index, cache, &own);
         }
-        if let Look::First(Some(kept)) = self.look
-            && part.n_score > 0
-            && cache.span().is_none()
-        {
+        if self.look == (Look::First { scored: true }) && part.n_score > 0 && cache.span().is_none() {
+            let kept = self.spans[layer];
             self.score(graph, (index, layer), cache, &own.queries, kept, options);
         }
         joined(attended)

@@ -51,7 +51,7 @@ impl Session {
                 _ if becomes_lazy => Some(self.lazy_format),
                 active => active.filter(|_| !layer.lazy),
             };
-            let span = becomes_lazy.then_some(self.span);
+            let span = becomes_lazy.then_some(self.spans[index]);
             layers.push(layer.copy(n_past, span, format, &self.makers[index], &mut self.scheduler)?);
         }
         let copy = source.with_layers(layers);

@@ -6,12 +6,11 @@ use std::ops::RangeInclusive;
 use super::{
     Error,
     sequence::LayerCache,
-    session::{SeqId, Session, check, lazy_format},
+    session::{SeqId, Session, check, lazy_format, spans},
 };
 use crate::{
-    cache::Span,
     ggml::{self, Scheduler, Type},
-    lazy::LazyParams,
+    lazy::{LayerWindows, LazyParams},
 };
 
 impl LayerCache {
@@ -118,11 +117,20 @@ impl Session {
         super::profile::settle(&mut params.lazy, &self.model)?;
         let hparams = self.model.hparams();
         check(&params, hparams)?;
-        self.span = Span { n_sink: params.lazy.n_sink, n_window: params.lazy.n_window };
+        self.spans = spans(&params.lazy, hparams.n_layer);
         self.lazy_format = lazy_format(&params, hparams.head_size);
         self.params = params;
         self.decode_graph = None;
         Ok(())
+    }
+
+    /// Gives single layers other windows, for decisions to come.
+    ///
+    /// # Errors
+    /// When a layer does not exist, or a window is 0; nothing is changed then.
+    pub fn set_windows(&mut self, windows: LayerWindows) -> Result<(), Error> {
+        let (type_k, type_v) = (self.params.lazy_type_k, self.params.lazy_type_v);
+        self.set_lazy(LazyParams { windows, ..self.params.lazy.clone() }, type_k, type_v)
     }
 
     /// Uses this many threads from now on: for decoding, and for several tokens of a sequence at once.

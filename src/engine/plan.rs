@@ -88,7 +88,7 @@ fn layer_bytes(layer: usize, n_ctx: usize, hparams: &Hparams, session: &SessionP
     if let Some(n_window) = hparams.windows[layer] {
         return [bytes(Span { n_sink: 0, n_window }.used_rows(n_ctx), active); 2];
     }
-    let span = Span { n_sink: session.lazy.n_sink, n_window: session.lazy.n_window };
+    let span = Span { n_sink: session.lazy.n_sink, n_window: session.lazy.window(layer) };
     [bytes(n_ctx, active), bytes(span.used_rows(n_ctx), lazy_format(session, hparams.head_size))]
 }
 

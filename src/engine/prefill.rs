@@ -198,7 +198,7 @@ impl Session {
         selector: &mut Selector,
     ) -> Result<(), Error> {
         let n_tokens = entry.tokens.len();
-        let (span, format) = (self.span, self.lazy_format);
+        let format = self.lazy_format;
         sequence.layers[index].score = score.or(sequence.layers[index].score);
         let known = entry.prompt_end && selector.is_known_lazy(index);
         let lazy = match score {
@@ -210,7 +210,7 @@ impl Session {
         if let Some(lazy) = lazy {
             let layer: &mut LayerCache = &mut sequence.layers[lazy];
             if layer.is_active() {
-                layer.make_lazy(n_tokens, span, format, &self.makers[lazy], &mut self.scheduler)?;
+                layer.make_lazy(n_tokens, self.spans[lazy], format, &self.makers[lazy], &mut self.scheduler)?;
             }
         }
         sequence.layers[index].keep_scratch(n_tokens, &self.makers[index], &mut self.scheduler)?;

@@ -17,5 +17,9 @@ pub(super) fn settle(lazy: &mut LazyParams, model: &Model) -> Result<(), Error> 
     let profile = Profile::read(&path)?;
     profile.check_model(&model.identity()?, &path)?;
     lazy.policy = Policy::Layers(profile.lazy_layers(target));
+    // Its windows were chosen in place of this one; whoever wants another for all layers does not want them.
+    if lazy.n_window == profile.n_window {
+        lazy.windows = lazy.windows.or(&profile.windows(target));
+    }
     Ok(())
 }

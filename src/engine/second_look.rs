@@ -72,7 +72,7 @@ impl Session {
             attention.look = look;
             self.model.architecture().layer(graph, &step, &mut attention)
         };
-        let restricted = pass(Look::Again(Some(self.span)));
+        let restricted = pass(Look::Again(Some(self.spans[index])));
         let full = match result {
             Some(result) => graph.rows(result, first, n),
             None => pass(Look::Again(None)),

@@ -116,7 +116,8 @@ pub struct Session {
     pub(super) embeddings: Vec<f32>,
     pub(super) wants_embeddings: bool,
     pub(super) decode_graph: Option<CachedGraph>,
-    pub(super) span: Span,
+    /// What each layer keeps while it is lazy.
+    pub(super) spans: Vec<Span>,
     pub(super) active_format: Format,
     pub(super) lazy_format: Format,
     threshold: f32,
@@ -145,7 +146,7 @@ impl Session {
         let meter = Meter::default();
         let makers = makers(model, &params, &meter)?;
         Ok(Session {
-            span: Span { n_sink: params.lazy.n_sink, n_window: params.lazy.n_window },
+            spans: spans(&params.lazy, hparams.n_layer),
             active_format: Format::new(params.type_k, params.type_v, params.kv_rotate),
             lazy_format: lazy_format(&params, hparams.head_size),
             threshold: default_threshold(&hparams.architecture, model.name(), hparams.rope.freq_base),
@@ -194,8 +195,9 @@ impl Session {
             parts,
             caches,
             makers: &self.makers,
+            spans: &self.spans,
             head_size: self.model.hparams().head_size,
-            look: Look::First((self.params.lazy.policy.measure() == Measure::Mass).then_some(self.span)),
+            look: Look::First { scored: self.params.lazy.policy.measure() == Measure::Mass },
             scores: Vec::new(),
         }
     }
@@ -439,7 +441,7 @@ impl Session {
         let layer = |index| match self.model.hparams().windows[index] {
             Some(n_window) => LayerCache::new(Some(Span { n_sink: 0, n_window }), false, self.active_format),
             None if windowed && selector.is_known_lazy(index) => {
-                LayerCache::new(Some(self.span), true, self.lazy_format)
+                LayerCache::new(Some(self.spans[index]), true, self.lazy_format)
             }
             None => LayerCache::new(None, false, self.active_format),
         };
@@ -496,7 +498,7 @@ impl Session {
         let n_past = sequence.n_past;
         sequence.layers[layer].make_lazy(
             n_past,
-            self.span,
+            self.spans[layer],
             self.lazy_format,
             &self.makers[layer],
             &mut self.scheduler,
@@ -582,6 +584,11 @@ pub(super) fn lazy_format(params: &SessionParams, head_size: usize) -> Format {
     Format::new(k, v, params.kv_rotate)
 }
 
+/// What each layer keeps while it is lazy.
+pub(super) fn spans(lazy: &LazyParams, n_layer: usize) -> Vec<Span> {
+    (0..n_layer).map(|layer| Span { n_sink: lazy.n_sink, n_window: lazy.window(layer) }).collect()
+}
+
 /// For each layer what its stores are made from: on the device of its weights.
 fn makers(model: &Model, params: &SessionParams, meter: &Meter) -> Result<Vec<StoreMaker>, Error> {
     let hparams = model.hparams();
@@ -643,6 +650,10 @@ pub(super) fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Err
         if params.lazy.n_last == 0 {
             return wrong("0 lazy queries: the score needs at least 1");
         }
+    }
+    if let Some((layer, _)) = params.lazy.windows.iter().find(|&(layer, n)| layer >= n_layer || n == 0) {
+        let why = format!("the model has layers 0 to {}, and a window at least 1 token", n_layer - 1);
+        return Err(Error::Params(format!("layer {layer} of --lazy-windows: {why}")));
     }
     if let Policy::Layers(layers) = &params.lazy.policy {
         for &layer in layers {

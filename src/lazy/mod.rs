@@ -6,6 +6,7 @@
 mod policy;
 mod profile;
 mod selector;
+mod windows;
 
 use std::path::PathBuf;
 
@@ -13,6 +14,7 @@ pub use policy::{Measure, ParsePolicyError, Policy, default_threshold};
 pub use profile::{CalibrationText, Cut, Identity, Profile, ProfileError, ProfiledLayer, Target};
 pub use selector::Selector;
 pub(crate) use selector::n_active;
+pub use windows::{LayerWindows, ParseWindowsError};
 
 /// What the lazy layers keep, and how they are found. The defaults are the paper's.
 #[derive(Debug, Clone, PartialEq)]
@@ -23,6 +25,8 @@ pub struct LazyParams {
     pub n_sink: usize,
     /// Recent tokens that a lazy layer keeps, the query's own included.
     pub n_window: usize,
+    /// Other windows for single layers.
+    pub windows: LayerWindows,
     /// Last prompt tokens whose attention is scored.
     pub n_last: usize,
     /// When the score is taken.
@@ -39,6 +43,7 @@ impl Default for LazyParams {
             policy: Policy::Auto,
             n_sink: 4,
             n_window: 1024,
+            windows: LayerWindows::default(),
             n_last: 32,
             at: At::Prefill,
             prefill: None,
@@ -48,9 +53,14 @@ impl Default for LazyParams {
 }
 
 impl LazyParams {
-    /// A sequence must be longer than this before a lazy layer drops anything.
+    /// Recent tokens that a layer keeps while it is lazy.
+    pub fn window(&self, layer: usize) -> usize {
+        self.windows.get(layer).unwrap_or(self.n_window)
+    }
+
+    /// A sequence must be longer than this before every lazy layer drops something.
     pub fn n_kept(&self) -> usize {
-        self.n_sink + self.n_window
+        self.n_sink + self.windows.iter().map(|(_, n_window)| n_window).fold(self.n_window, usize::max)
     }
 
     /// Whether layers that are lazy from the start see only sink and window while the prompt is read.

@@ -1,4 +1,4 @@
-use std::{collections::BTreeSet, fmt, str::FromStr};
+use std::{collections::BTreeSet, fmt, ops::RangeInclusive, str::FromStr};
 
 use super::Target;
 
@@ -95,21 +95,23 @@ impl FromStr for Policy {
 
 /// `3,5,9-12` → the set of these numbers.
 fn parse_layers(list: &str) -> Result<BTreeSet<usize>, ParsePolicyError> {
+    let mut layers = BTreeSet::new();
+    for part in list.split(',') {
+        layers.extend(parse_range(part).ok_or_else(|| ParsePolicyError::Layer(part.to_owned()))?);
+    }
+    Ok(layers)
+}
+
+/// `5` or `9-12` → these numbers.
+pub(super) fn parse_range(text: &str) -> Option<RangeInclusive<usize>> {
     // No model has more; a typing error must not make a set of billions.
     const MAX: usize = 4096;
     let number = |text: &str| text.trim().parse().ok().filter(|&layer: &usize| layer < MAX);
-    let mut layers = BTreeSet::new();
-    for part in list.split(',') {
-        let range = match part.split_once('-') {
-            Some((first, last)) => number(first).zip(number(last)),
-            None => number(part).map(|layer| (layer, layer)),
-        };
-        match range {
-            Some((first, last)) if first <= last => layers.extend(first..=last),
-            _ => return Err(ParsePolicyError::Layer(part.to_owned())),
-        }
-    }
-    Ok(layers)
+    let (first, last) = match text.split_once('-') {
+        Some((first, last)) => number(first).zip(number(last))?,
+        None => number(text).map(|layer| (layer, layer))?,
+    };
+    (first <= last).then_some(first..=last)
 }
 
 impl fmt::Display for Policy {

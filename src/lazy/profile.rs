@@ -9,10 +9,13 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::PrefillMode;
+use super::{LayerWindows, PrefillMode};
 
 /// The version of the file format that this crate writes, and the only one that it reads.
 const VERSION: u32 = 1;
+
+/// Windows that make sense.
+const WINDOWS: std::ops::RangeInclusive<usize> = 1..=i32::MAX as usize;
 
 /// What a calibration found.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -71,7 +74,7 @@ pub struct ProfiledLayer {
 }
 
 /// What it costs when the first layers of the order are lazy, measured in a real run.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Cut {
     /// How many layers are lazy.
@@ -79,6 +82,13 @@ pub struct Cut {
     pub kl_mean: f64,
     /// Uncompressed f16 cache over the cache of that run.
     pub compression: f64,
+    /// The windows of these layers, in the order's order, where they were found to be better than one window for all
+    /// that takes as much memory; else empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub windows: Vec<usize>,
+    /// `kl_mean` with one window for all, where there are `windows`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl_mean_one_window: Option<f64>,
 }
 
 /// How much of a profile's order becomes lazy.
@@ -151,10 +161,15 @@ impl Profile {
         if self.order.len() != n_layer || !listed.iter().copied().eq(0..n_layer) {
             return Err(format!("its order does not name each of the {n_layer} layers once"));
         }
-        match self.cuts.iter().find(|cut| cut.lazy > n_layer) {
-            Some(cut) => Err(format!("a cut of {} lazy layers, but the model has {n_layer}", cut.lazy)),
-            None => Ok(()),
+        for Cut { lazy, windows, .. } in &self.cuts {
+            if *lazy > n_layer {
+                return Err(format!("a cut of {lazy} lazy layers, but the model has {n_layer}"));
+            }
+            if !windows.is_empty() && (windows.len() != *lazy || windows.iter().any(|n| !WINDOWS.contains(n))) {
+                return Err(format!("the cut of {lazy} lazy layers has not as many windows of at least 1 token"));
+            }
         }
+        Ok(())
     }
 
     /// Whether it was made for this model; `path` is for the message.
@@ -184,6 +199,15 @@ impl Profile {
         self.order.iter().copied().take(self.n_lazy(target)).collect()
     }
 
+    /// The windows of the layers that become lazy, where they are not `n_window`: those of the largest cut that is not
+    /// larger. Layers beyond it have `n_window`, so that nothing takes more memory than with one window for all.
+    pub fn windows(&self, target: Target) -> LayerWindows {
+        let n_lazy = self.n_lazy(target);
+        let cut = self.cuts.iter().filter(|cut| cut.lazy <= n_lazy).max_by_key(|cut| cut.lazy);
+        let windows = cut.iter().flat_map(|cut| self.order.iter().copied().zip(cut.windows.iter().copied()));
+        windows.filter(|&(_, n_window)| n_window != self.n_window).collect()
+    }
+
     fn n_lazy(&self, target: Target) -> usize {
         let n_layer = self.order.len();
         match target {
@@ -206,7 +230,7 @@ mod tests {
     use super::*;
 
     fn profile() -> Profile {
-        let cut = |lazy, kl_mean| Cut { lazy, kl_mean, compression: 1.5 };
+        let cut = |lazy, kl_mean| Cut { lazy, kl_mean, compression: 1.5, windows: vec![], kl_mean_one_window: None };
         Profile {
             version: VERSION,
             n_sink: 4,
@@ -250,6 +274,23 @@ mod tests {
     }
 
     #[test]
+    fn windows_are_those_of_the_cut_that_fits() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.simlayer.toml");
+        let mut profile = profile();
+        profile.cuts[1].windows = vec![256, 1024];
+        profile.cuts[1].kl_mean_one_window = Some(0.02);
+        profile.cuts[2].windows = vec![512, 512, 1024, 2048];
+        profile.write(&path).unwrap();
+        assert_eq!(Profile::read(&path).unwrap(), profile);
+        let windows = |target| profile.windows(target).to_string();
+        assert_eq!(windows(Target::Share(0.25)), "");
+        assert_eq!(windows(Target::Share(0.5)), "2=256");
+        assert_eq!(windows(Target::Share(0.75)), "2=256");
+        assert_eq!(windows(Target::Kl(9.0)), "0=512,1=2048,2=512");
+    }
+
+    #[test]
     fn wrong_files_say_what_is_wrong() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.simlayer.toml");
@@ -262,6 +303,8 @@ mod tests {
         assert!(message(&|profile| profile.version = 2).contains("version 2 is unknown"));
         assert!(message(&|profile| profile.order = vec![0, 1, 1, 3]).contains("each of the 4 layers once"));
         assert!(message(&|profile| profile.order = vec![0, 1, 2]).contains("each of the 4 layers once"));
+        assert!(message(&|profile| profile.cuts[0].windows = vec![8, 8]).contains("not as many windows"));
+        assert!(message(&|profile| profile.cuts[0].windows = vec![0]).contains("at least 1 token"));
         assert!(message(&|profile| profile.cuts[0].lazy = 5).contains("cut of 5 lazy layers"));
         for text in ["", "version = 1", "no toml at all", "version = 1\nsurprise = 3"] {
             fs::write(&path, text).unwrap();

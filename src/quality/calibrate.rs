@@ -4,16 +4,17 @@
 //! a continuation is run over the copy in one batch: that is cheap. So each layer's harm is measured alone. Then, from
 //! all layers lazy, the layer whose rescue helps most becomes active, again and again: what a layer does can be done by
 //! another, so harms do not add up, and are measured again as the set changes. Where few layers are lazy, the harms of
-//! single layers serve. At last some cuts of the order are measured in real runs, in the way in which they will be used.
+//! single layers serve. Where windows of their own are asked for, each cut's layers exchange rows of their caches. At last
+//! the cuts of the order are measured in real runs, in the way in which they will be used.
 
 use std::collections::BTreeSet;
 
 use sha2::{Digest, Sha256};
 
-use super::{metrics, uncompressed};
+use super::{exchange::exchanges, metrics, uncompressed};
 use crate::{
     engine::{BatchEntry, Error, Outputs, SeqId, Session, SessionParams},
-    lazy::{CalibrationText, Cut, Policy, PrefillMode, Profile, ProfiledLayer},
+    lazy::{CalibrationText, Cut, LayerWindows, Policy, PrefillMode, Profile, ProfiledLayer},
     model::Model,
     vocab::Token,
 };
@@ -51,7 +52,8 @@ pub struct Stage {
 }
 
 /// Makes a model's profile. `params` says what lazy layers keep and in which types, and how their prompt will be read
-/// (windowed if it says nothing).
+/// (windowed if it says nothing). With `windows`, each cut's layers may have windows of these sizes in place of
+/// `params.lazy.n_window`, where that takes no more memory and a real run shows less loss.
 ///
 /// # Errors
 /// [`Error::Params`] when an excerpt's prompt is not longer than sink and window, so that nothing would be dropped, or
@@ -60,11 +62,12 @@ pub fn calibrate(
     model: &Model,
     params: &SessionParams,
     excerpts: &Excerpts<'_>,
+    windows: &[usize],
     watch: &mut dyn FnMut(&Session),
     progress: &mut dyn FnMut(Stage),
 ) -> Result<Profile, Error> {
     let n_layer = model.hparams().n_layer;
-    let mut run = Calibration::start(model, params, excerpts, watch, progress)?;
+    let mut run = Calibration::start(model, params, excerpts, windows, watch, progress)?;
 
     let mut harms = Vec::new();
     for layer in 0..n_layer {
@@ -74,12 +77,24 @@ pub fn calibrate(
     let order = run.order(&harms)?;
     let masses = run.masses.clone();
     let prefill = params.lazy.prefill.unwrap_or(PrefillMode::Window);
+    let mut proposals = Vec::new();
+    for lazy in cut_sizes(n_layer) {
+        proposals.push(run.propose_windows(&order[..lazy], windows)?);
+    }
     let mut cuts = Vec::new();
     let (base, mut meter) = run.finish();
-    for lazy in cut_sizes(n_layer) {
-        let set: BTreeSet<usize> = order[..lazy].iter().copied().collect();
-        cuts.push(measure_cut(model, params, excerpts, prefill, set, &base, watch)?);
-        meter.done("cuts, in real runs", Work::Cut);
+    for (lazy, proposed) in cut_sizes(n_layer).into_iter().zip(proposals) {
+        let mut measure = |windows: &[usize]| {
+            let cut = measure_cut(model, params, excerpts, prefill, (&order[..lazy], windows), &base, watch)?;
+            meter.done("cuts, in real runs", Work::Cut);
+            Ok::<_, Error>(cut)
+        };
+        let cut = measure(&[])?;
+        let other = if proposed.is_empty() { None } else { Some(measure(&proposed)?) };
+        cuts.push(match other {
+            Some(other) if other.kl_mean < cut.kl_mean => Cut { kl_mean_one_window: Some(cut.kl_mean), ..other },
+            _ => cut,
+        });
     }
     Ok(Profile {
         version: Profile::current_version(),
@@ -139,17 +154,19 @@ impl<'a> Calibration<'a> {
         model: &Model,
         params: &SessionParams,
         excerpts: &'a Excerpts<'a>,
+        windows: &[usize],
         watch: &mut dyn FnMut(&Session),
         progress: &'a mut dyn FnMut(Stage),
     ) -> Result<Calibration<'a>, Error> {
         let n_layer = model.hparams().n_layer;
         check(params, excerpts)?;
+        let n_window = params.lazy.n_window;
         let mut params = uncompressed(params);
         // No mass is above 1: the layers are scored, and all stay active.
         params.lazy.policy = Policy::Threshold(Some(1.0));
         let mut session = Session::new(model, params)?;
         watch(&session);
-        let mut meter = Meter::new(n_layer, excerpts, progress);
+        let mut meter = Meter::new(n_layer, excerpts, (n_window, windows), progress);
         let mut masses = vec![0.0; n_layer];
         for (seq, tokens) in (0..).zip(&excerpts.excerpts) {
             let prompt = &tokens[..excerpts.n_prompt];
@@ -231,6 +248,38 @@ impl<'a> Calibration<'a> {
         Ok(order)
     }
 
+    /// Windows for these lazy layers that seem to cost less than one for all, in the layers' order; nothing where none do.
+    fn propose_windows(&mut self, layers: &[usize], sizes: &[usize]) -> Result<Vec<usize>, Error> {
+        const WHAT: &str = "windows";
+        let window = self.session.lazy_params().0.n_window;
+        let exchanges = exchanges(layers.len(), window, sizes);
+        let nearest_less = exchanges.iter().map(|exchange| exchange.smaller).max();
+        let nearest_more = exchanges.iter().map(|exchange| exchange.larger).min();
+        let (Some(less), Some(more)) = (nearest_less, nearest_more) else { return Ok(Vec::new()) };
+        let set: BTreeSet<usize> = layers.iter().copied().collect();
+        let asked = self.session.lazy_params().0.windows.clone();
+        let mut loss = |windows: LayerWindows| {
+            self.session.set_windows(windows.or(&asked))?;
+            let kl = self.kl(&set)?;
+            self.done(WHAT, Work::Set);
+            Ok::<f64, Error>(kl)
+        };
+        let mut losses = |size: usize| {
+            layers.iter().map(|&layer| loss([(layer, size)].into_iter().collect())).collect::<Result<Vec<f64>, _>>()
+        };
+        let (with_less, with_more) = (losses(less)?, losses(more)?);
+        let mut best = (loss(LayerWindows::default())?, Vec::new());
+        for exchange in exchanges {
+            let windows = exchange.windows(window, &with_less, &with_more);
+            let kl = loss(layers.iter().copied().zip(windows.iter().copied()).collect())?;
+            if kl < best.0 {
+                best = (kl, windows);
+            }
+        }
+        self.session.set_windows(asked)?;
+        Ok(best.1)
+    }
+
     fn finish(self) -> (Base, Meter<'a>) {
         (self.base, self.meter)
     }
@@ -256,19 +305,20 @@ fn candidates(lazy: &BTreeSet<usize>, harms: &[f64], gains: &[Option<f64>]) -> V
     chosen
 }
 
-/// A real run with these layers lazy, from the prompt on.
+/// A real run with these layers lazy, from the prompt on, with windows of their own if there are any.
 fn measure_cut(
     model: &Model,
     params: &SessionParams,
     excerpts: &Excerpts<'_>,
     prefill: PrefillMode,
-    lazy: BTreeSet<usize>,
+    (layers, windows): (&[usize], &[usize]),
     base: &Base,
     watch: &mut dyn FnMut(&Session),
 ) -> Result<Cut, Error> {
     let mut params = params.clone();
-    let n_lazy = lazy.len();
-    params.lazy.policy = Policy::Layers(lazy);
+    params.lazy.policy = Policy::Layers(layers.iter().copied().collect());
+    params.lazy.windows =
+        layers.iter().copied().zip(windows.iter().copied()).collect::<LayerWindows>().or(&params.lazy.windows);
     params.lazy.prefill = Some(prefill);
     let mut session = Session::new(model, params)?;
     watch(&session);
@@ -283,7 +333,13 @@ fn measure_cut(
         n += rows;
         compression += session.kv().compression / excerpts.excerpts.len() as f64;
     }
-    Ok(Cut { lazy: n_lazy, kl_mean: sum / n as f64, compression })
+    Ok(Cut {
+        lazy: layers.len(),
+        kl_mean: sum / n as f64,
+        compression,
+        windows: windows.to_vec(),
+        kl_mean_one_window: None,
+    })
 }
 
 fn check(params: &SessionParams, excerpts: &Excerpts<'_>) -> Result<(), Error> {
@@ -319,16 +375,29 @@ struct Meter<'a> {
 }
 
 impl<'a> Meter<'a> {
-    fn new(n_layer: usize, excerpts: &Excerpts<'_>, progress: &'a mut dyn FnMut(Stage)) -> Meter<'a> {
+    fn new(
+        n_layer: usize,
+        excerpts: &Excerpts<'_>,
+        (window, windows): (usize, &[usize]),
+        progress: &'a mut dyn FnMut(Stage),
+    ) -> Meter<'a> {
         let n = excerpts.excerpts.len() as f32;
         let longest = excerpts.excerpts.iter().map(Vec::len).max().unwrap_or(0);
         let (n_prompt, n_score) = (excerpts.n_prompt as f32, longest.saturating_sub(excerpts.n_prompt) as f32);
         let mut meter = Meter { done: 0.0, total: 0.0, n_prompt, n_score, progress };
-        let sets = 1 + CANDIDATES * n_layer.div_ceil(2);
+        let mut sets = 1 + CANDIDATES * n_layer.div_ceil(2);
+        let mut cuts = cut_sizes(n_layer).len();
+        for lazy in cut_sizes(n_layer) {
+            let tried = exchanges(lazy, window, windows).len();
+            if tried > 0 {
+                sets += 2 * lazy + 1 + tried;
+                cuts += 1;
+            }
+        }
         meter.total = n * meter.cost(Work::Prompt)
             + (n + n_layer as f32) * meter.cost(Work::Single)
             + sets as f32 * meter.cost(Work::Set)
-            + cut_sizes(n_layer).len() as f32 * meter.cost(Work::Cut);
+            + cuts as f32 * meter.cost(Work::Cut);
         meter
     }
 

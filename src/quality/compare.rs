@@ -82,6 +82,7 @@ pub fn compare(
                     own.choose(by_output.as_deref().unwrap_or_default())
                 }
             };
+            base.set_windows(own.lazy_params().0.windows.clone())?;
             drop(own);
             base.fork(0, COPY, &lazy)?;
             watch(&base);

@@ -22,6 +22,7 @@
 
 mod calibrate;
 mod compare;
+mod exchange;
 pub mod metrics;
 mod score;
 

@@ -3,7 +3,10 @@
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Subcommand, ValueEnum};
-use simlayer::{ggml::Type, lazy::Policy};
+use simlayer::{
+    ggml::Type,
+    lazy::{LayerWindows, Policy},
+};
 
 /// Stands for the model where none was given and none is needed.
 pub const NO_MODEL: &str = "-";
@@ -253,6 +256,10 @@ pub struct CalibrateArgs {
     /// Excerpts of K + N tokens to take from the text [default: as many as it has, at most 4]
     #[arg(help_heading = "Text", long, value_name = "N", value_parser = positive)]
     pub chunks: Option<usize>,
+    /// Also look for windows of their own for the lazy layers, where these cost less at equal memory
+    #[arg(help_heading = "Text", long, value_name = "N,...", value_delimiter = ',', num_args = 0..=1,
+          default_missing_value = "256,512,1024,2048", value_parser = positive)]
+    pub windows: Option<Vec<usize>>,
     /// Where to write the profile [default: MODEL.simlayer.toml beside the model]
     #[arg(help_heading = "Output", short = 'o', long = "output", value_name = "FILE")]
     pub output_file: Option<PathBuf>,
@@ -367,6 +374,9 @@ pub struct LazyFlags {
     /// Recent tokens that a lazy layer keeps
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = positive)]
     pub lazy_window: usize,
+    /// Other windows for single layers, as 3=256,9-12=2048 [default: those of the profile, with its --lazy-window]
+    #[arg(long, value_name = "LAYERS=N,...")]
+    pub lazy_windows: Option<LayerWindows>,
     /// Last prompt tokens whose attention is scored
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = positive)]
     pub lazy_queries: usize,

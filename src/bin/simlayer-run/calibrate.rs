@@ -1,11 +1,14 @@
 //! Measures what each layer's shrinking costs, and writes the model's profile.
 
-use std::io::{self, Write};
+use std::{
+    collections::BTreeSet,
+    io::{self, Write},
+};
 
 use serde_json::json;
 use simlayer::{
     Token,
-    lazy::Profile,
+    lazy::{Cut, Profile},
     quality::{self, BUILT_IN_TEXT, Excerpts},
 };
 
@@ -44,6 +47,7 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
         &model,
         &run.session,
         &excerpts,
+        args.windows.as_deref().unwrap_or_default(),
         &mut |session| interrupt::watch(session.abort_flag()),
         &mut |stage| {
             progress.say(stage.what);
@@ -86,7 +90,11 @@ fn print(out: &mut impl Write, profile: &Profile) -> io::Result<()> {
     writeln!(out, "\nwhat can be had:")?;
     writeln!(out, "{:>5} {:>10} {:>12}", "lazy", "KL", "compression")?;
     for cut in &profile.cuts {
-        writeln!(out, "{:>5} {:>10.5} {:>10.2} ×", cut.lazy, cut.kl_mean, cut.compression)?;
+        write!(out, "{:>5} {:>10.5} {:>10.2} ×", cut.lazy, cut.kl_mean, cut.compression)?;
+        if let Some(one) = cut.kl_mean_one_window {
+            write!(out, "   {} (KL {one:.5} with one window)", windows(cut))?;
+        }
+        writeln!(out)?;
     }
     writeln!(out)?;
     for most in [0.005, 0.01, 0.02, 0.05] {
@@ -102,6 +110,14 @@ fn print(out: &mut impl Write, profile: &Profile) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// How many layers of a cut have which window.
+fn windows(cut: &Cut) -> String {
+    let sizes: BTreeSet<usize> = cut.windows.iter().copied().collect();
+    let count = |size| cut.windows.iter().filter(|&&window| window == size).count();
+    let counts: Vec<String> = sizes.into_iter().map(|size| format!("{} × {size}", count(size))).collect();
+    format!("windows {}", counts.join(", "))
 }
 
 /// Tokens of an excerpt's prompt, of an excerpt, and the number of excerpts.

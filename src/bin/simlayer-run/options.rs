@@ -55,6 +55,7 @@ impl Run {
         session.lazy.profile = args.lazy.lazy_profile;
         session.lazy.n_sink = args.lazy.lazy_sink;
         session.lazy.n_window = args.lazy.lazy_window;
+        session.lazy.windows = args.lazy.lazy_windows.unwrap_or_default();
         session.lazy.n_last = args.lazy.lazy_queries;
         session.lazy.at = match args.lazy.lazy_at {
             LazyAt::Prefill => At::Prefill,

@@ -15,7 +15,7 @@ use serde_json::json;
 use simlayer::{
     BatchEntry, Model, Outputs, SeqId, Session, SessionParams,
     ggml::Type,
-    lazy::{Measure, Policy},
+    lazy::{LayerWindows, LazyParams, Measure, Policy},
     quality::{self, metrics},
 };
 use text::{Haystack, Needle, Random};
@@ -40,6 +40,7 @@ const QUESTION: SeqId = 2;
 struct Contender {
     name: &'static str,
     policy: Policy,
+    windows: LayerWindows,
     /// Types of the active layers, when they are not the run's own.
     types: Option<(Type, Type)>,
 }
@@ -79,7 +80,8 @@ pub fn run(args: PasskeyArgs) -> Result<(), Failure> {
     let run = Run::settle(args.common)?;
     let depths = depths(&args.depths)?;
     let (model, _) = run.load()?;
-    let settled = Session::new(&model, run.session.clone())?.policy().clone();
+    // A profile's layers and windows, not its name: the file is read once.
+    let settled = Session::new(&model, run.session.clone())?.lazy_params().0.clone();
     let contenders = contenders(&args.compare, &settled, &model);
     let (per_depth, together) = match args.variant {
         Variant::Multi => (PER_DEPTH.min(args.trials), depths.len()),
@@ -170,18 +172,20 @@ pub fn run(args: PasskeyArgs) -> Result<(), Failure> {
 /// The name of the run's own setting.
 const LAZY: &str = "lazy";
 
-fn contenders(compare: &bool, policy: &Policy, model: &Model) -> Vec<Contender> {
-    let own = Contender { name: LAZY, policy: policy.clone(), types: None };
+fn contenders(compare: &bool, lazy: &LazyParams, model: &Model) -> Vec<Contender> {
+    let own = Contender { name: LAZY, policy: lazy.policy.clone(), windows: lazy.windows.clone(), types: None };
     if !compare {
         return vec![own];
     }
-    let all = (0..model.hparams().n_layer).collect::<BTreeSet<_>>();
-    let f16 = Some((Type::F16, Type::F16));
+    // Layers that are sliding-window by design cannot be lazy.
+    let all = model.hparams().windows.iter().enumerate().filter(|(_, window)| window.is_none());
+    let all = Policy::Layers(all.map(|(layer, _)| layer).collect());
+    let other = |name, policy, types| Contender { name, policy, windows: LayerWindows::default(), types };
     vec![
-        Contender { name: "full", policy: Policy::Off, types: f16 },
+        other("full", Policy::Off, Some((Type::F16, Type::F16))),
         own,
-        Contender { name: "StreamingLLM", policy: Policy::Layers(all), types: None },
-        Contender { name: "all q4_0", policy: Policy::Off, types: Some((Type::Q4_0, Type::Q4_0)) },
+        other("StreamingLLM", all, None),
+        other("all q4_0", Policy::Off, Some((Type::Q4_0, Type::Q4_0))),
     ]
 }
 
@@ -218,6 +222,7 @@ fn ask_all(
     for (index, contender) in contenders.iter().enumerate() {
         let mut own_params = params.clone();
         own_params.lazy.policy = contender.policy.clone();
+        own_params.lazy.windows = contender.windows.clone();
         let mut own = Session::new(model, own_params)?;
         let types = contender.types.unwrap_or((params.type_k, params.type_v));
         let session = if own.reads_windowed() {
@@ -234,6 +239,7 @@ fn ask_all(
                 }
             };
             interrupt::watch(base.abort_flag());
+            base.set_windows(contender.windows.clone())?;
             base.fork_with(0, TEXT, &lazy, Some(types))?;
             &mut base
         };
