@@ -114,12 +114,8 @@ impl Element for Q4 {
     }
     #[inline(always)]
     unsafe fn load<V: Simd>(row: *const u8, i: usize) -> V {
-        // A block is its scale, an f16, and 16 bytes of two numbers each.
         // SAFETY: the block exists.
-        unsafe {
-            let block = row.add(Self::offset(i));
-            V::load_q4(block.add(2), i % 32).mul(V::splat_f16(block.cast()))
-        }
+        unsafe { V::load_q4(row.add(Self::offset(i)), i % 32) }
     }
     unsafe fn get(_: *const u8, _: usize) -> f32 {
         unreachable!("rows are whole blocks")

@@ -38,9 +38,9 @@ pub(super) trait Simd: Copy {
     unsafe fn load_bf16(from: *const u16) -> Self;
     /// `LANES` bytes.
     unsafe fn load_i8(from: *const i8) -> Self;
-    /// Elements `first..first + LANES` of a block of 32 four-bit numbers, less 8: `from` holds 16 bytes, whose low
-    /// halves are the first 16 elements.
-    unsafe fn load_q4(from: *const u8, first: usize) -> Self;
+    /// Elements `first..first + LANES` of a block of 32 four-bit numbers: its scale, an f16, then 16 bytes, whose low
+    /// halves are the first 16 elements. An element is its number less 8, times the scale.
+    unsafe fn load_q4(block: *const u8, first: usize) -> Self;
     /// One half in all lanes.
     unsafe fn splat_f16(from: *const u16) -> Self;
 }
@@ -193,11 +193,14 @@ impl Simd for Portable {
         Portable(unsafe { from.cast::<[i8; 8]>().read_unaligned() }.map(f32::from))
     }
     #[inline(always)]
-    unsafe fn load_q4(from: *const u8, first: usize) -> Self {
-        // SAFETY: the eight bytes lie within the block's 16.
-        let bytes = unsafe { from.add(first % 16).cast::<[u8; 8]>().read_unaligned() };
+    unsafe fn load_q4(block: *const u8, first: usize) -> Self {
+        // SAFETY: a half, and eight bytes within the block's 16.
+        let (scale, bytes) = unsafe {
+            let scale = f16_to_f32(block.cast::<u16>().read_unaligned());
+            (scale, block.add(2 + first % 16).cast::<[u8; 8]>().read_unaligned())
+        };
         let shift = if first < 16 { 0 } else { 4 };
-        Portable(bytes.map(|byte| f32::from((byte >> shift & 15) as i8 - 8)))
+        Portable(bytes.map(|byte| f32::from((byte >> shift & 15) as i8 - 8) * scale))
     }
     #[inline(always)]
     unsafe fn splat_f16(from: *const u16) -> Self {

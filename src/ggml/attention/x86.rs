@@ -118,13 +118,13 @@ impl Simd for Avx2 {
         Avx2(unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) })
     }
     #[inline(always)]
-    unsafe fn load_q4(from: *const u8, first: usize) -> Self {
-        // SAFETY: 8 bytes within the block's 16.
+    unsafe fn load_q4(block: *const u8, first: usize) -> Self {
+        // SAFETY: the scale, and 8 bytes within the block's 16.
         unsafe {
-            let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.add(first % 16).cast()));
+            let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(block.add(2 + first % 16).cast()));
             let numbers =
                 if first < 16 { _mm256_and_si256(bytes, _mm256_set1_epi32(15)) } else { _mm256_srli_epi32::<4>(bytes) };
-            Avx2(_mm256_cvtepi32_ps(_mm256_sub_epi32(numbers, _mm256_set1_epi32(8))))
+            Avx2(_mm256_cvtepi32_ps(_mm256_sub_epi32(numbers, _mm256_set1_epi32(8)))).mul(Self::splat_f16(block.cast()))
         }
     }
     #[inline(always)]
@@ -252,13 +252,15 @@ impl Simd for Avx512 {
         Avx512(unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) })
     }
     #[inline(always)]
-    unsafe fn load_q4(from: *const u8, first: usize) -> Self {
-        // SAFETY: the block's 16 bytes.
+    unsafe fn load_q4(block: *const u8, first: usize) -> Self {
+        // SAFETY: the scale, and the block's 16 bytes.
         unsafe {
-            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
+            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(block.add(2).cast()));
             let index = if first < 16 { bytes } else { _mm512_srli_epi32::<4>(bytes) };
-            // A table look-up by the low four bits: masks, subtracts and converts at once.
-            let table = _mm512_set_ps(7., 6., 5., 4., 3., 2., 1., 0., -1., -2., -3., -4., -5., -6., -7., -8.);
+            // A table look-up by the low four bits: masks, subtracts, converts and scales at once. The table serves both
+            // halves of a block.
+            let numbers = _mm512_set_ps(7., 6., 5., 4., 3., 2., 1., 0., -1., -2., -3., -4., -5., -6., -7., -8.);
+            let table = _mm512_mul_ps(numbers, Self::splat_f16(block.cast()).0);
             Avx512(_mm512_permutexvar_ps(index, table))
         }
     }
