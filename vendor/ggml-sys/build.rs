@@ -202,7 +202,7 @@ impl<'a> Library<'a> {
 
     /// One archive of C and C++ files: cc compiles one language at a time, so the C objects go into the C++ call.
     fn archive(&self, name: &str, dir: &Path, c: &[String], cpp: &[String], extra: impl Fn(&mut cc::Build)) {
-        let mut c_build = self.common();
+        let mut c_build = self.host();
         c_build.std("gnu11").files(c.iter().map(|file| dir.join(file)));
         extra(&mut c_build);
         let mut cpp_build = self.cpp();
@@ -212,8 +212,17 @@ impl<'a> Library<'a> {
     }
 
     fn cpp(&self) -> cc::Build {
-        let mut build = self.common();
+        let mut build = self.host();
         build.cpp(true).std("gnu++17");
+        build
+    }
+
+    /// For the processor's compiler: nvcc does not know this flag.
+    fn host(&self) -> cc::Build {
+        let mut build = self.common();
+        if self.openmp {
+            build.flag("-fopenmp");
+        }
         build
     }
 
@@ -233,7 +242,7 @@ impl<'a> Library<'a> {
             .warnings(false)
             .extra_warnings(false);
         if self.openmp {
-            build.define("GGML_USE_OPENMP", None).flag("-fopenmp");
+            build.define("GGML_USE_OPENMP", None);
         }
         build
     }

@@ -35,8 +35,8 @@ pub fn run(args: &Args) -> Result<()> {
         };
         sh::run(&mut cargo)
     };
-    step("kernels", || build(&["--package", "ggml-sys"]))?;
-    step("library and program", || build(&["--package", "simlayer", "--bin", "simlayer-run"]))?;
+    step("kernels and library", || build(&["--package", "simlayer", "--lib"]))?;
+    step("program", || build(&["--package", "simlayer", "--bin", "simlayer-run"]))?;
     step("devices", || devices(&toolkit))?;
     step("a run", || generate(&toolkit, &model))
 }
