@@ -364,6 +364,34 @@ fn memory_of_each_server_falls_when_layers_shrink() {
     }
 }
 
+/// Wherever the border between two devices is, no more than a piece of the hidden states is held twice.
+#[test]
+fn hidden_states_move_in_pieces() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("random.gguf");
+    // Hidden states that outweigh the caches.
+    let random = RandomModel { n_layer: 4, n_embd: 512, n_head: 4, n_ff: 64, ..RandomModel::default() };
+    random.write(&path);
+    let (_servers, devices) = servers(2);
+    let tokens = Rng::new(6).tokens(2_000, random.n_vocab());
+    for split in [[1.0, 4.0], [3.0, 2.0], [4.0, 1.0]] {
+        let mut params = ModelParams::default();
+        (params.devices, params.tensor_split) = (Some(devices.clone()), split.to_vec());
+        let model = Model::load(&path, &params).unwrap_or_else(|error| panic!("{error}"));
+        let mut params = plain();
+        params.lazy.policy = "layers:1,3".parse().expect("a policy");
+        (params.lazy.n_window, params.n_ubatch) = (64, 128);
+        let mut session = session(&model, params);
+        session.prefill(&tokens).expect("prefill");
+        let kv = session.kv();
+        let one_layer = tokens.len().next_multiple_of(256) * 2 * 2 * random.n_head_kv * random.head_size;
+        let hidden = tokens.len() * random.n_embd * 4;
+        let bound = kv.allocated_bytes + one_layer + hidden;
+        println!("{split:?}: peak {} of {bound} allowed, hidden states {hidden}", kv.peak_bytes);
+        assert!(kv.peak_bytes <= bound, "{split:?}: {kv:?}, bound {bound}");
+    }
+}
+
 fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_simlayer-run"));
     let output = command.args(arguments).stdin(Stdio::null()).output().expect("it runs");

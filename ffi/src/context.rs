@@ -9,7 +9,7 @@ use std::{
 
 use ggml_sys as sys;
 use simlayer::{
-    Model as EngineModel, ModelParams, Session, SessionParams,
+    Model as EngineModel, Session, SessionParams,
     ggml::{AbortCallback, Type},
     gguf::Override,
     lazy::Policy,
@@ -249,10 +249,8 @@ fn start(
         overrides => {
             // RoPE is part of the loaded model, so that another one is another model; weights that need no repacking
             // stay in the mapped file.
-            let mut load = ModelParams::default();
-            load.repack = model.repack;
-            load.devices = Some(Vec::new());
-            load.overrides = model.overrides.iter().cloned().chain(overrides).collect();
+            let mut load = model.load.clone();
+            load.overrides.extend(overrides);
             EngineModel::load(&model.path, &load)?
         }
     };

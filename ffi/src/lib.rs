@@ -13,6 +13,7 @@ mod adapters;
 mod batch;
 mod context;
 mod decode;
+mod devices;
 mod handles;
 mod log;
 mod memory;

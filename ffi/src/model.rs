@@ -18,6 +18,7 @@ use simlayer::{
 
 use crate::{
     border::{Failure, Result, c_str, slice, text, write_text},
+    devices,
     handles::Registry,
     log,
 };
@@ -35,8 +36,8 @@ pub(crate) struct Model {
     /// `None` when only the vocabulary was asked for.
     pub hparams: Option<Hparams>,
     pub path: PathBuf,
-    pub overrides: Vec<(String, Override)>,
-    pub repack: bool,
+    /// How to load it once more.
+    pub load: ModelParams,
     pub architecture: String,
     /// Keys with scalar values, as text, in alphabetical order.
     meta: Vec<(CString, CString)>,
@@ -62,20 +63,21 @@ impl Model {
         if params.check_tensors {
             check_tensors(&file)?;
         }
+        let mut load = ModelParams::default();
+        load.repack = params.use_extra_bufts;
+        load.overrides = overrides;
         let (engine, vocab, hparams) = if params.vocab_only || params.no_alloc {
             check_vocab(&file)?;
             // The vocabulary of the engine's own loader, without the weights.
-            let vocab = Vocab::load_with(path, &overrides)?;
+            let vocab = Vocab::load_with(path, &load.overrides)?;
             let hparams = if params.vocab_only { None } else { Some(Hparams::of(&file)?) };
             (None, vocab, hparams)
         } else {
-            let mut engine_params = ModelParams::default();
-            engine_params.repack = params.use_extra_bufts;
-            // Also where a frontend has loaded other backends: see docs/c-abi.md.
-            engine_params.devices = Some(Vec::new());
-            engine_params.overrides = overrides.clone();
-            engine_params.progress = progress(params);
-            let engine = simlayer::Model::load(path, &engine_params)?;
+            // SAFETY: lists of the caller's, as llama.h describes them.
+            unsafe { devices::place(params, &mut load) }?;
+            load.progress = progress(params);
+            let engine = simlayer::Model::load(path, &load)?;
+            load.progress = None;
             let (vocab, hparams) = (engine.vocab().clone(), engine.hparams().clone());
             (Some(engine), vocab, Some(hparams))
         };
@@ -99,8 +101,7 @@ impl Model {
             vocab,
             hparams,
             path: path.to_owned(),
-            overrides,
-            repack: params.use_extra_bufts,
+            load,
             description: format!("{architecture} {size} {type_name}"),
             architecture,
             meta,
@@ -234,6 +235,12 @@ fn check_tensors(file: &Gguf) -> Result<()> {
 fn load(path: &Path, params: &sys::llama_model_params) -> Result<*mut sys::llama_model> {
     let model = Model::load(path, params)?;
     log::info("simlayer", &format!("{}: {}, {} tokens", path.display(), model.description, model.n_vocab()));
+    if let Some(engine) = &model.engine {
+        for device in engine.devices() {
+            let n = (0..engine.hparams().n_layer).filter(|&layer| engine.layer_device(layer) == device).count();
+            log::info("simlayer", &format!("{n} layers on {} ({})", device.name(), device.description()));
+        }
+    }
     Ok(MODELS.insert(model))
 }
 

@@ -11,11 +11,18 @@ use simlayer::ggml::keep_logs;
 
 use crate::{
     border::{Failure, Result, c_str, slice, text},
+    devices::MAX_DEVICES,
     log,
 };
 
 /// As upstream has it: no context has more sequences.
 pub(crate) const MAX_SEQUENCES: usize = 256;
+
+/// Whether ggml has the backend for devices of servers.
+fn supports_rpc() -> bool {
+    // SAFETY: looks a NUL-terminated name up in the registry.
+    !unsafe { sys::ggml_backend_reg_by_name(c"RPC".as_ptr()) }.is_null()
+}
 
 api! {
     fn llama_version() -> *const c_char, or c"".as_ptr(), {
@@ -52,13 +59,18 @@ api! {
         Ok(unsafe { sys::ggml_time_us() })
     }
 
-    fn llama_max_devices() -> usize, or 0, { Ok(16) }
+    fn llama_max_devices() -> usize, or 0, { Ok(MAX_DEVICES) }
     fn llama_max_parallel_sequences() -> usize, or 0, { Ok(MAX_SEQUENCES) }
     fn llama_max_tensor_buft_overrides() -> usize, or 0, { Ok(4096) }
     fn llama_supports_mmap() -> bool, or false, { Ok(true) }
     fn llama_supports_mlock() -> bool, or false, { Ok(false) }
-    fn llama_supports_gpu_offload() -> bool, or false, { Ok(false) }
-    fn llama_supports_rpc() -> bool, or false, { Ok(false) }
+    fn llama_supports_gpu_offload() -> bool, or false, {
+        let kinds = [sys::GGML_BACKEND_DEVICE_TYPE_GPU, sys::GGML_BACKEND_DEVICE_TYPE_IGPU];
+        // SAFETY: looks through the registry.
+        Ok(supports_rpc() || kinds.into_iter().any(|kind| !unsafe { sys::ggml_backend_dev_by_type(kind) }.is_null()))
+    }
+
+    fn llama_supports_rpc() -> bool, or false, { Ok(supports_rpc()) }
 
     fn llama_flash_attn_type_name(flash_attn: sys::llama_flash_attn_type) -> *const c_char, or c"unknown".as_ptr(), {
         Ok(match flash_attn {

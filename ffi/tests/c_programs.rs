@@ -5,8 +5,10 @@
 
 use std::{
     collections::BTreeSet,
+    net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
 };
 
 use simlayer_testkit::{RandomModel, smollm2_path, workspace_root};
@@ -51,7 +53,7 @@ impl Programs {
         cc.arg(format!("-I{}", self.dist.join("include").display()));
         cc.arg(workspace_root().join("ffi/tests/c").join(name).with_extension("c")).arg("-o").arg(&program);
         cc.arg("-L").arg(&lib).arg(format!("-Wl,-rpath,{}", lib.display()));
-        succeed(cc.args(["-lllama", "-lggml", "-lggml-cpu", "-lggml-base", "-lpthread", "-lm"]));
+        succeed(cc.args(["-lllama", "-lggml", "-lggml-cpu", "-lggml-rpc", "-lggml-base", "-lpthread", "-lm"]));
         program
     }
 
@@ -119,6 +121,36 @@ fn sequences() {
 fn hostile_callers() {
     let Some(programs) = Programs::new() else { return };
     programs.check("hostile", &[&programs.model(), "100000"]);
+}
+
+/// A process of ours that is killed at the end.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A model on a server of ggml's RPC says the same tokens, and is where `llama_model_params` wants it.
+#[test]
+fn models_on_a_server() {
+    let Some(programs) = Programs::new() else { return };
+    let program = programs.build("remote", &["-fsanitize=address"]);
+    // Free now; should another program take it meanwhile, the check of the client fails.
+    let address = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound").to_string();
+    let mut command = Command::new(&program);
+    command.args(["serve", &address]).stdout(Stdio::null()).stderr(Stdio::null());
+    let server = Server(command.spawn().expect("the server starts"));
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while TcpStream::connect(&address).is_err() {
+        assert!(Instant::now() < deadline, "nobody listens at {address}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(programs.run(&program, &[&programs.model(), &address]), "ok\n");
+    drop(server);
 }
 
 #[test]

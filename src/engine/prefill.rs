@@ -4,6 +4,8 @@
 //! scratch store, is scored, and moves into its final store before the next layer begins. Peak memory is the final
 //! stores, one layer's scratch and the hidden states.
 
+use std::ops::Range;
+
 use super::{
     Error,
     attention::Score,
@@ -22,37 +24,35 @@ use crate::{
 /// Rows of logits that are computed at once.
 const OUTPUT_ROWS: usize = 512;
 
-/// The hidden states of a prompt, `[n_embd, n_tokens]`.
+/// The hidden states of one piece of a prompt, `[n_embd, n]`, in memory of their own: where they go from one device to
+/// the next, no more than a piece of them is held twice.
 struct Hidden {
     states: Tensor,
     device: Device,
+    /// The piece's place in the prompt.
+    tokens: Range<usize>,
     _lease: Lease,
 }
 
 impl Hidden {
-    fn new(n_embd: usize, n_tokens: usize, device: Device, meter: &Meter) -> Result<Hidden, Error> {
+    fn new(n_embd: usize, tokens: Range<usize>, device: Device, meter: &Meter) -> Result<Hidden, Error> {
         let context = Context::new(1);
-        let states = context.tensor(Type::F32, &[n_embd, n_tokens]).named("hidden");
+        let states = context.tensor(Type::F32, &[n_embd, tokens.len()]).named("hidden");
         let bytes = context.alloc(device.buffer_type(), "the prompt's hidden states")?;
-        Ok(Hidden { states, device, _lease: meter.lease(bytes) })
+        Ok(Hidden { states, device, tokens, _lease: meter.lease(bytes) })
     }
 
-    /// The states in a device's memory, where they are not there already: they follow the layers, so that caches can
-    /// stay where they are.
-    fn moved_to(self, device: Device, meter: &Meter) -> Result<Hidden, Error> {
+    /// Moves the states to a device, where they are not there already: they follow the layers, so that caches can stay
+    /// where they are.
+    fn move_to(&mut self, device: Device, meter: &Meter) -> Result<(), Error> {
         if self.device == device {
-            return Ok(self);
+            return Ok(());
         }
-        let [n_embd, n_tokens, ..] = self.states.shape();
-        let moved = Hidden::new(n_embd, n_tokens, device, meter)?;
-        let rows = OUTPUT_ROWS.min(n_tokens);
-        let mut buffer = vec![0f32; rows * n_embd];
-        for start in (0..n_tokens).step_by(rows) {
-            let (n, offset) = (rows.min(n_tokens - start), start * n_embd * size_of::<f32>());
-            self.states.read(offset, &mut buffer[..n * n_embd]);
-            moved.states.write(offset, &buffer[..n * n_embd]);
-        }
-        Ok(moved)
+        let n_embd = self.states.shape()[0];
+        let moved = Hidden::new(n_embd, self.tokens.clone(), device, meter)?;
+        moved.states.write(0, &self.states.to_f32());
+        *self = moved;
+        Ok(())
     }
 }
 
@@ -86,7 +86,7 @@ impl Session {
         entry: &BatchEntry<'_>,
         sequence: &mut Sequence,
         progress: &mut dyn FnMut(f32),
-    ) -> Result<Hidden, Error> {
+    ) -> Result<Vec<Hidden>, Error> {
         let n_tokens = entry.tokens.len();
         let n_layer = self.model.hparams().n_layer;
         let ends = piece_ends(n_tokens, self.params.n_ubatch, self.params.lazy.n_last);
@@ -97,8 +97,9 @@ impl Session {
         };
         let mut selector = self.selector();
         for index in 0..n_layer {
-            hidden = hidden.moved_to(self.makers[index].device, &self.meter)?;
-            let score = self.read_layer(entry, sequence, index, &ends, &hidden, n_score, &mut |piece| {
+            // Before the layer's scratch is there.
+            hidden.iter_mut().try_for_each(|piece| piece.move_to(self.makers[index].device, &self.meter))?;
+            let score = self.read_layer(entry, sequence, index, &hidden, n_score, &mut |piece| {
                 progress((index as f32 + piece) / n_layer as f32);
             })?;
             self.settle(entry, sequence, index, score, &mut selector)?;
@@ -108,34 +109,41 @@ impl Session {
         Ok(hidden)
     }
 
-    fn embed(&mut self, entry: &BatchEntry<'_>, ends: &[usize]) -> Result<Hidden, Error> {
-        let n_embd = self.model.hparams().n_embd;
-        // Embeddings are looked up by the processor.
-        let hidden = Hidden::new(n_embd, entry.tokens.len(), Device::cpu(), &self.meter)?;
-        for piece in pieces(ends) {
-            let graph = Graph::new(16);
-            let mut inputs = Inputs::default();
-            let ids = inputs.tokens(&graph, piece.len());
-            let embedded = self.model.architecture().embed(&graph, &ids);
-            let target = graph.rows(&hidden.states, piece.start, piece.len());
-            graph.expand(&graph.copy(&embedded, &target));
-            self.scheduler.alloc(&graph)?;
-            inputs.fill(&[], &entry.tokens[piece], &[]);
-            self.scheduler.compute(&graph)?;
+    /// The embeddings, on the first layer's device.
+    fn embed(&mut self, entry: &BatchEntry<'_>, ends: &[usize]) -> Result<Vec<Hidden>, Error> {
+        let mut hidden = Vec::with_capacity(ends.len());
+        for tokens in pieces(ends) {
+            let mut piece = self.embed_piece(entry, tokens)?;
+            piece.move_to(self.makers[0].device, &self.meter)?;
+            hidden.push(piece);
         }
         Ok(hidden)
     }
 
+    /// The processor looks embeddings up.
+    fn embed_piece(&mut self, entry: &BatchEntry<'_>, tokens: Range<usize>) -> Result<Hidden, Error> {
+        let piece = Hidden::new(self.model.hparams().n_embd, tokens.clone(), Device::cpu(), &self.meter)?;
+        let graph = Graph::new(16);
+        let mut inputs = Inputs::default();
+        let ids = inputs.tokens(&graph, tokens.len());
+        let embedded = self.model.architecture().embed(&graph, &ids);
+        graph.expand(&graph.copy(&embedded, &piece.states));
+        self.scheduler.alloc(&graph)?;
+        inputs.fill(&[], &entry.tokens[tokens], &[]);
+        self.scheduler.compute(&graph)?;
+        // The graph would keep the states where they are.
+        self.scheduler.release();
+        Ok(piece)
+    }
+
     /// All pieces through one layer, over a scratch store that `settle` moves to its final place. The layer's score,
     /// when one was asked for.
-    #[expect(clippy::too_many_arguments, reason = "the loop's state, used here only")]
     fn read_layer(
         &mut self,
         entry: &BatchEntry<'_>,
         sequence: &mut Sequence,
         index: usize,
-        ends: &[usize],
-        hidden: &Hidden,
+        hidden: &[Hidden],
         n_score: usize,
         progress: &mut dyn FnMut(f32),
     ) -> Result<Option<f32>, Error> {
@@ -147,14 +155,13 @@ impl Session {
 
         let mut score = None;
         let mut inputs = Inputs::default();
-        for piece in pieces(ends) {
+        for Hidden { states, tokens: piece, .. } in hidden {
             let ends_prompt = piece.end == n_tokens;
             let n_score = if ends_prompt { n_score.min(piece.len()) } else { 0 };
             let parts: [Part; 1] = single_part(piece.len(), piece.start, n_score);
             let graph = self.new_graph(1024);
             inputs.clear();
             let positions = inputs.positions(&graph, piece.len());
-            let states = graph.rows(&hidden.states, piece.start, piece.len());
             // Of the last layer only the tokens with outputs are carried on; all have their keys and values stored.
             let first_wanted = match entry.outputs {
                 _ if !is_last => 0,
@@ -166,16 +173,16 @@ impl Session {
             let keep = (first_wanted > 0).then(|| inputs.outputs(&graph, outputs.len().max(1)));
             let mut attention = self.attention(&mut inputs, &parts, vec![&*layers]);
             let n_ctx = self.params.n_ctx;
-            let step = LayerStep { index, hidden: &states, positions: &positions, keep: keep.as_ref(), n_ctx };
+            let step = LayerStep { index, hidden: states, positions: &positions, keep: keep.as_ref(), n_ctx };
             let result = self.model.architecture().layer(&graph, &step, &mut attention);
             let mut scores = attention.scores;
             let mut looks = self.second_looks(&parts);
             for look in &mut looks {
                 let whole = Some(&result).filter(|_| keep.is_none());
-                scores.extend(self.look_again(&graph, look, &[&*layers], index, &states, whole));
+                scores.extend(self.look_again(&graph, look, &[&*layers], index, states, whole));
             }
             if !outputs.is_empty() {
-                graph.expand(&graph.copy(&result, &graph.rows(&states, first_wanted, outputs.len())));
+                graph.expand(&graph.copy(&result, &graph.rows(states, first_wanted, outputs.len())));
             }
             self.scheduler.alloc(&graph)?;
             inputs.fill(&parts, &entry.tokens[piece.clone()], &outputs);
@@ -217,7 +224,7 @@ impl Session {
         Ok(())
     }
 
-    fn output_logits(&mut self, entry: &BatchEntry<'_>, hidden: &Hidden) -> Result<(), Error> {
+    fn output_logits(&mut self, entry: &BatchEntry<'_>, hidden: &[Hidden]) -> Result<(), Error> {
         let n_tokens = entry.tokens.len();
         let n_vocab = self.model.hparams().n_vocab;
         let first = match entry.outputs {
@@ -225,20 +232,22 @@ impl Session {
             Outputs::Last => n_tokens - 1,
             Outputs::All => 0,
         };
-        for start in (first..n_tokens).step_by(OUTPUT_ROWS) {
-            let n = OUTPUT_ROWS.min(n_tokens - start);
-            let graph = self.new_graph(32);
-            let states = graph.rows(&hidden.states, start, n);
-            let logits = self.model.architecture().output(&graph, &states).as_output();
-            graph.expand(&logits);
-            let embeddings = logits.multiplied().filter(|_| self.wants_embeddings).map(Tensor::as_output);
-            self.scheduler.alloc(&graph)?;
-            self.scheduler.compute(&graph)?;
-            let filled = self.logits.len();
-            self.logits.resize(filled + n * n_vocab, 0.0);
-            logits.read(0, &mut self.logits[filled..]);
-            if let Some(embeddings) = embeddings {
-                self.embeddings.extend(embeddings.to_f32());
+        for Hidden { states, tokens: piece, .. } in hidden {
+            for start in (first.max(piece.start)..piece.end).step_by(OUTPUT_ROWS) {
+                let n = OUTPUT_ROWS.min(piece.end - start);
+                let graph = self.new_graph(32);
+                let states = graph.rows(states, start - piece.start, n);
+                let logits = self.model.architecture().output(&graph, &states).as_output();
+                graph.expand(&logits);
+                let embeddings = logits.multiplied().filter(|_| self.wants_embeddings).map(Tensor::as_output);
+                self.scheduler.alloc(&graph)?;
+                self.scheduler.compute(&graph)?;
+                let filled = self.logits.len();
+                self.logits.resize(filled + n * n_vocab, 0.0);
+                logits.read(0, &mut self.logits[filled..]);
+                if let Some(embeddings) = embeddings {
+                    self.embeddings.extend(embeddings.to_f32());
+                }
             }
         }
         // The last graph would keep the hidden states.
@@ -247,7 +256,7 @@ impl Session {
     }
 }
 
-fn pieces(ends: &[usize]) -> impl Iterator<Item = std::ops::Range<usize>> {
+fn pieces(ends: &[usize]) -> impl Iterator<Item = Range<usize>> {
     let starts = std::iter::once(0).chain(ends.iter().copied());
     starts.zip(ends.iter().copied()).map(|(start, end)| start..end)
 }

@@ -72,9 +72,11 @@ pub fn build(env: &Env, out: &Path, portable: bool) -> Result<PathBuf> {
         name.ends_with("ggml-backend-reg.o") || name.ends_with("ggml-backend-dl.o")
     });
     let cpu = unpack(&built.ggml.join("libggml-cpu.a"), &work.join("cpu"))?;
+    let rpc = unpack(&built.ggml.join("libggml-rpc.a"), &work.join("rpc"))?;
     linker.link("libggml-base.so", &base, &[], None)?;
     linker.link("libggml-cpu.so", &cpu, &["libggml-base.so"], None)?;
-    linker.link("libggml.so", &registry, &["libggml-cpu.so", "libggml-base.so"], None)?;
+    linker.link("libggml-rpc.so", &rpc, &["libggml-base.so"], None)?;
+    linker.link("libggml.so", &registry, &["libggml-cpu.so", "libggml-rpc.so", "libggml-base.so"], None)?;
 
     let ours = without_ggml(&built, &work)?;
     put_checks_in_front(&built, &source, &ours, env)?;
@@ -191,7 +193,7 @@ fn without_ggml(built: &Built, work: &Path) -> Result<PathBuf> {
     std::fs::copy(&built.library, &ours)?;
     let mut delete = Command::new("ar");
     delete.arg("d").arg(&ours);
-    for archive in ["libggml-base.a", "libggml-cpu.a"] {
+    for archive in ["libggml-base.a", "libggml-cpu.a", "libggml-rpc.a"] {
         delete.args(members(&built.ggml.join(archive))?);
     }
     sh::output(&mut delete)?;
@@ -314,7 +316,7 @@ fn packages(out: &Path) -> Result<()> {
             "prefix=${{pcfiledir}}/../..\nlibdir=${{prefix}}/lib\nincludedir=${{prefix}}/include\n\n\
              Name: {name}\nDescription: simlayer's libllama: GGUF models with a small KV cache\nVersion: {version}\n\
              Cflags: -I${{includedir}}\n\
-             Libs: -L${{libdir}} -Wl,-rpath,${{libdir}} -lllama -lggml -lggml-cpu -lggml-base\n"
+             Libs: -L${{libdir}} -Wl,-rpath,${{libdir}} -lllama -lggml -lggml-cpu -lggml-rpc -lggml-base\n"
         );
         std::fs::write(pkgconfig.join(format!("{name}.pc")), text)?;
     }
@@ -330,13 +332,14 @@ fn packages(out: &Path) -> Result<()> {
         "# find_package(simlayer), then link simlayer::llama.\n\
          get_filename_component(_simlayer \"${{CMAKE_CURRENT_LIST_DIR}}/../../..\" ABSOLUTE)\n\
          set(simlayer_VERSION {version})\n\
-         if(NOT TARGET simlayer::llama)\n{}{}{}{}\
+         if(NOT TARGET simlayer::llama)\n{}{}{}{}{}\
          set_target_properties(simlayer::llama PROPERTIES\n\
          \x20 INTERFACE_INCLUDE_DIRECTORIES \"${{_simlayer}}/include\"\n\
-         \x20 INTERFACE_LINK_LIBRARIES \"simlayer::ggml;simlayer::ggml-cpu;simlayer::ggml-base\")\n\
+         \x20 INTERFACE_LINK_LIBRARIES \"simlayer::ggml;simlayer::ggml-cpu;simlayer::ggml-rpc;simlayer::ggml-base\")\n\
          endif()\n",
         library("ggml-base"),
         library("ggml-cpu"),
+        library("ggml-rpc"),
         library("ggml"),
         library("llama"),
     );

@@ -25,7 +25,7 @@ static void count_lines(enum ggml_log_level level, const char * text, void * dat
     __atomic_add_fetch(&n_log_lines, 1, __ATOMIC_RELAXED);
 }
 
-static struct llama_model * load_model(const char * path) {
+static inline struct llama_model * load_model(const char * path) {
     llama_log_set(count_lines, NULL);
     llama_backend_init();
     struct llama_model * model = llama_model_load_from_file(path, llama_model_default_params());

@@ -49,12 +49,14 @@ pub struct Model {
 }
 
 impl Model {
-    pub fn load(path: &Path) -> Result<Self, String> {
+    /// `repack`: the processor may lay weights out anew for its matrix products.
+    pub fn load(path: &Path, repack: bool) -> Result<Self, String> {
         let c_path = CString::new(path.as_os_str().as_encoded_bytes())
             .map_err(|_| format!("{}: the path has a NUL byte", path.display()))?;
         // SAFETY: the path is NUL-terminated and outlives the call.
         let model = unsafe {
-            let params = sys::llama_model_default_params();
+            let mut params = sys::llama_model_default_params();
+            params.use_extra_bufts = repack;
             sys::llama_model_load_from_file(c_path.as_ptr(), params)
         };
         let ptr = NonNull::new(model).ok_or_else(|| format!("{}: llama.cpp cannot load this model", path.display()))?;

@@ -26,6 +26,9 @@ struct Cli {
     /// Show all of llama.cpp's messages, not only warnings and errors.
     #[arg(long, global = true)]
     verbose: bool,
+    /// Leave weights as the file has them, as they are on a device.
+    #[arg(long, global = true)]
+    no_repack: bool,
 }
 
 #[derive(Subcommand)]
@@ -223,7 +226,7 @@ fn main() -> ExitCode {
     });
     let cli = Cli::parse_from(args);
     llama::init_logging(cli.verbose);
-    match run(cli.command) {
+    match run(cli.command, !cli.no_repack) {
         Ok(answer) => {
             println!("{answer}");
             ExitCode::SUCCESS
@@ -235,21 +238,26 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> Result<Value, String> {
+fn run(command: Command, repack: bool) -> Result<Value, String> {
+    let load = |path: &Path| Model::load(path, repack);
     match command {
-        Command::Info { model } => info(&Model::load(&model)?),
+        Command::Info { model } => info(&load(&model)?),
         Command::Tokenize { model, input, no_special, parse_special } => {
-            tokenize(&Model::load(&model)?, &input, !no_special, parse_special)
+            tokenize(&load(&model)?, &input, !no_special, parse_special)
         }
         Command::Detokenize { model, input, remove_special, unparse_special, pieces } => {
-            detokenize(&Model::load(&model)?, &input, remove_special, unparse_special, pieces)
+            detokenize(&load(&model)?, &input, remove_special, unparse_special, pieces)
         }
-        Command::Logits { run, input, out, all, decode } => logits(&run, &input, &out, all, decode.as_deref()),
-        Command::Greedy { run, input, n_predict } => greedy(&run, &input, n_predict),
-        Command::Rss { model, n_predict, prompt, threads } => rss(&model, n_predict, &prompt, threads),
-        Command::Scores { run, tokens, sinks, windows, lasts } => scores(&run, &tokens, sinks, windows, lasts),
+        Command::Logits { run, input, out, all, decode } => {
+            logits(&load(&run.model)?, &run, &input, &out, all, decode.as_deref())
+        }
+        Command::Greedy { run, input, n_predict } => greedy(&load(&run.model)?, &run, &input, n_predict),
+        Command::Rss { model, n_predict, prompt, threads } => rss(&load(&model)?, n_predict, &prompt, threads),
+        Command::Scores { run, tokens, sinks, windows, lasts } => {
+            scores(&load(&run.model)?, &run, &tokens, sinks, windows, lasts)
+        }
         Command::Restricted { run, tokens, prefill, score, layers, sink, window, from, out } => {
-            let model = Model::load(&run.model)?;
+            let model = load(&run.model)?;
             let tokens = read_tokens(&tokens)?;
             if prefill == 0 || score == 0 || tokens.len() < prefill + score {
                 return Err(format!(
@@ -329,8 +337,14 @@ fn detokenize(
     Ok(json!({ "texts": texts, "bytes": bytes }))
 }
 
-fn logits(run: &RunArgs, input: &Path, out: &Path, all: bool, decode: Option<&Path>) -> Result<Value, String> {
-    let model = Model::load(&run.model)?;
+fn logits(
+    model: &Model,
+    run: &RunArgs,
+    input: &Path,
+    out: &Path,
+    all: bool,
+    decode: Option<&Path>,
+) -> Result<Value, String> {
     let prompts = read_token_lists(input)?;
     let mut continuations = match decode {
         Some(path) => read_token_lists(path)?,
@@ -341,7 +355,7 @@ fn logits(run: &RunArgs, input: &Path, out: &Path, all: bool, decode: Option<&Pa
     }
     continuations.resize(prompts.len(), Vec::new());
     let longest = prompts.iter().zip(&continuations).map(|(p, c)| p.len() + c.len()).max();
-    let mut ctx = Context::new(&model, &run.options(longest.unwrap_or(0))?)?;
+    let mut ctx = Context::new(model, &run.options(longest.unwrap_or(0))?)?;
     let mut writer = RowWriter::create(out)?;
     let outputs = if all { Outputs::All } else { Outputs::Last };
     let mut per_prompt = Vec::new();
@@ -358,11 +372,10 @@ fn logits(run: &RunArgs, input: &Path, out: &Path, all: bool, decode: Option<&Pa
     Ok(json!({ "n_vocab": model.n_vocab(), "rows": rows, "rows_per_prompt": per_prompt }))
 }
 
-fn greedy(run: &RunArgs, input: &Path, n_predict: usize) -> Result<Value, String> {
-    let model = Model::load(&run.model)?;
+fn greedy(model: &Model, run: &RunArgs, input: &Path, n_predict: usize) -> Result<Value, String> {
     let prompts = read_token_lists(input)?;
     let longest = prompts.iter().map(|p| p.len()).max().unwrap_or(0);
-    let mut ctx = Context::new(&model, &run.options(longest + n_predict)?)?;
+    let mut ctx = Context::new(model, &run.options(longest + n_predict)?)?;
     let mut results = Vec::new();
     for prompt in &prompts {
         ctx.clear();
@@ -396,8 +409,7 @@ fn top2(row: &[f32]) -> [(Token, f32); 2] {
 }
 
 /// What llama-simple does: a context just large enough, one batch for the prompt, greedy sampling.
-fn rss(path: &Path, n: usize, prompt: &str, threads: Option<usize>) -> Result<Value, String> {
-    let model = Model::load(path)?;
+fn rss(model: &Model, n: usize, prompt: &str, threads: Option<usize>) -> Result<Value, String> {
     let tokens = model.tokenize(prompt.as_bytes(), true, true)?;
     if tokens.is_empty() || n == 0 {
         return Err("the prompt and -n must give at least one token".into());
@@ -405,7 +417,7 @@ fn rss(path: &Path, n: usize, prompt: &str, threads: Option<usize>) -> Result<Va
     let mut options = ContextOptions::new(tokens.len() + n - 1);
     options.n_batch = Some(tokens.len());
     options.n_threads = threads;
-    let mut ctx = Context::new(&model, &options)?;
+    let mut ctx = Context::new(model, &options)?;
     let sampler = Sampler::greedy();
     let mut generated = Vec::new();
     ctx.decode(&tokens, Outputs::Last, |_| ())?;
@@ -438,11 +450,17 @@ fn memory() -> Result<Value, String> {
     Ok(answer)
 }
 
-fn scores(run: &RunArgs, tokens: &Path, sink: usize, windows: Vec<usize>, lasts: Vec<usize>) -> Result<Value, String> {
-    let model = Model::load(&run.model)?;
+fn scores(
+    model: &Model,
+    run: &RunArgs,
+    tokens: &Path,
+    sink: usize,
+    windows: Vec<usize>,
+    lasts: Vec<usize>,
+) -> Result<Value, String> {
     let tokens = read_tokens(tokens)?;
     let hook = MassSums::new(model.n_layer(), tokens.len(), sink, windows, lasts);
-    let mut ctx = Context::with_hook(&model, &run.options_for_hook(tokens.len())?, hook)?;
+    let mut ctx = Context::with_hook(model, &run.options_for_hook(tokens.len())?, hook)?;
     ctx.decode(&tokens, Outputs::Last, |_| ())?;
     check_seen(&ctx)?;
     let scores: Vec<Value> = ctx

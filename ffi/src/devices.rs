@@ -1,0 +1,92 @@
+//! Which devices a model's layers go to: what `llama_model_params` says of it, with llama.cpp's meanings.
+
+use ggml_sys as sys;
+use simlayer::{ModelParams, ggml::Device};
+
+use crate::{
+    border::{Result, slice},
+    log,
+};
+
+/// As upstream has it: a `tensor_split` has as many entries.
+pub(crate) const MAX_DEVICES: usize = 16;
+
+/// Takes over devices, the number of layers on them and their shares.
+///
+/// # Safety
+/// `devices` is null or ends with a null pointer; `tensor_split` is null or has [`MAX_DEVICES`] entries.
+pub(crate) unsafe fn place(params: &sys::llama_model_params, engine: &mut ModelParams) -> Result<()> {
+    let mut devices = match params.devices.is_null() {
+        true => all(),
+        // SAFETY: the caller's promise.
+        false => unsafe { listed(params.devices) }?,
+    };
+    match params.split_mode {
+        sys::LLAMA_SPLIT_MODE_LAYER => {}
+        sys::LLAMA_SPLIT_MODE_ROW => {
+            log::warn_once("simlayer", "split_mode: rows are not split over devices: each has whole layers instead");
+        }
+        // A negative number is the processor, as any number is where there is no device.
+        sys::LLAMA_SPLIT_MODE_NONE => match usize::try_from(params.main_gpu) {
+            Err(_) => devices.clear(),
+            Ok(_) if devices.is_empty() => {}
+            Ok(main) => match devices.get(main) {
+                Some(&device) => devices = vec![device],
+                None => fail!("main_gpu: there is no device {main} among {}", devices.len()),
+            },
+        },
+        sys::LLAMA_SPLIT_MODE_TENSOR => fail!("split_mode: splitting tensors over devices is not supported"),
+        other => fail!("split_mode: {other} is none"),
+    }
+    if !params.tensor_split.is_null() {
+        // SAFETY: the caller's promise.
+        let shares = unsafe { slice(params.tensor_split, MAX_DEVICES, "tensor_split") }?;
+        if let Some(share) = shares.iter().take(devices.len()).find(|share| !share.is_finite() || **share < 0.0) {
+            fail!("tensor_split: {share} is no share");
+        }
+        engine.tensor_split = shares.to_vec();
+    }
+    engine.gpu_layers = usize::try_from(params.n_gpu_layers).ok();
+    engine.devices = Some(devices);
+    Ok(())
+}
+
+/// The devices that ggml knows, with their kinds. Which one a pointer is, is told without following it.
+fn registered() -> Vec<(sys::ggml_backend_dev_t, sys::ggml_backend_dev_type, Device)> {
+    let raw = |(i, device)| {
+        // SAFETY: devices never go away, so that the index is below the count.
+        let raw = unsafe { sys::ggml_backend_dev_get(i) };
+        // SAFETY: a device of the registry.
+        (raw, unsafe { sys::ggml_backend_dev_type(raw) }, device)
+    };
+    Device::all().into_iter().enumerate().map(raw).collect()
+}
+
+/// In ggml's order, in which frontends list them; a processor's own graphics only where this machine has no card.
+fn all() -> Vec<Device> {
+    let of = |kind| registered().into_iter().filter(move |found| found.1 == kind).map(|found| found.2);
+    let mut devices: Vec<Device> = of(sys::GGML_BACKEND_DEVICE_TYPE_GPU).collect();
+    if devices.iter().all(|device| device.backend().starts_with("RPC")) {
+        devices.extend(of(sys::GGML_BACKEND_DEVICE_TYPE_IGPU));
+    }
+    devices
+}
+
+/// # Safety
+/// The list ends with a null pointer.
+unsafe fn listed(list: *const sys::ggml_backend_dev_t) -> Result<Vec<Device>> {
+    let registered = registered();
+    let mut devices = Vec::new();
+    let mut next = list;
+    // SAFETY: the entries before were not null.
+    while let raw = unsafe { *next }
+        && !raw.is_null()
+    {
+        match registered.iter().find(|found| found.0 == raw) {
+            Some(found) => devices.push(found.2),
+            None => fail!("devices: entry {} is no device that is registered with ggml", devices.len()),
+        }
+        next = next.wrapping_add(1);
+    }
+    Ok(devices)
+}
