@@ -1,7 +1,7 @@
 //! Our speed against upstream's llama-bench.
 //!
 //! The two alternate within each round, so that a machine that slows down or speeds up meanwhile
-//! does so for both; figures are medians over the rounds.
+//! does so for both; figures are medians over the rounds. Beside speeds there is each process's peak of resident memory.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -61,8 +61,15 @@ struct Contender {
     args: Vec<String>,
 }
 
-/// Samples in tokens/s, by contender, depth, and test ("pp512", "tg64").
-type Samples = BTreeMap<(usize, u32, String), Vec<f64>>;
+/// Samples by contender, depth, and test ("pp512", "tg64").
+type Samples = BTreeMap<(usize, u32, String), Vec<Sample>>;
+
+#[derive(Debug, Clone, Copy)]
+struct Sample {
+    tokens_per_second: f64,
+    /// The whole process's peak of resident memory, in bytes: that of all tests of a run.
+    peak_rss: u64,
+}
 
 pub fn run(args: &Args) -> Result<()> {
     if let (Some(from), Some(path)) = (&args.from, &args.plot) {
@@ -92,8 +99,8 @@ pub fn run(args: &Args) -> Result<()> {
                 eprintln!("round {round}/{}, depth {depth}: {}", args.rounds, contender.name);
                 let program = if contender.upstream { &bench } else { &ours };
                 let runs = measure(&env, program, &model, contender, args, depth)?;
-                for (test, speed) in runs {
-                    samples.entry((index, depth, test)).or_default().push(speed);
+                for (test, sample) in runs {
+                    samples.entry((index, depth, test)).or_default().push(sample);
                 }
             }
         }
@@ -158,7 +165,7 @@ fn contenders(args: &Args) -> Result<Vec<Contender>> {
     Ok(contenders)
 }
 
-/// One run of one contender: the tests it made, with tokens/s.
+/// One run of one contender: the tests it made.
 fn measure(
     env: &Env,
     program: &Path,
@@ -166,7 +173,7 @@ fn measure(
     contender: &Contender,
     args: &Args,
     depth: u32,
-) -> Result<Vec<(String, f64)>> {
+) -> Result<Vec<(String, Sample)>> {
     let mut command = env.command(&program.display().to_string());
     if contender.upstream {
         command.arg("-m").arg(model).args(["-r", "1", "-o", "json"]);
@@ -178,12 +185,15 @@ fn measure(
         command.args(["--depth", &depth.to_string(), "-t", &args.threads.to_string()]);
     }
     command.args(&contender.args);
-    let text = sh::output(&mut command)?;
+    let (text, peak_rss) = sh::output_and_peak(&mut command)?;
     let answer: Value =
         serde_json::from_str(&text).with_context(|| format!("`{}` wrote no JSON:\n{text}", sh::shown(&command)))?;
     let runs = if contender.upstream { upstream_runs(&answer) } else { our_runs(&answer) };
-    runs.filter(|runs| !runs.is_empty())
-        .with_context(|| format!("`{}` wrote JSON without the expected runs:\n{text}", sh::shown(&command)))
+    let runs = runs
+        .filter(|runs| !runs.is_empty())
+        .with_context(|| format!("`{}` wrote JSON without the expected runs:\n{text}", sh::shown(&command)))?;
+    let sample = |(test, tokens_per_second)| (test, Sample { tokens_per_second, peak_rss });
+    Ok(runs.into_iter().map(sample).collect())
 }
 
 fn upstream_runs(answer: &Value) -> Option<Vec<(String, f64)>> {
@@ -209,6 +219,8 @@ struct Row {
     depth: u32,
     samples: Vec<f64>,
     median: f64,
+    /// Median of the peaks of resident memory, in MiB.
+    peak_rss: f64,
     /// Against upstream's best with the same cache type.
     vs_same_type: Option<f64>,
     /// Against upstream's best with the first of `--types`.
@@ -224,6 +236,7 @@ impl Row {
             "depth": self.depth,
             "tokens_per_second": self.median,
             "samples": self.samples,
+            "peak_rss_mib": self.peak_rss,
             "vs_best_same_type": self.vs_same_type,
             "vs_best_first_type": self.vs_first_type,
         })
@@ -231,27 +244,31 @@ impl Row {
 }
 
 fn rows(contenders: &[Contender], samples: &Samples, first_type: &str) -> Vec<Row> {
+    let speeds_of = |samples: &[Sample]| samples.iter().map(|sample| sample.tokens_per_second).collect::<Vec<_>>();
     let best = |depth: u32, test: &str, kv_type: &str| {
         let medians = samples.iter().filter_map(|((index, d, t), speeds)| {
             let contender = &contenders[*index];
             let fits = contender.upstream && contender.kv_type.as_deref() == Some(kv_type);
-            (fits && *d == depth && t == test).then(|| median(speeds))
+            (fits && *d == depth && t == test).then(|| median(&speeds_of(speeds)))
         });
         medians.reduce(f64::max)
     };
     let mut rows: Vec<Row> = samples
         .iter()
-        .map(|((index, depth, test), speeds)| {
+        .map(|((index, depth, test), samples)| {
             let contender = &contenders[*index];
-            let median = median(speeds);
+            let speeds = speeds_of(samples);
+            let peaks: Vec<f64> = samples.iter().map(|sample| sample.peak_rss as f64 / 1024.0 / 1024.0).collect();
+            let (peak_rss, median) = (median(&peaks), median(&speeds));
             let same = contender.kv_type.as_deref().and_then(|t| best(*depth, test, t));
             Row {
                 name: contender.name.clone(),
                 upstream: contender.upstream,
                 test: test.clone(),
                 depth: *depth,
-                samples: speeds.clone(),
+                samples: speeds,
                 median,
+                peak_rss,
                 vs_same_type: same.map(|best| median / best),
                 vs_first_type: best(*depth, test, first_type).map(|best| median / best),
             }
@@ -266,21 +283,22 @@ fn print_table(rows: &[Row]) {
     let width = rows.iter().map(|row| row.name.len()).max().unwrap_or(0);
     let ratio = |r: Option<f64>| r.map_or("–".to_string(), |r| format!("{r:.2} ×"));
     println!(
-        "| depth | test  | {:width$} | tokens/s | lowest | highest | vs llama.cpp, same types | vs its best |",
+        "| depth | test  | {:width$} | tokens/s | lowest | highest | vs llama.cpp, same types | vs its best | peak RSS |",
         "setting"
     );
-    println!("|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|");
     for row in rows {
         let lowest = row.samples.iter().copied().fold(f64::INFINITY, f64::min);
         let highest = row.samples.iter().copied().fold(0.0, f64::max);
         println!(
-            "| {:5} | {:5} | {:width$} | {:8.2} | {lowest:6.2} | {highest:7.2} | {} | {} |",
+            "| {:5} | {:5} | {:width$} | {:8.2} | {lowest:6.2} | {highest:7.2} | {} | {} | {:.0} MiB |",
             row.depth,
             row.test,
             row.name,
             row.median,
             ratio(row.vs_same_type),
             ratio(row.vs_first_type),
+            row.peak_rss,
         );
     }
 }
@@ -340,12 +358,14 @@ mod tests {
             contender("ours q4_0", false, "q4_0"),
         ];
         let speeds = [10.0, 20.0, 5.0, 40.0];
+        let sample = |tokens_per_second| Sample { tokens_per_second, peak_rss: 1 << 20 };
         let samples: Samples =
-            speeds.into_iter().enumerate().map(|(i, s)| ((i, 0, "tg64".to_string()), vec![s])).collect();
+            speeds.into_iter().enumerate().map(|(i, s)| ((i, 0, "tg64".to_string()), vec![sample(s)])).collect();
         let rows = rows(&contenders, &samples, "f16");
         assert_eq!(rows[3].name, "ours q4_0");
         assert_eq!(rows[3].vs_same_type, Some(8.0));
         assert_eq!(rows[3].vs_first_type, Some(2.0));
         assert_eq!(rows[0].vs_same_type, Some(0.5));
+        assert_eq!(rows[0].peak_rss, 1.0);
     }
 }

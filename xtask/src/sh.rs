@@ -1,10 +1,12 @@
 //! Running other programs, and saying so.
 
+use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use wait4::Wait4;
 
 /// The command line as one would type it, for messages.
 pub fn shown(command: &Command) -> String {
@@ -32,6 +34,31 @@ pub fn output(command: &mut Command) -> Result<String> {
         bail!("`{line}` failed: {}\n{}", out.status, stderr.trim_end());
     }
     String::from_utf8(out.stdout).with_context(|| format!("`{line}` wrote no UTF-8"))
+}
+
+/// What the command writes to stdout, and the most memory that it had resident, in bytes; stderr is shown only when
+/// it fails.
+pub fn output_and_peak(command: &mut Command) -> Result<(String, u64)> {
+    let line = shown(command);
+    let started = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let mut child = started.with_context(|| format!("cannot start `{line}`"))?;
+    let stderr = child.stderr.take();
+    // Beside stdout, so that neither pipe is ever full.
+    let told = std::thread::spawn(move || {
+        let mut told = Vec::new();
+        let _ = stderr.map(|mut stderr| stderr.read_to_end(&mut told));
+        told
+    });
+    let mut text = String::new();
+    if let Some(mut stdout) = child.stdout.take() {
+        stdout.read_to_string(&mut text).with_context(|| format!("`{line}` wrote no UTF-8"))?;
+    }
+    let used = child.wait4().with_context(|| format!("`{line}` was lost"))?;
+    if !used.status.success() {
+        let told = told.join().unwrap_or_default();
+        bail!("`{line}` failed: {}\n{}", used.status, String::from_utf8_lossy(&told).trim_end());
+    }
+    Ok((text, used.rusage.maxrss))
 }
 
 /// Whether the command can be started and succeeds, silently.
@@ -81,5 +108,23 @@ pub fn load_average() -> Option<f64> {
 pub fn warn_if_busy() {
     if let Some(load) = load_average().filter(|&load| load > 0.3) {
         eprintln!("warning: the load average is {load:.2}; other work will disturb the figures");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_comes_with_the_peak_of_memory() {
+        let mut command = Command::new("python3");
+        let (text, small) = output_and_peak(command.args(["-c", "print('done')"])).unwrap();
+        assert_eq!(text, "done\n");
+        let mut command = Command::new("python3");
+        let (_, large) = output_and_peak(command.args(["-c", "b'x' * (64 << 20)"])).unwrap();
+        assert!(large > small + (60 << 20), "{large} and {small}");
+        let mut command = Command::new("sh");
+        let error = output_and_peak(command.args(["-c", "echo why >&2; exit 3"])).unwrap_err().to_string();
+        assert!(error.contains("why") && error.contains('3'), "{error}");
     }
 }
