@@ -261,16 +261,25 @@ impl Graph {
 
     /// `weight [k, n] × input [k, m]` → `[n, m]`.
     pub fn mul_mat(&self, weight: &Tensor, input: &Tensor) -> Tensor {
-        if self.own_kernels && mul_mat::applies(weight, input) {
-            self.context.uses(weight);
-            self.context.uses(input);
-            // SAFETY: it applies; the context is alive and keeps the tensors.
-            let product = self.context.wrap(unsafe { mul_mat::add(self.context.raw(), weight, input) });
-            // Remote devices claim to know every operation.
-            self.place(&product, Device::cpu());
-            return product;
+        if self.own_kernels
+            && mul_mat::applies(weight, input)
+            && let Some(features) = mul_mat::Features::detect()
+        {
+            return self.mul_mat_with(weight, input, features);
         }
         self.ggml_mul_mat(weight, input)
+    }
+
+    /// As [`Graph::mul_mat`], with the kernels for these processor features. They must apply.
+    pub(super) fn mul_mat_with(&self, weight: &Tensor, input: &Tensor, features: mul_mat::Features) -> Tensor {
+        assert!(mul_mat::applies(weight, input), "no kernel of our own for {} and {}", weight.ty(), input.ty());
+        self.context.uses(weight);
+        self.context.uses(input);
+        // SAFETY: it applies, and features are only ever detected; the context is alive and keeps the tensors.
+        let product = self.context.wrap(unsafe { mul_mat::add(self.context.raw(), weight, input, features) });
+        // Remote devices claim to know every operation.
+        self.place(&product, Device::cpu());
+        product
     }
 
     fn ggml_mul_mat(&self, weight: &Tensor, input: &Tensor) -> Tensor {

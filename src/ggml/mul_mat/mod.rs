@@ -1,0 +1,288 @@
+//! Products of a quantised matrix and vectors: an operation of our own.
+//!
+//! As in ggml, activations are quantised to eight bits in blocks of 32 and products are summed as integers. Scales stay
+//! in f32, each thread quantises the input for itself, so that no thread waits for another before the product, and
+//! weights are unpacked once for several vectors. Many vectors are taken in tiles that stay in the second-level cache.
+//! For AVX-512 with VNNI, and for AVX2; where both are missing ggml's operation is used.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
+
+use std::{ffi::c_void, ops::Range};
+
+use ggml_sys as sys;
+
+use super::{Tensor, Type};
+
+/// Rows are shared out to threads in groups of so many: the AVX2 kernel takes that many at once.
+const ROWS: usize = 8;
+
+/// Quantised input that is worked on at once: it is to stay in a core's own cache.
+#[cfg(target_arch = "x86_64")]
+const TILE_BYTES: usize = 384 << 10;
+
+/// Which kernels the processor can run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(usize)]
+pub(super) enum Features {
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Vnni,
+}
+
+impl Features {
+    /// The best that there are.
+    pub(super) fn detect() -> Option<Features> {
+        Features::all().pop()
+    }
+
+    /// All that this processor can run, the best last.
+    fn all() -> Vec<Features> {
+        #[allow(unused_mut, reason = "only x86-64 has kernels")]
+        let mut all = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::is_x86_feature_detected as has;
+            if has!("avx2") && has!("fma") && has!("f16c") {
+                all.push(Features::Avx2);
+                let avx512 = has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl");
+                if avx512 && has!("avx512vnni") {
+                    all.push(Features::Vnni);
+                }
+            }
+        }
+        all
+    }
+}
+
+/// Whether [`add`] can multiply these.
+pub(super) fn applies(weight: &Tensor, input: &Tensor) -> bool {
+    let ([k, n_rows, w2, w3], [_, n, i2, i3]) = (weight.shape(), input.shape());
+    let is_plain = [w2, w3, i2, i3] == [1; 4] && input.ty() == Type::F32 && input.strides()[0] == size_of::<f32>();
+    is_plain
+        && n > 0
+        && n_rows > 0
+        && k.is_multiple_of(64)
+        && [Type::Q4_0, Type::Q4_1, Type::Q8_0].contains(&weight.ty())
+        && weight.is_host()
+}
+
+/// Adds the node of `weight [k, rows] × input [k, n]` → `[rows, n]` to the context `raw`.
+///
+/// # Safety
+/// [`applies`] said yes, and the processor has the features; the context is alive, and the tensors live as long as it.
+pub(super) unsafe fn add(
+    raw: *mut sys::ggml_context,
+    weight: &Tensor,
+    input: &Tensor,
+    features: Features,
+) -> *mut sys::ggml_tensor {
+    let mut sources = [weight.raw(), input.raw()];
+    let callback = match features {
+        #[cfg(target_arch = "x86_64")]
+        Features::Avx2 => callback::<avx2::Avx2>,
+        #[cfg(target_arch = "x86_64")]
+        Features::Vnni => callback::<vnni::Vnni>,
+    };
+    // SAFETY: as the caller says; the callback has the type that ggml wants and no state.
+    unsafe {
+        sys::ggml_custom_4d(
+            raw,
+            sys::GGML_TYPE_F32,
+            weight.shape()[1] as i64,
+            input.shape()[1] as i64,
+            1,
+            1,
+            sources.as_mut_ptr(),
+            sources.len() as i32,
+            Some(callback),
+            sys::GGML_N_TASKS_MAX,
+            std::ptr::null_mut(),
+        )
+    }
+}
+
+/// The kernels of one instruction set.
+trait Kernels {
+    /// # Safety
+    /// The pointers are good for what the fields say, `ty` is the weights' type, and the processor has the features.
+    unsafe fn run(product: &Product, ty: sys::ggml_type);
+}
+
+/// One thread's share of a product.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has kernels"))]
+struct Product {
+    weights: *const u8,
+    row_bytes: usize,
+    k: usize,
+    input: *const u8,
+    input_bytes: usize,
+    n: usize,
+    rows: Range<usize>,
+    out: *mut u8,
+    out_bytes: usize,
+}
+
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has kernels"))]
+unsafe extern "C" fn callback<K: Kernels>(node: *mut sys::ggml_tensor, thread: i32, n_threads: i32, _: *mut c_void) {
+    // SAFETY: ggml runs nodes that `add` made, while their tensors have memory; its caller has the features.
+    unsafe {
+        let (weight, input) = ((*node).src[0], (*node).src[1]);
+        let (k, n_rows, n) = ((*weight).ne[0] as usize, (*weight).ne[1] as usize, (*input).ne[1] as usize);
+        let (thread, n_threads) = (thread as usize, n_threads as usize);
+        let groups = n_rows.div_ceil(ROWS);
+        let first_of = |thread: usize| (thread * groups / n_threads * ROWS).min(n_rows);
+        let rows = first_of(thread)..first_of(thread + 1);
+        if rows.is_empty() {
+            return;
+        }
+        let product = Product {
+            weights: (*weight).data.cast(),
+            row_bytes: (*weight).nb[1],
+            k,
+            input: (*input).data.cast(),
+            input_bytes: (*input).nb[1],
+            n,
+            rows,
+            out: (*node).data.cast(),
+            out_bytes: (*node).nb[1],
+        };
+        K::run(&product, (*weight).type_);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Features;
+    use crate::ggml::{Context, Device, Graph, Scheduler, Tensor, Type};
+
+    fn floats(seed: u64, n: usize) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        (0..n).map(|_| next()).collect()
+    }
+
+    fn compute(scheduler: &mut Scheduler, graph: &Graph, result: &Tensor) -> Vec<f32> {
+        graph.expand(result);
+        scheduler.alloc(graph).unwrap();
+        scheduler.compute(graph).unwrap();
+        result.to_f32()
+    }
+
+    /// Against the product of the weights as they are stored and the input as it is, in f64: the error is that of
+    /// eight-bit inputs, and not above ggml's.
+    #[test]
+    fn products_are_those_of_the_stored_weights() {
+        let all = Features::all();
+        if all.is_empty() {
+            eprintln!("skipped: this processor has no kernel");
+            return;
+        }
+        for threads in [1, 3] {
+            let mut scheduler = Scheduler::new(&[Device::cpu()], threads, 64).unwrap();
+            for (ty, k, rows) in [
+                (Type::Q4_1, 576, 77),
+                (Type::Q4_0, 64, 5),
+                (Type::Q4_0, 192, 24),
+                (Type::Q8_0, 1536, 33),
+                (Type::Q8_0, 128, 1),
+            ] {
+                for n in [1, 2, 3, 4, 7, 300] {
+                    let context = Context::new(4);
+                    let source = context.tensor(Type::F32, &[k, rows]);
+                    let weight = context.tensor(ty, &[k, rows]);
+                    let input = context.tensor(Type::F32, &[k, n]);
+                    context.alloc(Device::cpu().buffer_type(), "a test").unwrap();
+                    // With a mean, so that minima matter.
+                    source.write(0, &floats(1, k * rows).iter().map(|x| x + 0.3).collect::<Vec<_>>());
+                    let vectors = floats(2, k * n);
+                    input.write(0, &vectors);
+                    let graph = Graph::new(8);
+                    let copied = graph.copy(&source, &weight);
+                    graph.expand(&copied);
+                    scheduler.alloc(&graph).unwrap();
+                    scheduler.compute(&graph).unwrap();
+                    let graph = Graph::new(8);
+                    let stored = compute(&mut scheduler, &graph, &graph.cast(&weight, Type::F32).as_output());
+
+                    let error_of = |got: &[f32]| {
+                        let mut error = 0.0;
+                        for i in 0..n {
+                            for row in 0..rows {
+                                let exact: f64 = (0..k)
+                                    .map(|j| f64::from(stored[row * k + j]) * f64::from(vectors[i * k + j]))
+                                    .sum();
+                                error += (f64::from(got[i * rows + row]) - exact).powi(2);
+                            }
+                        }
+                        (error / (k * n * rows) as f64).sqrt()
+                    };
+                    assert!(super::applies(&weight, &input));
+                    let graph = Graph::new(8);
+                    let their_error =
+                        error_of(&compute(&mut scheduler, &graph, &graph.mul_mat(&weight, &input).as_output()));
+                    for &features in &all {
+                        let graph = Graph::new(8);
+                        let product = graph.mul_mat_with(&weight, &input, features).as_output();
+                        let error = error_of(&compute(&mut scheduler, &graph, &product));
+                        assert!(error < 3e-3, "{features:?}, {ty}, {k}, {n}: {error:e}");
+                        let bound = 1.05 * their_error + 1e-6;
+                        assert!(error < bound, "{features:?}, {ty}, {k}, {n}: {error:e}, {their_error:e}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// The largest numbers that weights and inputs can have: no sum on the way is cut off.
+    #[test]
+    fn extremes_do_not_overflow() {
+        let mut scheduler = Scheduler::new(&[Device::cpu()], 1, 64).unwrap();
+        for features in Features::all() {
+            for ty in [Type::Q4_0, Type::Q4_1, Type::Q8_0] {
+                for n in [1, 9] {
+                    let context = Context::new(3);
+                    let (k, rows) = (64, 9);
+                    let source = context.tensor(Type::F32, &[k, rows]);
+                    let weight = context.tensor(ty, &[k, rows]);
+                    let input = context.tensor(Type::F32, &[k, n]);
+                    context.alloc(Device::cpu().buffer_type(), "a test").unwrap();
+                    // One element of each block sets the scale, all others are at the other end.
+                    let of = |i: usize| if i.is_multiple_of(32) { -8.0 } else { 7.0 };
+                    let weights: Vec<f32> = (0..k * rows).map(of).collect();
+                    source.write(0, &weights);
+                    input.write(0, &vec![-1.0f32; k * n]);
+                    let graph = Graph::new(8);
+                    let copied = graph.copy(&source, &weight);
+                    graph.expand(&copied);
+                    scheduler.alloc(&graph).unwrap();
+                    scheduler.compute(&graph).unwrap();
+                    let graph = Graph::new(8);
+                    let product = graph.mul_mat_with(&weight, &input, features).as_output();
+                    for got in compute(&mut scheduler, &graph, &product) {
+                        let exact: f32 = -weights[..k].iter().sum::<f32>();
+                        assert!((got / exact - 1.0).abs() < 5e-3, "{features:?}, {ty}, {n}: {got}, not {exact}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_input_of_zeros_gives_zeros() {
+        let mut scheduler = Scheduler::new(&[Device::cpu()], 1, 64).unwrap();
+        let context = Context::new(2);
+        let weight = context.tensor(Type::Q8_0, &[64, 3]);
+        let input = context.tensor(Type::F32, &[64, 1]);
+        context.alloc(Device::cpu().buffer_type(), "a test").unwrap();
+        let mut graph = Graph::new(8);
+        graph.use_own_kernels(true);
+        assert_eq!(compute(&mut scheduler, &graph, &graph.mul_mat(&weight, &input).as_output()), [0.0; 3]);
+    }
+}
