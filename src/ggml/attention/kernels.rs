@@ -7,10 +7,16 @@
 
 use super::simd::{Portable, Simd, exp2, f16_to_f32, tanh};
 #[cfg(target_arch = "x86_64")]
-use super::x86::{Avx2, Avx512};
+use super::{
+    q4,
+    x86::{Avx2, Avx512},
+};
 
 /// Rows of keys and values that are worked on at once: they stay in the first-level cache.
 pub(super) const BLOCK: usize = 64;
+
+/// How far ahead of the row that is worked on memory is asked for: a block, which is what comes next for the same head.
+pub(super) const PREFETCH_ROWS: usize = BLOCK;
 
 /// How a stored row's elements are read.
 pub(super) trait Element {
@@ -128,28 +134,31 @@ pub(super) struct RowPtr {
     pub data: *const u8,
     pub bytes: usize,
     pub n: usize,
-}
-
-/// Asks for the memory that lies a block of rows behind `row`, which is what comes next.
-#[inline(always)]
-unsafe fn prefetch(row: *const u8, rows: RowPtr, len: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for line in (0..len).step_by(64) {
-        let next = row.wrapping_add(BLOCK * rows.bytes + line);
-        // SAFETY: a hint that reads nothing, whatever the address.
-        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(next.cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (row, rows, len);
+    /// Bytes from a row's beginning on that are asked for when the row [`PREFETCH_ROWS`] before it is read.
+    pub ahead: usize,
 }
 
 impl RowPtr {
     /// # Safety
     /// `row` is a row, or lies right behind the last one.
     #[inline(always)]
-    unsafe fn at(self, row: usize) -> *const u8 {
+    pub(super) unsafe fn at(self, row: usize) -> *const u8 {
         // SAFETY: inside the rows' memory.
         unsafe { self.data.add(row * self.bytes) }
+    }
+
+    /// Asks for what comes next, into the second-level cache: the first holds little more than the rows that are worked
+    /// on.
+    #[inline(always)]
+    pub(super) fn prefetch(self, row: *const u8) {
+        #[cfg(target_arch = "x86_64")]
+        for line in (0..self.ahead).step_by(64) {
+            let next = row.wrapping_add(PREFETCH_ROWS * self.bytes + line);
+            // SAFETY: a hint that reads nothing, whatever the address.
+            unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(next.cast()) };
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = row;
     }
 }
 
@@ -176,7 +185,7 @@ unsafe fn scores_of<V: Simd, E: Element, const G: usize>(
                 keys.at((first + 3).min(last)),
             ];
             for row in rows {
-                prefetch(row, keys, E::offset(size.next_multiple_of(E::BLOCK)));
+                keys.prefetch(row);
             }
             let mut sums = [[V::splat(0.0); 4]; G];
             let mut i = 0;
@@ -184,14 +193,15 @@ unsafe fn scores_of<V: Simd, E: Element, const G: usize>(
                 let offset = E::offset(i);
                 for c in 0..step / V::LANES {
                     let c = c * V::LANES;
-                    let mut keys = [V::splat(0.0); 4];
-                    for r in 0..4 {
-                        keys[r] = E::load::<V>(rows[r].add(offset), c);
-                    }
+                    // Queries first, then one key at a time: with AVX2 that is all the registers there are.
+                    let mut query = [V::splat(0.0); G];
                     for g in 0..G {
-                        let query = V::load(queries.add(g * query_stride + i + c));
-                        for r in 0..4 {
-                            sums[g][r] = keys[r].mul_add(query, sums[g][r]);
+                        query[g] = V::load(queries.add(g * query_stride + i + c));
+                    }
+                    for r in 0..4 {
+                        let key = E::load::<V>(rows[r].add(offset), c);
+                        for g in 0..G {
+                            sums[g][r] = key.mul_add(query[g], sums[g][r]);
                         }
                     }
                 }
@@ -321,8 +331,11 @@ unsafe fn add_values_at<V: Simd, E: Element, const G: usize, const C: usize>(
             }
         }
         for r in 0..values.n {
-            let row = values.at(r).add(E::offset(i));
-            prefetch(row, values, E::offset(C * V::LANES));
+            let row = values.at(r);
+            if i == 0 {
+                values.prefetch(row);
+            }
+            let row = row.add(E::offset(i));
             let mut value = [V::splat(0.0); C];
             for c in 0..C {
                 value[c] = E::load::<V>(row, c * V::LANES);
@@ -507,11 +520,36 @@ pub(super) trait Isa {
     );
     unsafe fn convert<E: Element>(rows: RowPtr, size: usize, to: *mut f32, to_stride: usize);
     unsafe fn add_tile(tile: &Tile);
+
+    /// Elements of what [`Isa::pack_q4`] makes of a query; 0 where [`Q4`] keys have no kernel of their own.
+    fn packed_q4(_size: usize) -> usize {
+        0
+    }
+
+    /// A query as [`Isa::scores_of_q4`] wants it.
+    unsafe fn pack_q4(_query: *const f32, _size: usize, _to: *mut f32) {}
+
+    /// `scores_of` for [`Q4`], with packed queries.
+    unsafe fn scores_of_q4<const G: usize>(_packed: *const f32, _k: RowPtr, _size: usize, _s: *mut f32) {}
+
+    /// `add_values` for [`Q4`].
+    #[inline]
+    unsafe fn add_values_q4<const G: usize>(
+        weights: *const f32,
+        values: RowPtr,
+        size: usize,
+        factors: &[f32; G],
+        out: *mut f32,
+        out_stride: usize,
+    ) {
+        // SAFETY: the caller's.
+        unsafe { Self::add_values::<Q4, G>(weights, values, size, factors, out, out_stride) }
+    }
 }
 
 /// Implements `Isa` for a vector type. The generic kernels are inlined into functions with the features switched on.
 macro_rules! isa {
-    ($vector:ty, $rows:literal $(, #[$features:meta])?) => {
+    ($vector:ty, $rows:literal $(, #[$features:meta])? $(, { $($own:item)* })?) => {
         impl Isa for $vector {
             const LANES: usize = <$vector as Simd>::LANES;
             const MAX_GROUP: usize = <$vector as Simd>::MAX_GROUP;
@@ -608,12 +646,42 @@ macro_rules! isa {
                 // SAFETY: the caller's.
                 unsafe { inner(tile) }
             }
+
+            $($($own)*)?
         }
     };
 }
 
 isa!(Portable, 2);
 #[cfg(target_arch = "x86_64")]
-isa!(Avx2, 4, #[target_feature(enable = "avx2,fma,f16c")]);
+isa!(Avx2, 4, #[target_feature(enable = "avx2,fma,f16c")], {
+    fn packed_q4(size: usize) -> usize {
+        q4::packed_len(size)
+    }
+
+    unsafe fn pack_q4(query: *const f32, size: usize, to: *mut f32) {
+        // SAFETY: the caller's.
+        unsafe { q4::pack(query, size, to) }
+    }
+
+    #[inline]
+    unsafe fn scores_of_q4<const G: usize>(packed: *const f32, k: RowPtr, size: usize, s: *mut f32) {
+        // SAFETY: the caller's.
+        unsafe { q4::scores_of::<G>(packed, k, size, s) }
+    }
+
+    #[inline]
+    unsafe fn add_values_q4<const G: usize>(
+        weights: *const f32,
+        values: RowPtr,
+        size: usize,
+        factors: &[f32; G],
+        out: *mut f32,
+        out_stride: usize,
+    ) {
+        // SAFETY: the caller's; weights behind the last row are made zero by `weights_of`.
+        unsafe { q4::add_values::<G>(weights, values, size, factors, out, out_stride) }
+    }
+});
 #[cfg(target_arch = "x86_64")]
 isa!(Avx512, 8, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]);

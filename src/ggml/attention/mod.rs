@@ -9,6 +9,8 @@
 //! result does not depend on the number of threads.
 
 mod kernels;
+#[cfg(target_arch = "x86_64")]
+mod q4;
 mod simd;
 #[cfg(test)]
 mod tests;
@@ -42,6 +44,9 @@ const MANY: usize = 16;
 /// Queries of a tile, at most.
 const TILE: usize = 64;
 
+/// Ranges that work is divided into, at most: one for each thread where there are no more.
+const MAX_RANGES: usize = 16;
+
 /// Keys, values and what is seen of them.
 #[derive(Debug, Clone, Copy)]
 pub struct KvSegment<'a> {
@@ -73,9 +78,9 @@ pub(super) struct Op {
     n_segments: usize,
     partials: Arc<Partials>,
     features: Features,
-    /// The next piece of work, threads that found no more of it, and finished chunks by group of heads. All are zero
-    /// between runs.
-    next: AtomicUsize,
+    /// The next piece of work of each range, threads that found no more of it, and finished chunks by group of heads. All
+    /// are zero between runs.
+    next: [AtomicUsize; MAX_RANGES],
     finished: AtomicUsize,
     chunks_done: Vec<AtomicUsize>,
 }
@@ -169,7 +174,7 @@ impl Op {
             n_segments: segments.len(),
             partials: Arc::clone(partials),
             features,
-            next: AtomicUsize::new(0),
+            next: [const { AtomicUsize::new(0) }; MAX_RANGES],
             finished: AtomicUsize::new(0),
             chunks_done: (0..kv_heads).map(|_| AtomicUsize::new(0)).collect(),
         });
@@ -210,10 +215,10 @@ impl Op {
 
     /// # Safety
     /// Called by all threads of a ggml graph's run for the node that `add` made.
-    unsafe fn run(&self, node: *mut sys::ggml_tensor, n_threads: usize) {
+    unsafe fn run(&self, node: *mut sys::ggml_tensor, thread: usize, n_threads: usize) {
         // SAFETY: node and sources are alive and have memory while the graph runs; the features were detected.
         unsafe {
-            let call = Call::new(self, node, n_threads);
+            let call = Call::new(self, node, thread, n_threads);
             match self.features {
                 Features::Portable => call.run::<Portable>(),
                 #[cfg(target_arch = "x86_64")]
@@ -224,7 +229,9 @@ impl Op {
         }
         // The last thread makes the state ready for the next run, which begins behind a barrier of ggml's.
         if self.finished.fetch_add(1, Ordering::AcqRel) + 1 == n_threads {
-            self.next.store(0, Ordering::Relaxed);
+            for next in &self.next {
+                next.store(0, Ordering::Relaxed);
+            }
             self.finished.store(0, Ordering::Release);
         }
     }
@@ -264,9 +271,9 @@ fn check(q: &Tensor, segments: &[KvSegment<'_>], params: &FusedAttention<'_>) {
     }
 }
 
-unsafe extern "C" fn callback(node: *mut sys::ggml_tensor, _: i32, n_threads: i32, state: *mut c_void) {
+unsafe extern "C" fn callback(node: *mut sys::ggml_tensor, thread: i32, n_threads: i32, state: *mut c_void) {
     // SAFETY: ggml hands back the state that `Op::add` gave it, which lives as long as the graph.
-    unsafe { (*state.cast::<Op>().cast_const()).run(node, n_threads as usize) }
+    unsafe { (*state.cast::<Op>().cast_const()).run(node, thread as usize, n_threads as usize) }
 }
 
 /// Rows that are read without a break by one thread, where threads divide the rows.
@@ -385,7 +392,20 @@ impl Rows {
     unsafe fn at(&self, head: usize, first: usize, n: usize) -> RowPtr {
         // SAFETY: as the caller says.
         let data = unsafe { self.data.add(head * self.head_bytes + first * self.row_bytes) };
-        RowPtr { data, bytes: self.row_bytes, n }
+        RowPtr { data, bytes: self.row_bytes, n, ahead: 0 }
+    }
+
+    /// Bytes to ask for ahead when the rows of one head of `heads` are read, which are read one after the other. Where
+    /// heads share cache lines, the first asks for all of them.
+    fn ahead(&self, head: usize, heads: &std::ops::Range<usize>) -> usize {
+        const LINE: usize = 64;
+        match self.head_bytes {
+            bytes @ 1..LINE if head == heads.start => bytes * heads.len(),
+            1..LINE => 0,
+            // A head that all share has whole rows.
+            0 => self.row_bytes,
+            bytes => bytes.min(self.row_bytes),
+        }
     }
 
     /// Whether kernels read the rows as they are stored. Others are converted to padded rows of f32 first.
@@ -475,6 +495,7 @@ impl Mask {
 /// One run of the operation, resolved to pointers.
 struct Call<'a> {
     op: &'a Op,
+    thread: usize,
     n_threads: usize,
     q: *const u8,
     query_bytes: usize,
@@ -498,7 +519,7 @@ struct Call<'a> {
 impl Call<'_> {
     /// # Safety
     /// As [`Op::run`].
-    unsafe fn new(op: &Op, node: *mut sys::ggml_tensor, n_threads: usize) -> Call<'_> {
+    unsafe fn new(op: &Op, node: *mut sys::ggml_tensor, thread: usize, n_threads: usize) -> Call<'_> {
         // SAFETY: `Op::add` set the sources; all are alive and have memory while the graph runs.
         unsafe {
             let src = &(*node).src;
@@ -524,6 +545,7 @@ impl Call<'_> {
             };
             Call {
                 op,
+                thread,
                 n_threads,
                 q: (*q).data.cast(),
                 query_bytes,
@@ -550,6 +572,22 @@ impl Call<'_> {
             // SAFETY: as the caller says.
             unsafe { if self.n < MANY { self.few::<I>(scratch) } else { self.many::<I>(scratch) } }
         });
+    }
+
+    /// Calls `work` for this thread's share of so many pieces. It takes its range of them in order, so that it reads memory
+    /// without a break, then helps with the others'.
+    fn share(&self, n_items: usize, n_ranges: usize, mut work: impl FnMut(usize)) {
+        for i in 0..n_ranges {
+            let range = (self.thread + i) % n_ranges;
+            let [first, end] = [range, range + 1].map(|range| range * n_items / n_ranges);
+            loop {
+                let item = first + self.op.next[range].fetch_add(1, Ordering::Relaxed);
+                if item >= end {
+                    break;
+                }
+                work(item);
+            }
+        }
     }
 
     /// # Safety
@@ -593,11 +631,7 @@ impl Call<'_> {
         let n_groups = (8 * self.n_threads).div_ceil(n_chunks.max(1)).clamp(1, self.kv_heads);
         let group_size = self.kv_heads.div_ceil(n_groups);
         let n_groups = self.kv_heads.div_ceil(group_size);
-        loop {
-            let item = self.op.next.fetch_add(1, Ordering::Relaxed);
-            if item >= n_groups * n_chunks {
-                break;
-            }
+        self.share(n_groups * n_chunks, self.n_threads.min(MAX_RANGES), |item| {
             let (chunk, group) = (item / n_groups, item % n_groups);
             let kv_heads = group * group_size..((group + 1) * group_size).min(self.kv_heads);
             let (segment, rows) = chunks.get(chunk);
@@ -611,7 +645,7 @@ impl Call<'_> {
                     self.merge(n_chunks, kv_heads);
                 }
             }
-        }
+        });
     }
 
     /// Where the result of a chunk for a query of a head is kept.
@@ -635,9 +669,14 @@ impl Call<'_> {
         let heads = kv_heads.start * self.group..kv_heads.end * self.group;
         // Vectors of a KV head: all queries of all its heads.
         let per_kv_head = self.group * self.n;
-        let mut room = scratch
-            .room(heads.len() * self.n * key_size + self.n * BLOCK + (I::MAX_GROUP + key_size.max(value_size)) * BLOCK);
-        let queries = room.take(heads.len() * self.n * key_size);
+        let n_vectors = heads.len() * self.n;
+        // Four-bit keys may have a kernel that wants queries in a form of its own.
+        let packed_len = if matches!(segment.k.kind, Kind::Q4) { I::packed_q4(self.key_size) } else { 0 };
+        let mut room = scratch.room(
+            n_vectors * (key_size + packed_len) + self.n * BLOCK + (I::MAX_GROUP + key_size.max(value_size)) * BLOCK,
+        );
+        let queries = room.take(n_vectors * key_size);
+        let packed = room.take(n_vectors * packed_len);
         let mask = room.take(self.n * BLOCK);
         let scores = room.take(I::MAX_GROUP * BLOCK);
         let converted = room.take(key_size.max(value_size) * BLOCK);
@@ -654,6 +693,9 @@ impl Call<'_> {
                         queries.add(vector * key_size),
                         key_size,
                     );
+                    if packed_len > 0 {
+                        I::pack_q4(queries.add(vector * key_size), self.key_size, packed.add(vector * packed_len));
+                    }
                     let partial = self.partial(chunk, head, query);
                     std::slice::from_raw_parts_mut(partial, value_size).fill(0.0);
                     partial.add(value_size).cast::<Running>().write_unaligned(Running::EMPTY);
@@ -678,8 +720,9 @@ impl Call<'_> {
                     }
                 }
                 for kv_head in kv_heads.clone() {
-                    let k = segment.k.at(kv_head, first, n);
-                    let v = segment.v.at(kv_head, first, n);
+                    let mut k = segment.k.at(kv_head, first, n);
+                    let mut v = segment.v.at(kv_head, first, n);
+                    (k.ahead, v.ahead) = (segment.k.ahead(kv_head, &kv_heads), segment.v.ahead(kv_head, &kv_heads));
                     let vectors = (kv_head - kv_heads.start) * per_kv_head;
                     let mut done = 0;
                     while done < per_kv_head {
@@ -688,6 +731,7 @@ impl Call<'_> {
                         let size = left.div_ceil(left.div_ceil(I::MAX_GROUP));
                         let group = Group {
                             queries: queries.add((vectors + done) * key_size),
+                            packed: (packed_len > 0).then(|| packed.add((vectors + done) * packed_len).cast_const()),
                             masks: std::array::from_fn(|g| match masked {
                                 true => mask.add((done + g) % self.n * BLOCK).cast_const(),
                                 false => std::ptr::null(),
@@ -723,7 +767,10 @@ impl Call<'_> {
                     Kind::F16 => I::scores_of::<F16, G>(queries, key_size, k, size, scores),
                     Kind::Bf16 => I::scores_of::<Bf16, G>(queries, key_size, k, size, scores),
                     Kind::Q8 => I::scores_of::<Q8, G>(queries, key_size, k, size, scores),
-                    Kind::Q4 => I::scores_of::<Q4, G>(queries, key_size, k, size, scores),
+                    Kind::Q4 => match group.packed {
+                        Some(packed) => I::scores_of_q4::<G>(packed, k, size, scores),
+                        None => I::scores_of::<Q4, G>(queries, key_size, k, size, scores),
+                    },
                     Kind::F32 | Kind::Other(_) => I::scores_of::<F32, G>(queries, key_size, k, size, scores),
                 }
             } else {
@@ -741,7 +788,7 @@ impl Call<'_> {
                     Kind::F16 => I::add_values::<F16, G>(scores, v, size, &factors, group.out, stride),
                     Kind::Bf16 => I::add_values::<Bf16, G>(scores, v, size, &factors, group.out, stride),
                     Kind::Q8 => I::add_values::<Q8, G>(scores, v, size, &factors, group.out, stride),
-                    Kind::Q4 => I::add_values::<Q4, G>(scores, v, size, &factors, group.out, stride),
+                    Kind::Q4 => I::add_values_q4::<G>(scores, v, size, &factors, group.out, stride),
                     Kind::F32 | Kind::Other(_) => I::add_values::<F32, G>(scores, v, size, &factors, group.out, stride),
                 }
             } else {
@@ -764,7 +811,7 @@ impl Call<'_> {
                 std::slice::from_raw_parts_mut(to.add(r * stride + size), stride - size).fill(0.0);
             }
         }
-        RowPtr { data: to.cast_const().cast(), bytes: stride * size_of::<f32>(), n: block.n }
+        RowPtr { data: to.cast_const().cast(), bytes: stride * size_of::<f32>(), n: block.n, ahead: 0 }
     }
 
     /// Puts the chunks' results of some KV heads together.
@@ -821,11 +868,7 @@ impl Call<'_> {
         // them for the threads.
         let together = if self.kv_heads * n_tiles < enough { 1 } else { self.group };
         let per_tile = self.heads / together;
-        loop {
-            let item = self.op.next.fetch_add(1, Ordering::Relaxed);
-            if item >= n_tiles * per_tile {
-                break;
-            }
+        self.share(n_tiles * per_tile, 1, |item| {
             // The last queries see the most rows: they come first, so that threads end at about the same time.
             let first = (n_tiles - 1 - item / per_tile) * tile;
             let head = item % per_tile * together;
@@ -833,7 +876,7 @@ impl Call<'_> {
             unsafe {
                 self.attend_tile::<I>(scratch, first..(first + tile).min(self.n), head..head + together);
             }
-        }
+        });
     }
 
     /// # Safety
@@ -960,6 +1003,8 @@ impl Call<'_> {
 /// A few query vectors of one KV head.
 struct Group {
     queries: *const f32,
+    /// The same as the kernel for four-bit keys wants them, where there is one.
+    packed: Option<*const f32>,
     /// Each vector's mask of the block's rows, or null.
     masks: [*const f32; 4],
     out: *mut f32,

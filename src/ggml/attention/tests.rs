@@ -245,13 +245,31 @@ fn worst(got: &[f32], expected: &[f64]) -> f64 {
 /// Values are below 1, so that this is a few roundings of f32.
 const BOUND: f64 = 2e-6;
 
+/// Where queries and weights become 16-bit numbers (`q4`): each is off by up to 1.5e-5 of the largest, and keys here are
+/// up to 3 in size. The worst of these tests was off by 2.4e-5.
+#[cfg(target_arch = "x86_64")]
+const BOUND_OF_16_BITS: f64 = 5e-5;
+
+/// The bound for these kernels.
+fn bound(case: &Case, features: Features) -> f64 {
+    #[cfg(target_arch = "x86_64")]
+    if features == Features::Avx2
+        && case.n < MANY
+        && case.segments.iter().any(|&(_, k, v)| k == Type::Q4_0 || v == Type::Q4_0)
+    {
+        return BOUND_OF_16_BITS;
+    }
+    let _ = (case, features);
+    BOUND
+}
+
 fn check_case(case: &Case, scheduler: &mut Scheduler) {
     let data = Data::new(case, scheduler, 1);
     let expected = data.reference(case);
     for features in Features::all() {
         let got = data.run(case, scheduler, features);
         let error = worst(&got, &expected);
-        assert!(error < BOUND, "{features:?}, {case:?}: {error:e}");
+        assert!(error < bound(case, features), "{features:?}, {case:?}: {error:e}");
     }
 }
 
