@@ -3,6 +3,9 @@
 //! With few vectors rows are taken one at a time, a block of 32 weights in a register. With many, eight rows are
 //! unpacked once into a panel whose lanes are rows: then four weights of all eight are multiplied with four numbers of a
 //! vector at once, nothing is ever summed across lanes, and a block's scales are applied to eight rows together.
+//!
+//! Vectors are kept in arrays that loops with constant bounds index, as in `attention::kernels`.
+#![allow(clippy::needless_range_loop)]
 
 use std::{arch::x86_64::*, cell::RefCell};
 
