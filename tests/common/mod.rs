@@ -6,20 +6,41 @@ pub mod unquantized;
 
 use std::path::Path;
 
-use simlayer::{BatchEntry, Model, ModelParams, Outputs, Session, SessionParams, Token, lazy::Policy};
+use simlayer::{BatchEntry, Model, ModelParams, Outputs, Session, SessionParams, Token, ggml::Device, lazy::Policy};
 use simlayer_testkit::{smollm2_path, workspace_root};
 
 pub fn smollm2() -> Model {
     load(&smollm2_path())
 }
 
-/// With `SIMLAYER_TEST_RPC` (servers, `HOST:PORT,…`) weights and caches are on the servers' devices.
+/// With `SIMLAYER_TEST_RPC` (servers, `HOST:PORT,…`) weights and caches are on the servers' devices, with
+/// `SIMLAYER_TEST_DEVICE` (names, `Vulkan0,…`) on these.
 pub fn load(path: &Path) -> Model {
-    #[cfg(feature = "rpc")]
-    for server in std::env::var("SIMLAYER_TEST_RPC").iter().flat_map(|servers| servers.split(',')) {
-        simlayer::ggml::rpc::connect(server).unwrap_or_else(|error| panic!("{error}"));
+    let mut params = ModelParams::default();
+    params.devices = test_devices();
+    let wanted = params.devices.clone();
+    let model = Model::load(path, &params).unwrap_or_else(|error| panic!("{error}"));
+    if let Some(wanted) = wanted {
+        let mut layers = (0..model.hparams().n_layer).map(|layer| model.layer_device(layer));
+        assert!(layers.all(|device| wanted.contains(&device)), "a layer is elsewhere than on {wanted:?}");
     }
-    Model::load(path, &ModelParams::default()).unwrap_or_else(|error| panic!("{error}"))
+    model
+}
+
+fn test_devices() -> Option<Vec<Device>> {
+    let list = |variable: &str| -> Vec<String> {
+        std::env::var(variable).iter().flat_map(|list| list.split(',')).map(str::to_owned).collect()
+    };
+    let mut devices = Vec::new();
+    #[cfg(feature = "rpc")]
+    for server in list("SIMLAYER_TEST_RPC") {
+        devices.extend(simlayer::ggml::rpc::connect(&server).unwrap_or_else(|error| panic!("{error}")));
+    }
+    for name in list("SIMLAYER_TEST_DEVICE") {
+        let found = Device::all().into_iter().find(|device| device.name() == name);
+        devices.push(found.unwrap_or_else(|| panic!("there is no {name} here, only {:?}", Device::all())));
+    }
+    Some(devices).filter(|devices| !devices.is_empty())
 }
 
 /// `n` tokens of English prose: the demo's story, from its beginning as often as needed.

@@ -3,6 +3,9 @@
 //! The source is the Cargo package `llama-cpp-sys-2`, pinned and checksummed by Cargo.lock.
 //! `GGML_SOURCE_DIR` may name another copy of the llama.cpp tree (the folder that holds `ggml/`).
 
+#[path = "build/vulkan.rs"]
+mod vulkan;
+
 use std::{
     env,
     ffi::OsStr,
@@ -17,6 +20,7 @@ const PACKAGE: &str = "llama-cpp-sys-2";
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=build");
     println!("cargo:rerun-if-changed=shim");
     println!("cargo:rerun-if-env-changed=GGML_SOURCE_DIR");
 
@@ -170,7 +174,7 @@ impl<'a> Library<'a> {
         self.archive("ggml-base", &base, &c, &cpp, |build| {
             build.define("GGML_USE_CPU", None);
             // Which backends the registry knows.
-            for feature in ["RPC", "CUDA"].into_iter().filter(|feature| has_feature(feature)) {
+            for feature in ["RPC", "CUDA", "VULKAN"].into_iter().filter(|feature| has_feature(feature)) {
                 build.define(&format!("GGML_USE_{feature}"), None);
             }
         });
@@ -179,6 +183,9 @@ impl<'a> Library<'a> {
         }
         if has_feature("CUDA") {
             Cuda::find().build(self);
+        }
+        if has_feature("VULKAN") {
+            vulkan::Vulkan::find().build(self);
         }
 
         if self.openmp {
@@ -302,34 +309,24 @@ impl Cuda {
     fn build(&self, library: &Library<'_>) {
         let dir = library.source.join("ggml/src/ggml-cuda");
         let flash_types = self.flash_types();
-        let mut files = cu_files(&dir, |_| true);
-        files.extend(cu_files(&dir.join("template-instances"), |name| {
-            match name.strip_prefix("fattn-vec-instance-").and_then(|rest| rest.strip_suffix(".cu")) {
+        let mut files = files_ending(&dir, ".cu");
+        let mut instances = files_ending(&dir.join("template-instances"), ".cu");
+        instances.retain(|file| {
+            let name = file.file_stem().and_then(OsStr::to_str).unwrap_or_default();
+            match name.strip_prefix("fattn-vec-instance-") {
                 Some(types) => flash_types.iter().any(|compiled| compiled == types),
                 None => true,
             }
-        }));
+        });
+        files.extend(instances);
         files.sort();
 
         // SAFETY: there are no other threads yet. cc reads the compiler's name from there.
         unsafe { env::set_var("NVCC", &self.nvcc) };
-        let queue = Mutex::new(files.into_iter());
-        let objects = Mutex::new(Vec::new());
-        let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
-        thread::scope(|scope| {
-            for _ in 0..jobs {
-                scope.spawn(|| {
-                    loop {
-                        let next = queue.lock().expect("no thread panics with it").next();
-                        let Some(file) = next else { break };
-                        let compiled = self.compiler(library, &flash_types).file(file).compile_intermediates();
-                        objects.lock().expect("no thread panics with it").extend(compiled);
-                    }
-                });
-            }
-        });
+        let objects =
+            in_parallel(files, |file| self.compiler(library, &flash_types).file(file).compile_intermediates());
         let mut archive = library.cpp();
-        archive.objects(objects.into_inner().expect("the threads have ended"));
+        archive.objects(objects);
         archive.compile("ggml-cuda");
         self.link();
     }
@@ -403,13 +400,32 @@ fn pairs() -> impl Iterator<Item = [&'static str; 2]> {
     CUDA_FLASH_TYPES.into_iter().flat_map(|k| CUDA_FLASH_TYPES.map(|v| [k, v]))
 }
 
-fn cu_files(dir: &Path, wanted: impl Fn(&str) -> bool) -> Vec<PathBuf> {
+fn files_ending(dir: &Path, end: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
-    let is_wanted = |file: &PathBuf| {
-        let name = file.file_name().and_then(OsStr::to_str).unwrap_or_default();
-        name.ends_with(".cu") && wanted(name)
-    };
-    entries.filter(is_wanted).collect()
+    entries.filter(|file| file.file_name().and_then(OsStr::to_str).is_some_and(|name| name.ends_with(end))).collect()
+}
+
+/// Calls `make` for each file, in as many threads as cargo allows, and returns all that it makes.
+fn in_parallel(files: Vec<PathBuf>, make: impl Fn(PathBuf) -> Vec<PathBuf> + Sync) -> Vec<PathBuf> {
+    let queue = Mutex::new(files.into_iter());
+    let made = Mutex::new(Vec::new());
+    let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
+    thread::scope(|scope| {
+        for _ in 0..jobs {
+            scope.spawn(|| {
+                loop {
+                    let next = queue.lock().expect("no thread panics with it").next();
+                    let Some(file) = next else { break };
+                    let files = make(file);
+                    made.lock().expect("no thread panics with it").extend(files);
+                }
+            });
+        }
+    });
+    let mut made = made.into_inner().expect("the threads have ended");
+    // Archives are the same whichever thread was faster.
+    made.sort();
+    made
 }
 
 /// Ends the build with a message, without a panic's noise.

@@ -14,6 +14,7 @@ mod sh;
 mod test;
 mod upstream;
 mod valgrind;
+mod vulkan_check;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -47,6 +48,8 @@ enum Command {
     Frontends(frontends::Args),
     /// Compile and link ggml's CUDA kernels with a compiler of its own (no GPU needed; takes long).
     CudaCheck(cuda_check::Args),
+    /// Compile ggml's Vulkan backend and run the tests on Mesa's software driver (no GPU needed; takes long).
+    VulkanCheck(vulkan_check::Args),
     /// Run the C programs of the tests under Valgrind.
     Valgrind,
     /// Run the fuzz target.
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
         Command::Quality(args) => quality::run(&args),
         Command::Frontends(args) => frontends::run(&args),
         Command::CudaCheck(args) => cuda_check::run(&args),
+        Command::VulkanCheck(args) => vulkan_check::run(&args),
         Command::Valgrind => valgrind::run(),
         Command::Fuzz(args) => fuzz::run(&args),
     };

@@ -139,6 +139,28 @@ pub fn valgrind() -> Result<()> {
     apt_install("libc6-dbg")
 }
 
+/// Installs what is missing of glslc and the headers that ggml's Vulkan backend needs, and Mesa's drivers where they
+/// are wanted: the software driver is among them. No package of pip's has these.
+pub fn vulkan(with_drivers: bool) -> Result<()> {
+    let has = |file: &str| Path::new(file).is_file();
+    let driver = std::fs::read_dir("/usr/share/vulkan/icd.d").into_iter().flatten().flatten();
+    let driver = driver.map(|entry| entry.file_name()).any(|name| name.to_string_lossy().starts_with("lvp_icd."));
+    let needed = [
+        ("glslc", on_path("glslc")),
+        ("libvulkan-dev", has("/usr/include/vulkan/vulkan.hpp")),
+        ("spirv-headers", has("/usr/include/spirv/unified1/spirv.hpp")),
+        ("mesa-vulkan-drivers", driver || !with_drivers),
+    ];
+    let missing: Vec<&str> = needed.into_iter().filter(|(_, there)| !there).map(|(package, _)| package).collect();
+    if missing.is_empty() || (std::env::var_os("VULKAN_SDK").is_some() && (driver || !with_drivers)) {
+        return Ok(());
+    }
+    if !is_root() || !on_path("apt-get") {
+        bail!("please install your system's packages of these (the names are Debian's): {}", missing.join(", "));
+    }
+    missing.into_iter().try_for_each(apt_install)
+}
+
 /// Whether `cmake` has to be called by a path of its own: `Command` looks a program up in our PATH,
 /// not in the one that it gives to the child.
 pub fn cmake_program() -> String {

@@ -92,7 +92,7 @@ fn upstream_cargo(env: &Env) -> Command {
 }
 
 /// Builds the program that runs unmodified llama.cpp for the tests to compare with.
-fn build_reference(env: &Env) -> Result<PathBuf> {
+pub fn build_reference(env: &Env) -> Result<PathBuf> {
     sh::run(upstream_cargo(env).args(["build", "--release", "--locked"]))?;
     Ok(Path::new(&upstream_dir()).join("target/release/upstream-ref"))
 }

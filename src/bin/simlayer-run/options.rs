@@ -141,8 +141,12 @@ fn model_params(args: &CommonArgs, remote: Vec<Device>) -> Result<ModelParams, F
     params.tensor_split = args.tensor_split.clone().map_or_else(Vec::new, |split| split.0);
     let wants_none = params.gpu_layers == Some(0) || args.device.iter().any(|name| name == "none");
     if params.devices.as_ref().is_none_or(Vec::is_empty) && !wants_none {
-        let gpus: Vec<String> =
+        let mut gpus: Vec<String> =
             ggml::backends().into_iter().filter(|name| name != "CPU" && !name.starts_with("RPC")).collect();
+        // Without any driver of Vulkan's ggml does not list the backend either.
+        if cfg!(feature = "vulkan") && !gpus.iter().any(|name| name == "Vulkan") {
+            gpus.push("Vulkan".to_owned());
+        }
         if !gpus.is_empty() {
             eprintln!("no device of {} was found: running on the processor", gpus.join(", "));
         } else if args.verbose && args.gpu_layers.is_some() {

@@ -44,13 +44,15 @@ impl Default for UpstreamRef {
 
 impl UpstreamRef {
     /// The program that `SIMLAYER_UPSTREAM_REF` names, or the one built in the workspace. Where the tests run on devices
-    /// (`SIMLAYER_TEST_RPC`), it leaves weights as they are in the file, as devices do: repacked ones are summed otherwise.
+    /// (`SIMLAYER_TEST_RPC`, `SIMLAYER_TEST_DEVICE`), it leaves weights as they are in the file, as devices do: repacked
+    /// ones are summed otherwise.
     pub fn new() -> UpstreamRef {
         let program = std::env::var_os("SIMLAYER_UPSTREAM_REF")
             .map_or_else(|| workspace_root().join("tests/upstream/target/release/upstream-ref"), PathBuf::from);
         let hint = "run `cargo xtask test`, which builds it";
         assert!(program.is_file(), "the reference program {} is missing: {hint}", program.display());
-        let on_devices = std::env::var_os("SIMLAYER_TEST_RPC").is_some();
+        let on_devices =
+            ["SIMLAYER_TEST_RPC", "SIMLAYER_TEST_DEVICE"].map(std::env::var_os).iter().any(Option::is_some);
         UpstreamRef { program, options: on_devices.then(|| "--no-repack".to_owned()).into_iter().collect() }
     }
 
