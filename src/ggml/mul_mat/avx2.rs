@@ -290,9 +290,9 @@ unsafe fn multiply_tile<B: Block>(product: &Product, scratch: &mut Scratch, firs
             while done < n {
                 let input = &scratch.input;
                 done += match n - done {
-                    1 => multiply_row::<B, 1, 2>(product, input, row, first, done),
-                    2 => multiply_row::<B, 2, 1>(product, input, row, first, done),
-                    _ => multiply_row::<B, 3, 1>(product, input, row, first, done),
+                    1 => multiply_row::<B, 1>(product, input, row, first, done),
+                    2 => multiply_row::<B, 2>(product, input, row, first, done),
+                    _ => multiply_row::<B, 3>(product, input, row, first, done),
                 };
             }
         }
@@ -300,13 +300,14 @@ unsafe fn multiply_tile<B: Block>(product: &Product, scratch: &mut Scratch, firs
 }
 
 /// Multiplies a row with the `N` vectors of `input` from number `done` on; the first of all has number `first` in the
-/// product. Sums are kept apart for `A` blocks, so that an addition need not wait for the one before. Returns `N`.
+/// product. Sums are kept apart for even and odd blocks, so that an addition need not wait for the one before. A vector's
+/// result does not depend on `N`. Returns `N`.
 ///
 /// # Safety
-/// As [`run`]; a row has a multiple of `A` blocks.
+/// As [`run`]; a row has an even number of blocks.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn multiply_row<B: Block, const N: usize, const A: usize>(
+unsafe fn multiply_row<B: Block, const N: usize>(
     product: &Product,
     input: &Input,
     row: usize,
@@ -314,7 +315,7 @@ unsafe fn multiply_row<B: Block, const N: usize, const A: usize>(
     done: usize,
 ) -> usize {
     let ones = _mm256_set1_epi16(1);
-    let mut sums = [[_mm256_setzero_ps(); A]; N];
+    let mut sums = [[_mm256_setzero_ps(); 2]; N];
     let mut minima = [_mm256_setzero_ps(); N];
     // SAFETY: rows are `k` elements; so are the vectors.
     unsafe {
@@ -323,8 +324,8 @@ unsafe fn multiply_row<B: Block, const N: usize, const A: usize>(
             vectors[i] = input.vector(product, done + i);
         }
         let weights = product.weights.add(row * product.row_bytes);
-        for pair in (0..product.k / BLOCK).step_by(A) {
-            for a in 0..A {
+        for pair in (0..product.k / BLOCK).step_by(2) {
+            for a in 0..2 {
                 let b = pair + a;
                 let block = weights.add(b * B::BYTES);
                 // Rows follow each other: what comes in some rows is asked for now.
@@ -350,10 +351,7 @@ unsafe fn multiply_row<B: Block, const N: usize, const A: usize>(
             }
         }
         for i in 0..N {
-            let mut sum = sums[i][0];
-            for a in 1..A {
-                sum = _mm256_add_ps(sum, sums[i][a]);
-            }
+            let sum = _mm256_add_ps(sums[i][0], sums[i][1]);
             let minimum = _mm_movehdup_ps(_mm256_castps256_ps128(minima[i]));
             let out = product.out.add((first + done + i) * product.out_bytes).cast::<f32>();
             *out.add(row) = sum_of_lanes(sum) + B::MIN_FACTOR * _mm_cvtss_f32(minimum);

@@ -240,6 +240,38 @@ mod tests {
         }
     }
 
+    /// A few vectors together give each what it gives alone, so that sequences decoded in one batch do not differ.
+    #[test]
+    fn vectors_do_not_change_each_other() {
+        let mut scheduler = Scheduler::new(&[Device::cpu()], 2, 64).unwrap();
+        for features in Features::all() {
+            for ty in [Type::Q4_0, Type::Q4_1, Type::Q8_0] {
+                let (k, rows) = (576, 37);
+                let context = Context::new(3);
+                let source = context.tensor(Type::F32, &[k, rows]);
+                let weight = context.tensor(ty, &[k, rows]);
+                let input = context.tensor(Type::F32, &[k, 3]);
+                context.alloc(Device::cpu().buffer_type(), "a test").unwrap();
+                source.write(0, &floats(3, k * rows));
+                input.write(0, &floats(4, k * 3));
+                let graph = Graph::new(8);
+                let copied = graph.copy(&source, &weight);
+                graph.expand(&copied);
+                scheduler.alloc(&graph).unwrap();
+                scheduler.compute(&graph).unwrap();
+                let mut product = |first: usize, n: usize| {
+                    let graph = Graph::new(8);
+                    let some = graph.view(&input, [k, n, 1], [4 * k, 4 * k * n], 4 * k * first);
+                    let product = graph.mul_mat_with(&weight, &some, features).as_output();
+                    compute(&mut scheduler, &graph, &product)
+                };
+                let alone: Vec<Vec<f32>> = (0..3).map(|i| product(i, 1)).collect();
+                assert_eq!(product(0, 2), alone[..2].concat(), "{features:?}, {ty}");
+                assert_eq!(product(0, 3), alone.concat(), "{features:?}, {ty}");
+            }
+        }
+    }
+
     /// The largest numbers that weights and inputs can have: no sum on the way is cut off.
     #[test]
     fn extremes_do_not_overflow() {

@@ -80,6 +80,8 @@ pub struct RandomDecoder {
     pub architecture: &'static str,
     pub shape: Shape,
     pub n_vocab: usize,
+    /// Whether the file says that it has experts.
+    pub has_experts: bool,
     /// Deviation of the biases.
     bias: f32,
     file: GgufFile,
@@ -92,7 +94,8 @@ impl RandomDecoder {
         file.set("general.architecture", architecture);
         file.set("general.name", "random");
         let n_vocab = Vocabulary::Spm.add_to(&mut file);
-        let mut model = RandomDecoder { architecture, shape, n_vocab, bias: 0.5, file, rng: Rng::new(shape.seed) };
+        let (rng, has_experts) = (Rng::new(shape.seed), false);
+        let mut model = RandomDecoder { architecture, shape, n_vocab, has_experts, bias: 0.5, file, rng };
         model.key("block_count", shape.n_layer as u32);
         model.key("context_length", 4096u32);
         model.key("embedding_length", shape.n_embd as u32);
@@ -262,6 +265,7 @@ impl RandomDecoder {
 
     /// The keys of a mixture of experts.
     pub fn expert_keys(&mut self) {
+        self.has_experts = true;
         self.key("expert_count", self.shape.n_expert as u32);
         self.key("expert_used_count", self.shape.n_expert_used as u32);
     }
