@@ -11,7 +11,7 @@ use std::{
 use ggml_sys as sys;
 use memmap2::Mmap;
 
-use super::{BufferType, Device, Error, Type, attention, memory::advise_huge_pages};
+use super::{BufferType, Device, Error, Type, attention};
 
 /// An arena of tensor headers, with the memory behind its tensors.
 #[derive(Clone)]
@@ -143,14 +143,10 @@ impl Context {
             let bytes = unsafe { sys::ggml_backend_alloc_ctx_tensors_from_buft_size(self.raw(), kind.raw()) };
             return Err(Error::OutOfMemory { device: kind.name(), bytes, what: what.to_owned() });
         };
-        // SAFETY: the buffer was just made and is alive; the processor's is one piece of memory.
+        // SAFETY: the buffer was just made and is alive.
         let bytes = unsafe {
-            let bytes = sys::ggml_backend_buffer_get_size(buffer.as_ptr());
-            if kind.raw() == sys::ggml_backend_cpu_buffer_type() {
-                advise_huge_pages(sys::ggml_backend_buffer_get_base(buffer.as_ptr()), bytes);
-            }
             sys::ggml_backend_buffer_clear(buffer.as_ptr(), 0);
-            bytes
+            sys::ggml_backend_buffer_get_size(buffer.as_ptr())
         };
         self.inner.lock().buffers.push(Buffer(buffer));
         self.inner.has_memory.store(true, Ordering::Release);

@@ -33,31 +33,6 @@ pub fn release_free_memory() {
     }
 }
 
-/// Asks the system for huge pages in memory that is about to be filled, where it covers whole ones. What is read from one
-/// end to the other, as caches are, then needs fewer look-ups of addresses; on a virtual machine each costs much.
-///
-/// # Safety
-/// The memory is the caller's, from `base` on for `len` bytes.
-#[cfg_attr(not(target_os = "linux"), expect(unused_variables, reason = "Linux's only"))]
-pub(super) unsafe fn advise_huge_pages(base: *mut std::ffi::c_void, len: usize) {
-    #[cfg(target_os = "linux")]
-    {
-        const HUGE_PAGE: usize = 2 << 20;
-        /// Linux's number for the advice.
-        const MADV_HUGEPAGE: i32 = 14;
-        unsafe extern "C" {
-            fn madvise(address: *mut std::ffi::c_void, len: usize, advice: i32) -> i32;
-        }
-        let skipped = (base as usize).next_multiple_of(HUGE_PAGE) - base as usize;
-        let whole = len.saturating_sub(skipped) / HUGE_PAGE * HUGE_PAGE;
-        if whole > 0 {
-            // SAFETY: the range lies within the caller's memory, and the advice changes nothing in it. Where it is not
-            // taken pages are small, as before.
-            unsafe { madvise(base.wrapping_byte_add(skipped), whole, MADV_HUGEPAGE) };
-        }
-    }
-}
-
 /// The process's resident memory in bytes; `None` where the system does not tell.
 pub fn resident_bytes() -> Option<usize> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
