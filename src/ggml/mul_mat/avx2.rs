@@ -53,12 +53,21 @@ trait Block {
     ///
     /// # Safety
     /// As `unpack`.
-    unsafe fn scale_and_minimum(block: *const u8) -> (__m256, __m256);
+    #[inline(always)]
+    unsafe fn scale_and_minimum(block: *const u8) -> (__m256, __m256) {
+        // SAFETY: a block begins with its scale.
+        let scale = unsafe { splat_half(block) };
+        (scale, scale)
+    }
     /// The halves that are the scale and, where blocks store one, the minimum.
     ///
     /// # Safety
     /// As `unpack`.
-    unsafe fn halves(block: *const u8) -> (u16, u16);
+    #[inline(always)]
+    unsafe fn halves(block: *const u8) -> [u16; 2] {
+        // SAFETY: as above.
+        [unsafe { block.cast::<u16>().read_unaligned() }; 2]
+    }
 }
 
 struct Q4_0;
@@ -91,18 +100,6 @@ impl Block for Q4_0 {
         // SAFETY: a block is its scale and 16 bytes.
         unsafe { unpack_halves(block.add(2)) }
     }
-    #[inline(always)]
-    unsafe fn scale_and_minimum(block: *const u8) -> (__m256, __m256) {
-        // SAFETY: as above.
-        let scale = unsafe { splat_half(block) };
-        (scale, scale)
-    }
-    #[inline(always)]
-    unsafe fn halves(block: *const u8) -> (u16, u16) {
-        // SAFETY: as above.
-        let scale = unsafe { block.cast::<u16>().read_unaligned() };
-        (scale, scale)
-    }
 }
 
 #[inline]
@@ -129,9 +126,9 @@ impl Block for Q4_1 {
         unsafe { two_halves(block) }
     }
     #[inline(always)]
-    unsafe fn halves(block: *const u8) -> (u16, u16) {
+    unsafe fn halves(block: *const u8) -> [u16; 2] {
         // SAFETY: as above.
-        unsafe { block.cast::<(u16, u16)>().read_unaligned() }
+        unsafe { block.cast::<[u16; 2]>().read_unaligned() }
     }
 }
 
@@ -151,18 +148,6 @@ impl Block for Q8_0 {
     unsafe fn unpack(block: *const u8) -> __m256i {
         // SAFETY: a block is its scale and 32 bytes.
         unsafe { unpack_bytes(block.add(2)) }
-    }
-    #[inline(always)]
-    unsafe fn scale_and_minimum(block: *const u8) -> (__m256, __m256) {
-        // SAFETY: as above.
-        let scale = unsafe { splat_half(block) };
-        (scale, scale)
-    }
-    #[inline(always)]
-    unsafe fn halves(block: *const u8) -> (u16, u16) {
-        // SAFETY: as above.
-        let scale = unsafe { block.cast::<u16>().read_unaligned() };
-        (scale, scale)
     }
 }
 
@@ -382,7 +367,7 @@ unsafe fn fill_panels<B: Block>(product: &Product, row: usize, panels: &mut [Pan
             unsafe {
                 let block = product.weights.add((row + r) * product.row_bytes + b * B::BYTES);
                 rows[r] = B::unpack(block);
-                (scales[r], minima[r]) = B::halves(block);
+                [scales[r], minima[r]] = B::halves(block);
             }
         }
         // Eight rows of eight groups of four numbers → eight groups of eight rows.

@@ -175,6 +175,14 @@ mod tests {
         result.to_f32()
     }
 
+    /// Writes one tensor into another of any type.
+    fn convert(scheduler: &mut Scheduler, from: &Tensor, to: &Tensor) {
+        let graph = Graph::new(8);
+        graph.expand(&graph.copy(from, to));
+        scheduler.alloc(&graph).unwrap();
+        scheduler.compute(&graph).unwrap();
+    }
+
     /// Against the product of the weights as they are stored and the input as it is, in f64: the error is that of
     /// eight-bit inputs, and not above ggml's.
     #[test]
@@ -203,11 +211,7 @@ mod tests {
                     source.write(0, &floats(1, k * rows).iter().map(|x| x + 0.3).collect::<Vec<_>>());
                     let vectors = floats(2, k * n);
                     input.write(0, &vectors);
-                    let graph = Graph::new(8);
-                    let copied = graph.copy(&source, &weight);
-                    graph.expand(&copied);
-                    scheduler.alloc(&graph).unwrap();
-                    scheduler.compute(&graph).unwrap();
+                    convert(&mut scheduler, &source, &weight);
                     let graph = Graph::new(8);
                     let stored = compute(&mut scheduler, &graph, &graph.cast(&weight, Type::F32).as_output());
 
@@ -254,11 +258,7 @@ mod tests {
                 context.alloc(Device::cpu().buffer_type(), "a test").unwrap();
                 source.write(0, &floats(3, k * rows));
                 input.write(0, &floats(4, k * 3));
-                let graph = Graph::new(8);
-                let copied = graph.copy(&source, &weight);
-                graph.expand(&copied);
-                scheduler.alloc(&graph).unwrap();
-                scheduler.compute(&graph).unwrap();
+                convert(&mut scheduler, &source, &weight);
                 let mut product = |first: usize, n: usize| {
                     let graph = Graph::new(8);
                     let some = graph.view(&input, [k, n, 1], [4 * k, 4 * k * n], 4 * k * first);
@@ -290,11 +290,7 @@ mod tests {
                     let weights: Vec<f32> = (0..k * rows).map(of).collect();
                     source.write(0, &weights);
                     input.write(0, &vec![-1.0f32; k * n]);
-                    let graph = Graph::new(8);
-                    let copied = graph.copy(&source, &weight);
-                    graph.expand(&copied);
-                    scheduler.alloc(&graph).unwrap();
-                    scheduler.compute(&graph).unwrap();
+                    convert(&mut scheduler, &source, &weight);
                     let graph = Graph::new(8);
                     let product = graph.mul_mat_with(&weight, &input, features).as_output();
                     for got in compute(&mut scheduler, &graph, &product) {
