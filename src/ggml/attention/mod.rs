@@ -276,29 +276,37 @@ unsafe extern "C" fn callback(node: *mut sys::ggml_tensor, thread: i32, n_thread
     unsafe { (*state.cast::<Op>().cast_const()).run(node, thread as usize, n_threads as usize) }
 }
 
-/// Rows that are read without a break by one thread, where threads divide the rows.
+/// Rows that are read without a break by one thread, where threads divide the rows: whole blocks, and about as many in
+/// each chunk of a segment, so that threads end at about the same time.
 struct Chunks {
     rows: [usize; MAX_SEGMENTS],
-    size: usize,
+    /// Chunks of each segment.
+    n: [usize; MAX_SEGMENTS],
 }
 
 impl Chunks {
+    /// Chunks of all segments, but for rounding up.
+    const N: usize = 16;
+    /// Blocks that a chunk has at the least, where there are so many.
+    const MIN_BLOCKS: usize = 4;
+
     fn new(rows: [usize; MAX_SEGMENTS]) -> Chunks {
-        let total: usize = rows.iter().sum();
-        Chunks { rows, size: (total / 16).next_multiple_of(BLOCK).max(256) }
+        let blocks = rows.map(|rows| rows.div_ceil(BLOCK));
+        let total = blocks.iter().sum::<usize>().max(1);
+        let n = blocks.map(|blocks| (Chunks::N * blocks).div_ceil(total).min(blocks.div_ceil(Chunks::MIN_BLOCKS)));
+        Chunks { rows, n }
     }
 
     fn n(&self) -> usize {
-        self.rows.iter().map(|rows| rows.div_ceil(self.size)).sum()
+        self.n.iter().sum()
     }
 
     /// A chunk's segment and rows.
     fn get(&self, mut index: usize) -> (usize, std::ops::Range<usize>) {
-        for (segment, &rows) in self.rows.iter().enumerate() {
-            let n = rows.div_ceil(self.size);
+        for (segment, (&rows, &n)) in self.rows.iter().zip(&self.n).enumerate() {
             if index < n {
-                let first = index * self.size;
-                return (segment, first..(first + self.size).min(rows));
+                let [first, end] = [index, index + 1].map(|i| i * rows.div_ceil(BLOCK) / n * BLOCK);
+                return (segment, first..end.min(rows));
             }
             index -= n;
         }
@@ -631,6 +639,8 @@ impl Call<'_> {
         let n_groups = (8 * self.n_threads).div_ceil(n_chunks.max(1)).clamp(1, self.kv_heads);
         let group_size = self.kv_heads.div_ceil(n_groups);
         let n_groups = self.kv_heads.div_ceil(group_size);
+        // SAFETY: as the caller says.
+        let few = unsafe { self.prepare::<I>(scratch) };
         self.share(n_groups * n_chunks, self.n_threads.min(MAX_RANGES), |item| {
             let (chunk, group) = (item / n_groups, item % n_groups);
             let kv_heads = group * group_size..((group + 1) * group_size).min(self.kv_heads);
@@ -638,7 +648,7 @@ impl Call<'_> {
             // SAFETY: as the caller says. Each chunk and head is one thread's; who counts the last chunk of a group of
             // heads sees what the others wrote, by the counter's ordering.
             unsafe {
-                self.attend_chunk::<I>(scratch, chunk, self.segment(segment), rows, kv_heads.clone());
+                self.attend_chunk::<I>(&few, chunk, self.segment(segment), rows, kv_heads.clone());
                 let done = &self.op.chunks_done[group];
                 if done.fetch_add(1, Ordering::AcqRel) + 1 == n_chunks {
                     done.store(0, Ordering::Relaxed);
@@ -646,6 +656,43 @@ impl Call<'_> {
                 }
             }
         });
+    }
+
+    /// Scales (and packs) the queries of all heads, which each thread does once for itself.
+    ///
+    /// # Safety
+    /// As [`Call::run`].
+    unsafe fn prepare<I: Isa>(&self, scratch: &mut Scratch) -> Few {
+        let (key_size, value_size) = (padded(self.key_size), padded(self.value_size));
+        let n_vectors = self.heads * self.n;
+        // Four-bit keys may have a kernel that wants queries in a form of its own.
+        let has_q4 = self.segments.iter().flatten().any(|segment| matches!(segment.k.kind, Kind::Q4));
+        let packed_len = if has_q4 { I::packed_q4(self.key_size) } else { 0 };
+        let mut room = scratch.room(
+            n_vectors * (key_size + packed_len) + self.n * BLOCK + (I::MAX_GROUP + key_size.max(value_size)) * BLOCK,
+        );
+        let few = Few {
+            queries: room.take(n_vectors * key_size),
+            packed: room.take(n_vectors * packed_len),
+            packed_len,
+            mask: room.take(self.n * BLOCK),
+            scores: room.take(I::MAX_GROUP * BLOCK),
+            converted: room.take(key_size.max(value_size) * BLOCK),
+        };
+        for head in 0..self.heads {
+            for query in 0..self.n {
+                let vector = head * self.n + query;
+                // SAFETY: the query is there, and room for so many vectors.
+                unsafe {
+                    let to = few.queries.add(vector * key_size);
+                    copy_scaled(self.query(query, head), self.key_size, self.factor, to, key_size);
+                    if packed_len > 0 {
+                        I::pack_q4(to, self.key_size, few.packed.add(vector * packed_len));
+                    }
+                }
+            }
+        }
+        few
     }
 
     /// Where the result of a chunk for a query of a head is kept.
@@ -659,7 +706,7 @@ impl Call<'_> {
     /// As [`Call::run`]; the chunk and the heads are this thread's.
     unsafe fn attend_chunk<I: Isa>(
         &self,
-        scratch: &mut Scratch,
+        few: &Few,
         chunk: usize,
         segment: &Segment,
         rows: std::ops::Range<usize>,
@@ -669,33 +716,12 @@ impl Call<'_> {
         let heads = kv_heads.start * self.group..kv_heads.end * self.group;
         // Vectors of a KV head: all queries of all its heads.
         let per_kv_head = self.group * self.n;
-        let n_vectors = heads.len() * self.n;
-        // Four-bit keys may have a kernel that wants queries in a form of its own.
-        let packed_len = if matches!(segment.k.kind, Kind::Q4) { I::packed_q4(self.key_size) } else { 0 };
-        let mut room = scratch.room(
-            n_vectors * (key_size + packed_len) + self.n * BLOCK + (I::MAX_GROUP + key_size.max(value_size)) * BLOCK,
-        );
-        let queries = room.take(n_vectors * key_size);
-        let packed = room.take(n_vectors * packed_len);
-        let mask = room.take(self.n * BLOCK);
-        let scores = room.take(I::MAX_GROUP * BLOCK);
-        let converted = room.take(key_size.max(value_size) * BLOCK);
-        // SAFETY: all pointers are into memory of the sizes just asked for, or of the tensors whose sizes were checked
-        // when the operation was made.
+        let packed_len = if matches!(segment.k.kind, Kind::Q4) { few.packed_len } else { 0 };
+        // SAFETY: all pointers are into memory of the sizes that `prepare` asked for, or of the tensors whose sizes were
+        // checked when the operation was made.
         unsafe {
             for head in heads.clone() {
                 for query in 0..self.n {
-                    let vector = (head - heads.start) * self.n + query;
-                    copy_scaled(
-                        self.query(query, head),
-                        self.key_size,
-                        self.factor,
-                        queries.add(vector * key_size),
-                        key_size,
-                    );
-                    if packed_len > 0 {
-                        I::pack_q4(queries.add(vector * key_size), self.key_size, packed.add(vector * packed_len));
-                    }
                     let partial = self.partial(chunk, head, query);
                     std::slice::from_raw_parts_mut(partial, value_size).fill(0.0);
                     partial.add(value_size).cast::<Running>().write_unaligned(Running::EMPTY);
@@ -711,7 +737,7 @@ impl Call<'_> {
                 if masked {
                     for query in 0..self.n {
                         for r in 0..BLOCK {
-                            *mask.add(query * BLOCK + r) = match segment.mask {
+                            *few.mask.add(query * BLOCK + r) = match segment.mask {
                                 _ if r >= n => f32::NEG_INFINITY,
                                 Some(mask) => mask.get(query, first + r),
                                 None => 0.0,
@@ -723,22 +749,23 @@ impl Call<'_> {
                     let mut k = segment.k.at(kv_head, first, n);
                     let mut v = segment.v.at(kv_head, first, n);
                     (k.ahead, v.ahead) = (segment.k.ahead(kv_head, &kv_heads), segment.v.ahead(kv_head, &kv_heads));
-                    let vectors = (kv_head - kv_heads.start) * per_kv_head;
+                    let vectors = kv_head * per_kv_head;
                     let mut done = 0;
                     while done < per_kv_head {
                         let left = per_kv_head - done;
                         // Groups of about equal size.
                         let size = left.div_ceil(left.div_ceil(I::MAX_GROUP));
                         let group = Group {
-                            queries: queries.add((vectors + done) * key_size),
-                            packed: (packed_len > 0).then(|| packed.add((vectors + done) * packed_len).cast_const()),
+                            queries: few.queries.add((vectors + done) * key_size),
+                            packed: (packed_len > 0)
+                                .then(|| few.packed.add((vectors + done) * packed_len).cast_const()),
                             masks: std::array::from_fn(|g| match masked {
-                                true => mask.add((done + g) % self.n * BLOCK).cast_const(),
+                                true => few.mask.add((done + g) % self.n * BLOCK).cast_const(),
                                 false => std::ptr::null(),
                             }),
-                            out: self.partial(chunk, heads.start, vectors + done),
-                            scores,
-                            converted,
+                            out: self.partial(chunk, 0, vectors + done),
+                            scores: few.scores,
+                            converted: few.converted,
                         };
                         match size {
                             1 => self.attend_block::<I, 1>(segment, k, v, &group),
@@ -998,6 +1025,20 @@ impl Call<'_> {
             }
         }
     }
+}
+
+/// A thread's memory for a few queries.
+struct Few {
+    /// Vectors of all heads, those of a head behind each other.
+    queries: *mut f32,
+    /// The same as the kernel for four-bit keys wants them; `packed_len` elements each, 0 where there is none.
+    packed: *mut f32,
+    packed_len: usize,
+    /// `[queries][BLOCK]`
+    mask: *mut f32,
+    scores: *mut f32,
+    /// A block of rows as f32.
+    converted: *mut f32,
 }
 
 /// A few query vectors of one KV head.

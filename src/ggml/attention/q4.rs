@@ -1,9 +1,10 @@
 //! Four-bit keys and values in integers, for AVX2: turned into f32 one by one, as the other kernels do, they would cost
 //! more instructions than all products.
 //!
-//! Queries, and the softmax's weights times the values' scales, become 16-bit integers relative to the largest of them
-//! (so that they are off by at most 1/65534 of it), numbers of four bits too, and products of two pairs are summed as 32
-//! bits. That a stored number is 8 too large is taken back once for all rows or elements.
+//! Queries become 8-bit integers with a scale for each 32 of them, as llama.cpp has them for such keys too: each is off by
+//! at most 1/254 of the largest of its 32, where a key of four bits is off by 1/16. The softmax's weights, many of which
+//! may be small, become 16-bit integers, times the values' scales, relative to the largest of a block of rows. That a
+//! stored number is 8 too large is taken back once for all rows or elements.
 #![allow(clippy::needless_range_loop)]
 
 use std::arch::x86_64::*;
@@ -15,22 +16,25 @@ const QK: usize = 32;
 /// A block's scale and its numbers.
 const QK_BYTES: usize = 18;
 
-/// Elements of a query as [`pack`] makes it: its blocks, then what sums are to be multiplied with.
+/// Elements of a query as [`pack`] makes it.
 pub(super) fn packed_len(size: usize) -> usize {
-    (size / QK + 1) * (size_of::<Block>() / size_of::<f32>())
+    size / QK * (size_of::<Block>() / size_of::<f32>())
 }
 
-/// The largest size of 16-bit numbers.
-const LARGEST: f32 = 32767.0;
+/// The largest size of 8-bit numbers, and of 16-bit numbers.
+const LARGEST_OF_8_BITS: f32 = 127.0;
+const LARGEST_OF_16_BITS: f32 = 32767.0;
 
 /// A block of a query.
 #[derive(Clone, Copy)]
-#[repr(C, align(32))]
+#[repr(C)]
 struct Block {
-    /// Elements 0 2, 1 3, 4 6, 5 7 and so on, two in one number: as they lie beside each other in a row's bytes.
-    pairs: [i32; QK / 2],
-    /// −8 times their sum.
+    /// Its elements, four 8-bit numbers in one, as they meet a row's bytes.
+    fours: [i32; QK / 4],
+    /// −8 times the sum of the numbers.
     start: i32,
+    /// What a number is to be multiplied with.
+    scale: f32,
 }
 
 /// The scales of eight rows.
@@ -75,9 +79,27 @@ fn sum_of_lanes(x: __m256i) -> i32 {
     _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<0b10_11_00_01>(two)))
 }
 
-/// What f32 are multiplied with to become 16 bits, when the largest has this size.
-fn factor_of(largest: f32) -> f32 {
-    if largest > 0.0 { LARGEST / largest } else { 0.0 }
+/// What f32, the largest of which has the size `largest`, are multiplied with to become integers up to `to`.
+fn factor_of(largest: f32, to: f32) -> f32 {
+    if largest > 0.0 { to / largest } else { 0.0 }
+}
+
+/// Pointers to eight rows from `first` on; behind the last row it is taken again.
+#[inline(always)]
+fn eight(rows: RowPtr, data: *const u8, first: usize) -> [*const u8; 8] {
+    let first_row = data.wrapping_add(first * rows.bytes);
+    let last = rows.n - 1 - first;
+    let mut eight = [first_row; 8];
+    if last >= 7 {
+        for r in 1..8 {
+            eight[r] = first_row.wrapping_add(r * rows.bytes);
+        }
+    } else {
+        for r in 1..8 {
+            eight[r] = first_row.wrapping_add(r.min(last) * rows.bytes);
+        }
+    }
+    eight
 }
 
 /// Sixteen f32 as 16-bit numbers in their order, and eight sums of two of them.
@@ -93,41 +115,32 @@ fn to_i16(low: __m256, high: __m256, factor: __m256) -> (__m256i, __m256i) {
 /// Packs a query of `size` elements for [`scores_of`].
 ///
 /// # Safety
-/// The features are there; `to` has room for [`packed_len`] and is aligned to 32 bytes.
+/// The features are there; `to` has room for [`packed_len`].
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn pack(query: *const f32, size: usize, to: *mut f32) {
-    let mut largest = _mm256_setzero_ps();
-    for i in (0..size).step_by(8) {
-        // SAFETY: as the caller says; so below.
-        largest = larger_size(largest, unsafe { _mm256_loadu_ps(query.add(i)) });
-    }
-    let largest = max_of_lanes(largest);
-    let factor = _mm256_set1_ps(factor_of(largest));
-    let blocks = to.cast::<Block>();
     for b in 0..size / QK {
-        let mut halves = [_mm256_setzero_si256(); 2];
-        let mut sums = _mm256_setzero_si256();
-        for h in 0..2 {
-            // SAFETY: see above.
-            let (low, high) = unsafe {
-                let from = query.add(b * QK + h * 16);
-                (_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8)))
-            };
-            let (numbers, sum) = to_i16(low, high, factor);
-            // 0 1 2 3 → 0 2 1 3 in all fours.
-            halves[h] = _mm256_shufflehi_epi16::<0b11_01_10_00>(_mm256_shufflelo_epi16::<0b11_01_10_00>(numbers));
-            sums = _mm256_add_epi32(sums, sum);
+        let mut elements = [_mm256_setzero_ps(); QK / 8];
+        let mut largest = _mm256_setzero_ps();
+        for i in 0..QK / 8 {
+            // SAFETY: as the caller says.
+            elements[i] = unsafe { _mm256_loadu_ps(query.add(b * QK + 8 * i)) };
+            largest = larger_size(largest, elements[i]);
         }
-        // SAFETY: there is room for the block, whose pairs are 64 bytes.
+        let largest = max_of_lanes(largest);
+        let factor = _mm256_set1_ps(factor_of(largest, LARGEST_OF_8_BITS));
+        let (first, sum_of_first) = to_i16(elements[0], elements[1], factor);
+        let (second, sum_of_second) = to_i16(elements[2], elements[3], factor);
+        let start = -8 * sum_of_lanes(_mm256_add_epi32(sum_of_first, sum_of_second));
+        // Packing works on each half of a register by itself.
+        let numbers = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi16(first, second));
+        // SAFETY: there is room for the block, whose numbers are 32 bytes.
         unsafe {
-            let block = blocks.add(b);
-            _mm256_store_si256((&raw mut (*block).pairs).cast(), halves[0]);
-            _mm256_store_si256((&raw mut (*block).pairs).cast::<__m256i>().add(1), halves[1]);
-            (&raw mut (*block).start).write(-8 * sum_of_lanes(sums));
+            let block = to.cast::<Block>().add(b);
+            _mm256_storeu_si256((&raw mut (*block).fours).cast(), numbers);
+            (&raw mut (*block).start).write(start);
+            (&raw mut (*block).scale).write(largest / LARGEST_OF_8_BITS);
         }
     }
-    // SAFETY: one more block's room is behind them.
-    unsafe { blocks.add(size / QK).cast::<f32>().write(largest / LARGEST) }
 }
 
 /// `scores[g × BLOCK + r] = queries[g] · keys[r]`, as `kernels::scores_of`, with packed queries that lie behind each other.
@@ -138,16 +151,13 @@ pub(super) unsafe fn pack(query: *const f32, size: usize, to: *mut f32) {
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn scores_of<const G: usize>(packed: *const f32, keys: RowPtr, size: usize, scores: *mut f32) {
     let n_blocks = size / QK;
-    // SAFETY: packed queries, which end with a factor.
-    let query = |g: usize| unsafe { packed.add(g * packed_len(size)).cast::<Block>() };
-    let low = _mm256_set1_epi16(15);
+    let query = |g: usize| packed.cast::<Block>().wrapping_add(g * n_blocks);
+    let low = _mm256_set1_epi8(15);
+    let ones = _mm256_set1_epi16(1);
     for first in (0..keys.n).step_by(8) {
-        let mut rows = [keys.data; 8];
-        for r in 0..8 {
-            // Behind the last row it is taken again.
-            // SAFETY: the row exists.
-            rows[r] = unsafe { keys.at((first + r).min(keys.n - 1)) };
-            keys.prefetch(rows[r]);
+        let mut rows = eight(keys, keys.data, first);
+        for row in rows {
+            keys.prefetch(row);
         }
         let mut sums = [_mm256_setzero_ps(); G];
         for b in 0..n_blocks {
@@ -172,39 +182,32 @@ pub(super) unsafe fn scores_of<const G: usize>(packed: *const f32, keys: RowPtr,
                 _mm256_unpacklo_epi64(odd[0], odd[1]),
                 _mm256_unpackhi_epi64(odd[0], odd[1]),
             ];
+            // Two products are 15 × 127 × 2 at most, so that the eight of a block fit into 16 bits.
             let mut dots = [_mm256_setzero_si256(); G];
-            for g in 0..G {
-                // SAFETY: the query has this block.
-                dots[g] = _mm256_set1_epi32(unsafe { (*query(g).add(b)).start });
-            }
             for j in 0..4 {
-                // Of bytes 0 and 2, 1 and 3: their lower halves are elements of the block's first half.
-                let numbers = [
-                    _mm256_and_si256(groups[j], low),
-                    _mm256_and_si256(_mm256_srli_epi16::<8>(groups[j]), low),
-                    _mm256_and_si256(_mm256_srli_epi16::<4>(groups[j]), low),
-                    _mm256_srli_epi16::<12>(groups[j]),
-                ];
-                let at = [2 * j, 2 * j + 1, QK / 4 + 2 * j, QK / 4 + 2 * j + 1];
+                // Lower halves of bytes are elements of the block's first half.
+                let numbers =
+                    [_mm256_and_si256(groups[j], low), _mm256_and_si256(_mm256_srli_epi16::<4>(groups[j]), low)];
                 for g in 0..G {
-                    for i in 0..4 {
-                        // SAFETY: as above.
-                        let pair = unsafe { (*query(g).add(b)).pairs[at[i]] };
-                        let products = _mm256_madd_epi16(numbers[i], _mm256_set1_epi32(pair));
-                        dots[g] = _mm256_add_epi32(dots[g], products);
+                    for half in 0..2 {
+                        // SAFETY: the query has this block.
+                        let four = unsafe { (*query(g).add(b)).fours[4 * half + j] };
+                        let products = _mm256_maddubs_epi16(numbers[half], _mm256_set1_epi32(four));
+                        dots[g] = _mm256_add_epi16(dots[g], products);
                     }
                 }
             }
             for g in 0..G {
-                sums[g] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[g]), scales, sums[g]);
+                // SAFETY: as above.
+                let (start, scale) = unsafe { ((*query(g).add(b)).start, (*query(g).add(b)).scale) };
+                let dots = _mm256_add_epi32(_mm256_madd_epi16(dots[g], ones), _mm256_set1_epi32(start));
+                let scales = _mm256_mul_ps(scales, _mm256_set1_ps(scale));
+                sums[g] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), scales, sums[g]);
             }
         }
         for g in 0..G {
-            // SAFETY: the factor is behind the query's blocks; there is room for G × BLOCK, a multiple of eight.
-            unsafe {
-                let back = _mm256_set1_ps(query(g).add(n_blocks).cast::<f32>().read());
-                _mm256_storeu_ps(scores.add(g * BLOCK + first), _mm256_mul_ps(sums[g], back));
-            }
+            // SAFETY: there is room for G × BLOCK, a multiple of eight.
+            unsafe { _mm256_storeu_ps(scores.add(g * BLOCK + first), sums[g]) }
         }
     }
 }
@@ -227,48 +230,53 @@ pub(super) unsafe fn add_values<const G: usize>(
     #[repr(C, align(32))]
     struct Weights([i16; BLOCK]);
 
-    let low = _mm256_set1_epi16(15);
     let eights = values.n.div_ceil(8);
+    let mut largest_weights = [0.0; G];
+    for g in 0..G {
+        let mut largest = _mm256_setzero_ps();
+        for i in 0..eights {
+            // SAFETY: there are G × BLOCK weights; those that count are behind each other.
+            largest = _mm256_max_ps(largest, unsafe { _mm256_loadu_ps(weights.add(g * BLOCK + 8 * i)) });
+        }
+        largest_weights[g] = max_of_lanes(largest);
+    }
     let mut scaled = [Weights([0; BLOCK]); G];
     for b in 0..size / QK {
         let data = values.data.wrapping_add(b * QK_BYTES);
         let mut scales = [_mm256_setzero_ps(); BLOCK / 8];
         for i in 0..eights {
-            let mut rows = [data; 8];
-            for r in 0..8 {
-                rows[r] = data.wrapping_add((8 * i + r).min(values.n - 1) * values.bytes);
-            }
             // SAFETY: the rows exist.
-            scales[i] = unsafe { scales_of(&rows) };
+            scales[i] = unsafe { scales_of(&eight(values, data, 8 * i)) };
         }
+        let mut largest = _mm256_setzero_ps();
+        for i in 0..eights {
+            largest = larger_size(largest, scales[i]);
+        }
+        let largest = max_of_lanes(largest);
         let (mut back, mut start) = ([0.0; G], [0; G]);
         for g in 0..G {
-            let mut products = [_mm256_setzero_ps(); BLOCK / 8];
-            let mut largest = _mm256_setzero_ps();
-            for i in 0..eights {
-                // SAFETY: there are G × BLOCK weights.
-                let weight = unsafe { _mm256_loadu_ps(weights.add(g * BLOCK + 8 * i)) };
-                products[i] = _mm256_mul_ps(scales[i], weight);
-                largest = larger_size(largest, products[i]);
-            }
-            let largest = max_of_lanes(largest);
-            let factor = _mm256_set1_ps(factor_of(largest));
+            // No weight times a scale is larger than the largest of each.
+            let largest = largest * largest_weights[g];
+            let factor = _mm256_set1_ps(factor_of(largest, LARGEST_OF_16_BITS));
             let mut sums = _mm256_setzero_si256();
-            for i in 0..BLOCK / 16 {
-                let (numbers, sum) = to_i16(products[2 * i], products[2 * i + 1], factor);
+            for i in (0..eights).step_by(2) {
+                let mut products = [_mm256_setzero_ps(); 2];
+                for j in i..eights.min(i + 2) {
+                    // SAFETY: there are G × BLOCK weights.
+                    let weight = unsafe { _mm256_loadu_ps(weights.add(g * BLOCK + 8 * j)) };
+                    products[j - i] = _mm256_mul_ps(scales[j], weight);
+                }
+                let (numbers, sum) = to_i16(products[0], products[1], factor);
                 sums = _mm256_add_epi32(sums, sum);
                 // SAFETY: 16 of BLOCK numbers.
-                unsafe { _mm256_store_si256(scaled[g].0.as_mut_ptr().cast::<__m256i>().add(i), numbers) };
+                unsafe { _mm256_store_si256(scaled[g].0.as_mut_ptr().add(8 * i).cast(), numbers) };
             }
-            back[g] = largest / LARGEST;
+            back[g] = largest / LARGEST_OF_16_BITS;
             start[g] = -8 * sum_of_lanes(sums);
         }
         // Half of the block's bytes at a time, so that all sums are in registers.
         for half in 0..2 {
             let mut sums = [[_mm256_setzero_si256(); 2]; G];
-            for g in 0..G {
-                sums[g] = [_mm256_set1_epi32(start[g]); 2];
-            }
             let mut row = data.wrapping_add(2 + 8 * half);
             for r in (0..values.n).step_by(2) {
                 // The weight behind the last row is zero.
@@ -287,8 +295,9 @@ pub(super) unsafe fn add_values<const G: usize>(
                     (bytes, pairs)
                 };
                 row = row.wrapping_add(2 * values.bytes);
+                // Whole bytes are lower half + 16 × upper half.
                 let bytes = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(bytes[0], bytes[1]));
-                let numbers = [_mm256_and_si256(bytes, low), _mm256_srli_epi16::<4>(bytes)];
+                let numbers = [bytes, _mm256_srli_epi16::<4>(bytes)];
                 for g in 0..G {
                     let weight = _mm256_set1_epi32(pairs[g]);
                     for c in 0..2 {
@@ -298,12 +307,15 @@ pub(super) unsafe fn add_values<const G: usize>(
             }
             for g in 0..G {
                 let (back, factor) = (_mm256_set1_ps(back[g]), _mm256_set1_ps(factors[g]));
+                let start = _mm256_set1_epi32(start[g]);
+                let lower = _mm256_sub_epi32(sums[g][0], _mm256_slli_epi32::<4>(sums[g][1]));
+                let sums = [_mm256_add_epi32(lower, start), _mm256_add_epi32(sums[g][1], start)];
                 for c in 0..2 {
                     // SAFETY: out has G × `size` elements.
                     unsafe {
                         let out = out.add(g * out_stride + b * QK + 8 * half + 16 * c);
                         let before = _mm256_mul_ps(_mm256_loadu_ps(out), factor);
-                        _mm256_storeu_ps(out, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[g][c]), back, before));
+                        _mm256_storeu_ps(out, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[c]), back, before));
                     }
                 }
             }

@@ -116,6 +116,11 @@ impl Data {
             mask: vec![Vec::new(); case.n],
             sinks: random.floats(heads, 4.0),
         };
+        if case.segments.iter().any(|&(_, k, _)| k == Type::Q4_0) {
+            for block in plain.q.chunks_mut(32) {
+                whole(block);
+            }
+        }
         q.write(0, &plain.q);
         sinks.write(0, &plain.sinks);
         for (i, &(rows, ..)) in case.segments.iter().enumerate() {
@@ -153,6 +158,12 @@ impl Data {
             }
         }
         Data { q, k, v, masks, sinks, plain }
+    }
+
+    /// The same with other queries.
+    fn with_queries(self, q: Vec<f32>) -> Data {
+        self.q.write(0, &q);
+        Data { plain: Plain { q, ..self.plain }, ..self }
     }
 
     fn params(&self, case: &Case) -> FusedAttention<'_> {
@@ -245,8 +256,16 @@ fn worst(got: &[f32], expected: &[f64]) -> f64 {
 /// Values are below 1, so that this is a few roundings of f32.
 const BOUND: f64 = 2e-6;
 
-/// Where queries and weights become 16-bit numbers (`q4`): each is off by up to 1.5e-5 of the largest, and keys here are
-/// up to 3 in size. The worst of these tests was off by 2.4e-5.
+/// A query's block that 8 bits hold exactly: multiples of a 127th of the largest element.
+fn whole(block: &mut [f32]) {
+    for x in block.iter_mut() {
+        *x = (*x * 127.0).round() / 127.0;
+    }
+    block[0] = 1.0;
+}
+
+/// Where weights become 16-bit numbers (`q4`), relative to the largest of a block of rows times the largest scale. Queries
+/// that meet four-bit keys are such that 8 bits hold them.
 #[cfg(target_arch = "x86_64")]
 const BOUND_OF_16_BITS: f64 = 5e-5;
 
@@ -278,6 +297,27 @@ fn case(size: usize, n: usize, kv_heads: usize, group: usize, segments: &[(usize
     Case { size, n, kv_heads, group, segments: segments.to_vec(), mask, soft_cap: None, sinks: false }
 }
 
+proptest::proptest! {
+    /// Chunks are whole blocks (but for a segment's end), of which no two of a segment differ by more than one.
+    #[test]
+    fn chunks_are_all_rows_once(rows in proptest::array::uniform3(0usize..20_000)) {
+        let chunks = Chunks::new(rows);
+        let mut next = [0; MAX_SEGMENTS];
+        let mut sizes = [const { Vec::new() }; MAX_SEGMENTS];
+        for i in 0..chunks.n() {
+            let (segment, range) = chunks.get(i);
+            proptest::prop_assert_eq!(range.start, next[segment]);
+            proptest::prop_assert!(range.end > range.start && range.start % BLOCK == 0);
+            next[segment] = range.end;
+            sizes[segment].push(range.len().div_ceil(BLOCK));
+        }
+        proptest::prop_assert_eq!(next, rows);
+        for sizes in sizes {
+            proptest::prop_assert!(sizes.iter().max().unwrap_or(&0) - sizes.iter().min().unwrap_or(&0) <= 1);
+        }
+    }
+}
+
 #[test]
 fn all_types_and_query_counts() {
     let mut scheduler = scheduler(1);
@@ -286,6 +326,24 @@ fn all_types_and_query_counts() {
             for n in [1, 7, 40] {
                 check_case(&case(64, n, 2, 3, &[(333, k, v)]), &mut scheduler);
             }
+        }
+    }
+}
+
+/// Queries become 8-bit numbers for such keys, as llama.cpp makes them: off by up to 1/254 of the largest of 32, with keys up
+/// to 3 in size. The worst of these cases was off by 7.4e-4.
+#[test]
+fn any_queries_meet_four_bit_keys() {
+    let mut scheduler = scheduler(1);
+    for n in [1, 3, 7, 40] {
+        let case = case(64, n, 2, 3, &[(333, Type::Q4_0, Type::F32)]);
+        let queries = Random(5).floats(64 * 6 * n, 1.0);
+        let data = Data::new(&case, &mut scheduler, 1).with_queries(queries);
+        let expected = data.reference(&case);
+        for features in Features::all() {
+            let error = worst(&data.run(&case, &mut scheduler, features), &expected);
+            println!("{features:?}, {n}: {error:e}");
+            assert!(error < 2e-3, "{features:?}, {n}: {error:e}");
         }
     }
 }
