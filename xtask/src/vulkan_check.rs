@@ -29,7 +29,8 @@ pub fn run(args: &Args) -> Result<()> {
     step("packages", || {
         prepare::libclang(&mut env)?;
         prepare::cmake(&mut env)?;
-        prepare::vulkan(!args.own_driver)
+        prepare::vulkan(!args.own_driver)?;
+        if args.own_driver { Ok(()) } else { driver_is_new_enough() }
     })?;
     let model = step("model", prepare::model)?;
     let vulkan = Vulkan { driver: if args.own_driver { None } else { Some(software_driver()?) } };
@@ -72,6 +73,26 @@ fn software_driver() -> Result<PathBuf> {
     };
     let found = files.map(|entry| entry.path()).find(named);
     found.with_context(|| format!("no lvp_icd.*.json in {}: is Mesa's lavapipe missing?", dirs.join(", ")))
+}
+
+/// Mesa 22.3, which is Debian 12's, counts references in buffers that are freed already: it seems to do so for all of a
+/// descriptor set, those that no shader uses included. See docs/devices.md.
+fn driver_is_new_enough() -> Result<()> {
+    let mut query = Command::new("dpkg-query");
+    // Another system's package manager is not asked.
+    let Ok(output) = query.args(["-W", "-f", "${Version}", "mesa-vulkan-drivers"]).output() else { return Ok(()) };
+    let version = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(
+        major(&version).is_none_or(|major| major > 22),
+        "Mesa {version} writes to freed memory when a cache was freed; 25.0.7 does not. On Debian 12: apt-get install -t \
+         bookworm-backports mesa-vulkan-drivers"
+    );
+    Ok(())
+}
+
+/// The first number of a version: 25 of `25.0.7-2~bpo12+1`.
+fn major(version: &str) -> Option<u32> {
+    version.split('.').next()?.parse().ok()
 }
 
 struct Vulkan {
@@ -134,4 +155,16 @@ fn generate(vulkan: &Vulkan, model: &Path) -> Result<()> {
     }
     println!("{fallen_back}");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::major;
+
+    #[test]
+    fn major_versions() {
+        assert_eq!(major("22.3.6-1+deb12u2"), Some(22));
+        assert_eq!(major("25.0.7-2~bpo12+1"), Some(25));
+        assert_eq!(major(""), None);
+    }
 }
