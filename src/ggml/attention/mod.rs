@@ -276,25 +276,33 @@ unsafe extern "C" fn callback(node: *mut sys::ggml_tensor, thread: i32, n_thread
     unsafe { (*state.cast::<Op>().cast_const()).run(node, thread as usize, n_threads as usize) }
 }
 
-/// Rows that are read without a break by one thread, where threads divide the rows: whole blocks, and about as many in
-/// each chunk of a segment, so that threads end at about the same time.
+/// Rows that are read without a break by one thread, where threads divide the rows.
+///
+/// Few rows are divided at multiples of a fixed number, so that sums, and with them the last bits of a result, do not depend
+/// on how many more rows a store has room for. Many are divided into a fixed number of chunks of about as many blocks, so
+/// that threads end at about the same time.
 struct Chunks {
     rows: [usize; MAX_SEGMENTS],
     /// Chunks of each segment.
     n: [usize; MAX_SEGMENTS],
+    are_few: bool,
 }
 
 impl Chunks {
-    /// Chunks of all segments, but for rounding up.
+    /// Chunks of many rows, but for rounding up.
     const N: usize = 16;
-    /// Blocks that a chunk has at the least, where there are so many.
+    /// Blocks of a chunk of few rows, and at the least.
     const MIN_BLOCKS: usize = 4;
 
     fn new(rows: [usize; MAX_SEGMENTS]) -> Chunks {
         let blocks = rows.map(|rows| rows.div_ceil(BLOCK));
-        let total = blocks.iter().sum::<usize>().max(1);
-        let n = blocks.map(|blocks| (Chunks::N * blocks).div_ceil(total).min(blocks.div_ceil(Chunks::MIN_BLOCKS)));
-        Chunks { rows, n }
+        let total: usize = blocks.iter().sum();
+        let are_few = total <= Chunks::N * Chunks::MIN_BLOCKS;
+        let n = blocks.map(|blocks| {
+            let most = blocks.div_ceil(Chunks::MIN_BLOCKS);
+            if are_few { most } else { (Chunks::N * blocks).div_ceil(total).min(most) }
+        });
+        Chunks { rows, n, are_few }
     }
 
     fn n(&self) -> usize {
@@ -305,8 +313,8 @@ impl Chunks {
     fn get(&self, mut index: usize) -> (usize, std::ops::Range<usize>) {
         for (segment, (&rows, &n)) in self.rows.iter().zip(&self.n).enumerate() {
             if index < n {
-                let [first, end] = [index, index + 1].map(|i| i * rows.div_ceil(BLOCK) / n * BLOCK);
-                return (segment, first..end.min(rows));
+                let block = |i| if self.are_few { i * Chunks::MIN_BLOCKS } else { i * rows.div_ceil(BLOCK) / n };
+                return (segment, block(index) * BLOCK..(block(index + 1) * BLOCK).min(rows));
             }
             index -= n;
         }
