@@ -10,6 +10,7 @@
 use std::arch::x86_64::*;
 
 use super::kernels::{BLOCK, RowPtr};
+use crate::ggml::mul_mat::quantize_block;
 
 /// Elements that share a scale.
 const QK: usize = 32;
@@ -21,9 +22,8 @@ pub(super) fn packed_len(size: usize) -> usize {
     size / QK * (size_of::<Block>() / size_of::<f32>())
 }
 
-/// The largest size of 8-bit numbers, and of 16-bit numbers.
-const LARGEST_OF_8_BITS: f32 = 127.0;
-const LARGEST_OF_16_BITS: f32 = 32767.0;
+/// The largest size of 16-bit numbers.
+const LARGEST: f32 = 32767.0;
 
 /// A block of a query.
 #[derive(Clone, Copy)]
@@ -79,9 +79,9 @@ fn sum_of_lanes(x: __m256i) -> i32 {
     _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<0b10_11_00_01>(two)))
 }
 
-/// What f32, the largest of which has the size `largest`, are multiplied with to become integers up to `to`.
-fn factor_of(largest: f32, to: f32) -> f32 {
-    if largest > 0.0 { to / largest } else { 0.0 }
+/// What f32 are multiplied with to become 16 bits, when the largest has this size.
+fn factor_of(largest: f32) -> f32 {
+    if largest > 0.0 { LARGEST / largest } else { 0.0 }
 }
 
 /// Pointers to eight rows from `first` on; behind the last row it is taken again.
@@ -119,26 +119,13 @@ fn to_i16(low: __m256, high: __m256, factor: __m256) -> (__m256i, __m256i) {
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn pack(query: *const f32, size: usize, to: *mut f32) {
     for b in 0..size / QK {
-        let mut elements = [_mm256_setzero_ps(); QK / 8];
-        let mut largest = _mm256_setzero_ps();
-        for i in 0..QK / 8 {
-            // SAFETY: as the caller says.
-            elements[i] = unsafe { _mm256_loadu_ps(query.add(b * QK + 8 * i)) };
-            largest = larger_size(largest, elements[i]);
-        }
-        let largest = max_of_lanes(largest);
-        let factor = _mm256_set1_ps(factor_of(largest, LARGEST_OF_8_BITS));
-        let (first, sum_of_first) = to_i16(elements[0], elements[1], factor);
-        let (second, sum_of_second) = to_i16(elements[2], elements[3], factor);
-        let start = -8 * sum_of_lanes(_mm256_add_epi32(sum_of_first, sum_of_second));
-        // Packing works on each half of a register by itself.
-        let numbers = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi16(first, second));
-        // SAFETY: there is room for the block, whose numbers are 32 bytes.
+        // SAFETY: the query has these elements, and there is room for the block, whose numbers are 32 bytes.
         unsafe {
+            let quantized = quantize_block(query.add(b * QK));
             let block = to.cast::<Block>().add(b);
-            _mm256_storeu_si256((&raw mut (*block).fours).cast(), numbers);
-            (&raw mut (*block).start).write(start);
-            (&raw mut (*block).scale).write(largest / LARGEST_OF_8_BITS);
+            _mm256_storeu_si256((&raw mut (*block).fours).cast(), quantized.numbers);
+            (&raw mut (*block).start).write(-8 * quantized.sum);
+            (&raw mut (*block).scale).write(quantized.scale);
         }
     }
 }
@@ -257,7 +244,7 @@ pub(super) unsafe fn add_values<const G: usize>(
         for g in 0..G {
             // No weight times a scale is larger than the largest of each.
             let largest = largest * largest_weights[g];
-            let factor = _mm256_set1_ps(factor_of(largest, LARGEST_OF_16_BITS));
+            let factor = _mm256_set1_ps(factor_of(largest));
             let mut sums = _mm256_setzero_si256();
             for i in (0..eights).step_by(2) {
                 let mut products = [_mm256_setzero_ps(); 2];
@@ -271,7 +258,7 @@ pub(super) unsafe fn add_values<const G: usize>(
                 // SAFETY: 16 of BLOCK numbers.
                 unsafe { _mm256_store_si256(scaled[g].0.as_mut_ptr().add(8 * i).cast(), numbers) };
             }
-            back[g] = largest / LARGEST_OF_16_BITS;
+            back[g] = largest / LARGEST;
             start[g] = -8 * sum_of_lanes(sums);
         }
         // Half of the block's bytes at a time, so that all sums are in registers.

@@ -461,34 +461,53 @@ unsafe fn multiply_panels<B: Block, const N: usize>(
 /// `from` has 32 elements for each of `scales`, `numbers` has room for as many; the processor has the features.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn quantize(from: *const f32, numbers: &mut [i8], scales: &mut [f32], sums: &mut [f32]) {
-    let sign = _mm256_set1_ps(-0.0);
-    // Packing works on each half of a register by itself; this puts the fours into their order.
-    let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     for (b, ((numbers, scale), sum)) in numbers.chunks_exact_mut(BLOCK).zip(scales).zip(sums).enumerate() {
         // SAFETY: as the caller says.
         unsafe {
-            let from = from.add(b * BLOCK);
-            let mut x = [_mm256_setzero_ps(); 4];
-            let mut largest = _mm256_setzero_ps();
-            for i in 0..4 {
-                x[i] = _mm256_loadu_ps(from.add(8 * i));
-                largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, x[i]));
-            }
-            let four = _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps::<1>(largest));
-            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-            let largest = _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
-            *scale = largest / 127.0;
-            let factor = _mm256_set1_ps(if largest > 0.0 { 127.0 / largest } else { 0.0 });
-            let mut whole = [_mm256_setzero_si256(); 4];
-            for i in 0..4 {
-                whole[i] = _mm256_cvtps_epi32(_mm256_mul_ps(x[i], factor));
-            }
-            let low = _mm256_packs_epi32(whole[0], whole[1]);
-            let high = _mm256_packs_epi32(whole[2], whole[3]);
-            let packed = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
-            _mm256_storeu_si256(numbers.as_mut_ptr().cast(), packed);
-            let total = _mm256_add_epi32(_mm256_add_epi32(whole[0], whole[1]), _mm256_add_epi32(whole[2], whole[3]));
-            *sum = sum_of_lanes(_mm256_cvtepi32_ps(total)) * *scale;
+            let block = quantize_block(from.add(b * BLOCK));
+            _mm256_storeu_si256(numbers.as_mut_ptr().cast(), block.numbers);
+            *scale = block.scale;
+            *sum = block.sum as f32 * block.scale;
         }
     }
+}
+
+/// 32 elements as 8-bit numbers with a scale.
+pub(in crate::ggml) struct QuantizedBlock {
+    pub numbers: __m256i,
+    pub scale: f32,
+    /// Of the numbers.
+    pub sum: i32,
+}
+
+/// # Safety
+/// 32 elements; the processor has the features.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in crate::ggml) unsafe fn quantize_block(from: *const f32) -> QuantizedBlock {
+    let sign = _mm256_set1_ps(-0.0);
+    let mut x = [_mm256_setzero_ps(); 4];
+    let mut largest = _mm256_setzero_ps();
+    for i in 0..4 {
+        // SAFETY: as the caller says.
+        x[i] = unsafe { _mm256_loadu_ps(from.add(8 * i)) };
+        largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, x[i]));
+    }
+    let four = _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps::<1>(largest));
+    let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    let largest = _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+    let factor = _mm256_set1_ps(if largest > 0.0 { 127.0 / largest } else { 0.0 });
+    let mut whole = [_mm256_setzero_si256(); 4];
+    for i in 0..4 {
+        whole[i] = _mm256_cvtps_epi32(_mm256_mul_ps(x[i], factor));
+    }
+    let low = _mm256_packs_epi32(whole[0], whole[1]);
+    let high = _mm256_packs_epi32(whole[2], whole[3]);
+    // Packing works on each half of a register by itself; this puts the fours into their order.
+    let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    let numbers = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    let total = _mm256_add_epi32(_mm256_add_epi32(whole[0], whole[1]), _mm256_add_epi32(whole[2], whole[3]));
+    // Exact: the sum is 32 × 127 at most.
+    let sum = sum_of_lanes(_mm256_cvtepi32_ps(total)) as i32;
+    QuantizedBlock { numbers, scale: largest / 127.0, sum }
 }

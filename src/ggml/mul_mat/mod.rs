@@ -14,6 +14,8 @@ use std::{ffi::c_void, ops::Range};
 
 use ggml_sys as sys;
 
+#[cfg(target_arch = "x86_64")]
+pub(super) use self::avx2::quantize_block;
 use super::{Tensor, Type};
 
 /// Rows are shared out to threads in groups of so many: the AVX2 kernel takes that many at once.
