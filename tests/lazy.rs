@@ -5,8 +5,8 @@ mod common;
 use std::{collections::BTreeSet, path::Path};
 
 use common::{
-    lazy_f16, load, logits, nll, plain, reference::Reference, session, smollm2, story, top,
-    unquantized::smollm2_f32_path,
+    bound, lazy_f16, load, logits, nll, plain, reference::Reference, session, shorter, smollm2, story, top,
+    unquantized::smollm2_f32_path, upstreams_file,
 };
 use simlayer::{
     KvRotate, Model, Session, SessionParams, Token,
@@ -29,7 +29,8 @@ fn write_tokens(folder: &Path, tokens: &[Token]) -> String {
 fn upstream_scores(model: &Path, tokens: &[Token]) -> Vec<(usize, usize, Vec<f64>)> {
     let folder = tempfile::tempdir().expect("a folder");
     let tokens = write_tokens(folder.path(), tokens);
-    let arguments = ["--tokens", &tokens, "--sinks=4", "--windows=1024,256", "--lasts=1,32"];
+    let windows = format!("--windows={},{}", shorter(1024), shorter(256));
+    let arguments = ["--tokens", &tokens, "--sinks=4", &windows, "--lasts=1,32"];
     let answer = UpstreamRef::new().run("scores", model, &arguments);
     let number = |value: &serde_json::Value, key: &str| value[key].as_u64().expect("a number") as usize;
     let scores = answer["scores"].as_array().expect("scores");
@@ -70,14 +71,14 @@ fn check_scores(model: &Model, path: &Path, tokens: &[Token]) {
 fn scores_are_the_attention_mass_that_upstream_gives() {
     let path = smollm2_f32_path();
     let model = load(&path);
-    check_scores(&model, &path, &story(&model, 3_000));
+    check_scores(&model, &path, &story(&model, shorter(3_000)));
 }
 
 #[test]
 #[ignore = "fails with quantised weights: our attention kernel, window 1024, one query, layer 17: 0.7322 against 0.7409"]
 fn scores_with_quantised_weights_are_upstreams() {
     let model = smollm2();
-    check_scores(&model, &smollm2_path(), &story(&model, 3_000));
+    check_scores(&model, &smollm2_path(), &story(&model, shorter(3_000)));
 }
 
 #[test]
@@ -135,16 +136,17 @@ fn lazy_layers(session: &Session) -> Vec<usize> {
 /// The model at `path` against upstream, which may differ by this share.
 fn check_restricted_perplexity(path: &Path, bound: f64) {
     let model = load(path);
-    let tokens = story(&model, 3_512);
-    for (policy, window) in [("threshold:0.95", 1024), ("threshold:0.9", 256)] {
+    let n_prefill = shorter(3_000);
+    let tokens = story(&model, n_prefill + shorter(512));
+    for (policy, window) in [("threshold:0.95", shorter(1024)), ("threshold:0.9", shorter(256))] {
         let mut params = lazy_f16(policy, window);
         // Upstream's softmax can be reached without flash attention only.
         params.flash_attn = false;
         let mut session = session(&model, params);
-        let ours = nll(&mut session, &tokens, 3_000, 512).exp();
+        let ours = nll(&mut session, &tokens, n_prefill, 512).exp();
         let lazy = lazy_layers(&session);
         assert!(!lazy.is_empty() && lazy.len() < 30, "{policy} makes {lazy:?} lazy");
-        let theirs = upstream_restricted(path, &tokens, 3_000, &lazy, window, "prefill-end");
+        let theirs = upstream_restricted(&upstreams_file(path), &tokens, n_prefill, &lazy, window, "prefill-end");
         println!("{policy}, window {window}: {} lazy, perplexity {ours:.4}, upstream {theirs:.4}", lazy.len());
         assert!((ours / theirs - 1.0).abs() < bound, "{policy}, window {window}: {ours} against {theirs}");
     }
@@ -173,14 +175,15 @@ fn layers_policy(layers: &[usize]) -> String {
 
 fn check_windowed_perplexity(path: &Path, bound: f64) {
     let model = load(path);
-    let tokens = story(&model, 3_300);
+    let (n_prefill, window) = (shorter(3_000), shorter(1024));
+    let tokens = story(&model, n_prefill + shorter(300));
     let layers = most_layers();
-    let theirs = upstream_restricted(path, &tokens, 3_000, &layers, 1024, "start");
+    let theirs = upstream_restricted(&upstreams_file(path), &tokens, n_prefill, &layers, window, "start");
     for layer_major in [false, true] {
-        let mut params = lazy_f16(&layers_policy(&layers), 1024);
+        let mut params = lazy_f16(&layers_policy(&layers), window);
         (params.layer_major, params.flash_attn) = (layer_major, false);
         let mut session = session(&model, params);
-        let ours = nll(&mut session, &tokens, 3_000, 512).exp();
+        let ours = nll(&mut session, &tokens, n_prefill, 512).exp();
         assert_eq!(lazy_layers(&session), layers);
         println!("windowed prefill, layer-major {layer_major}: perplexity {ours:.4}, upstream {theirs:.4}");
         assert!((ours / theirs - 1.0).abs() < bound, "{ours} against {theirs}");
@@ -201,16 +204,16 @@ fn windowed_prefill_with_f32_weights_is_upstream_restricted() {
 #[test]
 fn windowed_prefill_is_bounded_from_the_first_token_on() {
     let model = smollm2();
-    let tokens = story(&model, 8_000);
+    let tokens = story(&model, shorter(8_000));
     let layers = most_layers();
-    let mut params = lazy_f16(&layers_policy(&layers), 1024);
+    let mut params = lazy_f16(&layers_policy(&layers), shorter(1024));
     params.layer_major = false;
-    params.n_ubatch = 512;
+    params.n_ubatch = shorter(512);
     let mut session = session(&model, params);
     session.prefill(&tokens).expect("prefill");
     let kv = session.kv();
     let row = 2 * 2 * model.hparams().n_head_kv * model.hparams().head_size;
-    let bound = kv.allocated_bytes + layers.len() * 512 * row;
+    let bound = kv.allocated_bytes + layers.len() * shorter(512) * row;
     println!("peak {} of {bound} allowed, {} allocated, {} in f16", kv.peak_bytes, kv.allocated_bytes, kv.f16_bytes);
     assert!(kv.peak_bytes as f64 <= 1.15 * bound as f64, "{kv:?}");
 }
@@ -218,7 +221,7 @@ fn windowed_prefill_is_bounded_from_the_first_token_on() {
 #[test]
 fn the_peak_of_a_prefill_is_the_final_stores_and_one_layer() {
     let model = smollm2();
-    let tokens = story(&model, 8_000);
+    let tokens = story(&model, shorter(8_000));
     let hparams = model.hparams();
     // Stores are allocated in blocks of 256 rows.
     let rows = tokens.len().next_multiple_of(256);
@@ -227,6 +230,7 @@ fn the_peak_of_a_prefill_is_the_final_stores_and_one_layer() {
     for (policy, ty) in [("budget:0.5", Type::Q4_0), ("budget:0.5", Type::F16), ("threshold", Type::Q8_0)] {
         let mut params = plain();
         params.lazy.policy = policy.parse().expect("a policy");
+        params.lazy.n_window = shorter(1024);
         (params.type_k, params.type_v) = (ty, ty);
         let mut session = session(&model, params);
         session.prefill(&tokens).expect("prefill");
@@ -243,18 +247,20 @@ fn the_peak_of_a_prefill_is_the_final_stores_and_one_layer() {
 
 /// Mean KL between the two ways to read a prompt, for each policy; the chunk-major one in ubatches of `n_ubatch`.
 fn check_prefill_orders(model: &Model, n_ubatch: usize) {
-    let tokens = story(model, 2_500);
+    let (prompt, decoded) = (shorter(2_490), 10);
+    let tokens = story(model, prompt + decoded);
     let windowed = layers_policy(&most_layers());
     for (policy, window) in [("off", 1024), ("threshold:0.9", 1024), ("budget:0.5", 300), (&windowed, 700)] {
+        let window = shorter(window);
         let run = |layer_major, n_ubatch| {
             let mut params = lazy_f16(policy, window);
             params.layer_major = layer_major;
             params.n_ubatch = n_ubatch;
-            logits(model, &params, &tokens[..2_490], &tokens[2_490..])
+            logits(model, &params, &tokens[..prompt], &tokens[prompt..])
         };
         let kl = mean_kl(&run(true, 512), &run(false, n_ubatch));
         println!("{policy}, window {window}: mean KL {kl:.3e}");
-        assert!(kl < 1e-5, "{policy}, window {window}: mean KL {kl}");
+        assert!(kl < bound(1e-5, 1e-4), "{policy}, window {window}: mean KL {kl}");
     }
 }
 
@@ -273,8 +279,9 @@ fn layer_major_and_chunk_major_agree_whatever_the_ubatch() {
 #[test]
 fn off_is_the_foundation_bit_for_bit() {
     let model = smollm2();
-    let tokens = story(&model, 1_400);
-    let run = |params: SessionParams| logits(&model, &params, &tokens[..1_390], &tokens[1_390..]);
+    let n = shorter(1_390);
+    let tokens = story(&model, n + 10);
+    let run = |params: SessionParams| logits(&model, &params, &tokens[..n], &tokens[n..]);
     let foundation = run(plain());
     let mut chunk_major = plain();
     chunk_major.layer_major = false;
@@ -288,12 +295,12 @@ fn off_is_the_foundation_bit_for_bit() {
 #[test]
 fn a_prompt_within_sink_and_window_gives_the_same_tokens_lazy_or_not() {
     let model = smollm2();
-    let tokens = story(&model, 900);
+    let tokens = story(&model, shorter(900));
     let generate = |params: SessionParams| {
         let mut session = session(&model, params);
         let mut token = top(session.prefill(&tokens).expect("prefill"));
         let mut generated = vec![token];
-        for _ in 0..60 {
+        for _ in 0..shorter(60) {
             token = top(session.decode(token).expect("decode"));
             generated.push(token);
         }
@@ -341,7 +348,7 @@ fn rotation_changes_logits_by_rounding_only() {
         check_rotation(&load(&path), &Rng::new(9).tokens(400, random.n_vocab()), "budget:0.5", 128);
     }
     let model = load(&smollm2_f32_path());
-    check_rotation(&model, &story(&model, 1_400), "budget:0.5", 512);
+    check_rotation(&model, &story(&model, shorter(1_400)), "budget:0.5", shorter(512));
 }
 
 /// The engine beside the slow reference, which is told which layers are lazy since when.
@@ -486,7 +493,7 @@ fn output_scores_are_the_change_of_hidden_states() {
     laziest.sort_unstable();
 
     // In one ubatch and in several, and layer by layer, where keys and values are f16 meanwhile; with each kernel.
-    for (n_ubatch, layer_major, flash, bound) in
+    for (n_ubatch, layer_major, flash, exact) in
         [(512, false, false, 1e-5), (30, false, false, 1e-5), (512, false, true, 1e-3), (64, true, true, 1e-3)]
     {
         for fused in [false, true] {
@@ -498,7 +505,7 @@ fn output_scores_are_the_change_of_hidden_states() {
             let scores: Vec<f32> = session.layers(0).iter().map(|layer| layer.score.expect("a score")).collect();
             for (layer, (score, expected)) in scores.iter().zip(&expected).enumerate() {
                 assert!(
-                    (score - expected).abs() < bound,
+                    f64::from(score - expected).abs() < bound(exact, 1e-3),
                     "ubatch {n_ubatch}, layer-major {layer_major}, fused {fused}, layer {layer}: {score}, not {expected}"
                 );
             }
@@ -531,7 +538,7 @@ fn a_conversation_of_three_turns_equals_the_plain_reference() {
         }
         println!("{policy}, ubatch {n_ubatch}: {} of 6 lazy, worst KL {:.3e}", beside.lazy.len(), beside.worst);
         assert!(!beside.lazy.is_empty(), "{policy}: nothing became lazy");
-        assert!(beside.worst < 1e-6, "{policy}: worst KL {}", beside.worst);
+        assert!(beside.worst < bound(1e-6, 1e-4), "{policy}: worst KL {}", beside.worst);
     }
 }
 
@@ -550,7 +557,7 @@ fn six_thousand_tokens_equal_the_plain_reference() {
         beside.decode(token);
     }
     println!("worst KL of 6000 tokens {:.3e}", beside.worst);
-    assert!(beside.worst < 1e-6, "worst KL {}", beside.worst);
+    assert!(beside.worst < bound(1e-6, 1e-4), "worst KL {}", beside.worst);
 }
 
 /// Batches of any size over a wrapped ring: the next tokens are those of one token at a time.
@@ -568,15 +575,15 @@ fn batches_over_a_wrapped_ring_equal_single_tokens() {
     let single = run(1);
     for piece in [2, 69, 70, 71, 74, 75, 200] {
         let batched = run(piece);
-        assert!((batched - single).abs() < 1e-4, "{piece} at once: {batched} against {single}");
+        assert!((batched - single).abs() < bound(1e-4, 1e-3), "{piece} at once: {batched} against {single}");
     }
 }
 
 #[test]
 fn the_decode_variant_decides_at_the_first_generated_token() {
     let model = smollm2();
-    let tokens = story(&model, 1_500);
-    let mut params = lazy_f16("budget:0.5", 512);
+    let tokens = story(&model, shorter(1_500));
+    let mut params = lazy_f16("budget:0.5", shorter(512));
     params.lazy.at = At::Decode;
     let mut session = session(&model, params);
     let mut token = top(session.prefill(&tokens).expect("prefill"));
@@ -596,8 +603,8 @@ fn sequences_have_lazy_layers_of_their_own() {
 
     let model = smollm2();
     let text = story(&model, 3_400);
-    let prompts = [&text[..1_100], &text[1_500..3_300]];
-    let params = || lazy_f16("threshold:0.9", 256);
+    let prompts = [&text[..shorter(1_100)], &text[1_500..][..shorter(1_800)]];
+    let params = || lazy_f16("threshold:0.9", shorter(256));
     let mut both = session(&model, params());
     for (seq, tokens) in (0..).zip(prompts) {
         both.run(&[BatchEntry { seq, tokens, outputs: Outputs::Last, prompt_end: true }]).expect("prefill");
@@ -625,22 +632,24 @@ fn sequences_have_lazy_layers_of_their_own() {
 #[test]
 fn what_was_dropped_cannot_come_back() {
     let model = smollm2();
-    let tokens = story(&model, 1_500);
-    let mut session = session(&model, lazy_f16("budget:0.5", 256));
+    let n = shorter(1_500);
+    let tokens = story(&model, n);
+    let mut session = session(&model, lazy_f16("budget:0.5", shorter(256)));
     let before = session.prefill(&tokens).expect("prefill").to_vec();
-    assert!(!session.truncate(1_400), "the lazy layers have dropped what token 1400 needs");
-    assert_eq!(session.n_past(), 1_500);
+    assert!(!session.truncate(n - n / 15), "the lazy layers have dropped what the next token needs");
+    assert_eq!(session.n_past(), n);
     assert!(session.truncate(0));
     assert_eq!((session.n_past(), session.kv().allocated_bytes), (0, 0));
     assert!(session.prefill(&tokens).expect("prefill") == before, "a cleared session starts anew");
 
     let mut active = session_with(&model, Policy::Off);
     active.prefill(&tokens).expect("prefill");
-    assert!(active.truncate(1_000));
-    let continued = active.decode(tokens[1_000]).expect("decode").to_vec();
+    let left = shorter(1_000);
+    assert!(active.truncate(left));
+    let continued = active.decode(tokens[left]).expect("decode").to_vec();
     let mut fresh = session_with(&model, Policy::Off);
-    fresh.prefill(&tokens[..1_000]).expect("prefill");
-    assert!(kl(&continued, fresh.decode(tokens[1_000]).expect("decode")) < 1e-4);
+    fresh.prefill(&tokens[..left]).expect("prefill");
+    assert!(kl(&continued, fresh.decode(tokens[left]).expect("decode")) < 1e-4);
 }
 
 fn session_with(model: &Model, policy: Policy) -> Session {

@@ -9,7 +9,10 @@ mod common;
 
 use std::path::Path;
 
-use common::{ggmls_attention, load, logits, plain, session, smollm2, story, top, unquantized::smollm2_f32_path};
+use common::{
+    bound, ggmls_attention, load, logits, plain, session, shorter, smollm2, story, top, unquantized::smollm2_f32_path,
+    upstreams_file,
+};
 use simlayer::{Model, SessionParams, Token, ggml::Type};
 use simlayer_testkit::{
     Logits, RandomModel, Rng, UpstreamRef, WeightType,
@@ -20,14 +23,17 @@ use simlayer_testkit::{
 /// The bound on the mean KL between upstream's logits and ours, in nats.
 const MAX_KL: f64 = 1e-4;
 
+/// The same for another device than the processor, where upstream's flash attention, caches or activations round otherwise.
+const DEVICE_KL: f64 = 1e-3;
+
 fn check_smollm2_logits(path: &Path, params: &SessionParams, upstreams_options: &[&str]) {
     let model = load(path);
     let text = story(&model, 3_020);
-    let prompts: Vec<Vec<Token>> = [1, 37, 700, 3_000].map(|n| text[..n].to_vec()).into();
+    let prompts: Vec<Vec<Token>> = [1, 37, shorter(700), shorter(3_000)].map(|n| text[..n].to_vec()).into();
     let continuations: Vec<Vec<Token>> = prompts.iter().map(|prompt| text[prompt.len()..][..8].to_vec()).collect();
     let theirs = UpstreamRef::new()
         .with_options(upstreams_options)
-        .logits(path, Logits { prompts: &prompts, all: false, decode: Some(&continuations) });
+        .logits(&upstreams_file(path), Logits { prompts: &prompts, all: false, decode: Some(&continuations) });
     let ours: Vec<Vec<f32>> = prompts
         .iter()
         .zip(&continuations)
@@ -35,7 +41,7 @@ fn check_smollm2_logits(path: &Path, params: &SessionParams, upstreams_options: 
         .collect();
     let kl = mean_kl(&theirs, &ours);
     println!("mean KL {kl:.3e} over {} rows", ours.len());
-    assert!(kl < MAX_KL, "mean KL {kl}");
+    assert!(kl < bound(MAX_KL, DEVICE_KL), "mean KL {kl}");
     for (row, (theirs, ours)) in theirs.iter().zip(&ours).enumerate() {
         assert!(same_top(theirs, ours), "row {row}: another top token");
     }
@@ -71,17 +77,17 @@ fn unquantised_smollm2s_logits_are_upstreams_with_our_attention() {
 }
 
 fn check_smollm2_greedy_tokens(path: &Path, params: &SessionParams, upstreams_options: &[&str]) {
-    const N: usize = 64;
+    let n = shorter(64);
     let model = load(path);
     let text = story(&model, 3_600);
     let prompts: Vec<Vec<Token>> = (0..10).map(|i| text[i * 350..][..20 + 25 * i].to_vec()).collect();
-    let theirs = UpstreamRef::new().with_options(upstreams_options).greedy(path, &prompts, N);
+    let theirs = UpstreamRef::new().with_options(upstreams_options).greedy(&upstreams_file(path), &prompts, n);
     let mut identical = 0;
     for (i, (prompt, theirs)) in prompts.iter().zip(&theirs).enumerate() {
         let mut session = session(&model, params.clone());
         let mut token = top(session.prefill(prompt).expect("prefill"));
         let mut ours = vec![token];
-        while ours.len() < N {
+        while ours.len() < n {
             token = top(session.decode(token).expect("decode"));
             ours.push(token);
         }
@@ -122,8 +128,8 @@ fn unquantised_smollm2s_greedy_tokens_are_upstreams_with_our_attention() {
 fn our_kernels_are_as_near_to_the_unquantised_model_as_upstreams() {
     let model = smollm2();
     let text = story(&model, 1_100);
-    let prompts = [37, 300, 700, 1_000].map(|n| text[..n].to_vec());
-    let continuations = prompts.each_ref().map(|prompt| text[prompt.len()..][..32].to_vec());
+    let prompts = [37, shorter(300), shorter(700), shorter(1_000)].map(|n| text[..n].to_vec());
+    let continuations = prompts.each_ref().map(|prompt| text[prompt.len()..][..shorter(32)].to_vec());
     let what = Logits { prompts: &prompts, all: false, decode: Some(&continuations) };
     let exact = UpstreamRef::new().with_options(&EXACT).logits(&smollm2_f32_path(), what);
     let theirs = UpstreamRef::new().logits(&smollm2_path(), what);
@@ -143,8 +149,8 @@ fn our_kernels_are_as_near_to_the_unquantised_model_as_upstreams() {
 fn our_attention_is_as_near_to_upstreams_two_as_they_are_to_each_other() {
     let model = smollm2();
     let text = story(&model, 720);
-    let prompts = [37, 300, 700].map(|n| text[..n].to_vec());
-    let continuations = prompts.each_ref().map(|prompt| text[prompt.len()..][..16].to_vec());
+    let prompts = [37, shorter(300), shorter(700)].map(|n| text[..n].to_vec());
+    let continuations = prompts.each_ref().map(|prompt| text[prompt.len()..][..shorter(16)].to_vec());
     let [with, without] = ["on", "off"].map(|flash_attn| {
         UpstreamRef::new()
             .with_options(&["-fa", flash_attn])
@@ -179,7 +185,7 @@ fn compare(name: &str, random: &RandomModel, params: &SessionParams) {
         prompts.iter().zip(&decoded).flat_map(|(prompt, decoded)| logits(&model, params, prompt, decoded)).collect();
     let kl = mean_kl(&theirs, &ours);
     println!("{name}: mean KL {kl:.3e}, entropy {:.2}", entropy(&ours[0]));
-    assert!(kl < MAX_KL, "{name}: mean KL {kl}");
+    assert!(kl < bound(MAX_KL, DEVICE_KL), "{name}: mean KL {kl}");
     for (row, (theirs, ours)) in theirs.iter().zip(&ours).enumerate() {
         // Our attention may decide a tie the other way.
         let margin = if params.fused_attention { 0.05 } else { 0.0 };
@@ -256,7 +262,7 @@ fn quantised_caches_are_upstreams() {
         let decoded = [text[280..].to_vec()];
         let theirs = UpstreamRef::new()
             .with_options(&["-ctk", k, "-ctv", v])
-            .logits(&smollm2_path(), Logits { prompts: &prompts, all: false, decode: Some(&decoded) });
+            .logits(&upstreams_file(&smollm2_path()), Logits { prompts: &prompts, all: false, decode: Some(&decoded) });
         let mut params = ggmls_attention();
         params.type_k = Type::cache_type_from_name(k).expect("a type");
         params.type_v = Type::cache_type_from_name(v).expect("a type");
@@ -264,23 +270,24 @@ fn quantised_caches_are_upstreams() {
         let ours = logits(&model, &params, &prompts[0], &decoded[0]);
         let kl = mean_kl(&theirs, &ours);
         println!("{k}/{v}: mean KL {kl:.3e}");
-        assert!(kl < MAX_KL, "{k}/{v}: mean KL {kl}");
+        // What a device rounds to four bits differs here and there.
+        assert!(kl < bound(MAX_KL, 20.0 * DEVICE_KL), "{k}/{v}: mean KL {kl}");
     }
 }
 
 #[test]
 fn without_flash_attention_too() {
     let model = smollm2();
-    let text = story(&model, 620);
-    let prompts = [text[..600].to_vec()];
-    let decoded = [text[600..].to_vec()];
+    let text = story(&model, shorter(600) + 20);
+    let (prompt, decoded) = text.split_at(shorter(600));
+    let (prompts, decoded) = ([prompt.to_vec()], [decoded.to_vec()]);
     let theirs = UpstreamRef::new()
         .with_options(&["-fa", "off"])
-        .logits(&smollm2_path(), Logits { prompts: &prompts, all: false, decode: Some(&decoded) });
+        .logits(&upstreams_file(&smollm2_path()), Logits { prompts: &prompts, all: false, decode: Some(&decoded) });
     let mut params = plain();
     params.flash_attn = false;
     let kl = mean_kl(&theirs, &logits(&model, &params, &prompts[0], &decoded[0]));
-    assert!(kl < MAX_KL, "mean KL {kl}");
+    assert!(kl < bound(MAX_KL, DEVICE_KL), "mean KL {kl}");
 }
 
 /// Sequences of one batch do not see each other, whatever their lengths.

@@ -4,7 +4,8 @@ use std::fs;
 ///
 /// glibc raises the size from which blocks are mapped on their own up to 32 MiB as such blocks are freed. Smaller ones
 /// then come from heaps, of which each thread but the first keeps up to 64 MiB of free memory at its end, which
-/// [`release_free_memory`] does not reach. Setting the size ends that.
+/// [`release_free_memory`] does not reach. Setting the size ends that. Who sets `MALLOC_MMAP_THRESHOLD_` for the process
+/// has decided otherwise.
 #[cfg_attr(not(all(target_os = "linux", target_env = "gnu")), expect(unused_variables, reason = "glibc's only"))]
 pub fn map_large_blocks(bytes: i32) {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
@@ -13,6 +14,9 @@ pub fn map_large_blocks(bytes: i32) {
         const M_MMAP_THRESHOLD: i32 = -3;
         unsafe extern "C" {
             fn mallopt(option: i32, value: i32) -> i32;
+        }
+        if std::env::var_os("MALLOC_MMAP_THRESHOLD_").is_some() {
+            return;
         }
         // SAFETY: glibc's function; it takes its own locks.
         unsafe { mallopt(M_MMAP_THRESHOLD, bytes) };

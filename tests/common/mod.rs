@@ -4,7 +4,7 @@
 pub mod reference;
 pub mod unquantized;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use simlayer::{BatchEntry, Model, ModelParams, Outputs, Session, SessionParams, Token, ggml::Device, lazy::Policy};
 use simlayer_testkit::{smollm2_path, workspace_root};
@@ -41,6 +41,32 @@ fn test_devices() -> Option<Vec<Device>> {
         devices.push(found.unwrap_or_else(|| panic!("there is no {name} here, only {:?}", Device::all())));
     }
     Some(devices).filter(|devices| !devices.is_empty())
+}
+
+/// Whether `SIMLAYER_TEST_DEVICE` puts layers on something else than a processor's arithmetic.
+fn on_another_device() -> bool {
+    std::env::var_os("SIMLAYER_TEST_DEVICE").is_some()
+}
+
+/// A bound on a difference to upstream on the processor, or between two ways to compute the same: `exact` where both are
+/// the same arithmetic of ggml's operations on the processor, and no less than `device` on another device. ggml's Vulkan
+/// rounds f32 matrices whose rows are apart to f16 before a product of many columns: a head's keys and values are such.
+pub fn bound(exact: f64, device: f64) -> f64 {
+    if on_another_device() { exact.max(device) } else { exact }
+}
+
+/// The file that upstream reads for comparison with the model at `path`: SmolLM2's copy in f32 for other devices than the
+/// processor. These multiply quantised weights with activations as they are, where the processor's products round
+/// activations to eight bits.
+pub fn upstreams_file(path: &Path) -> PathBuf {
+    if on_another_device() && path == smollm2_path() { unquantized::smollm2_f32_path() } else { path.to_owned() }
+}
+
+/// A length of a text or a window, divided by `SIMLAYER_TEST_SHORTER` where that is set: for devices that take a minute for a
+/// thousand tokens.
+pub fn shorter(n: usize) -> usize {
+    let divisor = std::env::var("SIMLAYER_TEST_SHORTER").ok().map(|text| text.parse().expect("a number"));
+    n / divisor.unwrap_or(1)
 }
 
 /// `n` tokens of English prose: the demo's story, from its beginning as often as needed.

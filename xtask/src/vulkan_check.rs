@@ -19,6 +19,9 @@ pub struct Args {
     /// Build, list devices and generate; no tests.
     #[arg(long)]
     no_tests: bool,
+    /// Divide lengths of texts and windows of the tests on SmolLM2 by this: the software driver reads 25 tokens a second.
+    #[arg(long, default_value_t = 4)]
+    shorter: u32,
 }
 
 /// The device that all is tried on.
@@ -54,7 +57,7 @@ pub fn run(args: &Args) -> Result<()> {
     step("tests", || {
         let mut test = cargo(&["test"]);
         test.args(tests).arg("--no-fail-fast").args(["--", "--test-threads=1", "--nocapture"]);
-        test.env("SIMLAYER_TEST_DEVICE", DEVICE);
+        test.env("SIMLAYER_TEST_DEVICE", DEVICE).env("SIMLAYER_TEST_SHORTER", args.shorter.to_string());
         sh::run(vulkan.visible(&mut test))
     })
 }
@@ -109,6 +112,10 @@ impl Vulkan {
             command.env("GGML_VK_VISIBLE_DEVICES", "0");
             // Sums in f16 are not what the tests' bounds are about.
             command.env("GGML_VK_DISABLE_F16", "1");
+            // The driver takes and frees large blocks for each group of threads; keeping them makes it 1.6 times as fast.
+            for variable in ["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"] {
+                command.env(variable, (64 << 20).to_string());
+            }
         }
         command
     }
