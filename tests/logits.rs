@@ -16,7 +16,7 @@ use common::{
 use simlayer::{Model, SessionParams, Token, ggml::Type};
 use simlayer_testkit::{
     Logits, RandomModel, Rng, UpstreamRef, WeightType,
-    metrics::{entropy, mean_kl, same_top},
+    metrics::{entropy, mean_kl},
     smollm2_path,
 };
 
@@ -43,7 +43,8 @@ fn check_smollm2_logits(path: &Path, params: &SessionParams, upstreams_options: 
     println!("mean KL {kl:.3e} over {} rows", ours.len());
     assert!(kl < bound(MAX_KL, DEVICE_KL), "mean KL {kl}");
     for (row, (theirs, ours)) in theirs.iter().zip(&ours).enumerate() {
-        assert!(same_top(theirs, ours), "row {row}: another top token");
+        let behind = theirs[top(theirs) as usize] - theirs[top(ours) as usize];
+        assert!(f64::from(behind) <= bound(0.0, 0.05), "row {row}: another top token, {behind} behind upstream's");
     }
 }
 
@@ -180,17 +181,18 @@ fn compare(name: &str, random: &RandomModel, params: &SessionParams) {
     let longest = random.sliding_window.map_or(300, |window| 300.min(window as usize - 20));
     let prompts: Vec<Vec<Token>> = [1, 40, longest].map(|n: usize| rng.tokens(n, random.n_vocab())).into();
     let decoded: Vec<Vec<Token>> = prompts.iter().map(|_| rng.tokens(20, random.n_vocab())).collect();
-    let theirs = UpstreamRef::new().logits(&path, Logits { prompts: &prompts, all: false, decode: Some(&decoded) });
+    let what = Logits { prompts: &prompts, all: false, decode: Some(&decoded) };
+    let theirs = UpstreamRef::new().logits(&upstreams_file(&path), what);
     let ours: Vec<Vec<f32>> =
         prompts.iter().zip(&decoded).flat_map(|(prompt, decoded)| logits(&model, params, prompt, decoded)).collect();
     let kl = mean_kl(&theirs, &ours);
     println!("{name}: mean KL {kl:.3e}, entropy {:.2}", entropy(&ours[0]));
     assert!(kl < bound(MAX_KL, DEVICE_KL), "{name}: mean KL {kl}");
     for (row, (theirs, ours)) in theirs.iter().zip(&ours).enumerate() {
-        // Our attention may decide a tie the other way.
-        let margin = if params.fused_attention { 0.05 } else { 0.0 };
+        // Our attention may decide a tie the other way, and so may a device.
+        let margin = if params.fused_attention { 0.05 } else { bound(0.0, 0.05) };
         let behind = theirs[top(theirs) as usize] - theirs[top(ours) as usize];
-        assert!(behind <= margin, "{name}, row {row}: another top token, {behind} behind upstream's");
+        assert!(f64::from(behind) <= margin, "{name}, row {row}: another top token, {behind} behind upstream's");
     }
 }
 

@@ -55,11 +55,20 @@ pub fn bound(exact: f64, device: f64) -> f64 {
     if on_another_device() { exact.max(device) } else { exact }
 }
 
-/// The file that upstream reads for comparison with the model at `path`: SmolLM2's copy in f32 for other devices than the
+/// The file that upstream reads for comparison with the model at `path`: a copy in f32 for other devices than the
 /// processor. These multiply quantised weights with activations as they are, where the processor's products round
 /// activations to eight bits.
 pub fn upstreams_file(path: &Path) -> PathBuf {
-    if on_another_device() && path == smollm2_path() { unquantized::smollm2_f32_path() } else { path.to_owned() }
+    if !on_another_device() {
+        return path.to_owned();
+    }
+    let of_smollm2 = unquantized::smollm2_f32_path();
+    if path == smollm2_path() || path == of_smollm2 {
+        return of_smollm2;
+    }
+    let copy = path.with_extension("f32.gguf");
+    unquantized::write_unquantized(path, &copy);
+    copy
 }
 
 /// A length of a text or a window, divided by `SIMLAYER_TEST_SHORTER` where that is set: for devices that take a minute for a

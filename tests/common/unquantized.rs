@@ -18,10 +18,15 @@ pub fn smollm2_f32_path() -> PathBuf {
     let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("SmolLM2-135M-Instruct.F32.gguf");
     if !path.exists() {
         let partial = path.with_extension(format!("{}.partial", std::process::id()));
-        unquantized(&Gguf::open(smollm2_path()).expect("the model")).write(&partial);
+        write_unquantized(&smollm2_path(), &partial);
         std::fs::rename(&partial, &path).expect("renamed");
     }
     path
+}
+
+/// Writes the model at `path` to `to`, with f32 weights.
+pub fn write_unquantized(path: &Path, to: &Path) {
+    unquantized(&Gguf::open(path).expect("the model")).write(to);
 }
 
 fn unquantized(file: &Gguf) -> GgufFile {
