@@ -40,6 +40,12 @@ pub struct Args {
     /// "half lazy:--lazy budget:0.5 -ctk q4_0 -ctv q4_0". May be given several times.
     #[arg(long)]
     ours: Vec<String>,
+    /// A llama-bench that is built already, for instance with CUDA.
+    #[arg(long, value_name = "FILE")]
+    llama_bench: Option<PathBuf>,
+    /// A simlayer-run that is built already.
+    #[arg(long, value_name = "FILE")]
+    simlayer_run: Option<PathBuf>,
     /// Writes everything measured to this file.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -81,13 +87,21 @@ pub fn run(args: &Args) -> Result<()> {
         bail!("nothing to measure: give at least one round, one depth, and --prompt or --gen");
     }
     let mut env = Env::default();
-    prepare::libclang(&mut env)?;
     let model = match &args.model {
         Some(path) => path.clone(),
         None => prepare::model()?,
     };
-    let bench = upstream::tool("llama-bench")?;
-    let ours = env.build_simlayer_run()?;
+    let bench = match &args.llama_bench {
+        Some(path) => path.clone(),
+        None => upstream::tool("llama-bench")?,
+    };
+    let ours = match &args.simlayer_run {
+        Some(path) => path.clone(),
+        None => {
+            prepare::libclang(&mut env)?;
+            env.build_simlayer_run()?
+        }
+    };
     let contenders = contenders(args)?;
     sh::warn_if_busy();
     let load_before = sh::load_average();
