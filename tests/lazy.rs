@@ -5,12 +5,12 @@ mod common;
 use std::{collections::BTreeSet, path::Path};
 
 use common::{
-    bound, lazy_f16, load, logits, nll, plain, reference::Reference, session, shorter, smollm2, story, top,
-    unquantized::smollm2_f32_path, upstreams_file,
+    bound, lazy_f16, load, logits, nll, plain, reference::Reference, session, shorter, smollm2, steady_smollm2, story,
+    top, unquantized::smollm2_f32_path, upstreams_file,
 };
 use simlayer::{
     KvRotate, Model, Session, SessionParams, Token,
-    ggml::Type,
+    ggml::{Device, Type},
     lazy::{At, LayerWindows, Policy, PrefillMode, Selector},
 };
 use simlayer_testkit::{
@@ -173,7 +173,7 @@ fn layers_policy(layers: &[usize]) -> String {
     format!("layers:{}", list.join(","))
 }
 
-fn check_windowed_perplexity(path: &Path, bound: f64) {
+fn check_windowed_perplexity(path: &Path, share: f64) {
     let model = load(path);
     let (n_prefill, window) = (shorter(3_000), shorter(1024));
     let tokens = story(&model, n_prefill + shorter(300));
@@ -186,13 +186,13 @@ fn check_windowed_perplexity(path: &Path, bound: f64) {
         let ours = nll(&mut session, &tokens, n_prefill, 512).exp();
         assert_eq!(lazy_layers(&session), layers);
         println!("windowed prefill, layer-major {layer_major}: perplexity {ours:.4}, upstream {theirs:.4}");
-        assert!((ours / theirs - 1.0).abs() < bound, "{ours} against {theirs}");
+        assert!((ours / theirs - 1.0).abs() < share, "{ours} against {theirs}");
     }
 }
 
 #[test]
 fn windowed_prefill_is_upstream_restricted_from_the_first_token_on() {
-    check_windowed_perplexity(&smollm2_path(), 0.005);
+    check_windowed_perplexity(&smollm2_path(), bound(0.005, 0.01));
 }
 
 #[test]
@@ -226,6 +226,8 @@ fn the_peak_of_a_prefill_is_the_final_stores_and_one_layer() {
     // Stores are allocated in blocks of 256 rows.
     let rows = tokens.len().next_multiple_of(256);
     let one_layer = rows * 2 * 2 * hparams.n_head_kv * hparams.head_size;
+    // On a device an eighth of the layers is read at once.
+    let at_once = if model.layer_device(0) == Device::cpu() { 1 } else { hparams.n_layer / 8 };
     let hidden = tokens.len() * hparams.n_embd * 4;
     for (policy, ty) in [("budget:0.5", Type::Q4_0), ("budget:0.5", Type::F16), ("threshold", Type::Q8_0)] {
         let mut params = plain();
@@ -235,7 +237,7 @@ fn the_peak_of_a_prefill_is_the_final_stores_and_one_layer() {
         let mut session = session(&model, params);
         session.prefill(&tokens).expect("prefill");
         let kv = session.kv();
-        let bound = kv.allocated_bytes + one_layer + hidden;
+        let bound = kv.allocated_bytes + at_once * one_layer + hidden;
         println!("{policy}, {ty}: peak {} of {bound} allowed, compression {:.2}", kv.peak_bytes, kv.compression);
         assert!(kv.peak_bytes <= bound, "{policy}, {ty}: {kv:?}, bound {bound}");
         if (policy, ty) == ("budget:0.5", Type::Q4_0) {
@@ -334,8 +336,9 @@ fn check_rotation(model: &Model, tokens: &[Token], policy: &str, window: usize) 
     let rounding = mean_kl(&exact, &run(KvRotate::Never, Type::F16));
     let rotated = mean_kl(&exact, &run(KvRotate::Always, Type::F16));
     println!("f32 rotated {rotated_f32:.3e}; f16 {rounding:.3e}, rotated {rotated:.3e}");
-    assert!(rotated_f32 < 1e-7, "in f32: {rotated_f32}");
-    assert!(rotated < 2.0 * rounding, "f16 alone {rounding}, rotated {rotated}");
+    assert!(rotated_f32 < bound(1e-7, 1e-4), "in f32: {rotated_f32}");
+    // The products that rotate are exact on the processor and not on other devices.
+    assert!(rotated <= 2.0 * (rounding + rotated_f32), "f16 alone {rounding}, rotated {rotated}");
 }
 
 #[test]
@@ -505,7 +508,7 @@ fn output_scores_are_the_change_of_hidden_states() {
             let scores: Vec<f32> = session.layers(0).iter().map(|layer| layer.score.expect("a score")).collect();
             for (layer, (score, expected)) in scores.iter().zip(&expected).enumerate() {
                 assert!(
-                    f64::from(score - expected).abs() < bound(exact, 1e-3),
+                    f64::from(score - expected).abs() < bound(exact, 3e-3),
                     "ubatch {n_ubatch}, layer-major {layer_major}, fused {fused}, layer {layer}: {score}, not {expected}"
                 );
             }
@@ -538,7 +541,7 @@ fn a_conversation_of_three_turns_equals_the_plain_reference() {
         }
         println!("{policy}, ubatch {n_ubatch}: {} of 6 lazy, worst KL {:.3e}", beside.lazy.len(), beside.worst);
         assert!(!beside.lazy.is_empty(), "{policy}: nothing became lazy");
-        assert!(beside.worst < bound(1e-6, 1e-4), "{policy}: worst KL {}", beside.worst);
+        assert!(beside.worst < bound(1e-6, 1e-3), "{policy}: worst KL {}", beside.worst);
     }
 }
 
@@ -631,7 +634,7 @@ fn sequences_have_lazy_layers_of_their_own() {
 
 #[test]
 fn what_was_dropped_cannot_come_back() {
-    let model = smollm2();
+    let model = steady_smollm2();
     let n = shorter(1_500);
     let tokens = story(&model, n);
     let mut session = session(&model, lazy_f16("budget:0.5", shorter(256)));

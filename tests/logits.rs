@@ -10,8 +10,8 @@ mod common;
 use std::path::Path;
 
 use common::{
-    bound, ggmls_attention, load, logits, plain, session, shorter, smollm2, story, top, unquantized::smollm2_f32_path,
-    upstreams_file,
+    bound, ggmls_attention, load, logits, plain, session, shorter, smollm2, steady_smollm2, story, top,
+    unquantized::smollm2_f32_path, upstreams_file,
 };
 use simlayer::{Model, SessionParams, Token, ggml::Type};
 use simlayer_testkit::{
@@ -256,7 +256,9 @@ fn a_sliding_window_is_upstream_restricted_to_it() {
         let mut params = plain();
         (params.layer_major, params.n_ubatch) = (layer_major, n_ubatch);
         let ours = common::nll(&mut session(&model, params), &tokens, 300, piece);
-        assert!((ours - theirs).abs() < 2e-3, "ubatch {n_ubatch}: {ours} against {theirs}");
+        println!("ubatch {n_ubatch}, {piece} tokens at once: {ours:.5}, upstream {theirs:.5}");
+        // CUDA multiplies f32 matrices with 2 to 16 columns in tf32.
+        assert!((ours - theirs).abs() < bound(2e-3, 5e-3), "ubatch {n_ubatch}: {ours} against {theirs}");
     }
 }
 
@@ -326,7 +328,7 @@ fn check_sequences(model: &Model, text: &[Token], params: &SessionParams) {
 
 #[test]
 fn sequences_in_one_batch_are_as_if_alone() {
-    let model = smollm2();
+    let model = steady_smollm2();
     check_sequences(&model, &story(&model, 500), &ggmls_attention());
 }
 

@@ -4,13 +4,22 @@
 pub mod reference;
 pub mod unquantized;
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
 
 use simlayer::{BatchEntry, Model, ModelParams, Outputs, Session, SessionParams, Token, ggml::Device, lazy::Policy};
-use simlayer_testkit::{smollm2_path, workspace_root};
+use simlayer_testkit::{UpstreamRef, smollm2_path, workspace_root};
 
 pub fn smollm2() -> Model {
     load(&smollm2_path())
+}
+
+/// SmolLM2 whose logits hardly depend on how many tokens are computed at once: in f32 on another device than the processor,
+/// since CUDA sums products with quantised weights otherwise for each number of tokens.
+pub fn steady_smollm2() -> Model {
+    if on_another_device() { load(&unquantized::smollm2_f32_path()) } else { smollm2() }
 }
 
 /// With `SIMLAYER_TEST_RPC` (servers, `HOST:PORT,…`) weights and caches are on the servers' devices, with
@@ -55,11 +64,12 @@ pub fn bound(exact: f64, device: f64) -> f64 {
     if on_another_device() { exact.max(device) } else { exact }
 }
 
-/// The file that upstream reads for comparison with the model at `path`: a copy in f32 for other devices than the
-/// processor. These multiply quantised weights with activations as they are, where the processor's products round
-/// activations to eight bits.
+/// The file that upstream reads for comparison with the model at `path`: a copy in f32 where we compute on another device
+/// and upstream on the processor. Vulkan multiplies quantised weights with activations as they are, where the
+/// processor's products round activations to eight bits. CUDA does so otherwise: there upstream is to be on the card, too.
 pub fn upstreams_file(path: &Path) -> PathBuf {
-    if !on_another_device() {
+    static UPSTREAM_OFFLOADS: OnceLock<bool> = OnceLock::new();
+    if !on_another_device() || *UPSTREAM_OFFLOADS.get_or_init(|| UpstreamRef::new().offloads(path)) {
         return path.to_owned();
     }
     let of_smollm2 = unquantized::smollm2_f32_path();

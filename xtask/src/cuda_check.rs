@@ -1,4 +1,5 @@
 //! That the feature `cuda` compiles and links, and that a program with it runs where there is no card: no GPU is needed.
+//! Where there is one, the tests of logits and lazy layers run on it.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,37 +9,60 @@ use serde_json::Value;
 
 use crate::prepare::{self, Env};
 use crate::sh::{self, step};
+use crate::test::build_reference;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// What to compile for, as SIMLAYER_CUDA_ARCHS.
-    #[arg(long, default_value = "80-real")]
-    archs: String,
+    /// What to compile for, as SIMLAYER_CUDA_ARCHS; by default this machine's card, or 80-real where there is none.
+    #[arg(long)]
+    archs: Option<String>,
+    /// No tests where there is a card.
+    #[arg(long)]
+    no_tests: bool,
     /// Pairs of cache types to compile flash attention for, as SIMLAYER_CUDA_FLASH_TYPES; `all` for every one, which is
     /// what a build of one's own has and takes 45 files more.
     #[arg(long, default_value = "f16-f16,bf16-bf16,q8_0-q8_0,q4_0-q4_0")]
     flash_types: String,
 }
 
+/// The device that the tests run on.
+const DEVICE: &str = "CUDA0";
+
 pub fn run(args: &Args) -> Result<()> {
     let mut env = Env::default();
     prepare::libclang(&mut env)?;
+    prepare::cmake(&mut env)?;
     let model = step("model", prepare::model)?;
     let toolkit = step("toolkit (800 MB)", toolkit)?;
-    let build = |arguments: &[&str]| -> Result<()> {
+    let archs = args.archs.clone().unwrap_or_else(|| {
+        // A cubin runs on cards of its own generation only.
+        let has_card = sh::on_path("nvidia-smi") && sh::succeeds(Command::new("nvidia-smi").arg("-L"));
+        if has_card { "native" } else { "80-real" }.to_owned()
+    });
+    let cargo = |arguments: &[&str]| {
         let mut cargo = env.cargo();
-        cargo.args(["build", "--release", "--features", "cuda"]).args(arguments);
-        cargo.env("CARGO_TARGET_DIR", target_dir()).env("CUDA_PATH", &toolkit).env("SIMLAYER_CUDA_ARCHS", &args.archs);
+        cargo.args(arguments).args(["--release", "--features", "cuda", "--package", "simlayer"]);
+        cargo.env("CARGO_TARGET_DIR", target_dir()).env("CUDA_PATH", &toolkit).env("SIMLAYER_CUDA_ARCHS", &archs);
         match args.flash_types.as_str() {
             "all" => cargo.env_remove("SIMLAYER_CUDA_FLASH_TYPES"),
             types => cargo.env("SIMLAYER_CUDA_FLASH_TYPES", types),
         };
-        sh::run(&mut cargo)
+        cargo
     };
-    step("kernels and library", || build(&["--package", "simlayer", "--lib"]))?;
-    step("program", || build(&["--package", "simlayer", "--bin", "simlayer-run"]))?;
+    step("kernels and library", || sh::run(&mut cargo(&["build", "--lib"])))?;
+    step("program", || sh::run(&mut cargo(&["build", "--bin", "simlayer-run"])))?;
     step("devices", || devices(&toolkit))?;
-    step("a run", || generate(&toolkit, &model))
+    let has_card = step("a run", || generate(&toolkit, &model))?;
+    if args.no_tests || !has_card {
+        return Ok(());
+    }
+    step("reference (unmodified llama.cpp)", || build_reference(&env).map(|_| ()))?;
+    step("tests", || {
+        let mut test = cargo(&["test", "--test", "logits", "--test", "lazy", "--no-fail-fast"]);
+        test.args(["--", "--test-threads=1", "--nocapture"]);
+        test.env("SIMLAYER_TEST_DEVICE", DEVICE).env("LD_LIBRARY_PATH", toolkit.join("lib"));
+        sh::run(&mut test)
+    })
 }
 
 fn cuda_dir() -> PathBuf {
@@ -77,8 +101,8 @@ fn devices(toolkit: &Path) -> Result<()> {
     Ok(())
 }
 
-/// With a card it runs there, without one on the processor, and says so.
-fn generate(toolkit: &Path, model: &Path) -> Result<()> {
+/// With a card it runs there, without one on the processor, and says so. Whether there is one.
+fn generate(toolkit: &Path, model: &Path) -> Result<bool> {
     let listed: Value = serde_json::from_str(&sh::output(program(toolkit).args(["devices", "--json"]))?)?;
     let devices = listed["devices"].as_array().context("no list of devices")?;
     let has_card = devices.iter().any(|device| device["backend"] == "CUDA");
@@ -97,5 +121,5 @@ fn generate(toolkit: &Path, model: &Path) -> Result<()> {
     if !has_card {
         println!("There is no card here: no kernel has run.");
     }
-    Ok(())
+    Ok(has_card)
 }

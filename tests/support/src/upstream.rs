@@ -85,6 +85,11 @@ impl UpstreamRef {
         self.run("info", model, &[])
     }
 
+    /// Whether it computes on a card: where it was built for one, and there is one. `model` is any that it can load.
+    pub fn offloads(&self, model: &Path) -> bool {
+        self.info(model)["offloads"] == true
+    }
+
     /// The tokens of each text.
     pub fn tokenize(&self, model: &Path, texts: &[&[u8]], add_special: bool, parse_special: bool) -> Vec<Vec<i32>> {
         let input = Input::new(texts);

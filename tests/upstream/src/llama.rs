@@ -42,6 +42,12 @@ pub fn type_by_name(name: &str) -> Result<sys::ggml_type, String> {
         .ok_or_else(|| format!("{name}: ggml has no type of this name"))
 }
 
+/// Whether there is a device that models are put on.
+pub fn offloads() -> bool {
+    // SAFETY: it takes nothing, and looks devices up in ggml's registry.
+    unsafe { sys::llama_supports_gpu_offload() }
+}
+
 /// A loaded model, with upstream's default parameters (mapped, weights repacked where that helps).
 pub struct Model {
     ptr: NonNull<sys::llama_model>,

@@ -296,6 +296,7 @@ fn info(model: &Model) -> Result<Value, String> {
         "add_bos": model.adds_bos(),
         "special": special,
         "eog": eog,
+        "offloads": llama::offloads(),
     }))
 }
 
