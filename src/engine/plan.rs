@@ -6,7 +6,8 @@ use serde::Serialize;
 
 use super::{
     Error,
-    session::{SessionParams, lazy_format},
+    sequence::rows_of_span,
+    session::{SessionParams, kernel, lazy_format},
 };
 use crate::{
     cache::{Format, Span},
@@ -55,7 +56,7 @@ pub fn plan(path: &Path, model: &ModelParams, session: &SessionParams) -> Result
     devices.extend(placement.devices());
     let plans = devices.into_iter().map(|device| {
         let layers: Vec<usize> = (0..hparams.n_layer).filter(|&layer| placement.layer(layer) == device).collect();
-        let caches = layers.iter().map(|&layer| layer_bytes(layer, n_ctx, &hparams, session));
+        let caches = layers.iter().map(|&layer| layer_bytes(layer, device, n_ctx, &hparams, session));
         let caches: Vec<[usize; 2]> = caches.collect();
         let lazy_bytes = |share: f64| {
             let bytes = layers.iter().zip(&caches).map(|(layer, [full, lazy])| {
@@ -81,15 +82,16 @@ pub fn plan(path: &Path, model: &ModelParams, session: &SessionParams) -> Result
 }
 
 /// Bytes of a layer's cache of `n_ctx` tokens, full and lazy.
-fn layer_bytes(layer: usize, n_ctx: usize, hparams: &Hparams, session: &SessionParams) -> [usize; 2] {
+fn layer_bytes(layer: usize, device: Device, n_ctx: usize, hparams: &Hparams, session: &SessionParams) -> [usize; 2] {
     let width = hparams.head_size * hparams.n_head_kv;
     let bytes = |rows: usize, format: Format| rows * (format.k.row_bytes(width) + format.v.row_bytes(width));
+    let rows = |span: Span| n_ctx.min(rows_of_span(span, kernel(session, hparams, device), device));
     let active = Format::new(session.type_k, session.type_v, session.kv_rotate);
     if let Some(n_window) = hparams.windows[layer] {
-        return [bytes(Span { n_sink: 0, n_window }.used_rows(n_ctx), active); 2];
+        return [bytes(rows(Span { n_sink: 0, n_window }), active); 2];
     }
     let span = Span { n_sink: session.lazy.n_sink, n_window: session.lazy.window(layer) };
-    [bytes(n_ctx, active), bytes(span.used_rows(n_ctx), lazy_format(session, hparams.head_size))]
+    [bytes(n_ctx, active), bytes(rows(span), lazy_format(session, hparams.head_size))]
 }
 
 /// The share of `scorable` layers that becomes lazy, where the rule alone says so.

@@ -3,6 +3,9 @@
 //! The hidden states of the whole prompt are kept; each layer reads them ubatch by ubatch over a full-length f16
 //! scratch store, is scored, and moves into its final store before the next layer begins. Peak memory is the final
 //! stores, one layer's scratch and the hidden states.
+//!
+//! A card waits while a graph is built, and computes its masks anew in each: there some layers go together, an eighth of
+//! them, or all where nothing will be smaller than its scratch.
 
 use std::ops::Range;
 
@@ -17,7 +20,7 @@ use super::{
 use crate::{
     cache::{Format, Lease, Meter},
     ggml::{self, Context, Device, Graph, Tensor, Type},
-    lazy::{At, Selector},
+    lazy::{At, Policy, Selector},
     model::LayerStep,
 };
 
@@ -56,6 +59,16 @@ impl Hidden {
     }
 }
 
+/// What [`Session::group_graph`] builds.
+struct GroupGraph {
+    graph: Graph,
+    parts: [Part; 1],
+    /// Rows of the piece that are carried on behind the group.
+    outputs: Vec<i32>,
+    scores: Vec<Score>,
+    looks: Vec<SecondLook>,
+}
+
 impl Session {
     pub(super) fn prefill_layer_major(
         &mut self,
@@ -90,109 +103,151 @@ impl Session {
         let n_tokens = entry.tokens.len();
         let n_layer = self.model.hparams().n_layer;
         let ends = piece_ends(n_tokens, self.params.n_ubatch, self.params.lazy.n_last);
-        let mut hidden = self.embed(entry, &ends)?;
+        let n_embd = self.model.hparams().n_embd;
+        let piece = |tokens| Hidden::new(n_embd, tokens, self.makers[0].device, &self.meter);
+        let mut hidden = pieces(&ends).map(piece).collect::<Result<Vec<Hidden>, Error>>()?;
         let n_score = match self.params.lazy.at {
             At::Prefill if entry.prompt_end => self.n_score(n_tokens, n_tokens, At::Prefill),
             _ => 0,
         };
         let mut selector = self.selector();
-        for index in 0..n_layer {
-            // Before the layer's scratch is there.
-            hidden.iter_mut().try_for_each(|piece| piece.move_to(self.makers[index].device, &self.meter))?;
-            let score = self.read_layer(entry, sequence, index, &hidden, n_score, &mut |piece| {
-                progress((index as f32 + piece) / n_layer as f32);
+        for group in self.groups() {
+            // Before the layers' scratches are there.
+            hidden.iter_mut().try_for_each(|piece| piece.move_to(self.makers[group.start].device, &self.meter))?;
+            let scores = self.read_group(entry, sequence, group.clone(), &hidden, n_score, &mut |piece| {
+                progress((group.start as f32 + piece * group.len() as f32) / n_layer as f32);
             })?;
-            self.settle(entry, sequence, index, score, &mut selector)?;
+            for (index, score) in group.zip(scores) {
+                self.settle(entry, sequence, index, score, &mut selector)?;
+            }
         }
         sequence.n_past = n_tokens;
         sequence.score_next = self.params.lazy.at == At::Decode && entry.prompt_end;
         Ok(hidden)
     }
 
-    /// The embeddings, on the first layer's device.
-    fn embed(&mut self, entry: &BatchEntry<'_>, ends: &[usize]) -> Result<Vec<Hidden>, Error> {
-        let mut hidden = Vec::with_capacity(ends.len());
-        for tokens in pieces(ends) {
-            let mut piece = self.embed_piece(entry, tokens)?;
-            piece.move_to(self.makers[0].device, &self.meter)?;
-            hidden.push(piece);
+    /// The layers, in groups that are read together: neighbours on one device.
+    fn groups(&self) -> Vec<Range<usize>> {
+        let n_layer = self.model.hparams().n_layer;
+        let lazy_later = self.params.lazy.policy != Policy::Off && !self.params.lazy.windowed_prefill();
+        let lazy_type = (self.params.lazy.policy != Policy::Off).then_some(self.lazy_format);
+        let scratch_stays =
+            !lazy_later && self.active_format == Format::F16 && lazy_type.is_none_or(|format| format == Format::F16);
+        let mut groups: Vec<Range<usize>> = Vec::new();
+        for index in 0..n_layer {
+            let maker = &self.makers[index];
+            let at_most = match maker.apart() {
+                None => 1,
+                Some(_) if scratch_stays => n_layer,
+                Some(_) => n_layer / 8,
+            };
+            match groups.last_mut() {
+                Some(group) if group.len() < at_most && self.makers[group.start].device == maker.device => {
+                    group.end = index + 1;
+                }
+                _ => groups.push(index..index + 1),
+            }
         }
-        Ok(hidden)
+        groups
     }
 
-    /// The processor looks embeddings up.
-    fn embed_piece(&mut self, entry: &BatchEntry<'_>, tokens: Range<usize>) -> Result<Hidden, Error> {
-        let piece = Hidden::new(self.model.hparams().n_embd, tokens.clone(), Device::cpu(), &self.meter)?;
-        let graph = Graph::new(16);
-        let mut inputs = Inputs::default();
-        let ids = inputs.tokens(&graph, tokens.len());
-        let embedded = self.model.architecture().embed(&graph, &ids);
-        graph.expand(&graph.copy(&embedded, &piece.states));
-        self.scheduler.alloc(&graph)?;
-        inputs.fill(&[], &entry.tokens[tokens], &[]);
-        self.scheduler.compute(&graph)?;
-        // The graph would keep the states where they are.
-        self.scheduler.release();
-        Ok(piece)
-    }
-
-    /// All pieces through one layer, over a scratch store that `settle` moves to its final place. The layer's score,
-    /// when one was asked for.
-    fn read_layer(
+    /// All pieces through a group of layers, over scratch stores that `settle` moves to their final places. The layers'
+    /// scores, when they were asked for.
+    fn read_group(
         &mut self,
         entry: &BatchEntry<'_>,
         sequence: &mut Sequence,
-        index: usize,
+        group: Range<usize>,
         hidden: &[Hidden],
         n_score: usize,
         progress: &mut dyn FnMut(f32),
-    ) -> Result<Option<f32>, Error> {
+    ) -> Result<Vec<Option<f32>>, Error> {
         let n_tokens = entry.tokens.len();
-        let is_last = index + 1 == self.model.hparams().n_layer;
         let layers = &mut sequence.layers;
-        let scratch = self.makers[index].make(layers[index].used_rows(n_tokens), layers[index].span(), Format::F16)?;
-        layers[index].put_scratch(scratch);
+        for index in group.clone() {
+            let layer = &mut layers[index];
+            let scratch = self.makers[index].make(layer.used_rows(n_tokens), layer.span(), Format::F16)?;
+            layer.put_scratch(scratch);
+        }
 
-        let mut score = None;
+        // The last graphs are the largest. Where memory grew with each, a card would free and take it a hundred times.
+        if self.makers[group.start].apart().is_some() && group.start == 0 {
+            for piece in &hidden[hidden.len().saturating_sub(2)..] {
+                let ready = self.group_graph(entry, layers, &group, piece, n_score, &mut Inputs::default());
+                self.scheduler.alloc(&ready.graph)?;
+            }
+        }
+        let mut values = vec![None; group.len()];
         let mut inputs = Inputs::default();
-        for Hidden { states, tokens: piece, .. } in hidden {
-            let ends_prompt = piece.end == n_tokens;
-            let n_score = if ends_prompt { n_score.min(piece.len()) } else { 0 };
-            let parts: [Part; 1] = single_part(piece.len(), piece.start, n_score);
-            let graph = self.new_graph(1024);
+        for piece in hidden {
+            // Built while the device computes the piece before.
             inputs.clear();
-            let positions = inputs.positions(&graph, piece.len());
-            // Of the last layer only the tokens with outputs are carried on; all have their keys and values stored.
-            let first_wanted = match entry.outputs {
-                _ if !is_last => 0,
-                Outputs::All => 0,
-                Outputs::Last if ends_prompt => piece.len() - 1,
-                _ => piece.len(),
-            };
-            let outputs: Vec<i32> = (first_wanted..piece.len()).map(|row| row as i32).collect();
-            let keep = (first_wanted > 0).then(|| inputs.outputs(&graph, outputs.len().max(1)));
-            let mut attention = self.attention(&mut inputs, &parts, vec![&*layers]);
-            let n_ctx = self.params.n_ctx;
-            let step = LayerStep { index, hidden: states, positions: &positions, keep: keep.as_ref(), n_ctx };
-            let result = self.model.architecture().layer(&graph, &step, &mut attention);
-            let mut scores = attention.scores;
-            let mut looks = self.second_looks(&parts);
-            for look in &mut looks {
-                let whole = Some(&result).filter(|_| keep.is_none());
-                scores.extend(self.look_again(&graph, look, &[&*layers], index, states, whole));
+            let mut ready = self.group_graph(entry, layers, &group, piece, n_score, &mut inputs);
+            self.scheduler.alloc(&ready.graph)?;
+            inputs.fill(&ready.parts, &entry.tokens[piece.tokens.clone()], &ready.outputs);
+            ready.looks.iter_mut().for_each(SecondLook::fill);
+            if ready.scores.is_empty() {
+                self.scheduler.start(&ready.graph)?;
+            } else {
+                compute(&mut self.scheduler, &ready.graph, &ready.scores, &mut self.score_time)?;
             }
-            if !outputs.is_empty() {
-                graph.expand(&graph.copy(&result, &graph.rows(states, first_wanted, outputs.len())));
+            for score in &ready.scores {
+                values[score.layer - group.start] = Some(score.value());
             }
-            self.scheduler.alloc(&graph)?;
-            inputs.fill(&parts, &entry.tokens[piece.clone()], &outputs);
-            looks.iter_mut().for_each(SecondLook::fill);
-            compute(&mut self.scheduler, &graph, &scores, &mut self.score_time)?;
-            score = scores.first().map(Score::value).or(score);
-            progress(piece.end as f32 / n_tokens as f32);
+            progress(piece.tokens.end as f32 / n_tokens as f32);
         }
         self.scheduler.release();
-        Ok(score)
+        Ok(values)
+    }
+
+    /// A piece of the prompt through a group of layers, whose scratches are there.
+    fn group_graph(
+        &self,
+        entry: &BatchEntry<'_>,
+        layers: &[LayerCache],
+        group: &Range<usize>,
+        Hidden { states, tokens: piece, .. }: &Hidden,
+        n_score: usize,
+        inputs: &mut Inputs,
+    ) -> GroupGraph {
+        let n_layer = self.model.hparams().n_layer;
+        let ends_prompt = piece.end == entry.tokens.len();
+        let n_score = if ends_prompt { n_score.min(piece.len()) } else { 0 };
+        let parts: [Part; 1] = single_part(piece.len(), piece.start, n_score);
+        let graph = self.new_graph(1024 * group.len());
+        let positions = inputs.positions(&graph, piece.len());
+        // Of the last layer only the tokens with outputs are carried on; all have their keys and values stored.
+        let first_wanted = match entry.outputs {
+            _ if group.end < n_layer => 0,
+            Outputs::All => 0,
+            Outputs::Last if ends_prompt => piece.len() - 1,
+            _ => piece.len(),
+        };
+        let outputs: Vec<i32> = (first_wanted..piece.len()).map(|row| row as i32).collect();
+        let keep = (first_wanted > 0).then(|| inputs.outputs(&graph, outputs.len().max(1)));
+        let (mut looks, mut looked) = (self.second_looks(&parts), Vec::new());
+        let n_ctx = self.params.n_ctx;
+        let mut behind = match group.start {
+            0 => self.model.architecture().embed(&graph, &inputs.tokens(&graph, piece.len())),
+            _ => states.clone(),
+        };
+        let mut attention = self.attention(inputs, &parts, vec![layers]);
+        for index in group.clone() {
+            let keep = keep.as_ref().filter(|_| index + 1 == n_layer);
+            let step = LayerStep { index, hidden: &behind, positions: &positions, keep, n_ctx };
+            let result = self.model.architecture().layer(&graph, &step, &mut attention);
+            for look in &mut looks {
+                let whole = Some(&result).filter(|_| keep.is_none());
+                looked.extend(self.look_again(&graph, look, &[layers], index, &behind, whole));
+            }
+            behind = result;
+        }
+        let mut scores = attention.scores;
+        scores.extend(looked);
+        if !outputs.is_empty() {
+            graph.expand(&graph.copy(&behind, &graph.rows(states, first_wanted, outputs.len())));
+        }
+        GroupGraph { graph, parts, outputs, scores, looks }
     }
 
     /// Moves a layer's scratch to its final store, and shrinks the layer that becomes lazy now, if any does.

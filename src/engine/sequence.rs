@@ -84,6 +84,18 @@ pub struct LayerReport {
     pub kv_bytes: usize,
 }
 
+/// Whether the processor cannot read the device's memory.
+fn is_apart(device: Device) -> bool {
+    !device.buffer_type().is_host()
+}
+
+/// Rows that a layer's store of this span has at most. ggml's flash attention for CUDA takes a slower way where they are
+/// no multiple of 256.
+pub(super) fn rows_of_span(span: Span, kernel: Kernel, device: Device) -> usize {
+    let pads = kernel == Kernel::Flash && is_apart(device);
+    if pads { span.n_rows().next_multiple_of(ROWS_STEP) } else { span.n_rows() }
+}
+
 /// What stores are made of and from: the same for all layers of a session on one device.
 #[derive(Debug, Clone)]
 pub(super) struct StoreMaker {
@@ -105,12 +117,13 @@ pub(super) struct StoreMaker {
 impl StoreMaker {
     pub fn make(&self, n_rows: usize, span: Option<Span>, format: Format) -> Result<Store, Error> {
         let memory = self.device.buffer_type();
-        Store::new(self.width, n_rows, self.block, span.map(Span::n_rows), format, memory, &self.meter)
+        let most_rows = span.map(|span| rows_of_span(span, self.kernel, self.device));
+        Store::new(self.width, n_rows, self.block, most_rows, format, memory, &self.meter)
     }
 
     /// The device, unless the processor can read its memory.
     pub fn apart(&self) -> Option<Device> {
-        (!self.device.buffer_type().is_host()).then_some(self.device)
+        is_apart(self.device).then_some(self.device)
     }
 
     /// What the exact store beside a store of this format keeps, where one is due.

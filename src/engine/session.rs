@@ -616,7 +616,8 @@ fn makers(model: &Model, params: &SessionParams, meter: &Meter) -> Result<Vec<St
     Ok(makers)
 }
 
-fn kernel(params: &SessionParams, hparams: &Hparams, device: Device) -> Kernel {
+/// What computes attention on a device.
+pub(super) fn kernel(params: &SessionParams, hparams: &Hparams, device: Device) -> Kernel {
     let &Hparams { head_size, n_head, n_head_kv, .. } = hparams;
     let lazy = lazy_format(params, head_size);
     let types = [(Type::F16, Type::F16), (params.type_k, params.type_v), (lazy.k, lazy.v)];

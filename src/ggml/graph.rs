@@ -137,6 +137,12 @@ impl Graph {
         usize::try_from(unsafe { sys::ggml_graph_n_nodes(self.raw()) }).unwrap_or(0)
     }
 
+    /// The nodes in their order.
+    pub(super) fn nodes(&self) -> impl Iterator<Item = *const sys::ggml_tensor> {
+        // SAFETY: the graph is alive and the index below its number of nodes.
+        (0..self.n_nodes()).map(|index| unsafe { sys::ggml_graph_node(self.raw(), index as i32) }.cast_const())
+    }
+
     /// A tensor that the caller fills before each run.
     pub fn input(&self, ty: Type, shape: &[usize]) -> Tensor {
         let tensor = self.context.tensor(ty, shape);

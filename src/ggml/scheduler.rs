@@ -1,5 +1,6 @@
 use std::{
-    ffi::{CStr, CString, c_void},
+    collections::HashSet,
+    ffi::{CStr, c_void},
     fmt,
     ptr::NonNull,
     sync::{
@@ -25,6 +26,8 @@ pub struct Scheduler {
     backends: Vec<Backend>,
     /// The graph whose tensors have memory now.
     current: Option<Arc<Inner>>,
+    /// Whether devices may be computing it.
+    running: bool,
     /// What [`freed_device_memory`] was when it got memory.
     freed: u64,
     max_nodes: usize,
@@ -125,8 +128,17 @@ impl Scheduler {
             )
         };
         let raw = NonNull::new(raw).ok_or_else(|| Error::Device("scheduler".into()))?;
-        let mut scheduler =
-            Scheduler { raw, backends, current: None, freed: 0, max_nodes, threads: 0, attached: None, abort };
+        let mut scheduler = Scheduler {
+            raw,
+            backends,
+            current: None,
+            running: false,
+            freed: 0,
+            max_nodes,
+            threads: 0,
+            attached: None,
+            abort,
+        };
         scheduler.set_threads(threads)?;
         Ok(scheduler)
     }
@@ -263,6 +275,7 @@ impl Scheduler {
 
     /// Takes the memory from the current graph's tensors.
     pub fn release(&mut self) {
+        self.wait();
         if let Some(previous) = self.current.take() {
             previous.has_memory.store(false, Ordering::Release);
             // SAFETY: a live scheduler; clears its tables without touching the graph.
@@ -275,9 +288,21 @@ impl Scheduler {
     /// # Panics
     /// When another graph, or none, was given memory.
     pub fn compute(&mut self, graph: &Graph) -> Result<(), Error> {
+        let started = self.start(graph);
+        self.wait();
+        started
+    }
+
+    /// Begins to compute the graph that was given memory last: the processor is done with its part when this returns,
+    /// devices may not be. They are waited for by [`Scheduler::wait`], and before another graph is given memory.
+    ///
+    /// # Panics
+    /// As [`Scheduler::compute`].
+    pub fn start(&mut self, graph: &Graph) -> Result<(), Error> {
         assert!(self.is_allocated(graph), "compute follows alloc of the same graph");
-        // SAFETY: the graph is alive and allocated by this scheduler.
-        let status = unsafe { sys::ggml_backend_sched_graph_compute(self.raw.as_ptr(), graph.raw()) };
+        self.running = true;
+        // SAFETY: the graph is alive and allocated by this scheduler, which keeps it alive until it was waited for.
+        let status = unsafe { sys::ggml_backend_sched_graph_compute_async(self.raw.as_ptr(), graph.raw()) };
         match status {
             sys::GGML_STATUS_SUCCESS => Ok(()),
             sys::GGML_STATUS_ABORTED => Err(Error::Aborted),
@@ -285,13 +310,21 @@ impl Scheduler {
         }
     }
 
-    /// As [`Scheduler::compute`], node by node, which takes a little longer: returns the time that the nodes of this
-    /// name took. Takes the place of a callback set by [`Scheduler::set_eval_callback`].
+    /// Waits until devices have computed what was started.
+    pub fn wait(&mut self) {
+        if std::mem::take(&mut self.running) {
+            // SAFETY: a live scheduler.
+            unsafe { sys::ggml_backend_sched_synchronize(self.raw.as_ptr()) }
+        }
+    }
+
+    /// As [`Scheduler::compute`], and returns the time that the nodes of this name took. Devices are waited for before
+    /// and behind each run of such nodes. Takes the place of a callback set by [`Scheduler::set_eval_callback`].
     ///
     /// # Panics
     /// As [`Scheduler::compute`].
     pub fn compute_timed(&mut self, graph: &Graph, name: &CStr) -> Result<Duration, Error> {
-        let mut timer = Timer { name: name.to_owned(), started: Instant::now(), total: Duration::ZERO };
+        let mut timer = Timer::new(graph, name);
         let data = (&raw mut timer).cast::<c_void>();
         // SAFETY: the timer outlives the computation, after which the callback is taken back.
         let done = unsafe {
@@ -325,22 +358,47 @@ impl Drop for Scheduler {
 }
 
 struct Timer {
-    name: CString,
+    /// The last node before each run of timed ones, and the last of each run. ggml waits behind these only: on a card
+    /// waiting for every node takes longer than the nodes.
+    before: HashSet<*const sys::ggml_tensor>,
+    last: HashSet<*const sys::ggml_tensor>,
     started: Instant,
     total: Duration,
 }
 
-/// Before a node (`ask`) and after it.
-unsafe extern "C" fn time_node(node: *mut sys::ggml_tensor, ask: bool, timer: *mut c_void) -> bool {
-    // SAFETY: `compute_timed` passed its timer, which only this thread uses; the node is alive while it is computed.
-    unsafe {
-        let timer = &mut *timer.cast::<Timer>();
-        if ask {
-            timer.started = Instant::now();
-        } else if CStr::from_ptr((*node).name.as_ptr()) == timer.name.as_c_str() {
-            timer.total += timer.started.elapsed();
+impl Timer {
+    fn new(graph: &Graph, name: &CStr) -> Timer {
+        let (mut before, mut last) = (HashSet::new(), HashSet::new());
+        let mut previous: Option<(*const sys::ggml_tensor, bool)> = None;
+        for node in graph.nodes() {
+            // SAFETY: the graph keeps its nodes alive; a name ends with a zero.
+            let timed = unsafe { CStr::from_ptr((*node).name.as_ptr()) } == name;
+            match previous {
+                Some((node, false)) if timed => drop(before.insert(node)),
+                Some((node, true)) if !timed => drop(last.insert(node)),
+                _ => {}
+            }
+            previous = Some((node, timed));
         }
+        if let Some((node, true)) = previous {
+            last.insert(node);
+        }
+        Timer { before, last, started: Instant::now(), total: Duration::ZERO }
     }
+}
+
+/// Asks whether to wait behind a node (`ask`), and tells that it and those before it are done.
+unsafe extern "C" fn time_node(node: *mut sys::ggml_tensor, ask: bool, timer: *mut c_void) -> bool {
+    // SAFETY: `compute_timed` passed its timer, which only this thread uses.
+    let timer = unsafe { &mut *timer.cast::<Timer>() };
+    let node = node.cast_const();
+    if ask {
+        return timer.before.contains(&node) || timer.last.contains(&node);
+    }
+    if timer.last.contains(&node) {
+        timer.total += timer.started.elapsed();
+    }
+    timer.started = Instant::now();
     true
 }
 
