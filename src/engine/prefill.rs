@@ -170,8 +170,10 @@ impl Session {
             layer.put_scratch(scratch);
         }
 
-        // The last graphs are the largest. Where memory grew with each, a card would free and take it a hundred times.
-        if self.makers[group.start].apart().is_some() && group.start == 0 {
+        // The last graphs are the largest. Where memory grew with each, a device would free and take it a hundred times.
+        let device = self.makers[group.start].device;
+        let is_new = group.start == 0 || self.makers[group.start - 1].device != device;
+        if is_new && self.makers[group.start].apart().is_some() {
             for piece in &hidden[hidden.len().saturating_sub(2)..] {
                 let ready = self.group_graph(entry, layers, &group, piece, n_score, &mut Inputs::default());
                 self.scheduler.alloc(&ready.graph)?;

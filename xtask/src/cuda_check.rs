@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::prepare::{self, Env};
 use crate::sh::{self, step};
-use crate::test::build_reference;
+use crate::test::build_cuda_reference;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -56,13 +56,24 @@ pub fn run(args: &Args) -> Result<()> {
     if args.no_tests || !has_card {
         return Ok(());
     }
-    step("reference (unmodified llama.cpp)", || build_reference(&env).map(|_| ()))?;
+    let reference = step("reference (unmodified llama.cpp)", || {
+        build_cuda_reference(&env, &kernels()?, &toolkit, &cuda_dir().join("upstream"))
+    })?;
     step("tests", || {
         let mut test = cargo(&["test", "--test", "logits", "--test", "lazy", "--no-fail-fast"]);
         test.args(["--", "--test-threads=1", "--nocapture"]);
-        test.env("SIMLAYER_TEST_DEVICE", DEVICE).env("LD_LIBRARY_PATH", toolkit.join("lib"));
-        sh::run(&mut test)
+        test.env("SIMLAYER_TEST_DEVICE", DEVICE).env("SIMLAYER_UPSTREAM_REF", reference);
+        sh::run(test.env("LD_LIBRARY_PATH", toolkit.join("lib")))
     })
+}
+
+/// The archive of kernels that was compiled last.
+fn kernels() -> Result<PathBuf> {
+    let folder = target_dir().join("release/build");
+    let builds = std::fs::read_dir(&folder).with_context(|| folder.display().to_string())?.flatten();
+    let archives = builds.map(|build| build.path().join("out/libggml-cuda.a")).filter(|file| file.is_file());
+    let newest = archives.max_by_key(|file| file.metadata().and_then(|metadata| metadata.modified()).ok());
+    newest.with_context(|| format!("{}: no libggml-cuda.a", folder.display()))
 }
 
 fn cuda_dir() -> PathBuf {

@@ -91,6 +91,14 @@ fn upstream_cargo(env: &Env) -> Command {
     cargo
 }
 
+/// The same program with ggml's CUDA kernels, in a folder of its own: those of an archive that ggml-sys has compiled.
+pub fn build_cuda_reference(env: &Env, archive: &Path, toolkit: &Path, target: &Path) -> Result<PathBuf> {
+    let mut cargo = upstream_cargo(env);
+    cargo.args(["build", "--release", "--locked", "--features", "cuda"]).env("CARGO_TARGET_DIR", target);
+    sh::run(cargo.env("GGML_CUDA_ARCHIVE", archive).env("CUDA_PATH", toolkit))?;
+    Ok(target.join("release/upstream-ref"))
+}
+
 /// Builds the program that runs unmodified llama.cpp for the tests to compare with.
 pub fn build_reference(env: &Env) -> Result<PathBuf> {
     sh::run(upstream_cargo(env).args(["build", "--release", "--locked"]))?;

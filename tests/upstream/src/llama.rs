@@ -22,11 +22,20 @@ pub fn init_logging(verbose: bool) {
     }
     static VERBOSE: u8 = 1;
     let user = if verbose { &raw const VERBOSE } else { ptr::null() };
-    // SAFETY: `log` has the expected signature and only compares `user` with null.
+    // SAFETY: `log` has the expected signature and only compares `user` with null; CUDA's registration lives as long as
+    // the process.
     unsafe {
         sys::llama_log_set(Some(log), user.cast_mut().cast());
+        #[cfg(feature = "cuda")]
+        sys::ggml_backend_register(ggml_backend_cuda_reg());
         sys::llama_backend_init();
     }
+}
+
+#[cfg(feature = "cuda")]
+unsafe extern "C" {
+    /// ggml-cuda.h's; upstream's registry was compiled without it.
+    fn ggml_backend_cuda_reg() -> sys::ggml_backend_reg_t;
 }
 
 /// The ggml type that `name` names, as `-ctk` and `-ctv` take it.
