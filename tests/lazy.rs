@@ -241,7 +241,14 @@ fn the_peak_of_a_prefill_is_the_final_stores_and_one_layer() {
         println!("{policy}, {ty}: peak {} of {bound} allowed, compression {:.2}", kv.peak_bytes, kv.compression);
         assert!(kv.peak_bytes <= bound, "{policy}, {ty}: {kv:?}, bound {bound}");
         if (policy, ty) == ("budget:0.5", Type::Q4_0) {
-            assert!(kv.compression >= 6.0, "{kv:?}");
+            if model.layer_device(0) == Device::cpu() {
+                assert!(kv.compression >= 6.0, "{kv:?}");
+            } else {
+                // A device rounds a lazy layer's rows up to a multiple of 256.
+                let lazy_rows = (4 + shorter(1024)).next_multiple_of(256);
+                let row = 2 * Type::Q4_0.row_bytes(hparams.n_head_kv * hparams.head_size);
+                assert_eq!(kv.allocated_bytes, 15 * (rows + lazy_rows) * row, "{kv:?}");
+            }
             assert_eq!((kv.lazy_layers, kv.active_layers), (15, 15));
         }
     }
