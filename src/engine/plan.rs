@@ -56,7 +56,9 @@ pub fn plan(path: &Path, model: &ModelParams, session: &SessionParams) -> Result
     devices.extend(placement.devices());
     let plans = devices.into_iter().map(|device| {
         let layers: Vec<usize> = (0..hparams.n_layer).filter(|&layer| placement.layer(layer) == device).collect();
-        let caches = layers.iter().map(|&layer| layer_bytes(layer, device, n_ctx, &hparams, session));
+        let kernel = kernel(session, &hparams, device);
+        let rows = |span: Span| n_ctx.min(rows_of_span(span, kernel, device));
+        let caches = layers.iter().map(|&layer| layer_bytes(layer, n_ctx, &rows, &hparams, session));
         let caches: Vec<[usize; 2]> = caches.collect();
         let lazy_bytes = |share: f64| {
             let bytes = layers.iter().zip(&caches).map(|(layer, [full, lazy])| {
@@ -81,11 +83,16 @@ pub fn plan(path: &Path, model: &ModelParams, session: &SessionParams) -> Result
     Ok(plans.collect())
 }
 
-/// Bytes of a layer's cache of `n_ctx` tokens, full and lazy.
-fn layer_bytes(layer: usize, device: Device, n_ctx: usize, hparams: &Hparams, session: &SessionParams) -> [usize; 2] {
+/// Bytes of a layer's cache of `n_ctx` tokens, full and lazy; `rows` says how many rows a span takes.
+fn layer_bytes(
+    layer: usize,
+    n_ctx: usize,
+    rows: &dyn Fn(Span) -> usize,
+    hparams: &Hparams,
+    session: &SessionParams,
+) -> [usize; 2] {
     let width = hparams.head_size * hparams.n_head_kv;
     let bytes = |rows: usize, format: Format| rows * (format.k.row_bytes(width) + format.v.row_bytes(width));
-    let rows = |span: Span| n_ctx.min(rows_of_span(span, kernel(session, hparams, device), device));
     let active = Format::new(session.type_k, session.type_v, session.kv_rotate);
     if let Some(n_window) = hparams.windows[layer] {
         return [bytes(rows(Span { n_sink: 0, n_window }), active); 2];

@@ -111,7 +111,7 @@ impl Session {
             _ => 0,
         };
         let mut selector = self.selector();
-        for group in self.groups() {
+        for group in self.groups(&sequence.layers) {
             // Before the layers' scratches are there.
             hidden.iter_mut().try_for_each(|piece| piece.move_to(self.makers[group.start].device, &self.meter))?;
             let scores = self.read_group(entry, sequence, group.clone(), &hidden, n_score, &mut |piece| {
@@ -127,12 +127,11 @@ impl Session {
     }
 
     /// The layers, in groups that are read together: neighbours on one device.
-    fn groups(&self) -> Vec<Range<usize>> {
-        let n_layer = self.model.hparams().n_layer;
-        let lazy_later = self.params.lazy.policy != Policy::Off && !self.params.lazy.windowed_prefill();
-        let lazy_type = (self.params.lazy.policy != Policy::Off).then_some(self.lazy_format);
-        let scratch_stays =
-            !lazy_later && self.active_format == Format::F16 && lazy_type.is_none_or(|format| format == Format::F16);
+    fn groups(&self, layers: &[LayerCache]) -> Vec<Range<usize>> {
+        let n_layer = layers.len();
+        let lazy = &self.params.lazy;
+        let none_shrinks = lazy.policy == Policy::Off || lazy.windowed_prefill();
+        let scratch_stays = none_shrinks && layers.iter().all(|layer| layer.format == Format::F16);
         let mut groups: Vec<Range<usize>> = Vec::new();
         for index in 0..n_layer {
             let maker = &self.makers[index];
@@ -171,9 +170,9 @@ impl Session {
         }
 
         // The last graphs are the largest. Where memory grew with each, a device would free and take it a hundred times.
-        let device = self.makers[group.start].device;
-        let is_new = group.start == 0 || self.makers[group.start - 1].device != device;
-        if is_new && self.makers[group.start].apart().is_some() {
+        let maker = &self.makers[group.start];
+        let is_new = group.start == 0 || self.makers[group.start - 1].device != maker.device;
+        if is_new && maker.apart().is_some() {
             for piece in &hidden[hidden.len().saturating_sub(2)..] {
                 let ready = self.group_graph(entry, layers, &group, piece, n_score, &mut Inputs::default());
                 self.scheduler.alloc(&ready.graph)?;
