@@ -147,15 +147,17 @@ impl RowPtr {
         unsafe { self.data.add(row * self.bytes) }
     }
 
-    /// Asks for what comes next, into the second-level cache: the first holds little more than the rows that are worked
-    /// on.
+    /// Asks for what comes a block after `N` rows, into the second-level cache: the first holds little more than the rows that
+    /// are worked on.
     #[inline(always)]
-    pub(super) fn prefetch(self, row: *const u8) {
+    pub(super) fn prefetch<const N: usize>(self, row: *const u8) {
         #[cfg(target_arch = "x86_64")]
         for line in (0..self.ahead).step_by(64) {
-            let next = row.wrapping_add(PREFETCH_ROWS * self.bytes + line);
-            // SAFETY: a hint that reads nothing, whatever the address.
-            unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(next.cast()) };
+            for r in 0..N {
+                let next = row.wrapping_add((PREFETCH_ROWS + r) * self.bytes + line);
+                // SAFETY: a hint that reads nothing, whatever the address.
+                unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(next.cast()) };
+            }
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = row;
@@ -184,9 +186,7 @@ unsafe fn scores_of<V: Simd, E: Element, const G: usize>(
                 keys.at((first + 2).min(last)),
                 keys.at((first + 3).min(last)),
             ];
-            for row in rows {
-                keys.prefetch(row);
-            }
+            keys.prefetch::<4>(rows[0]);
             let mut sums = [[V::splat(0.0); 4]; G];
             let mut i = 0;
             while i < size {
@@ -233,53 +233,68 @@ pub(super) struct Shape {
     pub cap: f32,
 }
 
-/// Turns the scores of `n` rows into weights relative to the new maximum. The factor for what was summed up before.
+/// Turns the scores of `n` rows, of each vector of a group, into weights relative to the new maximum. The factors for what was
+/// summed up before.
 ///
 /// A mask hides the elements behind the last row; without one `n` is a multiple of the lanes.
 #[inline(always)]
-unsafe fn weights_of<V: Simd>(
+unsafe fn weights_of<V: Simd, const G: usize>(
     scores: *mut f32,
     n: usize,
-    mask: *const f32,
+    masks: &[*const f32; 4],
     shape: Shape,
-    running: &mut Running,
-) -> f32 {
-    // SAFETY: scores (and the mask where there is one) have BLOCK elements.
+    running: &mut [Running; G],
+) -> [f32; G] {
+    // SAFETY: scores have G × BLOCK elements, and each mask where there is one BLOCK.
     unsafe {
         let padded = n.next_multiple_of(V::LANES);
-        for r in n..padded {
-            *scores.add(r) = 0.0;
+        let mut max = [V::splat(f32::NEG_INFINITY); G];
+        for g in 0..G {
+            for r in n..padded {
+                *scores.add(g * BLOCK + r) = 0.0;
+            }
         }
-        let mut max = V::splat(f32::NEG_INFINITY);
         for r in (0..padded).step_by(V::LANES) {
-            let mut score = V::load(scores.add(r));
-            if shape.cap != 0.0 {
-                score = tanh(score).mul(V::splat(shape.cap));
+            for g in 0..G {
+                let at = scores.add(g * BLOCK + r);
+                let mut score = V::load(at);
+                if shape.cap != 0.0 {
+                    score = tanh(score).mul(V::splat(shape.cap));
+                }
+                if !masks[g].is_null() {
+                    score = score.add(V::load(masks[g].add(r)));
+                }
+                if shape.cap != 0.0 || !masks[g].is_null() {
+                    score.store(at);
+                }
+                max[g] = max[g].max(score);
             }
-            if !mask.is_null() {
-                score = score.add(V::load(mask.add(r)));
-            }
-            score.store(scores.add(r));
-            max = max.max(score);
         }
-        let before = running.max;
-        running.max = before.max(max.h_max());
-        if running.max == f32::NEG_INFINITY {
-            for r in 0..padded {
-                *scores.add(r) = 0.0;
-            }
-            return 1.0;
+        let mut changes = [0.0; 16];
+        for g in 0..G {
+            let before = running[g].max;
+            running[g].max = before.max(max[g].h_max());
+            // Where nothing was seen yet there is no finite maximum to subtract.
+            let finite = running[g].max.max(f32::MIN);
+            changes[g] = before - finite;
+            max[g] = V::splat(finite);
         }
-        let max = V::splat(running.max);
-        let mut sum = V::splat(0.0);
+        exp2(V::load(changes.as_ptr())).store(changes.as_mut_ptr());
+        let mut factors = [1.0; G];
+        factors.copy_from_slice(&changes[..G]);
+        let mut sum = [V::splat(0.0); G];
         for r in (0..padded).step_by(V::LANES) {
-            let weight = exp2(V::load(scores.add(r)).sub(max));
-            weight.store(scores.add(r));
-            sum = sum.add(weight);
+            for g in 0..G {
+                let at = scores.add(g * BLOCK + r);
+                let weight = exp2(V::load(at).sub(max[g]));
+                weight.store(at);
+                sum[g] = sum[g].add(weight);
+            }
         }
-        let factor = if before == running.max { 1.0 } else { (before - running.max).exp2() };
-        running.sum = running.sum * factor + sum.h_sum();
-        factor
+        for g in 0..G {
+            running[g].sum = running[g].sum * factors[g] + sum[g].h_sum();
+        }
+        factors
     }
 }
 
@@ -333,7 +348,7 @@ unsafe fn add_values_at<V: Simd, E: Element, const G: usize, const C: usize>(
         for r in 0..values.n {
             let row = values.at(r);
             if i == 0 {
-                values.prefetch(row);
+                values.prefetch::<1>(row);
             }
             let row = row.add(E::offset(i));
             let mut value = [V::splat(0.0); C];
@@ -509,7 +524,13 @@ pub(super) trait Isa {
         size: usize,
         s: *mut f32,
     );
-    unsafe fn weights_of(scores: *mut f32, n: usize, mask: *const f32, shape: Shape, running: &mut Running) -> f32;
+    unsafe fn weights_of<const G: usize>(
+        scores: *mut f32,
+        n: usize,
+        masks: &[*const f32; 4],
+        shape: Shape,
+        running: &mut [Running; G],
+    ) -> [f32; G];
     unsafe fn add_values<E: Element, const G: usize>(
         weights: *const f32,
         values: RowPtr,
@@ -578,26 +599,26 @@ macro_rules! isa {
             }
 
             #[inline]
-            unsafe fn weights_of(
+            unsafe fn weights_of<const G: usize>(
                 scores: *mut f32,
                 n: usize,
-                mask: *const f32,
+                masks: &[*const f32; 4],
                 shape: Shape,
-                running: &mut Running,
-            ) -> f32 {
+                running: &mut [Running; G],
+            ) -> [f32; G] {
                 $(#[$features])?
-                unsafe fn inner(
+                unsafe fn inner<const G: usize>(
                     scores: *mut f32,
                     n: usize,
-                    mask: *const f32,
+                    masks: &[*const f32; 4],
                     shape: Shape,
-                    running: &mut Running,
-                ) -> f32 {
+                    running: &mut [Running; G],
+                ) -> [f32; G] {
                     // SAFETY: the caller's.
-                    unsafe { weights_of::<$vector>(scores, n, mask, shape, running) }
+                    unsafe { weights_of::<$vector, G>(scores, n, masks, shape, running) }
                 }
                 // SAFETY: the caller's.
-                unsafe { inner(scores, n, mask, shape, running) }
+                unsafe { inner(scores, n, masks, shape, running) }
             }
 
             #[inline]

@@ -4,9 +4,9 @@
 //! are converted to f32 in registers (few queries) or once for a tile of queries (many), and all sums are in f32. Rows
 //! that no query of a tile sees are not read.
 //!
-//! With few queries the threads divide the rows (split-K): a chunk's result is kept in memory that the graph owns,
-//! and who finishes the last chunk of a head merges them. Chunks depend on the number of rows only, so that the
-//! result does not depend on the number of threads.
+//! With few queries the threads divide the rows (split-K): a chunk's result is kept in memory that the graph owns, and
+//! added to its neighbour's by who finishes later. Chunks, and the order in which they are added, depend on the number of
+//! rows only, so that the result does not depend on the number of threads.
 
 mod kernels;
 #[cfg(target_arch = "x86_64")]
@@ -78,12 +78,17 @@ pub(super) struct Op {
     n_segments: usize,
     partials: Arc<Partials>,
     features: Features,
-    /// The next piece of work of each range, threads that found no more of it, and finished chunks by group of heads. All
-    /// are zero between runs.
-    next: [AtomicUsize; MAX_RANGES],
-    finished: AtomicUsize,
-    chunks_done: Vec<AtomicUsize>,
+    /// The next piece of work of each range, threads that found no more of it, and for each group of heads and chunk how many
+    /// of the two halves that meet where the chunk begins are done. All are zero between runs.
+    next: [Counter; MAX_RANGES],
+    finished: Counter,
+    halves_done: Vec<AtomicUsize>,
 }
+
+/// A counter with cache lines of its own: each thread counts its own range, and would wait for the others' lines.
+#[derive(Default)]
+#[repr(align(128))]
+struct Counter(AtomicUsize);
 
 // SAFETY: the only pointer is to a header that is not written while graphs run.
 unsafe impl Send for Op {}
@@ -167,6 +172,9 @@ impl Op {
         let [_, n, heads, _] = q.shape();
         let [value_size, ..] = segments[0].v.shape();
         let [_, _, kv_heads, _] = segments[0].k.shape();
+        let rows: [usize; MAX_SEGMENTS] =
+            std::array::from_fn(|i| segments.get(i).map_or(0, |segment| segment.k.shape()[1]));
+        let n_chunks = if n < MANY { Chunks::new(rows).n() } else { 0 };
         let op = Arc::new(Op {
             scale: params.scale,
             soft_cap: params.soft_cap,
@@ -174,17 +182,12 @@ impl Op {
             n_segments: segments.len(),
             partials: Arc::clone(partials),
             features,
-            next: [const { AtomicUsize::new(0) }; MAX_RANGES],
-            finished: AtomicUsize::new(0),
-            chunks_done: (0..kv_heads).map(|_| AtomicUsize::new(0)).collect(),
+            next: Default::default(),
+            finished: Counter::default(),
+            halves_done: (0..kv_heads * n_chunks).map(|_| AtomicUsize::new(0)).collect(),
         });
-        if n < MANY {
-            let rows: [usize; MAX_SEGMENTS] =
-                std::array::from_fn(|i| segments.get(i).map_or(0, |segment| segment.k.shape()[1]));
-            let chunks = Chunks::new(rows);
-            // SAFETY: the graph is being built, so that none of its operations is running.
-            unsafe { partials.grow(chunks.n() * heads * n * partial_stride(padded(value_size))) };
-        }
+        // SAFETY: the graph is being built, so that none of its operations is running.
+        unsafe { partials.grow(n_chunks * heads * n * partial_stride(padded(value_size))) };
         // ggml's own function takes nine sources at most, so they are set here.
         // SAFETY: the context is alive; the callback has the type that ggml wants, and its state lives as long as the
         // context, says the caller. Ten sources exist.
@@ -228,11 +231,11 @@ impl Op {
             }
         }
         // The last thread makes the state ready for the next run, which begins behind a barrier of ggml's.
-        if self.finished.fetch_add(1, Ordering::AcqRel) + 1 == n_threads {
+        if self.finished.0.fetch_add(1, Ordering::AcqRel) + 1 == n_threads {
             for next in &self.next {
-                next.store(0, Ordering::Relaxed);
+                next.0.store(0, Ordering::Relaxed);
             }
-            self.finished.store(0, Ordering::Release);
+            self.finished.0.store(0, Ordering::Release);
         }
     }
 }
@@ -597,7 +600,7 @@ impl Call<'_> {
             let range = (self.thread + i) % n_ranges;
             let [first, end] = [range, range + 1].map(|range| range * n_items / n_ranges);
             loop {
-                let item = first + self.op.next[range].fetch_add(1, Ordering::Relaxed);
+                let item = first + self.op.next[range].0.fetch_add(1, Ordering::Relaxed);
                 if item >= end {
                     break;
                 }
@@ -653,15 +656,10 @@ impl Call<'_> {
             let (chunk, group) = (item / n_groups, item % n_groups);
             let kv_heads = group * group_size..((group + 1) * group_size).min(self.kv_heads);
             let (segment, rows) = chunks.get(chunk);
-            // SAFETY: as the caller says. Each chunk and head is one thread's; who counts the last chunk of a group of
-            // heads sees what the others wrote, by the counter's ordering.
+            // SAFETY: as the caller says. Each chunk and head is one thread's.
             unsafe {
                 self.attend_chunk::<I>(&few, chunk, self.segment(segment), rows, kv_heads.clone());
-                let done = &self.op.chunks_done[group];
-                if done.fetch_add(1, Ordering::AcqRel) + 1 == n_chunks {
-                    done.store(0, Ordering::Relaxed);
-                    self.merge(n_chunks, kv_heads);
-                }
+                self.merge(chunk, n_chunks, group, kv_heads);
             }
         });
     }
@@ -812,10 +810,14 @@ impl Call<'_> {
                 let k = self.converted::<I>(&segment.k, k, self.key_size, group.converted);
                 I::scores_of::<F32, G>(queries, key_size, k, key_size, scores);
             }
-            let mut factors = [1.0; G];
-            for (g, factor) in factors.iter_mut().enumerate() {
-                let running = &mut *group.out.add(g * stride + value_size).cast::<Running>();
-                *factor = I::weights_of(scores.add(g * BLOCK), k.n, group.masks[g], self.shape, running);
+            let at = |g| group.out.add(g * stride + value_size).cast::<Running>();
+            let mut running = [Running::EMPTY; G];
+            for (g, running) in running.iter_mut().enumerate() {
+                *running = at(g).read();
+            }
+            let factors = I::weights_of(scores, k.n, &group.masks, self.shape, &mut running);
+            for (g, running) in running.into_iter().enumerate() {
+                at(g).write(running);
             }
             if segment.v.is_direct::<I>(self.value_size) {
                 let size = self.value_size;
@@ -849,38 +851,70 @@ impl Call<'_> {
         RowPtr { data: to.cast_const().cast(), bytes: stride * size_of::<f32>(), n: block.n, ahead: 0 }
     }
 
-    /// Puts the chunks' results of some KV heads together.
+    /// Adds a finished chunk's result to the others', for some KV heads: first chunk to second, third to fourth, then these
+    /// pairs to each other, and so on, so that the result does not depend on who finishes when. Who finishes the second of
+    /// two adds them: mostly that is who finished the first, and still has it in its caches.
     ///
     /// # Safety
-    /// All chunks of the heads are done, and nobody else merges them.
-    unsafe fn merge(&self, n_chunks: usize, kv_heads: std::ops::Range<usize>) {
+    /// As [`Call::run`]; the chunk and the heads are this thread's.
+    unsafe fn merge(&self, chunk: usize, n_chunks: usize, group: usize, kv_heads: std::ops::Range<usize>) {
+        let mut left = chunk;
+        let mut width = 1;
+        while width < n_chunks {
+            left -= left % (2 * width);
+            let right = left + width;
+            if right < n_chunks {
+                let done = &self.op.halves_done[group * n_chunks + right];
+                if done.fetch_add(1, Ordering::AcqRel) == 0 {
+                    return;
+                }
+                done.store(0, Ordering::Relaxed);
+                // SAFETY: both halves are done; what others wrote is seen by the counter's ordering.
+                unsafe { self.merge_two(left, right, kv_heads.clone()) };
+            }
+            width *= 2;
+        }
+        for head in kv_heads.start * self.group..kv_heads.end * self.group {
+            for query in 0..self.n {
+                // SAFETY: the output has `value_size` elements for each head and query, and so has the result.
+                unsafe {
+                    let values = self.partial(0, head, query);
+                    let running = values.add(padded(self.value_size)).cast::<Running>().read();
+                    let factor = self.finish(head, running);
+                    let out = self.out.add((query * self.heads + head) * self.value_size);
+                    let out = std::slice::from_raw_parts_mut(out, self.value_size);
+                    let values = std::slice::from_raw_parts(values, self.value_size);
+                    for (out, value) in out.iter_mut().zip(values) {
+                        *out = value * factor;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Adds the result at chunk `right` to that at chunk `left`, for some KV heads.
+    ///
+    /// # Safety
+    /// Both are this thread's.
+    unsafe fn merge_two(&self, left: usize, right: usize, kv_heads: std::ops::Range<usize>) {
         let value_size = padded(self.value_size);
         for head in kv_heads.start * self.group..kv_heads.end * self.group {
             for query in 0..self.n {
-                // SAFETY: the results are there, and the output has `value_size` elements for each head and query.
+                let both = [left, right].map(|chunk| self.partial(chunk, head, query));
+                // SAFETY: each result is `value_size` elements and its `Running`; they lie apart.
                 unsafe {
-                    let running =
-                        |chunk| self.partial(chunk, head, query).add(value_size).cast::<Running>().read_unaligned();
-                    let max = (0..n_chunks).map(|chunk| running(chunk).max).fold(f32::NEG_INFINITY, f32::max);
-                    let out = self.out.add((query * self.heads + head) * self.value_size);
-                    let out = std::slice::from_raw_parts_mut(out, self.value_size);
-                    out.fill(0.0);
-                    let mut sum = 0.0;
-                    for chunk in 0..n_chunks {
-                        let part = running(chunk);
-                        if part.max == f32::NEG_INFINITY {
-                            continue;
-                        }
-                        let weight = (part.max - max).exp2();
-                        sum += part.sum * weight;
-                        let values = std::slice::from_raw_parts(self.partial(chunk, head, query), self.value_size);
-                        for (out, value) in out.iter_mut().zip(values) {
-                            *out += weight * value;
-                        }
+                    let at = both.map(|values| values.add(value_size).cast::<Running>());
+                    let [a, b] = at.map(|at| at.read());
+                    let max = a.max.max(b.max);
+                    if max == f32::NEG_INFINITY {
+                        continue;
                     }
-                    let factor = self.finish(head, Running { max, sum });
-                    for out in out {
-                        *out *= factor;
+                    let factors = [(a.max - max).exp2(), (b.max - max).exp2()];
+                    at[0].write(Running { max, sum: a.sum * factors[0] + b.sum * factors[1] });
+                    let to = std::slice::from_raw_parts_mut(both[0], value_size);
+                    let from = std::slice::from_raw_parts(both[1], value_size);
+                    for (to, from) in to.iter_mut().zip(from) {
+                        *to = *to * factors[0] + from * factors[1];
                     }
                 }
             }

@@ -264,10 +264,10 @@ fn whole(block: &mut [f32]) {
     block[0] = 1.0;
 }
 
-/// Where weights become 16-bit numbers (`q4`), relative to the largest of a block of rows times the largest scale. Queries
-/// that meet four-bit keys are such that 8 bits hold them.
+/// Where weights become 8-bit numbers (`q4`): a third of what four bits themselves are off by, at most 1/16. Queries that meet
+/// four-bit keys are such that 8 bits hold them.
 #[cfg(target_arch = "x86_64")]
-const BOUND_OF_16_BITS: f64 = 5e-5;
+const BOUND_OF_8_BITS: f64 = 1.0 / 48.0;
 
 /// The bound for these kernels.
 fn bound(case: &Case, features: Features) -> f64 {
@@ -276,7 +276,7 @@ fn bound(case: &Case, features: Features) -> f64 {
         && case.n < MANY
         && case.segments.iter().any(|&(_, k, v)| k == Type::Q4_0 || v == Type::Q4_0)
     {
-        return BOUND_OF_16_BITS;
+        return BOUND_OF_8_BITS;
     }
     let _ = (case, features);
     BOUND
@@ -484,7 +484,7 @@ fn threads_do_not_change_the_result() {
     }
 }
 
-/// Nearer to the exact result than ggml's own, and near to ggml's.
+/// Nearer to the exact result than ggml's own (or within the bound of 8-bit weights), and near to ggml's.
 #[test]
 fn agrees_with_ggmls_flash_attention() {
     let mut scheduler = scheduler(1);
@@ -507,7 +507,11 @@ fn agrees_with_ggmls_flash_attention() {
             let theirs = node.to_f32();
             let expected = data.reference(&case);
             let (our_error, their_error) = (worst(&ours, &expected), worst(&theirs, &expected));
-            assert!(our_error <= their_error.max(1e-6), "{ty}, {n}: {our_error:e}, ggml {their_error:e}");
+            let bound = match bound(&case, Features::detect()) {
+                BOUND => their_error.max(1e-6),
+                of_8_bits => of_8_bits,
+            };
+            assert!(our_error <= bound, "{ty}, {n}: {our_error:e}, ggml {their_error:e}");
             // ggml rounds queries to the keys' own kind of type.
             let ours: Vec<f64> = ours.iter().map(|&x| f64::from(x)).collect();
             assert!(worst(&theirs, &ours) < 2e-2, "{ty}, {n}: {:e}", worst(&theirs, &ours));
