@@ -134,7 +134,7 @@ pub(super) struct RowPtr {
     pub data: *const u8,
     pub bytes: usize,
     pub n: usize,
-    /// Bytes from a row's beginning on that are asked for when the row [`PREFETCH_ROWS`] before it is read.
+    /// Bytes from a row's beginning on that are asked for ahead, when the row [`PREFETCH_ROWS`] before it is read.
     pub ahead: usize,
 }
 
@@ -147,20 +147,20 @@ impl RowPtr {
         unsafe { self.data.add(row * self.bytes) }
     }
 
-    /// Asks for what comes a block after `N` rows, into the second-level cache: the first holds little more than the rows that
-    /// are worked on.
+    /// Asks for `N` rows from `first` on, into the second-level cache: the first holds little more than the rows that are worked
+    /// on. They may lie behind the last row.
     #[inline(always)]
-    pub(super) fn prefetch<const N: usize>(self, row: *const u8) {
+    pub(super) fn prefetch<const N: usize>(self, first: usize) {
         #[cfg(target_arch = "x86_64")]
         for line in (0..self.ahead).step_by(64) {
             for r in 0..N {
-                let next = row.wrapping_add((PREFETCH_ROWS + r) * self.bytes + line);
+                let row = self.data.wrapping_add((first + r) * self.bytes + line);
                 // SAFETY: a hint that reads nothing, whatever the address.
-                unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(next.cast()) };
+                unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(row.cast()) };
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
-        let _ = row;
+        let _ = first;
     }
 }
 
@@ -186,7 +186,7 @@ unsafe fn scores_of<V: Simd, E: Element, const G: usize>(
                 keys.at((first + 2).min(last)),
                 keys.at((first + 3).min(last)),
             ];
-            keys.prefetch::<4>(rows[0]);
+            keys.prefetch::<4>(first + PREFETCH_ROWS);
             let mut sums = [[V::splat(0.0); 4]; G];
             let mut i = 0;
             while i < size {
@@ -348,7 +348,7 @@ unsafe fn add_values_at<V: Simd, E: Element, const G: usize, const C: usize>(
         for r in 0..values.n {
             let row = values.at(r);
             if i == 0 {
-                values.prefetch::<1>(row);
+                values.prefetch::<1>(r + PREFETCH_ROWS);
             }
             let row = row.add(E::offset(i));
             let mut value = [V::splat(0.0); C];

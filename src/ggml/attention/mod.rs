@@ -755,6 +755,13 @@ impl Call<'_> {
                     let mut k = segment.k.at(kv_head, first, n);
                     let mut v = segment.v.at(kv_head, first, n);
                     (k.ahead, v.ahead) = (segment.k.ahead(kv_head, &kv_heads), segment.v.ahead(kv_head, &kv_heads));
+                    if first == rows.start {
+                        // Nobody asked for them yet, unless the chunk before was this thread's, too.
+                        for r in (0..n).step_by(8) {
+                            k.prefetch::<8>(r);
+                            v.prefetch::<8>(r);
+                        }
+                    }
                     let vectors = kv_head * per_kv_head;
                     let mut done = 0;
                     while done < per_kv_head {

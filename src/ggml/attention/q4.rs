@@ -11,7 +11,7 @@
 
 use std::{arch::x86_64::*, mem::MaybeUninit};
 
-use super::kernels::{BLOCK, RowPtr};
+use super::kernels::{BLOCK, PREFETCH_ROWS, RowPtr};
 use crate::ggml::mul_mat::quantize_block;
 
 /// Elements that share a scale.
@@ -196,7 +196,7 @@ pub(super) unsafe fn scores_of<const G: usize>(packed: *const f32, keys: RowPtr,
     let ones = _mm256_set1_epi16(1);
     let mut copied = [const { MaybeUninit::uninit() }; 8 * QK_BYTES];
     for first in (0..keys.n).step_by(8) {
-        keys.prefetch::<8>(keys.data.wrapping_add(first * keys.bytes));
+        keys.prefetch::<8>(first + PREFETCH_ROWS);
         let mut sums = [_mm256_setzero_ps(); G];
         for b in 0..n_blocks {
             // SAFETY: the rows have the block, and each query has it.
@@ -418,7 +418,7 @@ pub(super) unsafe fn add_values<const G: usize>(
         for i in 0..eights {
             let first = at(8 * i);
             if b == 0 {
-                values.prefetch::<8>(first);
+                values.prefetch::<8>(8 * i + PREFETCH_ROWS);
             }
             for pair in 0..4 {
                 let rows = [2 * pair, 2 * pair + 1].map(|row| first.wrapping_add(row * values.bytes));
