@@ -79,7 +79,8 @@ pub(super) struct Op {
     partials: Arc<Partials>,
     features: Features,
     /// The next piece of work of each range, threads that found no more of it, and for each group of heads and chunk how many
-    /// of the two halves that meet where the chunk begins are done. All are zero between runs.
+    /// of the two halves that meet where the chunk begins are done (at the first chunk: how many segments). All are zero
+    /// between runs.
     next: [Counter; MAX_RANGES],
     finished: Counter,
     halves_done: Vec<AtomicUsize>,
@@ -310,6 +311,18 @@ impl Chunks {
 
     fn n(&self) -> usize {
         self.n.iter().sum()
+    }
+
+    /// The chunks of a chunk's segment.
+    fn segment(&self, chunk: usize) -> std::ops::Range<usize> {
+        let mut start = 0;
+        for n in self.n {
+            if chunk < start + n {
+                return start..start + n;
+            }
+            start += n;
+        }
+        unreachable!("the index is below `n`")
     }
 
     /// A chunk's segment and rows.
@@ -659,7 +672,7 @@ impl Call<'_> {
             // SAFETY: as the caller says. Each chunk and head is one thread's.
             unsafe {
                 self.attend_chunk::<I>(&few, chunk, self.segment(segment), rows, kv_heads.clone());
-                self.merge(chunk, n_chunks, group, kv_heads);
+                self.merge(chunk, &chunks, group, kv_heads);
             }
         });
     }
@@ -858,28 +871,45 @@ impl Call<'_> {
         RowPtr { data: to.cast_const().cast(), bytes: stride * size_of::<f32>(), n: block.n, ahead: 0 }
     }
 
-    /// Adds a finished chunk's result to the others', for some KV heads: first chunk to second, third to fourth, then these
-    /// pairs to each other, and so on, so that the result does not depend on who finishes when. Who finishes the second of
-    /// two adds them: mostly that is who finished the first, and still has it in its caches.
+    /// Adds a finished chunk's result to those of its segment, for some KV heads: the first chunk's to the second's, the third's
+    /// to the fourth's, then these pairs to each other, and so on; then segment to segment. So the result depends neither on
+    /// who finishes when nor on empty chunks at a segment's end. Who finishes the second of two adds them: mostly that is who
+    /// finished the first, and still has it in its caches.
     ///
     /// # Safety
     /// As [`Call::run`]; the chunk and the heads are this thread's.
-    unsafe fn merge(&self, chunk: usize, n_chunks: usize, group: usize, kv_heads: std::ops::Range<usize>) {
-        let mut left = chunk;
+    unsafe fn merge(&self, chunk: usize, chunks: &Chunks, group: usize, kv_heads: std::ops::Range<usize>) {
+        let done = |at: usize| &self.op.halves_done[group * chunks.n() + at];
+        let segment = chunks.segment(chunk);
+        let mut left = chunk - segment.start;
         let mut width = 1;
-        while width < n_chunks {
+        while width < segment.len() {
             left -= left % (2 * width);
             let right = left + width;
-            if right < n_chunks {
-                let done = &self.op.halves_done[group * n_chunks + right];
+            if right < segment.len() {
+                let done = done(segment.start + right);
                 if done.fetch_add(1, Ordering::AcqRel) == 0 {
                     return;
                 }
                 done.store(0, Ordering::Relaxed);
                 // SAFETY: both halves are done; what others wrote is seen by the counter's ordering.
-                unsafe { self.merge_two(left, right, kv_heads.clone()) };
+                unsafe { self.merge_two(segment.start + left, segment.start + right, kv_heads.clone()) };
             }
             width *= 2;
+        }
+        // No halves meet at the first chunk: there the segments are counted.
+        let segments = || chunks.n.iter().filter(|&&n| n > 0);
+        if done(0).fetch_add(1, Ordering::AcqRel) + 1 < segments().count() {
+            return;
+        }
+        done(0).store(0, Ordering::Relaxed);
+        let mut next = 0;
+        for n in segments() {
+            if next > 0 {
+                // SAFETY: all segments are done; as above.
+                unsafe { self.merge_two(0, next, kv_heads.clone()) };
+            }
+            next += n;
         }
         for head in kv_heads.start * self.group..kv_heads.end * self.group {
             for query in 0..self.n {

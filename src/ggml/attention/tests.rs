@@ -464,6 +464,38 @@ fn hidden_blocks_are_not_read() {
     }
 }
 
+/// A store with room for more rows gives the last bits that a smaller one gives, whatever segments follow.
+#[test]
+fn room_behind_the_rows_does_not_change_the_result() {
+    let mut scheduler = scheduler(2);
+    let case = case(64, 1, 2, 3, &[(1100, Type::F16, Type::F16), (300, Type::F32, Type::F32)]);
+    let data = Data::new(&case, &mut scheduler, 13);
+    data.masks[0].write(2 * 500, &[0xfc00u16; 600]);
+    for features in Features::all() {
+        let all = data.run(&case, &mut scheduler, features);
+        for rows in [500, 600, 800] {
+            let graph = Graph::new(64);
+            let q = graph.permute(&data.q, [0, 2, 1, 3]);
+            let heads = |t: &Tensor, rows| {
+                let [_, row_bytes, ..] = t.strides();
+                graph.view(t, [64, rows, 2], [row_bytes, t.ty().row_bytes(64)], 0)
+            };
+            let (k, v) = (heads(&data.k[0], rows), heads(&data.v[0], rows));
+            let mask = graph.view(&data.masks[0], [rows, 1, 1], [2 * rows, 2 * rows], 0);
+            let (next_k, next_v) = (heads(&data.k[1], 300), heads(&data.v[1], 300));
+            let segments = [
+                KvSegment { k: &k, v: &v, mask: Some(&mask) },
+                KvSegment { k: &next_k, v: &next_v, mask: Some(&data.masks[1]) },
+            ];
+            let node = graph.fused_attention_with(&q, &segments, &data.params(&case), features).as_output();
+            graph.expand(&node);
+            scheduler.alloc(&graph).unwrap();
+            scheduler.compute(&graph).unwrap();
+            assert_eq!(bits(&all), bits(&node.to_f32()), "{features:?}, {rows} rows");
+        }
+    }
+}
+
 #[test]
 fn threads_do_not_change_the_result() {
     for n in [1, 2, 40, 300] {
