@@ -280,7 +280,7 @@ unsafe fn weights_of<V: Simd, const G: usize>(
             max[g] = V::splat(finite);
         }
         exp2(V::load(changes.as_ptr())).store(changes.as_mut_ptr());
-        let mut factors = [1.0; G];
+        let mut factors = [0.0; G];
         factors.copy_from_slice(&changes[..G]);
         let mut sum = [V::splat(0.0); G];
         for r in (0..padded).step_by(V::LANES) {
