@@ -15,9 +15,6 @@ use super::{
 /// Rows of keys and values that are worked on at once: they stay in the first-level cache.
 pub(super) const BLOCK: usize = 64;
 
-/// How far ahead of the row that is worked on memory is asked for: a block, which is what comes next for the same head.
-pub(super) const PREFETCH_ROWS: usize = BLOCK;
-
 /// How a stored row's elements are read.
 pub(super) trait Element {
     /// Elements that share a scale: a row is a whole number of these.
@@ -134,8 +131,7 @@ pub(super) struct RowPtr {
     pub data: *const u8,
     pub bytes: usize,
     pub n: usize,
-    /// Bytes from a row's beginning on that are asked for ahead, when the row [`PREFETCH_ROWS`] before it is read.
-    pub ahead: usize,
+    pub ahead: Ahead,
 }
 
 impl RowPtr {
@@ -146,17 +142,42 @@ impl RowPtr {
         // SAFETY: inside the rows' memory.
         unsafe { self.data.add(row * self.bytes) }
     }
+}
 
-    /// Asks for `N` rows from `first` on, into the second-level cache: the first holds little more than the rows that are worked
-    /// on. They may lie behind the last row.
+/// Memory that is asked for while a block of rows is read: for each of them `bytes`, `stride` apart.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    pub data: *const u8,
+    pub stride: usize,
+    pub bytes: usize,
+}
+
+impl Ahead {
+    pub const NOTHING: Ahead = Ahead { data: std::ptr::null(), stride: 0, bytes: 0 };
+
+    /// Asks for what `N` rows from `first` on stand for, into the second-level cache: the first holds little more than the rows
+    /// that are worked on.
     #[inline(always)]
-    pub(super) fn prefetch<const N: usize>(self, first: usize) {
+    pub(super) fn ask<const N: usize>(self, first: usize) {
         #[cfg(target_arch = "x86_64")]
-        for line in (0..self.ahead).step_by(64) {
-            for r in 0..N {
-                let row = self.data.wrapping_add((first + r) * self.bytes + line);
-                // SAFETY: a hint that reads nothing, whatever the address.
-                unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(row.cast()) };
+        {
+            const LINE: usize = 64;
+            let from = self.data.wrapping_add(first * self.stride);
+            // Without gaps, a line that two share is asked for once, by whom it begins in.
+            let is_dense = self.stride == self.bytes;
+            let (n, bytes) = if is_dense { (1, N * self.bytes) } else { (N, self.bytes) };
+            for r in 0..n {
+                let from = from.wrapping_add(r * self.stride);
+                let end = from.addr() + bytes;
+                let mut line = match is_dense {
+                    true => from.wrapping_add(from.addr().wrapping_neg() % LINE),
+                    false => from.wrapping_sub(from.addr() % LINE),
+                };
+                while line.addr() < end {
+                    // SAFETY: a hint that reads nothing, whatever the address.
+                    unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.cast()) };
+                    line = line.wrapping_add(LINE);
+                }
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
@@ -186,7 +207,7 @@ unsafe fn scores_of<V: Simd, E: Element, const G: usize>(
                 keys.at((first + 2).min(last)),
                 keys.at((first + 3).min(last)),
             ];
-            keys.prefetch::<4>(first + PREFETCH_ROWS);
+            keys.ahead.ask::<4>(first);
             let mut sums = [[V::splat(0.0); 4]; G];
             let mut i = 0;
             while i < size {
@@ -243,7 +264,7 @@ unsafe fn weights_of<V: Simd, const G: usize>(
     n: usize,
     masks: &[*const f32; 4],
     shape: Shape,
-    running: &mut [Running; G],
+    running: [*mut Running; G],
 ) -> [f32; G] {
     // SAFETY: scores have G × BLOCK elements, and each mask where there is one BLOCK.
     unsafe {
@@ -272,10 +293,11 @@ unsafe fn weights_of<V: Simd, const G: usize>(
         }
         let mut changes = [0.0; 16];
         for g in 0..G {
-            let before = running[g].max;
-            running[g].max = before.max(max[g].h_max());
+            let before = (*running[g]).max;
+            let after = before.max(max[g].h_max());
+            (*running[g]).max = after;
             // Where nothing was seen yet there is no finite maximum to subtract.
-            let finite = running[g].max.max(f32::MIN);
+            let finite = after.max(f32::MIN);
             changes[g] = before - finite;
             max[g] = V::splat(finite);
         }
@@ -292,9 +314,29 @@ unsafe fn weights_of<V: Simd, const G: usize>(
             }
         }
         for g in 0..G {
-            running[g].sum = running[g].sum * factors[g] + sum[g].h_sum();
+            (*running[g]).sum = (*running[g]).sum * factors[g] + sum[g].h_sum();
         }
         factors
+    }
+}
+
+/// Adds a result to another: `size` values, whole vectors, and behind them what their softmax has come to.
+#[inline(always)]
+unsafe fn add_result<V: Simd>(to: *mut f32, from: *const f32, size: usize) {
+    // SAFETY: the caller's; the results lie apart.
+    unsafe {
+        let at = to.add(size).cast::<Running>();
+        let (a, b) = (at.read(), from.add(size).cast::<Running>().read());
+        let max = a.max.max(b.max);
+        // Where neither has seen anything there is no finite maximum to subtract.
+        let finite = max.max(f32::MIN);
+        let factors = [exp2(V::splat(a.max - finite)), exp2(V::splat(b.max - finite))];
+        let sum = V::splat(b.sum).mul_add(factors[1], V::splat(a.sum).mul(factors[0]));
+        at.write(Running { max, sum: sum.h_max() });
+        for i in (0..size).step_by(V::LANES) {
+            let (to, from) = (to.add(i), V::load(from.add(i)));
+            from.mul_add(factors[1], V::load(to).mul(factors[0])).store(to);
+        }
     }
 }
 
@@ -348,7 +390,7 @@ unsafe fn add_values_at<V: Simd, E: Element, const G: usize, const C: usize>(
         for r in 0..values.n {
             let row = values.at(r);
             if i == 0 {
-                values.prefetch::<1>(r + PREFETCH_ROWS);
+                values.ahead.ask::<1>(r);
             }
             let row = row.add(E::offset(i));
             let mut value = [V::splat(0.0); C];
@@ -529,7 +571,7 @@ pub(super) trait Isa {
         n: usize,
         masks: &[*const f32; 4],
         shape: Shape,
-        running: &mut [Running; G],
+        running: [*mut Running; G],
     ) -> [f32; G];
     unsafe fn add_values<E: Element, const G: usize>(
         weights: *const f32,
@@ -539,6 +581,7 @@ pub(super) trait Isa {
         out: *mut f32,
         out_stride: usize,
     );
+    unsafe fn add_result(to: *mut f32, from: *const f32, size: usize);
     unsafe fn convert<E: Element>(rows: RowPtr, size: usize, to: *mut f32, to_stride: usize);
     unsafe fn add_tile(tile: &Tile);
 
@@ -604,7 +647,7 @@ macro_rules! isa {
                 n: usize,
                 masks: &[*const f32; 4],
                 shape: Shape,
-                running: &mut [Running; G],
+                running: [*mut Running; G],
             ) -> [f32; G] {
                 $(#[$features])?
                 unsafe fn inner<const G: usize>(
@@ -612,7 +655,7 @@ macro_rules! isa {
                     n: usize,
                     masks: &[*const f32; 4],
                     shape: Shape,
-                    running: &mut [Running; G],
+                    running: [*mut Running; G],
                 ) -> [f32; G] {
                     // SAFETY: the caller's.
                     unsafe { weights_of::<$vector, G>(scores, n, masks, shape, running) }
@@ -644,6 +687,17 @@ macro_rules! isa {
                 }
                 // SAFETY: the caller's.
                 unsafe { inner::<E, G>(weights, values, size, factors, out, out_stride) }
+            }
+
+            #[inline]
+            unsafe fn add_result(to: *mut f32, from: *const f32, size: usize) {
+                $(#[$features])?
+                unsafe fn inner(to: *mut f32, from: *const f32, size: usize) {
+                    // SAFETY: the caller's.
+                    unsafe { add_result::<$vector>(to, from, size) }
+                }
+                // SAFETY: the caller's.
+                unsafe { inner(to, from, size) }
             }
 
             #[inline]

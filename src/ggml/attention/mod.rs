@@ -30,7 +30,7 @@ use std::{
 use ggml_sys as sys;
 
 use self::{
-    kernels::{BLOCK, Bf16, F16, F32, Isa, Q4, Q8, RowPtr, Running, Shape, Tile},
+    kernels::{Ahead, BLOCK, Bf16, F16, F32, Isa, Q4, Q8, RowPtr, Running, Shape, Tile},
     simd::{Portable, f16_to_f32},
 };
 use super::{Tensor, Type};
@@ -296,12 +296,14 @@ impl Chunks {
     /// Chunks of many rows, but for rounding up.
     const N: usize = 16;
     /// Blocks of a chunk of few rows, and at the least.
-    const MIN_BLOCKS: usize = 4;
+    const MIN_BLOCKS: usize = 2;
+    /// Blocks, up to which rows are few.
+    const FEW_BLOCKS: usize = 64;
 
     fn new(rows: [usize; MAX_SEGMENTS]) -> Chunks {
         let blocks = rows.map(|rows| rows.div_ceil(BLOCK));
         let total: usize = blocks.iter().sum();
-        let are_few = total <= Chunks::N * Chunks::MIN_BLOCKS;
+        let are_few = total <= Chunks::FEW_BLOCKS;
         let n = blocks.map(|blocks| {
             let most = blocks.div_ceil(Chunks::MIN_BLOCKS);
             if are_few { most } else { (Chunks::N * blocks).div_ceil(total).min(most) }
@@ -424,19 +426,33 @@ impl Rows {
     unsafe fn at(&self, head: usize, first: usize, n: usize) -> RowPtr {
         // SAFETY: as the caller says.
         let data = unsafe { self.data.add(head * self.head_bytes + first * self.row_bytes) };
-        RowPtr { data, bytes: self.row_bytes, n, ahead: 0 }
+        RowPtr { data, bytes: self.row_bytes, n, ahead: Ahead::NOTHING }
     }
 
-    /// Bytes to ask for ahead when the rows of one head of `heads` are read, which are read one after the other. Where
-    /// heads share cache lines, the first asks for all of them.
-    fn ahead(&self, head: usize, heads: &std::ops::Range<usize>) -> usize {
+    /// What to ask for while `head`, one of `heads` that are read one after the other, is read, so that the block of rows from
+    /// `first` on is there when it is read.
+    fn ahead(&self, head: usize, heads: &std::ops::Range<usize>, n_heads: usize, first: usize) -> Ahead {
         const LINE: usize = 64;
+        let rows = self.data.wrapping_add(first * self.row_bytes);
+        let is_packed = self.head_bytes * n_heads == self.row_bytes;
+        if is_packed && (heads.len() == n_heads || self.head_bytes < LINE) {
+            // Whole rows without gaps, of which each head asks for a share: asked for at once they would have to wait for each
+            // other. Where heads share lines, those that are read first ask for all.
+            if heads.start > 0 {
+                return Ahead::NOTHING;
+            }
+            let bytes = self.row_bytes.div_ceil(heads.len());
+            return Ahead { data: rows.wrapping_add((head - heads.start) * BLOCK * bytes), stride: bytes, bytes };
+        }
         match self.head_bytes {
-            bytes @ 1..LINE if head == heads.start => bytes * heads.len(),
-            1..LINE => 0,
-            // A head that all share has whole rows.
-            0 => self.row_bytes,
-            bytes => bytes.min(self.row_bytes),
+            // One head that all share.
+            0 if head > heads.start => Ahead::NOTHING,
+            0 => Ahead { data: rows, stride: self.row_bytes, bytes: self.row_bytes },
+            bytes => Ahead {
+                data: rows.wrapping_add(head * bytes),
+                stride: self.row_bytes,
+                bytes: bytes.min(self.row_bytes),
+            },
         }
     }
 
@@ -505,6 +521,25 @@ impl Mask {
             }
         }
         if hidden == 0 { Sight::Nothing } else { Sight::Everything }
+    }
+
+    /// What is added to the query's scores of `n` rows from `first` on, in units of log2.
+    ///
+    /// # Safety
+    /// The query and the rows exist, `to` has room for `n` elements, and the features are there.
+    unsafe fn convert<I: Isa>(&self, query: usize, first: usize, n: usize, to: *mut f32) {
+        // SAFETY: as the caller says.
+        unsafe {
+            let cells = self.data.add(query * self.row_bytes);
+            let row = |data| RowPtr { data, bytes: 0, n: 1, ahead: Ahead::NOTHING };
+            match self.is_f16 {
+                true => I::convert::<F16>(row(cells.add(first * size_of::<u16>())), n, to, 0),
+                false => I::convert::<F32>(row(cells.add(first * size_of::<f32>())), n, to, 0),
+            }
+            for cell in std::slice::from_raw_parts_mut(to, n) {
+                *cell *= std::f32::consts::LOG2_E;
+            }
+        }
     }
 
     /// What is added to the query's score of a row, in units of log2.
@@ -659,20 +694,24 @@ impl Call<'_> {
     unsafe fn few<I: Isa>(&self, scratch: &mut Scratch) {
         let chunks = Chunks::new(self.segments.map(|segment| segment.map_or(0, |segment| segment.n)));
         let n_chunks = chunks.n();
-        // Several KV heads go together where there is enough to do, so that whole rows are read.
-        let n_groups = (8 * self.n_threads).div_ceil(n_chunks.max(1)).clamp(1, self.kv_heads);
+        // All KV heads go together where there is enough to do, so that whole rows are read in order.
+        let n_groups = (4 * self.n_threads).div_ceil(n_chunks.max(1)).clamp(1, self.kv_heads);
         let group_size = self.kv_heads.div_ceil(n_groups);
         let n_groups = self.kv_heads.div_ceil(group_size);
         // SAFETY: as the caller says.
         let few = unsafe { self.prepare::<I>(scratch) };
+        // The last chunk's segment, and where its rows end.
+        let mut last = (MAX_SEGMENTS, 0);
         self.share(n_groups * n_chunks, self.n_threads.min(MAX_RANGES), |item| {
             let (chunk, group) = (item / n_groups, item % n_groups);
             let kv_heads = group * group_size..((group + 1) * group_size).min(self.kv_heads);
             let (segment, rows) = chunks.get(chunk);
+            let is_cold = last != (segment, rows.start);
+            last = (segment, rows.end);
             // SAFETY: as the caller says. Each chunk and head is one thread's.
             unsafe {
-                self.attend_chunk::<I>(&few, chunk, self.segment(segment), rows, kv_heads.clone());
-                self.merge(chunk, &chunks, group, kv_heads);
+                self.attend_chunk::<I>(&few, chunk, self.segment(segment), rows, kv_heads.clone(), is_cold);
+                self.merge::<I>(chunk, &chunks, group, kv_heads);
             }
         });
     }
@@ -730,6 +769,8 @@ impl Call<'_> {
         segment: &Segment,
         rows: std::ops::Range<usize>,
         kv_heads: std::ops::Range<usize>,
+        // Nobody asked for the chunk's first rows yet.
+        is_cold: bool,
     ) {
         let (key_size, value_size) = (padded(self.key_size), padded(self.value_size));
         let heads = kv_heads.start * self.group..kv_heads.end * self.group;
@@ -746,6 +787,16 @@ impl Call<'_> {
                     partial.add(value_size).cast::<Running>().write_unaligned(Running::EMPTY);
                 }
             }
+            if is_cold {
+                for kv_head in kv_heads.clone() {
+                    for rows_of in [segment.k, segment.v] {
+                        let ahead = rows_of.ahead(kv_head, &kv_heads, self.kv_heads, rows.start);
+                        for r in (0..BLOCK.min(rows.len())).step_by(8) {
+                            ahead.ask::<8>(r);
+                        }
+                    }
+                }
+            }
             for first in rows.clone().step_by(BLOCK) {
                 let n = BLOCK.min(rows.end - first);
                 let sight = segment.mask.map_or(Sight::Everything, |mask| mask.sight(0..self.n, first, n));
@@ -755,32 +806,25 @@ impl Call<'_> {
                 let masked = sight == Sight::Some || n < BLOCK;
                 if masked {
                     for query in 0..self.n {
-                        for r in 0..BLOCK {
-                            *few.mask.add(query * BLOCK + r) = match segment.mask {
-                                _ if r >= n => f32::NEG_INFINITY,
-                                Some(mask) => mask.get(query, first + r),
-                                None => 0.0,
-                            };
+                        let to = few.mask.add(query * BLOCK);
+                        match segment.mask {
+                            Some(mask) => mask.convert::<I>(query, first, n, to),
+                            None => std::slice::from_raw_parts_mut(to, n).fill(0.0),
                         }
+                        std::slice::from_raw_parts_mut(to.add(n), BLOCK - n).fill(f32::NEG_INFINITY);
                     }
                 }
+                let ahead = |rows: &Rows, head| rows.ahead(head, &kv_heads, self.kv_heads, first + BLOCK);
                 for kv_head in kv_heads.clone() {
                     let mut k = segment.k.at(kv_head, first, n);
                     let mut v = segment.v.at(kv_head, first, n);
-                    (k.ahead, v.ahead) = (segment.k.ahead(kv_head, &kv_heads), segment.v.ahead(kv_head, &kv_heads));
-                    if first == rows.start {
-                        // Nobody asked for them yet, unless the chunk before was this thread's, too.
-                        for r in (0..n).step_by(8) {
-                            k.prefetch::<8>(r);
-                            v.prefetch::<8>(r);
-                        }
-                    }
+                    (k.ahead, v.ahead) = (ahead(&segment.k, kv_head), ahead(&segment.v, kv_head));
                     let vectors = kv_head * per_kv_head;
                     let mut done = 0;
                     while done < per_kv_head {
                         let left = per_kv_head - done;
                         // Groups of about equal size.
-                        let size = left.div_ceil(left.div_ceil(I::MAX_GROUP));
+                        let size = if left > I::MAX_GROUP { left.div_ceil(left.div_ceil(I::MAX_GROUP)) } else { left };
                         let group = Group {
                             queries: few.queries.add((vectors + done) * key_size),
                             packed: (packed_len > 0)
@@ -799,6 +843,7 @@ impl Call<'_> {
                             3 => self.attend_block::<I, 3>(segment, k, v, &group),
                             _ => self.attend_block::<I, 4>(segment, k, v, &group),
                         }
+                        (k.ahead, v.ahead) = (Ahead::NOTHING, Ahead::NOTHING);
                         done += size;
                     }
                 }
@@ -830,15 +875,8 @@ impl Call<'_> {
                 let k = self.converted::<I>(&segment.k, k, self.key_size, group.converted);
                 I::scores_of::<F32, G>(queries, key_size, k, key_size, scores);
             }
-            let at = |g| group.out.add(g * stride + value_size).cast::<Running>();
-            let mut running = [Running::EMPTY; G];
-            for (g, running) in running.iter_mut().enumerate() {
-                *running = at(g).read();
-            }
-            let factors = I::weights_of(scores, k.n, &group.masks, self.shape, &mut running);
-            for (g, running) in running.into_iter().enumerate() {
-                at(g).write(running);
-            }
+            let running = std::array::from_fn(|g| group.out.add(g * stride + value_size).cast::<Running>());
+            let factors = I::weights_of(scores, k.n, &group.masks, self.shape, running);
             if segment.v.is_direct::<I>(self.value_size) {
                 let size = self.value_size;
                 match segment.v.kind {
@@ -868,7 +906,7 @@ impl Call<'_> {
                 std::slice::from_raw_parts_mut(to.add(r * stride + size), stride - size).fill(0.0);
             }
         }
-        RowPtr { data: to.cast_const().cast(), bytes: stride * size_of::<f32>(), n: block.n, ahead: 0 }
+        RowPtr { data: to.cast_const().cast(), bytes: stride * size_of::<f32>(), n: block.n, ahead: Ahead::NOTHING }
     }
 
     /// Adds a finished chunk's result to those of its segment, for some KV heads: the first chunk's to the second's, the third's
@@ -878,7 +916,7 @@ impl Call<'_> {
     ///
     /// # Safety
     /// As [`Call::run`]; the chunk and the heads are this thread's.
-    unsafe fn merge(&self, chunk: usize, chunks: &Chunks, group: usize, kv_heads: std::ops::Range<usize>) {
+    unsafe fn merge<I: Isa>(&self, chunk: usize, chunks: &Chunks, group: usize, kv_heads: std::ops::Range<usize>) {
         let done = |at: usize| &self.op.halves_done[group * chunks.n() + at];
         let segment = chunks.segment(chunk);
         let mut left = chunk - segment.start;
@@ -893,7 +931,7 @@ impl Call<'_> {
                 }
                 done.store(0, Ordering::Relaxed);
                 // SAFETY: both halves are done; what others wrote is seen by the counter's ordering.
-                unsafe { self.merge_two(segment.start + left, segment.start + right, kv_heads.clone()) };
+                unsafe { self.merge_two::<I>(segment.start + left, segment.start + right, kv_heads.clone()) };
             }
             width *= 2;
         }
@@ -907,7 +945,7 @@ impl Call<'_> {
         for n in segments() {
             if next > 0 {
                 // SAFETY: all segments are done; as above.
-                unsafe { self.merge_two(0, next, kv_heads.clone()) };
+                unsafe { self.merge_two::<I>(0, next, kv_heads.clone()) };
             }
             next += n;
         }
@@ -932,28 +970,14 @@ impl Call<'_> {
     /// Adds the result at chunk `right` to that at chunk `left`, for some KV heads.
     ///
     /// # Safety
-    /// Both are this thread's.
-    unsafe fn merge_two(&self, left: usize, right: usize, kv_heads: std::ops::Range<usize>) {
+    /// Both are this thread's; the processor has the features.
+    unsafe fn merge_two<I: Isa>(&self, left: usize, right: usize, kv_heads: std::ops::Range<usize>) {
         let value_size = padded(self.value_size);
         for head in kv_heads.start * self.group..kv_heads.end * self.group {
             for query in 0..self.n {
-                let both = [left, right].map(|chunk| self.partial(chunk, head, query));
+                let [to, from] = [left, right].map(|chunk| self.partial(chunk, head, query));
                 // SAFETY: each result is `value_size` elements and its `Running`; they lie apart.
-                unsafe {
-                    let at = both.map(|values| values.add(value_size).cast::<Running>());
-                    let [a, b] = at.map(|at| at.read());
-                    let max = a.max.max(b.max);
-                    if max == f32::NEG_INFINITY {
-                        continue;
-                    }
-                    let factors = [(a.max - max).exp2(), (b.max - max).exp2()];
-                    at[0].write(Running { max, sum: a.sum * factors[0] + b.sum * factors[1] });
-                    let to = std::slice::from_raw_parts_mut(both[0], value_size);
-                    let from = std::slice::from_raw_parts(both[1], value_size);
-                    for (to, from) in to.iter_mut().zip(from) {
-                        *to = *to * factors[0] + from * factors[1];
-                    }
-                }
+                unsafe { I::add_result(to, from, value_size) };
             }
         }
     }
