@@ -266,7 +266,7 @@ unsafe fn weights_of<V: Simd, const G: usize>(
     shape: Shape,
     running: [*mut Running; G],
 ) -> [f32; G] {
-    // SAFETY: scores have G × BLOCK elements, and each mask where there is one BLOCK.
+    // SAFETY: scores have G × BLOCK elements, and each mask where there is one BLOCK; each of `running` is the caller's alone.
     unsafe {
         let padded = n.next_multiple_of(V::LANES);
         let mut max = [V::splat(f32::NEG_INFINITY); G];
