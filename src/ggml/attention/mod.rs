@@ -824,7 +824,7 @@ impl Call<'_> {
                     while done < per_kv_head {
                         let left = per_kv_head - done;
                         // Groups of about equal size.
-                        let size = if left > I::MAX_GROUP { left.div_ceil(left.div_ceil(I::MAX_GROUP)) } else { left };
+                        let size = left.div_ceil(left.div_ceil(I::MAX_GROUP));
                         let group = Group {
                             queries: few.queries.add((vectors + done) * key_size),
                             packed: (packed_len > 0)
