@@ -1,18 +1,40 @@
 //! Which positions a restricted layer attends to, and in which rows it keeps them.
 
+use std::ops::Range;
+
 /// The first `n_sink` positions and the `n_window` most recent ones, the query's own included.
 ///
-/// A lazy layer has the policy's span; a layer that is sliding-window by design has one without a sink.
+/// A lazy layer has the policy's span; a layer that is sliding-window by design has one without a sink. The store keeps
+/// `n_slack` positions before the window besides, which no query sees: the newest tokens can be taken back while the rows
+/// that an earlier window needs are still there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Span {
     pub n_sink: usize,
     pub n_window: usize,
+    pub n_slack: usize,
 }
 
 impl Span {
     /// Rows that a store of this span ever needs.
     pub fn n_rows(self) -> usize {
-        self.n_sink + self.n_window
+        self.n_sink + self.ring()
+    }
+
+    /// Rows of the ring behind the sink.
+    fn ring(self) -> usize {
+        self.n_window + self.n_slack
+    }
+
+    /// The first position behind the sink that a store still has after `n_past` tokens were written one after the other;
+    /// 0 while nothing was dropped.
+    pub fn held_from(self, n_past: usize) -> usize {
+        if n_past > self.n_rows() { n_past - self.ring() } else { 0 }
+    }
+
+    /// The fewest tokens that can be gone on from, where positions before `held_from` are lost: the next query sees
+    /// nothing that is.
+    pub fn resumable(self, held_from: usize) -> usize {
+        if held_from <= self.n_sink { 0 } else { held_from + self.n_window - 1 }
     }
 
     /// Whether the query at position `query` attends to `key`.
@@ -20,10 +42,22 @@ impl Span {
         key <= query && (key < self.n_sink || key + self.n_window > query)
     }
 
-    /// The row of a position: the sink has rows of its own, the window is a ring behind it. Until the sequence is
-    /// longer than sink and window, that is the position itself.
+    /// The row of a position: the sink has rows of its own, the window and the slack are a ring behind it. Until the
+    /// sequence is longer than all of them, that is the position itself.
     pub fn row(self, position: usize) -> usize {
-        if position < self.n_sink { position } else { self.n_sink + (position - self.n_sink) % self.n_window }
+        if position < self.n_sink { position } else { self.n_sink + (position - self.n_sink) % self.ring() }
+    }
+
+    /// The rows of positions behind the sink, no more than the ring has, in runs of neighbours.
+    pub fn rows(self, positions: Range<usize>) -> Vec<Range<usize>> {
+        debug_assert!(positions.start >= self.n_sink && positions.len() <= self.ring());
+        if positions.is_empty() {
+            return Vec::new();
+        }
+        let first = self.row(positions.start);
+        let before_wrap = (self.n_rows() - first).min(positions.len());
+        let wrapped = self.n_sink..self.n_sink + positions.len() - before_wrap;
+        [first..first + before_wrap, wrapped].into_iter().filter(|rows| !rows.is_empty()).collect()
     }
 
     /// The position whose key is in `row` when the sequence has `n_past` tokens.
@@ -32,11 +66,11 @@ impl Span {
             return (row < n_past).then_some(row);
         }
         let offset = row - self.n_sink;
-        if offset >= self.n_window || self.n_sink + offset >= n_past {
+        if offset >= self.ring() || self.n_sink + offset >= n_past {
             return None;
         }
-        let rounds = (n_past - 1 - row) / self.n_window;
-        Some(row + rounds * self.n_window)
+        let rounds = (n_past - 1 - row) / self.ring();
+        Some(row + rounds * self.ring())
     }
 
     /// Rows in use when the sequence has `n_past` tokens.
@@ -44,11 +78,11 @@ impl Span {
         n_past.min(self.n_rows())
     }
 
-    /// The ranges of positions that are kept of `n_past` tokens: sink and window, cut so that each range lies in
+    /// The ranges of positions that are kept of `n_past` tokens: sink, slack and window, cut so that each range lies in
     /// neighbouring rows.
-    pub fn kept_ranges(self, n_past: usize) -> Vec<std::ops::Range<usize>> {
+    pub fn kept_ranges(self, n_past: usize) -> Vec<Range<usize>> {
         let sink = self.n_sink.min(n_past);
-        let first = n_past.saturating_sub(self.n_window).max(sink);
+        let first = n_past.saturating_sub(self.ring()).max(sink);
         // The ring starts anew at the next position that falls into its first row.
         let wrap = first + (self.n_rows() - self.row(first.max(self.n_sink))).min(n_past - first);
         [0..sink, first..wrap, wrap..n_past].into_iter().filter(|range| !range.is_empty()).collect()
@@ -62,7 +96,13 @@ mod tests {
     use super::*;
 
     fn spans() -> impl Strategy<Value = Span> {
-        (0usize..6, 1usize..40).prop_map(|(n_sink, n_window)| Span { n_sink, n_window })
+        (0usize..6, 1usize..40, 0usize..20).prop_map(|(n_sink, n_window, n_slack)| Span { n_sink, n_window, n_slack })
+    }
+
+    /// What is held of `n_past` tokens: what a query with a window as long as the ring would see.
+    fn held(span: Span, n_past: usize) -> Vec<usize> {
+        let wide = Span { n_window: span.n_window + span.n_slack, ..span };
+        (0..n_past).filter(|&key| wide.sees(n_past - 1, key)).collect()
     }
 
     proptest! {
@@ -76,8 +116,7 @@ mod tests {
                 }
             }
             kept.sort_unstable();
-            let expected: Vec<usize> = (0..n_past).filter(|&key| span.sees(n_past - 1, key)).collect();
-            prop_assert_eq!(&kept, &expected);
+            prop_assert_eq!(&kept, &held(span, n_past));
             prop_assert_eq!(kept.len(), span.used_rows(n_past));
         }
 
@@ -85,13 +124,45 @@ mod tests {
         fn kept_ranges_are_the_kept_positions_in_neighbouring_rows(span in spans(), n_past in 0usize..200) {
             let ranges = span.kept_ranges(n_past);
             let listed: Vec<usize> = ranges.iter().cloned().flatten().collect();
-            let expected: Vec<usize> = (0..n_past).filter(|&key| span.sees(n_past - 1, key)).collect();
-            prop_assert_eq!(listed, expected);
+            prop_assert_eq!(listed, held(span, n_past));
             for range in ranges {
                 for position in range.clone() {
                     prop_assert_eq!(span.row(position), span.row(range.start) + position - range.start);
                 }
             }
+        }
+
+        /// Written to `n_past`, then cut to `n`: exactly from `resumable` on no query from `n` on sees what is lost, and it
+        /// finds what it sees.
+        #[test]
+        fn what_can_be_gone_on_from_is_held(span in spans(), n_past in 1usize..200, n in 0usize..200) {
+            prop_assume!(n <= n_past);
+            let mut rows = vec![None; span.n_rows()];
+            (0..n_past).for_each(|position| rows[span.row(position)] = Some(position));
+            let finds_all = (0..n).all(|key| !span.sees(n, key) || rows[span.row(key)] == Some(key));
+            let good = n >= span.resumable(span.held_from(n_past));
+            prop_assert!(!good || finds_all);
+            // A window of the query alone needs nothing of the ring.
+            if n > span.n_sink && span.n_window > 1 {
+                prop_assert_eq!(good, finds_all);
+            }
+            // A stale row is never taken for a position that is seen.
+            if good {
+                for (row, &stale) in rows.iter().enumerate() {
+                    if let Some(position) = span.position(row, n).filter(|&position| span.sees(n, position)) {
+                        prop_assert_eq!(stale, Some(position));
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn rows_of_a_range_are_its_positions_rows(span in spans(), n_past in 0usize..200) {
+            let first = n_past.saturating_sub(span.n_window).max(span.n_sink).min(n_past.max(span.n_sink));
+            let positions = first..n_past.max(first);
+            let listed: Vec<usize> = span.rows(positions.clone()).into_iter().flatten().collect();
+            let expected: Vec<usize> = positions.map(|position| span.row(position)).collect();
+            prop_assert_eq!(listed, expected);
         }
 
         #[test]
@@ -109,7 +180,7 @@ mod tests {
 
     #[test]
     fn the_window_counts_the_query() {
-        let span = Span { n_sink: 2, n_window: 3 };
+        let span = Span { n_sink: 2, n_window: 3, n_slack: 4 };
         let seen: Vec<usize> = (0..12).filter(|&key| span.sees(10, key)).collect();
         assert_eq!(seen, [0, 1, 8, 9, 10]);
     }

@@ -54,7 +54,10 @@ impl Session {
             let span = becomes_lazy.then_some(self.spans[index]);
             layers.push(layer.copy(n_past, span, format, &self.makers[index], &mut self.scheduler)?);
         }
-        let copy = source.with_layers(layers);
+        let mut copy = source.with_layers(layers);
+        if lazy.is_empty() && types.is_none() {
+            copy.mark = source.mark_of_copy();
+        }
         self.sequences.insert(to, copy);
         ggml::release_free_memory();
         Ok(())

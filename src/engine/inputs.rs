@@ -237,7 +237,7 @@ impl Inputs {
         let positions = place(graph.repeat_row(&positions, n));
         let ahead = place(graph.sub(&positions, &queries));
         let later = place(graph.step(&ahead));
-        let Some(Span { n_sink, n_window }) = span else { return later };
+        let Some(Span { n_sink, n_window, .. }) = span else { return later };
         // Not among the newest `n_window`, the query's own counted, and not of the sink.
         let old = place(graph.step(&place(graph.scale_bias(&ahead, -1.0, 0.5 - n_window as f32))));
         let behind_sink = place(graph.step(&place(graph.scale_bias(&positions, 1.0, 0.5 - n_sink as f32))));
@@ -358,14 +358,18 @@ mod tests {
         queries.map(|query| (0..=query).filter(|&key| sees(query, key)).collect()).collect()
     }
 
+    fn a_span() -> impl Strategy<Value = Span> {
+        (0usize..5, 1usize..20, 0usize..10).prop_map(|(n_sink, n_window, n_slack)| Span { n_sink, n_window, n_slack })
+    }
+
     fn spans() -> impl Strategy<Value = Option<Span>> {
-        prop::option::of((0usize..5, 1usize..20).prop_map(|(n_sink, n_window)| Span { n_sink, n_window }))
+        prop::option::of(a_span())
     }
 
     proptest! {
         #[test]
         fn the_score_counts_what_a_lazy_layer_would_see(
-            span in (0usize..5, 1usize..20).prop_map(|(n_sink, n_window)| Span { n_sink, n_window }),
+            span in a_span(),
             n_past in 0usize..60,
             (n, n_score) in (1usize..30).prop_flat_map(|n| (Just(n), 1..=n)),
             slack in 0usize..10,
@@ -392,7 +396,7 @@ mod tests {
             lost in 0usize..60,
         ) {
             // As after a cut from `n_past + lost` tokens, where no ring had lost anything else.
-            let exact_from = exact.map_or(0, |exact| (n_past + lost).saturating_sub(exact.n_window).min(n_past));
+            let exact_from = exact.map_or(0, |exact| exact.held_from(n_past + lost).min(n_past));
             let part = Part { first: 0, n, n_past, n_score: 0, exact_from };
             let stored = |end: usize, has_own| {
                 let n_rows = span.map_or(end + slack, |span| span.used_rows(end));

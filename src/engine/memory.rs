@@ -5,23 +5,13 @@ use std::ops::RangeInclusive;
 
 use super::{
     Error,
-    sequence::LayerCache,
+    sequence::Sequence,
     session::{SeqId, Session, check, lazy_format, spans},
 };
 use crate::{
     ggml::{self, Scheduler, Type},
     lazy::{LayerWindows, LazyParams},
 };
-
-impl LayerCache {
-    /// The first position from which on everything is held.
-    fn first_held(&self, n_past: usize) -> usize {
-        match self.span {
-            Some(span) if n_past > span.n_rows() => n_past - span.n_window,
-            _ => 0,
-        }
-    }
-}
 
 impl Session {
     /// The sequences that hold tokens.
@@ -34,18 +24,21 @@ impl Session {
     /// What lazy layers hold of the sink besides is not counted: the range has no gaps.
     pub fn seq_held(&self, seq: SeqId) -> Option<RangeInclusive<usize>> {
         let sequence = self.sequences.get(&seq).filter(|sequence| sequence.n_past > 0)?;
-        let n_past = sequence.n_past;
-        let first = sequence.layers.iter().map(|layer| layer.first_held(n_past)).max().unwrap_or(0);
-        Some(first..=n_past - 1)
+        let first = sequence.layers.iter().map(|layer| layer.held_from).max().unwrap_or(0);
+        Some(first..=sequence.n_past - 1)
+    }
+
+    /// The fewest tokens from which on a sequence can be cut to any number by [`Session::seq_truncate`] so that what
+    /// follows is as if the rest had never been there; 0 while nothing was dropped. It can be cut to fewer as well, as long
+    /// as the windows are there, but beside quantised caches the newest tokens are no longer exact then
+    /// ([`super::SessionParams::kv_exact`]).
+    pub fn seq_resumable(&self, seq: SeqId) -> usize {
+        self.sequences.get(&seq).map_or(0, Sequence::resumable)
     }
 
     /// Whether [`Session::seq_truncate`] to `n` tokens would succeed.
     pub fn seq_can_truncate(&self, seq: SeqId, n: usize) -> bool {
-        n == 0
-            || self
-                .sequences
-                .get(&seq)
-                .is_none_or(|sequence| sequence.layers.iter().all(|layer| layer.can_truncate(n, sequence.n_past)))
+        n == 0 || self.sequences.get(&seq).is_none_or(|sequence| sequence.can_truncate(n))
     }
 
     /// Makes sequence `to` a copy of the first `n` tokens of sequence `from`, with caches of its own. What `to` held is
@@ -67,7 +60,8 @@ impl Session {
             layers.push(layer.copy(n_past, None, None, maker, &mut self.scheduler)?);
         }
         let mut copy = source.with_layers(layers);
-        copy.cut(n, n_past, self.params.kv_exact);
+        copy.mark = source.mark_of_copy();
+        copy.truncate(n);
         self.seq_clear(to);
         self.sequences.insert(to, copy);
         Ok(true)

@@ -1,8 +1,10 @@
 //! Runs a model over sequences: prefill, decode, batches, and the moment at which layers become lazy.
 
 mod attention;
+mod checkpoint;
 mod fork;
 mod inputs;
+mod mark;
 mod memory;
 mod plan;
 mod prefill;
@@ -13,6 +15,7 @@ mod session;
 mod state;
 mod ubatch;
 
+pub use checkpoint::{Checkpoint, Restored};
 pub use plan::{DevicePlan, plan};
 pub use sequence::LayerReport;
 pub use session::{BatchEntry, Outputs, SeqId, Session, SessionParams};

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{
     Error,
     sequence::rows_of_span,
-    session::{SessionParams, kernel, lazy_format},
+    session::{SessionParams, kernel, lazy_format, lazy_span},
 };
 use crate::{
     cache::{Format, Span},
@@ -95,9 +95,10 @@ fn layer_bytes(
     let bytes = |rows: usize, format: Format| rows * (format.k.row_bytes(width) + format.v.row_bytes(width));
     let active = Format::new(session.type_k, session.type_v, session.kv_rotate);
     if let Some(n_window) = hparams.windows[layer] {
-        return [bytes(rows(Span { n_sink: 0, n_window }), active); 2];
+        let span = Span { n_sink: 0, n_window, n_slack: session.lazy.n_slack };
+        return [bytes(rows(span), active); 2];
     }
-    let span = Span { n_sink: session.lazy.n_sink, n_window: session.lazy.window(layer) };
+    let span = lazy_span(&session.lazy, layer);
     [bytes(n_ctx, active), bytes(rows(span), lazy_format(session, hparams.head_size))]
 }
 

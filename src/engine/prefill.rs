@@ -85,8 +85,12 @@ impl Session {
                 let logits = self.output_logits(entry, &hidden);
                 drop(hidden);
                 ggml::release_free_memory();
-                if logits.is_err() {
-                    self.seq_clear(entry.seq);
+                match logits {
+                    Ok(()) if entry.prompt_end => {
+                        self.set_mark(entry, self.logits.len() / self.model.hparams().n_vocab)
+                    }
+                    Ok(()) => {}
+                    Err(_) => self.seq_clear(entry.seq),
                 }
                 logits
             }
@@ -107,7 +111,7 @@ impl Session {
         let piece = |tokens| Hidden::new(n_embd, tokens, self.makers[0].device, &self.meter);
         let mut hidden = pieces(&ends).map(piece).collect::<Result<Vec<Hidden>, Error>>()?;
         let n_score = match self.params.lazy.at {
-            At::Prefill if entry.prompt_end => self.n_score(n_tokens, n_tokens, At::Prefill),
+            At::Prefill if self.scores_end(entry) => self.n_score(n_tokens, n_tokens, At::Prefill),
             _ => 0,
         };
         let mut selector = self.selector();
@@ -121,7 +125,8 @@ impl Session {
                 self.settle(entry, sequence, index, score, &mut selector)?;
             }
         }
-        sequence.n_past = n_tokens;
+        sequence.append(entry.tokens);
+        sequence.scored = (n_score, n_tokens);
         sequence.score_next = self.params.lazy.at == At::Decode && entry.prompt_end;
         Ok(hidden)
     }
@@ -265,8 +270,8 @@ impl Session {
         sequence.layers[index].score = score.or(sequence.layers[index].score);
         let known = entry.prompt_end && selector.is_known_lazy(index);
         let lazy = match score {
-            Some(score) => selector.scored(index, score),
-            None => known.then_some(index),
+            Some(score) if entry.prompt_end => selector.scored(index, score),
+            _ => known.then_some(index),
         };
         // The shrinking comes first: it makes room for the final store of this layer. Where this layer is the one, it
         // shrinks straight from the scratch, so that nothing is quantised twice.

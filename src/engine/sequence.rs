@@ -2,10 +2,14 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::attention::{Kernel, ROWS_STEP};
+use super::{
+    attention::{Kernel, ROWS_STEP},
+    mark::Mark,
+};
 use crate::{
     cache::{Format, Meter, Move, Rotations, Span, Store, move_rows},
     ggml::{Device, Error, Scheduler},
+    vocab::Token,
 };
 
 /// One sequence's cache.
@@ -18,23 +22,96 @@ pub(super) struct Sequence {
     pub score_next: bool,
     /// Behind the sink, exact stores hold no position before this one.
     pub exact_from: usize,
+    /// The tokens themselves.
+    pub tokens: Vec<Token>,
+    /// How many queries the layers' scores are means over, and the tokens that there were then.
+    pub scored: (usize, usize),
+    /// Where the last prompt ended.
+    pub mark: Option<Mark>,
 }
 
 impl Sequence {
     pub fn new(layers: Vec<LayerCache>) -> Sequence {
-        Sequence { n_past: 0, layers, score_next: false, exact_from: 0 }
+        Sequence { n_past: 0, layers, score_next: false, exact_from: 0, tokens: Vec::new(), scored: (0, 0), mark: None }
     }
 
-    /// A sequence of the same tokens with these layers.
+    /// A sequence of the same tokens with these layers, and no mark.
     pub fn with_layers(&self, layers: Vec<LayerCache>) -> Sequence {
-        Sequence { layers, ..*self }
+        let &Sequence { n_past, score_next, exact_from, scored, .. } = self;
+        Sequence { n_past, layers, score_next, exact_from, tokens: self.tokens.clone(), scored, mark: None }
+    }
+
+    /// The mark, for a copy whose layers keep what these do. A copy has no rows behind the last token.
+    pub fn mark_of_copy(&self) -> Option<Mark> {
+        self.mark.clone().filter(|mark| mark.n_past() <= self.n_past)
+    }
+
+    /// Whether the first `n` tokens can be continued from, by cutting or by going back to the last prompt's end.
+    pub fn can_truncate(&self, n: usize) -> bool {
+        let by_mark = self.mark.as_ref().is_some_and(|mark| mark.brings_back(n, self));
+        by_mark || self.layers.iter().all(|layer| layer.can_truncate(n, self.n_past))
+    }
+
+    /// The fewest tokens from which on any number can be gone on from exactly.
+    pub fn resumable(&self) -> usize {
+        let of_rings = self.layers.iter().map(LayerCache::resumable).max().unwrap_or(0);
+        if of_rings == 0 {
+            return 0;
+        }
+        let exact = self.layers.iter().filter_map(|layer| layer.exact.as_ref()).map(|exact| {
+            let from = self.exact_from.max(exact.span.held_from(self.n_past));
+            if from <= exact.span.n_sink { 0 } else { from + exact.span.n_window }
+        });
+        let of_exact = exact.max().unwrap_or(0).min(self.n_past);
+        // What lies behind the last prompt's end is its answer, of which a part is hardly ever taken back; the mark has the
+        // exact rows of the whole.
+        let of_mark = self.mark.as_ref().map_or(usize::MAX, |mark| mark.first()).max(of_rings);
+        of_rings.max(of_exact.min(of_mark))
+    }
+
+    /// Keeps the first `n` tokens; false, with nothing changed, where that cannot be.
+    pub fn truncate(&mut self, n: usize) -> bool {
+        if n >= self.n_past {
+            return true;
+        }
+        if !self.can_truncate(n) {
+            return false;
+        }
+        if self.mark.as_ref().is_some_and(|mark| mark.brings_back(n, self)) {
+            self.go_to_mark();
+        }
+        self.cut(n, self.n_past);
+        true
+    }
+
+    /// Counts tokens in whose rows were written.
+    pub fn append(&mut self, tokens: &[Token]) {
+        self.n_past += tokens.len();
+        self.tokens.extend_from_slice(tokens);
+        self.wrote(self.n_past);
     }
 
     /// Goes back to the first `n` tokens when up to `end` tokens have been written: the exact stores' rings may have
     /// lost what they held before that.
-    pub fn cut(&mut self, n: usize, end: usize, n_exact: usize) {
+    pub fn cut(&mut self, n: usize, end: usize) {
+        self.wrote(end);
         self.n_past = self.n_past.min(n);
-        self.exact_from = self.exact_from.max(end.saturating_sub(n_exact)).min(self.n_past);
+        self.tokens.truncate(self.n_past);
+        let exact = self.layers.iter().find_map(|layer| layer.exact.as_ref());
+        let lost = exact.map_or(0, |exact| exact.span.held_from(end));
+        self.exact_from = self.exact_from.max(lost).min(self.n_past);
+        if self.scored.1 > self.n_past {
+            self.scored = (0, 0);
+        }
+    }
+
+    /// Rows were written up to `end` tokens: rings have lost what was in them.
+    fn wrote(&mut self, end: usize) {
+        for layer in &mut self.layers {
+            if let Some(span) = layer.span {
+                layer.held_from = layer.held_from.max(span.held_from(end));
+            }
+        }
     }
 }
 
@@ -46,6 +123,8 @@ pub(super) struct LayerCache {
     pub(super) exact: Option<Exact>,
     /// `None` keeps every position.
     pub(super) span: Option<Span>,
+    /// Behind the sink, the ring holds no position before this one; 0 while nothing was dropped.
+    pub(super) held_from: usize,
     /// Whether the policy made it lazy; a layer that is sliding-window by design has a span and is not lazy.
     pub lazy: bool,
     pub score: Option<f32>,
@@ -141,7 +220,7 @@ impl StoreMaker {
 
 impl LayerCache {
     pub fn new(span: Option<Span>, lazy: bool, format: Format) -> LayerCache {
-        LayerCache { store: None, exact: None, span, lazy, score: None, format }
+        LayerCache { store: None, exact: None, span, held_from: 0, lazy, score: None, format }
     }
 
     pub fn span(&self) -> Option<Span> {
@@ -206,7 +285,10 @@ impl LayerCache {
         let Some(exact) = maker.make_exact(format)? else { return Ok(None) };
         let row = |position| self.span.map_or(position, |span| span.row(position));
         // What a ring has dropped is outside the layer's own span as well: nobody will look for it.
-        let held = |position: &usize| self.span.is_none_or(|span| span.sees(n_past.saturating_sub(1), *position));
+        let held = |position: &usize| {
+            self.span
+                .is_none_or(|span| *position < span.n_sink || *position >= self.held_from.max(span.held_from(n_past)))
+        };
         let mut moves: Vec<Move> = Vec::new();
         for position in exact.span.kept_ranges(n_past).into_iter().flatten().filter(held) {
             let (from, to) = (row(position), exact.span.row(position));
@@ -272,6 +354,7 @@ impl LayerCache {
             self.exact = exact;
         }
         (self.span, self.format, self.lazy) = (Some(span), format, true);
+        self.held_from = span.held_from(n_past);
         Ok(())
     }
 
@@ -298,12 +381,18 @@ impl LayerCache {
             (_, None) => None,
         };
         let lazy = self.lazy || lazy_span.is_some();
-        Ok(LayerCache { store, exact, span: lazy_span.or(self.span), lazy, score: self.score, format })
+        let held_from = lazy_span.map_or(self.held_from, |span| span.held_from(n_past));
+        Ok(LayerCache { store, exact, span: lazy_span.or(self.span), held_from, lazy, score: self.score, format })
     }
 
     /// Whether the first `n` of `n_past` tokens can be continued from: nothing that they need was dropped.
     pub fn can_truncate(&self, n: usize, n_past: usize) -> bool {
-        n >= n_past || self.span.is_none_or(|span| n_past <= span.n_rows())
+        n >= n_past || n >= self.resumable()
+    }
+
+    /// The fewest tokens that can be continued from: nothing that the next one sees was dropped.
+    pub fn resumable(&self) -> usize {
+        self.span.map_or(0, |span| span.resumable(self.held_from))
     }
 
     pub fn report(&self, index: usize) -> LayerReport {

@@ -9,6 +9,7 @@ use super::{
     Error,
     attention::{CacheAttention, Kernel, Look, ROWS_STEP, Score},
     inputs::{Inputs, Part},
+    mark::BACK,
     second_look::SCORE_NAME,
     sequence::{LayerCache, LayerReport, Sequence, StoreMaker},
     ubatch::CachedGraph,
@@ -53,6 +54,12 @@ pub struct SessionParams {
     /// lose is lost there (KIVI, arXiv 2402.02750). 0 for none, which is llama.cpp's way. Needs this crate's own
     /// attention kernel, and is ignored without it.
     pub kv_exact: usize,
+    /// Keep what is needed to take an answer back and to ask for it again exactly: each prompt's last logits, the newest
+    /// tokens' rows in f16 as they were then, and a long answer's first windows of lazy layers.
+    pub keep_prompt_end: bool,
+    /// Prompts may come in several calls of [`Session::run`], of which the last is marked as the prompt's end. The ends
+    /// of all are scored then, so that a short last piece does not decide alone.
+    pub split_prompts: bool,
     /// Read a long prompt layer by layer, so that only one layer's cache is ever uncompressed. Off: ubatch by ubatch.
     pub layer_major: bool,
     /// Which layers become lazy.
@@ -74,6 +81,8 @@ impl Default for SessionParams {
             fused_attention: true,
             kv_rotate: KvRotate::default(),
             kv_exact: 32,
+            keep_prompt_end: true,
+            split_prompts: false,
             layer_major: true,
             lazy: LazyParams::default(),
         }
@@ -87,6 +96,17 @@ pub enum Outputs {
     #[default]
     Last,
     All,
+}
+
+impl Outputs {
+    /// Rows of logits that `n` tokens give.
+    pub(super) fn n_rows(self, n: usize) -> usize {
+        match self {
+            Outputs::None => 0,
+            Outputs::Last => n.min(1),
+            Outputs::All => n,
+        }
+    }
 }
 
 /// Tokens that continue one sequence.
@@ -275,7 +295,15 @@ impl Session {
         let mut done = 0;
         let mut waiting = batch;
         while let [entry, rest @ ..] = waiting {
-            if self.reads_layer_major(entry) {
+            let again = self.replay(entry);
+            if again > 0 {
+                let tokens = &entry.tokens[again..];
+                if !tokens.is_empty() {
+                    self.run_alone(&BatchEntry { tokens, ..*entry }, &mut |_| {})?;
+                }
+                done += entry.tokens.len();
+                waiting = rest;
+            } else if self.reads_layer_major(entry) {
                 let share = entry.tokens.len() as f32 / total;
                 let start = done as f32 / total;
                 self.prefill_layer_major(entry, &mut |part| progress(start + share * part))?;
@@ -285,10 +313,10 @@ impl Session {
                 // As many entries as fit one ubatch go together; a longer one goes in pieces by itself.
                 let n = self.entries_that_fit(waiting);
                 let (together, rest) = waiting.split_at(n.max(1));
-                if n == 0 {
-                    self.run_in_pieces(entry, &mut |tokens| progress((done + tokens) as f32 / total))?;
+                if n <= 1 {
+                    self.run_alone(entry, &mut |tokens| progress((done + tokens) as f32 / total))?;
                 } else {
-                    self.run_ubatch(together)?;
+                    self.run_ubatch(together, true)?;
                 }
                 done += together.iter().map(|entry| entry.tokens.len()).sum::<usize>();
                 waiting = rest;
@@ -321,11 +349,19 @@ impl Session {
         if batch.is_empty() { Err(Error::Empty) } else { Ok(()) }
     }
 
+    /// An entry by itself, in one ubatch where it fits.
+    fn run_alone(&mut self, entry: &BatchEntry<'_>, progress: &mut dyn FnMut(usize)) -> Result<(), Error> {
+        match entry.tokens.len() <= self.params.n_ubatch {
+            true => self.run_ubatch(std::slice::from_ref(entry), true),
+            false => self.run_in_pieces(entry, progress),
+        }
+    }
+
     fn entries_that_fit(&self, batch: &[BatchEntry<'_>]) -> usize {
         let mut tokens = 0;
         let fits = |entry: &&BatchEntry<'_>| {
             tokens += entry.tokens.len();
-            tokens <= self.params.n_ubatch && !self.reads_layer_major(entry)
+            tokens <= self.params.n_ubatch && !self.reads_layer_major(entry) && !self.may_replay(entry.seq)
         };
         batch.iter().take(MAX_PARTS).take_while(fits).count()
     }
@@ -375,7 +411,8 @@ impl Session {
     }
 
     /// Keeps the first `n` tokens of sequence 0. False, with nothing changed, when a layer has dropped tokens that they
-    /// need: what a lazy layer dropped cannot come back.
+    /// need: what a lazy layer dropped cannot come back. [`LazyParams::n_slack`] tokens can always be taken back, and a
+    /// whole answer: what begins at the end of the last prompt, or [`Session::restore`]s a checkpoint.
     pub fn truncate(&mut self, n: usize) -> bool {
         self.seq_truncate(0, n)
     }
@@ -387,11 +424,7 @@ impl Session {
             self.seq_clear(seq);
             return true;
         }
-        if !sequence.layers.iter().all(|layer| layer.can_truncate(n, sequence.n_past)) {
-            return false;
-        }
-        sequence.cut(n, sequence.n_past, self.params.kv_exact);
-        true
+        sequence.truncate(n)
     }
 
     /// A flag that makes the running call return [`Error::Interrupted`]. It stays set until it is taken back.
@@ -439,7 +472,10 @@ impl Session {
         let selector = self.selector();
         let windowed = self.params.lazy.windowed_prefill();
         let layer = |index| match self.model.hparams().windows[index] {
-            Some(n_window) => LayerCache::new(Some(Span { n_sink: 0, n_window }), false, self.active_format),
+            Some(n_window) => {
+                let span = Span { n_sink: 0, n_window, n_slack: self.params.lazy.n_slack };
+                LayerCache::new(Some(span), false, self.active_format)
+            }
             None if windowed && selector.is_known_lazy(index) => {
                 LayerCache::new(Some(self.spans[index]), true, self.lazy_format)
             }
@@ -461,13 +497,32 @@ impl Session {
         }
     }
 
+    /// Whether an entry's last tokens are scored, when the policy wants scores of prompts.
+    pub(super) fn scores_end(&self, entry: &BatchEntry<'_>) -> bool {
+        entry.prompt_end || (self.params.split_prompts && entry.tokens.len() > 1)
+    }
+
+    /// Notes scores of a sequence's last `n` queries. Where these are fewer than the policy asks for, and the ones before
+    /// them were scored, too, the scores become means over both.
+    pub(super) fn note_scores(&mut self, seq: SeqId, n: usize, scores: &mut [(usize, f32)]) {
+        let n_last = self.params.lazy.n_last;
+        let Some(sequence) = self.sequences.get_mut(&seq).filter(|_| !scores.is_empty()) else { return };
+        let (n_before, end) = sequence.scored;
+        let n_before = if end + n == sequence.n_past { n_before.min(n_last.saturating_sub(n)) } else { 0 };
+        for (layer, score) in &mut *scores {
+            let known = &mut sequence.layers[*layer].score;
+            if let Some(before) = known.filter(|_| n_before > 0) {
+                *score = (*score * n as f32 + before * n_before as f32) / (n + n_before) as f32;
+            }
+            *known = Some(*score);
+        }
+        sequence.scored = (n + n_before, sequence.n_past);
+    }
+
     /// Takes the scores of a sequence's layers, in order, and shrinks what becomes lazy.
     pub(super) fn decide(&mut self, seq: SeqId, scores: &[(usize, f32)]) -> Result<(), Error> {
         let mut selector = self.selector();
         for &(layer, score) in scores {
-            if let Some(sequence) = self.sequences.get_mut(&seq) {
-                sequence.layers[layer].score = Some(score);
-            }
             if let Some(lazy) = selector.scored(layer, score) {
                 self.make_lazy(seq, lazy)?;
             }
@@ -495,6 +550,8 @@ impl Session {
         let Some(sequence) = self.sequences.get_mut(&seq) else { return Ok(()) };
         // The old store goes only when no graph refers to it any more.
         self.decode_graph = None;
+        // The mark knows nothing of the new ring.
+        sequence.mark = None;
         let n_past = sequence.n_past;
         sequence.layers[layer].make_lazy(
             n_past,
@@ -522,7 +579,7 @@ impl Session {
                 outputs,
                 prompt_end: entry.prompt_end && is_last,
             };
-            self.run_ubatch(&[piece])?;
+            self.run_ubatch(&[piece], is_last)?;
             done = end;
             progress(done);
         }
@@ -534,10 +591,9 @@ impl Session {
     pub(super) fn recover(&mut self, seq: SeqId, n: usize) {
         self.decode_graph = None;
         let Some(sequence) = self.sequences.get_mut(&seq) else { return };
-        let end = sequence.n_past + n;
-        sequence.cut(sequence.n_past, end, self.params.kv_exact);
-        let intact = |layer: &LayerCache| layer.span().is_none_or(|span| end <= span.n_rows());
-        if !sequence.layers.iter().all(intact) {
+        let n_past = sequence.n_past;
+        sequence.cut(n_past, n_past + n);
+        if !sequence.layers.iter().all(|layer| layer.resumable() <= n_past) {
             self.seq_clear(seq);
         }
     }
@@ -586,7 +642,12 @@ pub(super) fn lazy_format(params: &SessionParams, head_size: usize) -> Format {
 
 /// What each layer keeps while it is lazy.
 pub(super) fn spans(lazy: &LazyParams, n_layer: usize) -> Vec<Span> {
-    (0..n_layer).map(|layer| Span { n_sink: lazy.n_sink, n_window: lazy.window(layer) }).collect()
+    (0..n_layer).map(|layer| lazy_span(lazy, layer)).collect()
+}
+
+/// What a layer keeps while it is lazy.
+pub(super) fn lazy_span(lazy: &LazyParams, layer: usize) -> Span {
+    Span { n_sink: lazy.n_sink, n_window: lazy.window(layer), n_slack: lazy.n_slack }
 }
 
 /// For each layer what its stores are made from: on the device of its weights.
@@ -609,8 +670,11 @@ fn makers(model: &Model, params: &SessionParams, meter: &Meter) -> Result<Vec<St
             // ggml's kernels divide their work by the number of rows, and llama.cpp gives them a multiple of 256.
             block: if kernel == Kernel::Fused { 64 } else { ROWS_STEP },
             n_ctx: params.n_ctx,
-            exact_span: (kernel == Kernel::Fused && params.kv_exact > 0)
-                .then_some(Span { n_sink: params.lazy.n_sink, n_window: params.kv_exact }),
+            exact_span: (kernel == Kernel::Fused && params.kv_exact > 0).then_some(Span {
+                n_sink: params.lazy.n_sink,
+                n_window: params.kv_exact,
+                n_slack: BACK,
+            }),
         });
     }
     Ok(makers)
@@ -643,6 +707,9 @@ pub(super) fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Err
     }
     if params.n_ctx > i32::MAX as usize {
         return wrong("the context size does not fit 31 bits");
+    }
+    if params.lazy.n_slack > i32::MAX as usize {
+        return wrong("a slack that does not fit 31 bits");
     }
     if params.lazy.policy != Policy::Off {
         if params.lazy.n_window == 0 {

@@ -1,10 +1,16 @@
 //! Sequences as bytes, so that a conversation can go on in another process.
 //!
-//! A state is little-endian: a header (magic, version, length, the model's sizes), the layers' data, and a checksum of
-//! all of it. Everything is checked before anything is changed: the checksum first, then each length and each setting
-//! against the model and the session.
+//! A state is little-endian: a header (magic, version, length, what tells the model's weights from others, its sizes), the
+//! tokens, the layers' data, and a checksum of all of it. Everything is checked before anything is changed: the checksum
+//! first, then each length and each setting against the model and the session.
+//!
+//! A whole state has all rows. A partial one, a checkpoint's, has those that cutting a longer sequence cannot bring back:
+//! the rings' windows and the exact rows.
 
-use std::io::{self, Write};
+use std::{
+    io::{self, Write},
+    ops::Range,
+};
 
 use xxhash_rust::xxh3::Xxh3Default;
 
@@ -14,12 +20,14 @@ use super::{
     session::{SeqId, Session},
 };
 use crate::{
-    cache::{Format, Span, Store},
+    cache::{Format, Span},
     ggml::Type,
+    model::FINGERPRINT_BYTES,
+    vocab::Token,
 };
 
 const MAGIC: [u8; 8] = *b"SIMLAYER";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Magic, version, length.
 const HEADER_BYTES: usize = 8 + 4 + 8;
 const CHECKSUM_BYTES: usize = 8;
@@ -40,8 +48,15 @@ pub enum StateError {
     Io(#[from] io::Error),
 }
 
-fn mismatch(what: impl Into<String>) -> StateError {
+pub(super) fn mismatch(what: impl Into<String>) -> StateError {
     StateError::Mismatch(what.into())
+}
+
+/// How much a state has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Whole,
+    Partial,
 }
 
 /// Counts and hashes what goes through it.
@@ -70,7 +85,7 @@ impl Writer<'_> {
 }
 
 /// Reads within a slice; whatever lies beyond its end is an error.
-struct Reader<'a> {
+pub(super) struct Reader<'a> {
     rest: &'a [u8],
 }
 
@@ -108,25 +123,44 @@ impl<'a> Reader<'a> {
 }
 
 /// One layer as it is written before its rows.
-struct LayerHeader {
-    lazy: bool,
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct LayerHeader {
+    pub lazy: bool,
     score: Option<f32>,
-    span: Option<Span>,
-    format: Format,
+    pub span: Option<Span>,
+    pub format: Format,
+    /// Behind the sink, the rows are those of no position before this one; 0 while nothing was dropped.
+    pub held_from: usize,
     rows: usize,
     /// What the layer's exact store keeps, where it has one.
-    exact: Option<Span>,
+    pub exact: Option<Span>,
 }
 
 impl LayerHeader {
-    fn of(layer: &LayerCache, n_past: usize) -> LayerHeader {
+    pub fn of(layer: &LayerCache, n_past: usize, kind: Kind) -> LayerHeader {
         let format = layer.store.as_ref().map_or(layer.format, |store| store.format);
-        let rows = if layer.store.is_some() { layer.used_rows(n_past) } else { 0 };
+        let held_from = match kind {
+            Kind::Whole => layer.held_from,
+            Kind::Partial => layer.ring_from(n_past),
+        };
         let exact = layer.exact.as_ref().map(|exact| exact.span);
-        LayerHeader { lazy: layer.lazy, score: layer.score, span: layer.span, format, rows, exact }
+        let header =
+            LayerHeader { lazy: layer.lazy, score: layer.score, span: layer.span, format, held_from, rows: 0, exact };
+        let rows = header.ranges(n_past, kind).iter().map(Range::len).sum();
+        LayerHeader { rows: if layer.store.is_some() { rows } else { 0 }, ..header }
     }
 
-    const BYTES: usize = 1 + 1 + 4 + SPAN_BYTES + 4 + 4 + 1 + 1 + 8 + SPAN_BYTES;
+    /// The rows of the layer's store that a state has.
+    pub fn ranges(&self, n_past: usize, kind: Kind) -> Vec<Range<usize>> {
+        match (kind, self.span) {
+            (Kind::Whole, None) => vec![0..n_past],
+            (Kind::Whole, Some(span)) => vec![0..span.used_rows(n_past)],
+            (Kind::Partial, None) => Vec::new(),
+            (Kind::Partial, Some(span)) => LayerCache::ring_ranges(span, n_past, self.held_from),
+        }
+    }
+
+    const BYTES: usize = 1 + 1 + 4 + SPAN_BYTES + 4 + 4 + 1 + 1 + 8 + 8 + SPAN_BYTES;
 
     fn write(&self, to: &mut Writer<'_>) -> io::Result<()> {
         to.u8(u8::from(self.lazy))?;
@@ -137,6 +171,7 @@ impl LayerHeader {
         to.u32(self.format.v.raw())?;
         to.u8(u8::from(self.format.rotate_k))?;
         to.u8(u8::from(self.format.rotate_v))?;
+        to.u64(self.held_from)?;
         to.u64(self.rows)?;
         write_span(to, self.exact)
     }
@@ -153,43 +188,89 @@ impl LayerHeader {
         };
         let (k, v) = (ty()?, ty()?);
         let format = Format { k, v, rotate_k: from.flag()?, rotate_v: from.flag()? };
-        Ok(LayerHeader { lazy, score, span, format, rows: from.size()?, exact: read_span(from)? })
+        let (held_from, rows) = (from.size()?, from.size()?);
+        Ok(LayerHeader { lazy, score, span, format, held_from, rows, exact: read_span(from)? })
     }
 }
 
-const SPAN_BYTES: usize = 1 + 8 + 8;
+const SPAN_BYTES: usize = 1 + 8 + 8 + 8;
 
 fn write_span(to: &mut Writer<'_>, span: Option<Span>) -> io::Result<()> {
     to.u8(u8::from(span.is_some()))?;
-    let span = span.unwrap_or(Span { n_sink: 0, n_window: 0 });
+    let span = span.unwrap_or(Span { n_sink: 0, n_window: 0, n_slack: 0 });
     to.u64(span.n_sink)?;
-    to.u64(span.n_window)
+    to.u64(span.n_window)?;
+    to.u64(span.n_slack)
 }
 
 fn read_span(from: &mut Reader<'_>) -> Result<Option<Span>, StateError> {
     let is_there = from.flag()?;
-    let span = Span { n_sink: from.size()?, n_window: from.size()? };
+    let span = Span { n_sink: from.size()?, n_window: from.size()?, n_slack: from.size()? };
+    let is_possible = span.n_window > 0 && span.n_sink.max(span.n_window).max(span.n_slack) <= i32::MAX as usize;
+    if is_there && !is_possible {
+        return Err(StateError::Damaged("what a layer keeps makes no sense"));
+    }
     Ok(is_there.then_some(span))
+}
+
+/// A state whose header and checksum are right.
+pub(super) struct State<'a> {
+    pub kind: Kind,
+    pub n_past: usize,
+    exact_from: usize,
+    score_next: bool,
+    scored: (usize, usize),
+    pub tokens: Vec<Token>,
+    /// The layers.
+    rest: Reader<'a>,
+    pub length: usize,
+}
+
+/// One layer's rows in a state.
+pub(super) struct LayerRows<'a> {
+    pub header: LayerHeader,
+    pub rows: &'a [u8],
+    pub exact: &'a [u8],
+}
+
+impl<'a> State<'a> {
+    /// Puts what is not the layers' into a sequence.
+    pub fn settle(&self, sequence: &mut Sequence) {
+        sequence.n_past = self.n_past;
+        (sequence.exact_from, sequence.score_next, sequence.scored) = (self.exact_from, self.score_next, self.scored);
+        sequence.tokens.clone_from(&self.tokens);
+    }
+
+    /// The layers' rows, in order, checked against what a model's layers can keep.
+    pub fn layers(&mut self, session: &Session) -> Result<Vec<LayerRows<'a>>, StateError> {
+        let n_layer = session.model.hparams().n_layer;
+        let layers = (0..n_layer).map(|index| session.read_layer(self, index)).collect::<Result<_, _>>()?;
+        if self.rest.rest.is_empty() { Ok(layers) } else { Err(TOO_LONG) }
+    }
 }
 
 impl Session {
     /// Bytes that [`Session::save_seq`] writes.
     pub fn seq_state_bytes(&self, seq: SeqId) -> usize {
-        HEADER_BYTES + self.body_bytes(seq) + CHECKSUM_BYTES
+        self.state_bytes(seq, Kind::Whole)
     }
 
-    fn body_bytes(&self, seq: SeqId) -> usize {
-        let sizes = 4 + self.model.hparams().architecture.len() + 4 * 4;
-        let sizes = sizes + 8 + 8 + 1;
+    pub(super) fn state_bytes(&self, seq: SeqId, kind: Kind) -> usize {
+        HEADER_BYTES + self.body_bytes(seq, kind) + CHECKSUM_BYTES
+    }
+
+    fn body_bytes(&self, seq: SeqId, kind: Kind) -> usize {
+        let sizes = 1 + FINGERPRINT_BYTES + 4 + self.model.hparams().architecture.len() + 4 * 4;
+        let sizes = sizes + 8 + 8 + 1 + 8 + 8;
         let Some(sequence) = self.sequences.get(&seq) else { return sizes };
         let layer = |layer: &LayerCache| {
-            let header = LayerHeader::of(layer, sequence.n_past);
+            let header = LayerHeader::of(layer, sequence.n_past, kind);
             let exact_rows = header.exact.map_or(0, Span::n_rows);
             LayerHeader::BYTES
                 + header.rows * self.row_bytes(header.format)
                 + exact_rows * self.row_bytes(header.format.exact())
         };
-        sizes + sequence.layers.iter().map(layer).sum::<usize>()
+        sizes + size_of_val(&sequence.tokens[..]) + sequence.layers.iter().map(layer).sum::<usize>()
     }
 
     /// Bytes of a token's key and value in one layer.
@@ -197,18 +278,24 @@ impl Session {
         format.k.row_bytes(self.width) + format.v.row_bytes(self.width)
     }
 
-    /// Writes a sequence: its tokens' keys and values as they are, lazy layers with what they hold, and the scores.
-    /// The tokens themselves and the logits are not part of it.
+    /// Writes a sequence: its tokens, their keys and values as they are, lazy layers with what they hold, and the scores.
+    /// The logits are not part of it.
     ///
     /// # Errors
     /// When `to` cannot be written.
     pub fn save_seq(&self, seq: SeqId, to: &mut dyn Write) -> io::Result<()> {
+        self.save_state(seq, Kind::Whole, to)
+    }
+
+    pub(super) fn save_state(&self, seq: SeqId, kind: Kind, to: &mut dyn Write) -> io::Result<()> {
         let hparams = self.model.hparams();
         let mut to = Writer { to, hash: Xxh3Default::new() };
         to.bytes(&MAGIC)?;
         to.u32(VERSION)?;
-        to.u64(self.seq_state_bytes(seq))?;
+        to.u64(self.state_bytes(seq, kind))?;
 
+        to.u8(u8::from(kind == Kind::Partial))?;
+        to.bytes(self.model.fingerprint())?;
         to.u32(hparams.architecture.len() as u32)?;
         to.bytes(hparams.architecture.as_bytes())?;
         for size in [hparams.n_layer, hparams.n_embd, self.width, hparams.head_size] {
@@ -218,19 +305,24 @@ impl Session {
         to.u64(sequence.map_or(0, |sequence| sequence.n_past))?;
         to.u64(sequence.map_or(0, |sequence| sequence.exact_from))?;
         to.u8(u8::from(sequence.is_some_and(|sequence| sequence.score_next)))?;
+        let (n_scored, scored_at) = sequence.map_or((0, 0), |sequence| sequence.scored);
+        to.u64(n_scored)?;
+        to.u64(scored_at)?;
+        let tokens = sequence.map_or(&[][..], |sequence| &sequence.tokens);
+        to.bytes(&tokens.iter().flat_map(|token| token.to_le_bytes()).collect::<Vec<u8>>())?;
         let mut buffer = Vec::new();
         for (layer, n_past) in sequence.iter().flat_map(|sequence| sequence.layers.iter().map(|l| (l, sequence.n_past)))
         {
-            let header = LayerHeader::of(layer, n_past);
+            let header = LayerHeader::of(layer, n_past, kind);
             header.write(&mut to)?;
-            let exact = layer.exact.as_ref().map(|exact| (&exact.store, exact.span.n_rows()));
-            for (store, n_rows) in layer.store.iter().map(|store| (store, header.rows)).chain(exact) {
-                for rows in [&store.k, &store.v] {
-                    buffer.resize(n_rows * rows.ty().row_bytes(self.width), 0u8);
-                    rows.read(0, &mut buffer);
-                    to.bytes(&buffer)?;
-                }
+            buffer.clear();
+            if let Some(store) = &layer.store {
+                store.read_rows(&header.ranges(n_past, kind), &mut buffer);
             }
+            if let Some(exact) = &layer.exact {
+                exact.store.read_rows(&[0..exact.span.n_rows()], &mut buffer);
+            }
+            to.bytes(&buffer)?;
         }
         let checksum = to.hash.digest();
         to.to.write_all(&checksum.to_le_bytes())
@@ -291,6 +383,24 @@ impl Session {
 
     /// The sequence in a state, `None` for an empty one, and the state's length.
     fn read_seq(&mut self, from: &[u8]) -> Result<(Option<Sequence>, usize), StateError> {
+        let mut state = self.open_state(from)?;
+        if state.kind == Kind::Partial {
+            return Err(mismatch("it is a checkpoint, which restores the sequence that it was made of only"));
+        }
+        if state.n_past == 0 {
+            return if state.rest.rest.is_empty() { Ok((None, state.length)) } else { Err(TOO_LONG) };
+        }
+        let layers = state.layers(self)?;
+        let mut sequence = self.new_sequence();
+        state.settle(&mut sequence);
+        for (index, rows) in layers.iter().enumerate() {
+            sequence.layers[index] = self.layer_of(rows, index, state.n_past)?;
+        }
+        Ok((Some(sequence), state.length))
+    }
+
+    /// Checks a state's header and checksum.
+    pub(super) fn open_state<'a>(&self, from: &'a [u8]) -> Result<State<'a>, StateError> {
         let length = Session::state_length(from)?;
         let (checked, checksum) = from[..length].split_at(length - CHECKSUM_BYTES);
         let mut hash = Xxh3Default::new();
@@ -299,6 +409,8 @@ impl Session {
             return Err(StateError::Damaged("its checksum is wrong"));
         }
         let mut reader = Reader { rest: &checked[HEADER_BYTES..] };
+        let kind = if reader.flag()? { Kind::Partial } else { Kind::Whole };
+        let fingerprint: [u8; FINGERPRINT_BYTES] = reader.array()?;
 
         let hparams = self.model.hparams();
         let n = reader.u32()? as usize;
@@ -317,32 +429,33 @@ impl Session {
                 return Err(mismatch(format!("its model has {found} for the {name}, this one {size}")));
             }
         }
+        if fingerprint != *self.model.fingerprint() {
+            return Err(mismatch("it is of a model of the same shape, but with other weights (or another RoPE)"));
+        }
         let n_past = reader.size()?;
         if n_past > self.params.n_ctx {
             return Err(mismatch(format!("it holds {n_past} tokens, the context {}", self.params.n_ctx)));
         }
         let exact_from = reader.size()?.min(n_past);
         let score_next = reader.flag()?;
-        if n_past == 0 {
-            return if reader.rest.is_empty() { Ok((None, length)) } else { Err(TOO_LONG) };
+        let scored = (reader.size()?.min(self.params.n_ctx), reader.size()?.min(n_past));
+        let bytes = reader.bytes(n_past * size_of::<Token>())?;
+        let tokens: Vec<Token> =
+            bytes.chunks_exact(4).map(|bytes| bytes.try_into().map_or(-1, Token::from_le_bytes)).collect();
+        if tokens.iter().any(|&token| usize::try_from(token).map_or(true, |id| id >= hparams.n_vocab)) {
+            return Err(StateError::Damaged("a token is none of the vocabulary"));
         }
-        let mut sequence = Sequence { n_past, score_next, exact_from, ..self.new_sequence() };
-        for (index, layer) in sequence.layers.iter_mut().enumerate() {
-            *layer = self.read_layer_state(&mut reader, index, n_past)?;
-        }
-        if !reader.rest.is_empty() {
-            return Err(TOO_LONG);
-        }
-        Ok((Some(sequence), length))
+        Ok(State { kind, n_past, exact_from, score_next, scored, tokens, rest: reader, length })
     }
 
-    fn read_layer_state(&self, reader: &mut Reader<'_>, index: usize, n_past: usize) -> Result<LayerCache, StateError> {
-        let LayerHeader { lazy, score, span, format, rows, exact } = LayerHeader::read(reader)?;
-        let by_design = self.model.hparams().windows[index].map(|n_window| Span { n_sink: 0, n_window });
+    fn read_layer<'a>(&self, state: &mut State<'a>, index: usize) -> Result<LayerRows<'a>, StateError> {
+        let (kind, n_past, reader) = (state.kind, state.n_past, &mut state.rest);
+        let header = LayerHeader::read(reader)?;
+        let LayerHeader { lazy, span, format, held_from, rows, exact, .. } = header;
+        let by_design = self.model.hparams().windows[index];
         match (lazy, span) {
-            (true, Some(Span { n_sink, n_window }))
-                if by_design.is_none() && n_window > 0 && n_sink.max(n_window) <= i32::MAX as usize => {}
-            (false, span) if span == by_design => {}
+            (true, Some(_)) if by_design.is_none() => {}
+            (false, span) if span.map(|span| (span.n_sink, span.n_window)) == by_design.map(|window| (0, window)) => {}
             _ => return Err(mismatch("what a layer keeps is not what this model's layers can keep")),
         }
         let types_fit =
@@ -357,9 +470,17 @@ impl Session {
                 found.k, found.v, here.k, here.v
             )));
         }
-        let mut layer = LayerCache::new(span, lazy, format);
-        layer.score = score;
-        if rows != layer.used_rows(n_past) {
+        let is_held = match (kind, span) {
+            (_, None) => held_from == 0,
+            // What a ring of this size has of so many tokens, or less.
+            (Kind::Whole, Some(span)) => held_from >= span.held_from(n_past) && span.resumable(held_from) <= n_past,
+            (Kind::Partial, Some(span)) => {
+                let first = span.held_from(n_past).max(span.n_sink);
+                (first..=n_past.max(span.n_sink)).contains(&held_from)
+                    && (held_from == span.n_sink || span.resumable(held_from) <= n_past)
+            }
+        };
+        if !is_held || rows != header.ranges(n_past, kind).iter().map(Range::len).sum::<usize>() {
             return Err(StateError::Damaged("a layer has another number of rows than tokens"));
         }
         if exact != self.makers[index].exact_span_for(format) {
@@ -367,27 +488,22 @@ impl Session {
         }
         // Asked before memory is: a length that lies must not allocate.
         let exact_rows = exact.map_or(0, Span::n_rows);
-        let bytes = rows.checked_mul(self.row_bytes(format));
-        let bytes = bytes.and_then(|bytes| bytes.checked_add(exact_rows * self.row_bytes(format.exact())));
-        if bytes.is_none_or(|bytes| bytes > reader.rest.len()) {
-            return Err(StateError::Damaged("it ends too early"));
-        }
-        let store = self.makers[index].make(rows, span, format)?;
-        self.fill(&store, rows, reader)?;
-        layer.store = Some(store);
-        layer.exact = self.makers[index].make_exact(format)?;
-        if let Some(exact) = &layer.exact {
-            self.fill(&exact.store, exact_rows, reader)?;
-        }
-        Ok(layer)
+        let bytes = rows.checked_mul(self.row_bytes(format)).ok_or(StateError::Damaged("it ends too early"))?;
+        let rows = reader.bytes(bytes)?;
+        Ok(LayerRows { header, rows, exact: reader.bytes(exact_rows * self.row_bytes(format.exact()))? })
     }
 
-    /// Reads a store's first rows.
-    fn fill(&self, store: &Store, n_rows: usize, reader: &mut Reader<'_>) -> Result<(), StateError> {
-        for rows in [&store.k, &store.v] {
-            rows.write(0, reader.bytes(n_rows * rows.ty().row_bytes(self.width))?);
-        }
-        Ok(())
+    /// The layer of a whole state, in stores of its own.
+    fn layer_of(&self, saved: &LayerRows<'_>, index: usize, n_past: usize) -> Result<LayerCache, StateError> {
+        let LayerHeader { lazy, score, span, format, held_from, rows, .. } = saved.header;
+        let mut layer = LayerCache::new(span, lazy, format);
+        (layer.score, layer.held_from) = (score, held_from);
+        let store = self.makers[index].make(rows, span, format)?;
+        store.write_rows(&saved.header.ranges(n_past, Kind::Whole), saved.rows);
+        layer.store = Some(store);
+        layer.exact = self.makers[index].make_exact(format)?;
+        layer.put_exact_rows(saved.exact);
+        Ok(layer)
     }
 }
 

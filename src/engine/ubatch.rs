@@ -6,7 +6,7 @@ use super::{
     inputs::{Inputs, Part},
     second_look::SecondLook,
     sequence::LayerCache,
-    session::{BatchEntry, Outputs, Session, compute},
+    session::{BatchEntry, Session, compute},
 };
 use crate::{
     cache::Store,
@@ -37,9 +37,10 @@ struct Key {
 }
 
 impl Session {
-    /// Runs tokens that fit one ubatch, of one or more sequences, and takes their scores.
-    pub(super) fn run_ubatch(&mut self, batch: &[BatchEntry<'_>]) -> Result<(), Error> {
-        let done = self.try_ubatch(batch);
+    /// Runs tokens that fit one ubatch, of one or more sequences, and takes their scores. `ends`: they are not followed
+    /// by others of the same call.
+    pub(super) fn run_ubatch(&mut self, batch: &[BatchEntry<'_>], ends: bool) -> Result<(), Error> {
+        let done = self.try_ubatch(batch, ends);
         if done.is_err() {
             for entry in batch {
                 self.recover(entry.seq, entry.tokens.len());
@@ -48,20 +49,17 @@ impl Session {
         done
     }
 
-    fn try_ubatch(&mut self, batch: &[BatchEntry<'_>]) -> Result<(), Error> {
+    fn try_ubatch(&mut self, batch: &[BatchEntry<'_>], ends: bool) -> Result<(), Error> {
         let mut parts = Vec::new();
         let mut tokens: Vec<Token> = Vec::new();
         let mut outputs: Vec<i32> = Vec::new();
         for entry in batch {
+            self.before_writing(entry.seq, self.seq_n_past(entry.seq) + entry.tokens.len());
             self.reserve(entry)?;
-            let part = self.part(entry, tokens.len());
+            let part = self.part(entry, tokens.len(), ends);
             tokens.extend_from_slice(entry.tokens);
-            let wanted = match entry.outputs {
-                Outputs::None => part.n,
-                Outputs::Last => part.n - 1,
-                Outputs::All => 0,
-            };
-            outputs.extend((part.first + wanted..part.first + part.n).map(|row| row as i32));
+            let first_wanted = part.n - entry.outputs.n_rows(part.n);
+            outputs.extend((part.first + first_wanted..part.first + part.n).map(|row| row as i32));
             parts.push(part);
         }
 
@@ -69,6 +67,7 @@ impl Session {
         ready.inputs.fill(&parts, &tokens, &outputs);
         ready.looks.iter_mut().for_each(SecondLook::fill);
         compute(&mut self.scheduler, &ready.graph, &ready.scores, &mut self.score_time)?;
+        let mut rows_before = self.logits.len() / self.model.hparams().n_vocab;
         if let Some(logits) = &ready.logits {
             let start = self.logits.len();
             self.logits.resize(start + outputs.len() * self.model.hparams().n_vocab, 0.0);
@@ -85,7 +84,11 @@ impl Session {
         self.decode_graph = parts.iter().all(|part| part.n == 1 && part.n_score == 0).then_some(ready);
 
         for (entry, (part, scores)) in batch.iter().zip(parts.iter().zip(scores)) {
-            self.advance(entry, part, &scores)?;
+            self.advance(entry, part, scores)?;
+            rows_before += entry.outputs.n_rows(part.n);
+            if entry.prompt_end {
+                self.set_mark(entry, rows_before);
+            }
         }
         Ok(())
     }
@@ -100,11 +103,11 @@ impl Session {
         Ok(())
     }
 
-    fn part(&self, entry: &BatchEntry<'_>, first: usize) -> Part {
+    fn part(&self, entry: &BatchEntry<'_>, first: usize, ends: bool) -> Part {
         let sequence = &self.sequences[&entry.seq];
         let (n, n_past) = (entry.tokens.len(), sequence.n_past);
         let n_score = match self.params.lazy.at {
-            At::Prefill if entry.prompt_end => self.n_score(n, n_past + n, At::Prefill),
+            At::Prefill if ends && self.scores_end(entry) => self.n_score(n, n_past + n, At::Prefill),
             At::Decode if sequence.score_next => self.n_score(n, n_past + n, At::Decode),
             _ => 0,
         };
@@ -159,23 +162,24 @@ impl Session {
     }
 
     /// Counts the tokens in, and lets layers become lazy where a prompt has ended.
-    fn advance(&mut self, entry: &BatchEntry<'_>, part: &Part, scores: &[(usize, f32)]) -> Result<(), Error> {
+    fn advance(&mut self, entry: &BatchEntry<'_>, part: &Part, mut scores: Vec<(usize, f32)>) -> Result<(), Error> {
         let at = self.params.lazy.at;
         if let Some(sequence) = self.sequences.get_mut(&entry.seq) {
-            sequence.n_past += part.n;
+            sequence.append(entry.tokens);
             match at {
                 At::Decode if entry.prompt_end => sequence.score_next = true,
                 At::Decode if part.n_score > 0 => sequence.score_next = false,
                 _ => {}
             }
         }
-        if !scores.is_empty() {
-            self.decide(entry.seq, scores)?;
-        }
+        self.note_scores(entry.seq, part.n_score, &mut scores);
         let decided_now = match at {
             At::Prefill => entry.prompt_end,
             At::Decode => part.n_score > 0,
         };
+        if decided_now && !scores.is_empty() {
+            self.decide(entry.seq, &scores)?;
+        }
         if decided_now || entry.prompt_end {
             self.shrink_known(entry.seq)?;
         }

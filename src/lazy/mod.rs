@@ -25,6 +25,9 @@ pub struct LazyParams {
     pub n_sink: usize,
     /// Recent tokens that a lazy layer keeps, the query's own included.
     pub n_window: usize,
+    /// Tokens that a layer with a window keeps beyond it, without looking at them, so that as many of the newest can be
+    /// taken back and given anew.
+    pub n_slack: usize,
     /// Other windows for single layers.
     pub windows: LayerWindows,
     /// Last prompt tokens whose attention is scored.
@@ -43,6 +46,7 @@ impl Default for LazyParams {
             policy: Policy::Auto,
             n_sink: 4,
             n_window: 1024,
+            n_slack: 256,
             windows: LayerWindows::default(),
             n_last: 32,
             at: At::Prefill,

@@ -1,7 +1,32 @@
 use sha2::{Digest, Sha256};
 
-use super::{Error, Model};
+use super::{Error, Hparams, Model};
 use crate::{ggml::Type, gguf::Gguf, lazy::Identity};
+
+/// Bytes of a [`fingerprint`].
+pub(crate) const FINGERPRINT_BYTES: usize = 32;
+
+/// Tensors whose data a fingerprint looks at, and bytes of each: enough to tell weights apart without reading a file that
+/// is mapped.
+const SAMPLES: usize = 64;
+const SAMPLE_BYTES: usize = 64;
+
+/// What tells a file's weights from any others, also from other quantisations of the same model, and RoPE settings that
+/// keys depend on: for states.
+pub(super) fn fingerprint(file: &Gguf, hparams: &Hparams) -> [u8; FINGERPRINT_BYTES] {
+    let mut hash = Sha256::new();
+    hash.update(format!("{:?}", hparams.rope));
+    let tensors = file.tensors();
+    let step = tensors.len().div_ceil(SAMPLES).max(1);
+    for (index, tensor) in tensors.iter().enumerate() {
+        hash.update(format!("{} {} {:?}", tensor.name, tensor.ty, tensor.shape));
+        if index % step == 0 {
+            let data = file.data(tensor);
+            hash.update(&data[..data.len().min(SAMPLE_BYTES)]);
+        }
+    }
+    hash.finalize().into()
+}
 
 impl Model {
     /// What tells this model from others, whatever its quantisation: for profiles.

@@ -34,6 +34,7 @@ use std::{
 
 pub use hparams::Hparams;
 use hparams::Keys;
+pub(crate) use identity::FINGERPRINT_BYTES;
 use parts::{Builder, Decoder};
 pub(crate) use placement::Placement;
 
@@ -205,6 +206,7 @@ struct Inner {
     chat_template: Option<String>,
     weight_bytes: usize,
     placement: Placement,
+    fingerprint: [u8; FINGERPRINT_BYTES],
 }
 
 impl Model {
@@ -235,7 +237,9 @@ impl Model {
         let text = |key: &str| file.str(key).map(|text| text.map(str::to_owned));
         let (name, chat_template) = (text("general.name")?, text("tokenizer.chat_template")?);
         let path = path.to_owned();
-        let inner = Inner { path, hparams, architecture, vocab, name, chat_template, weight_bytes, placement };
+        let fingerprint = identity::fingerprint(&file, &hparams);
+        let inner =
+            Inner { path, hparams, architecture, vocab, name, chat_template, weight_bytes, placement, fingerprint };
         Ok(Model { inner: Arc::new(inner) })
     }
 
@@ -288,6 +292,11 @@ impl Model {
     /// The devices in use besides the processor.
     pub fn devices(&self) -> Vec<Device> {
         self.inner.placement.devices()
+    }
+
+    /// What tells these weights from any others.
+    pub(crate) fn fingerprint(&self) -> &[u8; FINGERPRINT_BYTES] {
+        &self.inner.fingerprint
     }
 
     pub(crate) fn architecture(&self) -> &dyn Architecture {

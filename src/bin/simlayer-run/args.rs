@@ -374,6 +374,9 @@ pub struct LazyFlags {
     /// Recent tokens that a lazy layer keeps
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = positive)]
     pub lazy_window: usize,
+    /// Tokens that layers with a window keep beyond it: as many of the newest can be taken back without reading again
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub lazy_slack: usize,
     /// Other windows for single layers, as 3=256,9-12=2048 [default: those of the profile, with its --lazy-window]
     #[arg(long, value_name = "LAYERS=N,...")]
     pub lazy_windows: Option<LayerWindows>,

@@ -24,7 +24,8 @@ Ctrl-C stops an answer.";
 
 pub fn run(args: ChatArgs) -> Result<(), Failure> {
     let limit = generate::limit(args.n_predict)?;
-    let run = Run::settle(args.common)?;
+    let mut run = Run::settle(args.common)?;
+    run.session.keep_prompt_end = true;
     let builtin = args.chat_template.as_deref().map(ChatTemplate::builtin).transpose().map_err(|error| {
         Failure::usage(format!("--chat-template: {error} (there are {})", ChatTemplate::builtin_names().join(", ")))
     })?;

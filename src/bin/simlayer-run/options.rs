@@ -50,11 +50,14 @@ impl Run {
             session.kv_rotate = KvRotate::Never;
         }
         session.kv_exact = args.lazy.kv_exact;
+        // Only a conversation takes answers back.
+        session.keep_prompt_end = false;
         session.fused_attention = !args.lazy.ggml_kernels;
         session.lazy.policy = args.lazy.lazy;
         session.lazy.profile = args.lazy.lazy_profile;
         session.lazy.n_sink = args.lazy.lazy_sink;
         session.lazy.n_window = args.lazy.lazy_window;
+        session.lazy.n_slack = args.lazy.lazy_slack;
         session.lazy.windows = args.lazy.lazy_windows.unwrap_or_default();
         session.lazy.n_last = args.lazy.lazy_queries;
         session.lazy.at = match args.lazy.lazy_at {
