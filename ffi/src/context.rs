@@ -32,6 +32,8 @@ pub(crate) struct Context {
     pub model: Arc<Model>,
     pub limits: Limits,
     pub pooling: sys::llama_pooling_type,
+    /// Whether the frontend takes it that windows are never dropped, so that `llama_model_n_swa` is nothing to it.
+    pub swa_full: bool,
     /// The model's handle, to be given back.
     handle: usize,
     type_bytes: usize,
@@ -180,6 +182,8 @@ impl Context {
         session_params.n_threads = threads(params.n_threads);
         session_params.n_threads_batch = threads(params.n_threads_batch);
         (session_params.type_k, session_params.type_v) = (type_k, type_v);
+        // llama-server reads a prompt's last few tokens apart, to make a checkpoint before them.
+        session_params.split_prompts = true;
         session_params.flash_attn = params.flash_attn_type != sys::LLAMA_FLASH_ATTN_TYPE_DISABLED;
         let session = match &model.engine {
             Some(engine) => Some(start(&model, engine, params, session_params)?),
@@ -212,6 +216,7 @@ impl Context {
             model: Arc::clone(&model),
             limits,
             pooling,
+            swa_full: params.swa_full,
             handle: handle.addr(),
             type_bytes,
             state: Mutex::new(state),
@@ -264,6 +269,7 @@ fn start(
             // The answers are simlayer-run's, whatever llama.cpp's kernels a frontend asks for (llama-cpp-python's
             // default is the one without flash attention).
             session.flash_attn = true;
+            model.note_lazy();
         }
         session.lazy = settings.lazy;
         (session.lazy_type_k, session.lazy_type_v) = (settings.type_k, settings.type_v);

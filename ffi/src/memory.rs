@@ -161,11 +161,17 @@ api! {
         if d == 1 || range(p0, p1, n_past).is_empty() { Ok(()) } else { cannot_shift() }
     }
 
+    // llama-server goes on from a position that is above this one by more than `llama_model_n_swa`, and never asks
+    // whether `seq_rm` could do that.
     fn llama_memory_seq_pos_min(mem: sys::llama_memory_t, seq_id: sys::llama_seq_id) -> sys::llama_pos, or -1, {
         let context = context(mem)?;
         let seq = sequence(seq_id, &context.limits)?;
         let state = context.lock();
-        Ok(state.session.as_ref().and_then(|session| session.seq_held(seq)).map_or(-1, |held| *held.start() as i32))
+        let Some(session) = state.session.as_ref().filter(|session| session.seq_n_past(seq) > 0) else {
+            return Ok(-1);
+        };
+        let reported = if context.swa_full { 0 } else { context.model.n_swa() };
+        Ok(session.seq_resumable(seq).saturating_sub(reported) as i32)
     }
 
     fn llama_memory_seq_pos_max(mem: sys::llama_memory_t, seq_id: sys::llama_seq_id) -> sys::llama_pos, or -1, {

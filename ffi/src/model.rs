@@ -6,7 +6,10 @@ use std::{
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     ptr,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use ggml_sys as sys;
@@ -21,6 +24,7 @@ use crate::{
     devices,
     handles::Registry,
     log,
+    settings::LazySettings,
 };
 
 pub(crate) static MODELS: Registry<Model> = Registry::new("model");
@@ -47,9 +51,27 @@ pub(crate) struct Model {
     n_params: u64,
     pub start_us: i64,
     pub load_us: i64,
+    /// Whether a context has had a policy that makes layers lazy.
+    lazy: AtomicBool,
 }
 
 impl Model {
+    /// Says that layers may become lazy in one of the model's contexts.
+    pub fn note_lazy(&self) {
+        self.lazy.store(true, Ordering::Relaxed);
+    }
+
+    /// By how much a position must be above `llama_memory_seq_pos_min` to be gone on from: the window that layers have by
+    /// design, as upstream says it. Where layers may become lazy otherwise it is 1 and not their window, since
+    /// `seq_pos_min` is exact here, and llama-server takes no conversation up at a position within the window, however
+    /// much is held.
+    pub fn n_swa(&self) -> usize {
+        let windows = self.hparams.iter().flat_map(|hparams| hparams.windows.iter().flatten().copied());
+        let by_design = windows.max().unwrap_or(0);
+        let may_be_lazy = || self.lazy.load(Ordering::Relaxed) || LazySettings::from_environment().may_be_lazy();
+        by_design.max(usize::from(by_design == 0 && may_be_lazy()))
+    }
+
     fn load(path: &Path, params: &sys::llama_model_params) -> Result<Model> {
         keep_logs();
         // SAFETY: reads a clock.
@@ -106,6 +128,7 @@ impl Model {
             architecture,
             meta,
             ftype,
+            lazy: AtomicBool::new(false),
             n_bytes,
             n_params,
             start_us,
@@ -399,7 +422,7 @@ api! {
     }
 
     fn llama_model_n_swa(model: *const sys::llama_model) -> i32, or 0, {
-        Ok(MODELS.get(model)?.count(|hparams| hparams.windows.iter().flatten().copied().max().unwrap_or(0)))
+        Ok(MODELS.get(model)?.n_swa() as i32)
     }
 
     fn llama_model_rope_freq_scale_train(model: *const sys::llama_model) -> f32, or 0.0, {

@@ -23,6 +23,10 @@ impl LazySettings {
         LazySettings { lazy, type_k: None, type_v: None }
     }
 
+    pub fn may_be_lazy(&self) -> bool {
+        self.lazy.policy != Policy::Off
+    }
+
     /// What the environment asks for. Values that make no sense are reported once and ignored.
     pub fn from_environment() -> LazySettings {
         let mut settings = LazySettings::off();
@@ -34,6 +38,7 @@ impl LazySettings {
         });
         read("SIMLAYER_SINK", |text| number(text, 0).map(|n| lazy.n_sink = n));
         read("SIMLAYER_WINDOW", |text| number(text, 1).map(|n| lazy.n_window = n));
+        read("SIMLAYER_SLACK", |text| number(text, 0).map(|n| lazy.n_slack = n));
         read("SIMLAYER_WINDOWS", |text| text.parse().map_err(to_text).map(|windows| lazy.windows = windows));
         read("SIMLAYER_QUERIES", |text| number(text, 1).map(|n| lazy.n_last = n));
         read("SIMLAYER_AT", |text| parse_at(text).map(|at| lazy.at = at));

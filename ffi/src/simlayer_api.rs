@@ -209,7 +209,11 @@ unsafe extern "C" fn simlayer_set_params(ctx: *mut sys::llama_context, params: *
             std::ptr::copy_nonoverlapping(params.cast::<u8>(), (&raw mut all).cast::<u8>(), size);
         }
         let settings = from_c(&all, &lazy)?;
+        let may_be_lazy = settings.may_be_lazy();
         session.set_lazy(settings.lazy, settings.type_k, settings.type_v)?;
+        if may_be_lazy {
+            context.model.note_lazy();
+        }
         Ok(0)
     })
 }

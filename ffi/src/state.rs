@@ -18,6 +18,7 @@ use crate::{
     batch::sequence,
     border::{Result, c_str, slice, slice_mut},
     context::{CONTEXTS, Context, State, session},
+    log,
 };
 
 const CONTEXT_MAGIC: [u8; 8] = *b"SIMLCTX1";
@@ -262,27 +263,51 @@ unsafe fn save(
     Ok(true)
 }
 
-fn seq_size(ctx: *mut sys::llama_context, seq_id: sys::llama_seq_id) -> Result<usize> {
+/// Whether a state is a checkpoint: only what cutting the sequence cannot bring back. The other flag keeps a state on its
+/// device, which the caller cannot tell from memory of its own.
+fn is_partial(flags: sys::llama_state_seq_flags) -> bool {
+    flags & sys::LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY != 0
+}
+
+fn seq_bytes(session: &Session, seq: u32, flags: sys::llama_state_seq_flags) -> usize {
+    if is_partial(flags) { session.seq_checkpoint_bytes(seq) } else { session.seq_state_bytes(seq) }
+}
+
+fn seq_size(
+    ctx: *mut sys::llama_context,
+    seq_id: sys::llama_seq_id,
+    flags: sys::llama_state_seq_flags,
+) -> Result<usize> {
     let context = CONTEXTS.get(ctx)?;
     let seq = sequence(seq_id, &context.limits)?;
     let mut state = context.lock();
-    Ok(session(&mut state)?.seq_state_bytes(seq))
+    Ok(seq_bytes(session(&mut state)?, seq, flags))
 }
 
 /// # Safety
 /// `dst` has room for `size` bytes.
-unsafe fn seq_get(ctx: *mut sys::llama_context, dst: *mut u8, size: usize, seq_id: sys::llama_seq_id) -> Result<usize> {
+unsafe fn seq_get(
+    ctx: *mut sys::llama_context,
+    dst: *mut u8,
+    size: usize,
+    seq_id: sys::llama_seq_id,
+    flags: sys::llama_state_seq_flags,
+) -> Result<usize> {
     let context = CONTEXTS.get(ctx)?;
     let seq = sequence(seq_id, &context.limits)?;
     let mut state = context.lock();
     let session = session(&mut state)?;
-    let needed = session.seq_state_bytes(seq);
+    let needed = seq_bytes(session, seq, flags);
     if needed > size {
         fail!("the state takes {needed} bytes, there is room for {size}");
     }
     // SAFETY: the caller's promise.
     let mut to = unsafe { slice_mut(dst, needed, "dst") }?;
-    session.save_seq(seq, &mut to)?;
+    if is_partial(flags) {
+        session.save_checkpoint(seq, &mut to)?
+    } else {
+        session.save_seq(seq, &mut to)?
+    }
     Ok(needed)
 }
 
@@ -292,6 +317,17 @@ fn seq_restore(state: &mut State, seq: u32, from: &[u8]) -> Result<usize> {
     Ok(length)
 }
 
+fn seq_restore_checkpoint(state: &mut State, seq: u32, from: &[u8]) -> Result<usize> {
+    let restored = session(state)?.restore_checkpoint(seq, from)?;
+    if restored.n_read > 0 {
+        // Nothing is known of these tokens' scores.
+        state.forget(seq);
+        let why = "layers have become lazy since the checkpoint was made";
+        log::info("simlayer", &format!("{} tokens were read again: {why}", restored.n_read));
+    }
+    Ok(restored.n_bytes)
+}
+
 /// # Safety
 /// `src` points to `size` bytes.
 unsafe fn seq_set(
@@ -299,13 +335,14 @@ unsafe fn seq_set(
     src: *const u8,
     size: usize,
     seq_id: sys::llama_seq_id,
+    flags: sys::llama_state_seq_flags,
 ) -> Result<usize> {
     let context = CONTEXTS.get(ctx)?;
     let seq = sequence(seq_id, &context.limits)?;
     let mut state = context.lock();
     // SAFETY: the caller's promise.
     let from = unsafe { slice(src, size, "src") }?;
-    seq_restore(&mut state, seq, from)
+    if is_partial(flags) { seq_restore_checkpoint(&mut state, seq, from) } else { seq_restore(&mut state, seq, from) }
 }
 
 api! {
@@ -379,29 +416,27 @@ api! {
     }
 
     fn llama_state_seq_get_size(ctx: *mut sys::llama_context, seq_id: sys::llama_seq_id) -> usize, or 0, {
-        seq_size(ctx, seq_id)
+        seq_size(ctx, seq_id, sys::LLAMA_STATE_SEQ_FLAGS_NONE)
     }
 
     fn llama_state_seq_get_data(ctx: *mut sys::llama_context, dst: *mut u8, size: usize, seq_id: sys::llama_seq_id)
     -> usize, or 0, {
         // SAFETY: a buffer of the caller's.
-        unsafe { seq_get(ctx, dst, size, seq_id) }
+        unsafe { seq_get(ctx, dst, size, seq_id, sys::LLAMA_STATE_SEQ_FLAGS_NONE) }
     }
 
     fn llama_state_seq_set_data(ctx: *mut sys::llama_context, src: *const u8, size: usize, seq_id: sys::llama_seq_id)
     -> usize, or 0, {
         // SAFETY: a buffer of the caller's.
-        unsafe { seq_set(ctx, src, size, seq_id) }
+        unsafe { seq_set(ctx, src, size, seq_id, sys::LLAMA_STATE_SEQ_FLAGS_NONE) }
     }
 
-    // The flags choose parts that only other kinds of memory have, or a place that the state need not leave: a whole
-    // state serves in both cases.
     fn llama_state_seq_get_size_ext(
         ctx: *mut sys::llama_context,
         seq_id: sys::llama_seq_id,
-        _flags: sys::llama_state_seq_flags,
+        flags: sys::llama_state_seq_flags,
     ) -> usize, or 0, {
-        seq_size(ctx, seq_id)
+        seq_size(ctx, seq_id, flags)
     }
 
     fn llama_state_seq_get_data_ext(
@@ -409,10 +444,10 @@ api! {
         dst: *mut u8,
         size: usize,
         seq_id: sys::llama_seq_id,
-        _flags: sys::llama_state_seq_flags,
+        flags: sys::llama_state_seq_flags,
     ) -> usize, or 0, {
         // SAFETY: a buffer of the caller's.
-        unsafe { seq_get(ctx, dst, size, seq_id) }
+        unsafe { seq_get(ctx, dst, size, seq_id, flags) }
     }
 
     fn llama_state_seq_set_data_ext(
@@ -420,10 +455,10 @@ api! {
         src: *const u8,
         size: usize,
         seq_id: sys::llama_seq_id,
-        _flags: sys::llama_state_seq_flags,
+        flags: sys::llama_state_seq_flags,
     ) -> usize, or 0, {
         // SAFETY: a buffer of the caller's.
-        unsafe { seq_set(ctx, src, size, seq_id) }
+        unsafe { seq_set(ctx, src, size, seq_id, flags) }
     }
 
     fn llama_state_seq_save_file(

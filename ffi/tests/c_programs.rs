@@ -117,6 +117,15 @@ fn sequences() {
     programs.check("sequences", &[&programs.model()]);
 }
 
+/// What llama-server does with conversations, with lazy layers; `cargo xtask frontends` has the server itself.
+#[test]
+fn turns() {
+    let Some(programs) = Programs::new() else { return };
+    let model = programs.path().join("random.gguf");
+    RandomModel { n_layer: 4, ..RandomModel::default() }.write(&model);
+    programs.check("turns", &[&model.display().to_string(), "120"]);
+}
+
 #[test]
 fn hostile_callers() {
     let Some(programs) = Programs::new() else { return };

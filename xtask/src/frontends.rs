@@ -20,12 +20,22 @@ enum Part {
     Tools,
     Perplexity,
     Server,
+    /// Conversations with llama-server whose layers become lazy.
+    ServerTurns,
+    /// A conversation of such a server that is saved, and restored by another process.
+    ServerSlots,
+    /// Many requests of mixed turns to such a server.
+    ServerMany,
+    /// llama-completion with lazy layers.
+    CompletionLazy,
     /// llama-cpp-python.
     Python,
     /// Its own tests.
     PythonTests,
     /// With lazy layers.
     PythonLazy,
+    /// The same, over several prompts with a common beginning.
+    PythonTurns,
 }
 
 #[derive(Debug, clap::Args)]
@@ -35,6 +45,9 @@ pub struct Args {
     /// Chat requests to llama-server.
     #[arg(long, default_value_t = 200)]
     requests: usize,
+    /// Requests of `server-many`.
+    #[arg(long, default_value_t = 2000)]
+    turns: usize,
 }
 
 pub fn run(args: &Args) -> Result<()> {
@@ -51,6 +64,11 @@ pub fn run(args: &Args) -> Result<()> {
             Part::Tools => frontends.tools(),
             Part::Perplexity => frontends.perplexity(),
             Part::Server => frontends.server(args.requests),
+            Part::ServerTurns => frontends.server_turns(),
+            Part::ServerSlots => frontends.server_slots(),
+            Part::ServerMany => frontends.server_many(args.turns),
+            Part::CompletionLazy => frontends.completion_lazy(),
+            Part::PythonTurns => frontends.python_turns(),
             Part::Python => frontends.python_features(),
             Part::PythonTests => frontends.python_tests(),
             Part::PythonLazy => frontends.python_lazy(),
@@ -154,6 +172,130 @@ impl Frontends<'_> {
         Ok(())
     }
 
+    /// What `turns.py` tells of llama-server with lazy layers by this rule.
+    fn turns(&self, rule: &str, slots: usize, what: &str) -> Result<Value> {
+        let tool = self.tool("llama-server", true)?;
+        let mut script = self.script("turns.py");
+        script.env("LD_LIBRARY_PATH", &self.lib).env("SIMLAYER_LAZY", rule);
+        script.env("SIMLAYER_PROFILE", root().join("profiles/SmolLM2-135M-Instruct.Q4_1.simlayer.toml"));
+        script.arg(long_text()?).arg(slots.to_string()).arg(what).arg(tool.get_program()).args(tool.get_args());
+        serde_json::from_str(&sh::output(&mut script)?).context("turns.py wrote no JSON")
+    }
+
+    /// No request fails, an answer taken back comes again, and a further turn reads little more than what was said.
+    fn server_turns(&self) -> Result<()> {
+        for (rule, slots) in RULES.into_iter().flat_map(|rule| [(rule, 1), (rule, 4)]) {
+            let result = self.turns(rule, slots, "conversation")?;
+            let talks = result["talks"].as_array().context("talks")?;
+            ensure!(talks.len() == slots, "{} of {slots} conversations", talks.len());
+            for talk in talks {
+                check_talk(talk).with_context(|| format!("{rule}, {slots} slots"))?;
+            }
+            let reads = |talk: &Value| -> Vec<String> {
+                entries(talk)
+                    .map(|entry| format!("{} {}", entry["what"].as_str().unwrap_or_default(), entry["read"]))
+                    .collect()
+            };
+            println!("{rule}, {slots} slots: {}", reads(&talks[0]).join(", "));
+            if slots > 1 {
+                continue;
+            }
+            let edit =
+                |talk: &Value| entries(talk).find(|entry| entry["what"] == "edit").map(|entry| entry["text"].clone());
+            let (ours, fresh) = (edit(&talks[0]), edit(&result["fresh"]));
+            println!("{rule}: an edit two turns back answers {}", ours.clone().unwrap_or_default());
+            ensure!(ours.is_some() && ours == fresh, "a fresh server answers {}", fresh.unwrap_or_default());
+            let long = entries(&result["long"]).last().context("a long answer")?;
+            ensure!(long["same"] == true, "a long first answer does not come again");
+            ensure!(long["read"].as_u64().is_some_and(|n| n <= MOST_READ), "for it {} tokens are read", long["read"]);
+        }
+        Ok(())
+    }
+
+    fn server_slots(&self) -> Result<()> {
+        for rule in RULES {
+            let result = self.turns(rule, 1, "slots")?;
+            let (before, after) = (&result["before"], &result["after"]);
+            println!(
+                "{rule}: {} tokens restored, then read {} and {}",
+                result["n_restored"], after[0]["read"], after[2]["read"]
+            );
+            ensure!(
+                entries(after).all(|entry| entry["read"].as_u64().is_some_and(|n| n <= MOST_READ)),
+                "too much is read"
+            );
+            ensure!(before[0]["text"] == after[0]["text"], "the next turn is answered otherwise: {after}");
+            ensure!(after[0]["text"] == after[1]["text"], "regenerated it is another: {after}");
+            ensure!(before[1]["text"] == after[2]["text"], "the second turn is answered otherwise: {after}");
+        }
+        Ok(())
+    }
+
+    /// No error, and memory that does not grow.
+    fn server_many(&self, requests: usize) -> Result<()> {
+        let result = self.turns("budget:0.5", 4, &requests.to_string())?;
+        ensure!(result["requests"].as_u64() == Some(requests as u64), "{}", result["errors"]);
+        ensure!(result["errors"].as_array().is_some_and(Vec::is_empty), "{}", result["errors"]);
+        let resident: Vec<u64> =
+            result["resident"].as_array().into_iter().flatten().filter_map(Value::as_u64).collect();
+        let quarter = resident.len() / 4;
+        let mean = |of: &[u64]| of.iter().sum::<u64>() as f64 / of.len().max(1) as f64;
+        let (first, last) = (mean(&resident[..quarter]), mean(&resident[resident.len() - quarter..]));
+        println!(
+            "llama-server, {requests} requests at 4 slots: no error; {first:.0} bytes on average, at last {last:.0}"
+        );
+        ensure!(last <= first * 1.05, "its memory grows");
+        Ok(())
+    }
+
+    /// A saved prompt is gone on with, also by another prompt that begins alike; a full context is an end, no crash.
+    fn completion_lazy(&self) -> Result<()> {
+        let story = std::fs::read_to_string(root().join("xtask/demo/story.txt"))?;
+        let words: Vec<&str> = story.split(' ').take(1500).collect();
+        let prompt = words.join(" ");
+        let file = prepare::tools_dir().join("frontends-lazy-cache.bin");
+        if file.exists() {
+            std::fs::remove_file(&file)?;
+        }
+        let run = |prompt: &str, arguments: &[&str]| -> Result<String> {
+            let mut command = self.tool("llama-completion", true)?;
+            command.env("SIMLAYER_LAZY", "budget:0.5").env("SIMLAYER_WINDOW", "512");
+            command.args(["-p", prompt, "-n", "24", "--temp", "0", "-no-cnv", "-b", "4096"]).args(arguments);
+            sh::output(command.stdin(std::process::Stdio::null()))
+        };
+        let path = file.display().to_string();
+        let cached = ["-c", "4096", "--prompt-cache", &path];
+        let (first, second) = (run(&prompt, &cached)?, run(&prompt, &cached)?);
+        ensure!(first == second, "with its prompt cache it says otherwise: {second}");
+        let shorter = words[..1490].join(" ");
+        let (from_cache, fresh) = (run(&shorter, &cached)?, run(&shorter, &["-c", "4096"])?);
+        ensure!(from_cache.len() > shorter.len() && fresh.len() > shorter.len(), "no answer: {from_cache}");
+        println!(
+            "llama-completion, lazy: a saved prompt goes on with the same text; one that begins alike: {}",
+            if from_cache == fresh { "also" } else { "with another text" }
+        );
+        let full = run(&words[..300].join(" "), &["-c", "512", "-n", "600", "--keep", "16"])?;
+        println!("llama-completion, lazy, context full: {} characters", full.len());
+        Ok(())
+    }
+
+    fn python_turns(&self) -> Result<()> {
+        let text = long_text()?;
+        for rule in ["budget:0.5", "threshold", "layers:2-25"] {
+            let result = self.python("python_turns.py", true, Some(rule), &[&text])?;
+            ensure!(result["first"] == result["again"], "{rule}: the same prompt is answered otherwise: {result}");
+            ensure!(result["first"] == result["saved"], "{rule}: another context answers otherwise: {result}");
+            ensure!(result["loaded"] == result["not_loaded"], "{rule}: a loaded state goes on otherwise: {result}");
+            ensure!(result["cached"][0] == result["cached"][2], "{rule}: the cache answers otherwise: {result}");
+            let same = result["other"] == result["other_fresh"];
+            println!(
+                "{rule}: the same prompt, a state and the cache give the same; a prompt that begins alike {}",
+                if same { "also" } else { "another text than a fresh context" }
+            );
+        }
+        Ok(())
+    }
+
     /// llama-cpp-python on our library, or on llama.cpp's own. The script writes one JSON object.
     fn python(&self, script: &str, ours: bool, lazy: Option<&str>, arguments: &[&Path]) -> Result<Value> {
         let theirs = upstream::tool("llama-simple")?;
@@ -247,6 +389,32 @@ impl Frontends<'_> {
         command.arg(root().join("xtask/frontends").join(name));
         command
     }
+}
+
+/// Rules for lazy layers that conversations are held under.
+const RULES: [&str; 3] = ["budget:0.5", "profile:0.8", "threshold"];
+
+/// Tokens that a turn may read beyond the first, and a regenerated answer.
+const MOST_READ: u64 = 64;
+
+fn entries(talk: &Value) -> impl DoubleEndedIterator<Item = &Value> {
+    talk.as_array().into_iter().flatten()
+}
+
+/// What is asked of each request behind the first of a conversation.
+fn check_talk(talk: &Value) -> Result<()> {
+    let mut answer: Option<&Value> = None;
+    for (i, entry) in entries(talk).enumerate() {
+        let what = entry["what"].as_str().context("a request without a name")?;
+        let read = entry["read"].as_u64().context("no number of tokens")?;
+        // A branch begins behind an earlier turn and reads what followed it anew, as does what is said after cancelling.
+        ensure!(i == 0 || what == "branch" || read <= MOST_READ, "{what}: {read} tokens are read: {talk}");
+        if what.starts_with("regenerate") {
+            ensure!(answer == Some(&entry["text"]), "{what}: the answer is another one: {talk}");
+        }
+        answer = Some(&entry["text"]);
+    }
+    Ok(())
 }
 
 /// The demo's story, twice: enough for four chunks.
