@@ -90,7 +90,7 @@ fn print(out: &mut impl Write, profile: &Profile) -> io::Result<()> {
     writeln!(out, "\nwhat can be had:")?;
     writeln!(out, "{:>5} {:>10} {:>12}", "lazy", "KL", "compression")?;
     for cut in &profile.cuts {
-        write!(out, "{:>5} {:>10.5} {:>10.2} ×", cut.lazy, cut.kl_mean, cut.compression)?;
+        write!(out, "{:>5} {:>10.5} {:>10} ×", cut.lazy, cut.kl_mean, report::times(cut.compression))?;
         if let Some(one) = cut.kl_mean_one_window {
             write!(out, "   {} (KL {one:.5} with one window)", windows(cut))?;
         }
@@ -99,8 +99,8 @@ fn print(out: &mut impl Write, profile: &Profile) -> io::Result<()> {
     writeln!(out)?;
     for most in [0.005, 0.01, 0.02, 0.05] {
         if let Some(cut) = profile.cuts.iter().rfind(|cut| cut.kl_mean <= most) {
-            let (lazy, compression) = (cut.lazy, cut.compression);
-            writeln!(out, "--lazy profile:kl={most}: {lazy} layers lazy, {compression:.2} × at this length")?;
+            let (lazy, times) = (cut.lazy, report::times(cut.compression));
+            writeln!(out, "--lazy profile:kl={most}: {lazy} layers lazy, {times} × at this length")?;
         }
     }
     for least in [1.5, 2.0] {
