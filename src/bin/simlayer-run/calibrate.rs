@@ -3,13 +3,14 @@
 use std::{
     collections::BTreeSet,
     io::{self, Write},
+    path::{Path, PathBuf},
 };
 
 use serde_json::json;
 use simlayer::{
-    Token,
+    Model, SessionParams, Token,
     lazy::{Cut, Profile},
-    quality::{self, BUILT_IN_TEXT, Excerpts},
+    quality::{self, BUILT_IN_TEXT, Excerpts, Journal},
 };
 
 use crate::{
@@ -42,21 +43,34 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
     let excerpts: Vec<Vec<Token>> = tokens.chunks_exact(size).take(chunks).map(<[Token]>::to_vec).collect();
     let excerpts = Excerpts { text: &text, excerpts, n_prompt };
     let start = std::time::Instant::now();
+    let mut journal = journal(&output, &model, &run.session, &excerpts);
     let progress = Progress::new("the prompt");
-    let profile = quality::calibrate(
+    let result = quality::calibrate_on(
         &model,
         &run.session,
         &excerpts,
         args.windows.as_deref().unwrap_or_default(),
+        &mut journal,
         &mut |session| interrupt::watch(session.abort_flag()),
         &mut |stage| {
             progress.say(stage.what);
-            progress.set(stage.share);
+            progress.set_with(stage.share, stage.left);
         },
-    )?;
+    );
     drop(progress);
+    let profile = result.inspect_err(|_| {
+        if journal.is_kept() && !journal.is_empty() {
+            let path = part(&output);
+            eprintln!(
+                "{} measurements are kept in {}; the same command goes on from there",
+                journal.len(),
+                path.display()
+            );
+        }
+    })?;
     let took = start.elapsed();
     profile.write(&output).map_err(Failure::run)?;
+    journal.remove()?;
 
     let mut out = io::stdout().lock();
     if args.output.json {
@@ -77,6 +91,35 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
     out.flush()?;
     eprintln!("{} written in {:.0} s", output.display(), took.as_secs_f64());
     Ok(())
+}
+
+/// Where measurements are kept until the profile is written.
+fn part(output: &Path) -> PathBuf {
+    let mut name = output.as_os_str().to_owned();
+    name.push(".part");
+    name.into()
+}
+
+fn journal(output: &Path, model: &Model, params: &SessionParams, excerpts: &Excerpts<'_>) -> Journal {
+    // What goes to a pipe or a device has no place beside it.
+    if output.exists() && !output.is_file() {
+        return Journal::none();
+    }
+    let path = part(output);
+    match Journal::open(&path, model, params, excerpts) {
+        Ok(journal) => {
+            if journal.replaced() {
+                eprintln!("{} was of another calibration and is begun anew", path.display());
+            } else if !journal.is_empty() {
+                eprintln!("going on from {} measurements in {}", journal.len(), path.display());
+            }
+            journal
+        }
+        Err(error) => {
+            eprintln!("what is measured cannot be kept: {error}");
+            Journal::none()
+        }
+    }
 }
 
 fn print(out: &mut impl Write, profile: &Profile) -> io::Result<()> {
