@@ -123,39 +123,44 @@ fn attempt(
         Piece::Unwalked(_) => found.contains(at),
         _ => !found.contains(at),
     });
-    let lost = lost.map(|(_, piece)| piece).filter(|piece| !left_out_here(piece, conversation, template)).collect();
-    Ok((text, lost))
+    Ok((text, missed(lost.map(|(_, piece)| piece).collect(), conversation, template)))
 }
 
-/// Whether the template knows such a thing and leaves it out for its place in this conversation: thinking of earlier
-/// turns, or tools where no question follows.
-fn left_out_here(
-    piece: &Piece,
+/// Of what did not come out that which the template does not know. The rest it leaves out for its place in this
+/// conversation: tools where no question follows, fields of earlier turns.
+fn missed(
+    mut lost: Vec<Piece>,
     conversation: &Conversation,
     template: &dyn Fn(&Conversation) -> Result<String, ChatError>,
-) -> bool {
-    let user = || object(json!({"role": "user", "content": "Hi"}));
-    let alone = match piece {
-        Piece::Tool(at) => Conversation {
-            messages: vec![user()],
-            tools: conversation.tools.get(*at).cloned().into_iter().collect(),
-            add_generation_prompt: true,
-        },
-        Piece::Field(at, _) => Conversation {
-            messages: std::iter::once(user()).chain(conversation.messages.get(*at).cloned()).collect(),
-            tools: conversation.tools.clone(),
-            add_generation_prompt: false,
-        },
-        _ => return false,
+) -> Vec<Piece> {
+    let user = object(json!({"role": "user", "content": "Hi"}));
+    let shown = |conversation: Conversation| -> Vec<Piece> {
+        let (marked, marks) = mark(&conversation);
+        let found = template(&marked).map(|rendered| marks.found(&rendered)).unwrap_or_default();
+        (0..).zip(marks.pieces).filter(|(at, _)| found.contains(at)).map(|(_, piece)| piece).collect()
     };
-    let (marked, marks) = mark(&alone);
-    let looked_for = match piece {
-        Piece::Field(_, field) => Piece::Field(1, field.clone()),
-        _ => Piece::Tool(0),
-    };
-    let Ok(rendered) = template(&marked) else { return false };
-    let found = marks.found(&rendered);
-    (0..).zip(&marks.pieces).any(|(at, piece)| *piece == looked_for && found.contains(&at))
+    if lost.iter().any(|piece| matches!(piece, Piece::Tool(_))) {
+        let shown =
+            shown(Conversation { messages: vec![user.clone()], add_generation_prompt: true, ..conversation.clone() });
+        lost.retain(|piece| !matches!(piece, Piece::Tool(_)) || !shown.contains(piece));
+    }
+    // One message tells whether the field is known.
+    let mut unknown: Vec<Piece> = Vec::new();
+    while let Some((at, field)) = lost.iter().find_map(|piece| match piece {
+        Piece::Field(at, field) => Some((*at, field.clone())),
+        _ => None,
+    }) {
+        let messages = std::iter::once(user.clone()).chain(conversation.messages.get(at).cloned()).collect();
+        let shown = shown(Conversation { messages, add_generation_prompt: false, ..conversation.clone() });
+        let is_known = shown.contains(&Piece::Field(1, field.clone()));
+        let same = lost.extract_if(.., |piece| matches!(piece, Piece::Field(_, other) if *other == field));
+        let same: Vec<Piece> = same.collect();
+        if !is_known {
+            unknown.extend(same);
+        }
+    }
+    lost.extend(unknown);
+    lost
 }
 
 /// Whether the unmarked text has this piece in it.

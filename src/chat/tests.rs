@@ -386,6 +386,16 @@ fn tools_and_calls_are_shown_or_named_in_the_error() {
     // Tools that are shown in front of a question are not missed elsewhere.
     let before_questions = "{% for m in messages %}{% if loop.last and m.role == 'user' %}{{ tools | tojson }}{% endif %}{{ m.content }}{% endfor %}";
     assert_eq!(with(before_questions, &[user[0].clone(), Message::new("assistant", "rain")]).unwrap(), "weather?rain");
+    // Nor is a field whose place is another one; thinking may be left out anywhere.
+    let plan = "{% for m in messages %}{% if loop.last and m.plan %}{{ m.plan }}{% endif %}{{ m.content }}{% endfor %}";
+    let planned = |text: &str| Message::new("assistant", text).with("plan", "look").with("thinking", "hm");
+    let without_tools =
+        |template: &str, messages: &[Message]| ChatTemplate::jinja(template, "", "").render(messages, false);
+    let turns = [user[0].clone(), planned("rain"), user[0].clone(), planned("snow")];
+    assert_eq!(without_tools(plan, &turns).unwrap(), "weather?rainweather?looksnow");
+    let lost =
+        ChatError::Lost("the field plan of message 2 (assistant), the field plan of message 4 (assistant)".to_owned());
+    assert_eq!(without_tools(CHATML, &turns), Err(lost));
     // Arguments as the template wants them.
     let arguments = "{{ tools }}{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}{{ '(' + c.function.name + ' ' + \
         c.function.arguments + ')' }}{% endfor %}{% endfor %}";

@@ -38,7 +38,7 @@ pub fn run() -> Result<()> {
         sh::run(env.cargo().args(args))
     })?;
     if let Some(dir) = &fuzz {
-        step("fuzz target compiles", || {
+        step("fuzz targets compile", || {
             // In the workspace's target folder, where ggml is built already.
             let mut check = env.cargo();
             check.current_dir(dir).env("CARGO_TARGET_DIR", env.target_dir()?);

@@ -25,7 +25,7 @@ impl Progress {
     pub fn new(what: impl Into<String>) -> Progress {
         let bar = ProgressBar::with_draw_target(Some(STEPS), ProgressDrawTarget::hidden());
         // A wide message is cut off where the terminal ends; a line that wraps could not be drawn over.
-        if let Ok(style) = ProgressStyle::with_template("{bar:20} {percent:>3} % {wide_msg}") {
+        if let Ok(style) = ProgressStyle::with_template("{bar:16} {percent:>3} % {wide_msg}") {
             bar.set_style(style);
         }
         let terminal = io::stderr().is_terminal();
