@@ -130,11 +130,11 @@ pub fn cmake(env: &mut Env) -> Result<()> {
 pub fn jinja2() -> Result<PathBuf> {
     let pins = requirements("jinja2");
     let pins = std::fs::read_to_string(&pins).with_context(|| pins.display().to_string())?;
-    let pinned = pins.lines().filter_map(|line| line.split_whitespace().next()?.split_once("=="));
+    let mut pinned = pins.lines().filter_map(|line| line.split_whitespace().next()?.split_once("=="));
     let installed = |(name, version)| {
         python_dir().join(format!("{name}-{version}.dist-info")).is_dir() && python_dir().join(name).is_dir()
     };
-    if !pinned.map(installed).all(|installed| installed) {
+    if !pinned.all(installed) {
         eprintln!("jinja2 is missing; the tests compare chat templates with it");
         pip_install("jinja2")?;
     }
