@@ -49,7 +49,7 @@ pub struct Message {
     /// What is said, thinking blocks included as the model wrote them: what becomes of those is the template's to say.
     pub content: String,
     /// What the model's template knows of a message besides: `tool_calls`, `tool_call_id`, `name`,
-    /// `reasoning_content`, `thinking`. Built-in templates know nothing of them. `content` takes the place of the text:
+    /// `reasoning_content`, `thinking`. Built-in templates know nothing of them and refuse them. `content` takes the place of the text:
     /// a list of typed parts, for instance, which templates that know only text get as one.
     pub fields: Map<String, Value>,
 }
