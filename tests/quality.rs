@@ -319,6 +319,7 @@ fn a_prompt_that_fits_the_window_cannot_be_calibrated_on() {
     let message =
         failure(&model, &["calibrate", "-f", &story(), "--skip", "60", "--score", "20", "--lazy-window", "64"]);
     assert!(message.contains("would drop nothing"), "{message}");
+    assert_eq!(std::fs::read_dir(folder.path()).expect("the folder").count(), 1, "only the model");
 }
 
 /// The numbers that a picture shows, as text.

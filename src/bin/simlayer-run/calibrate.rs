@@ -58,16 +58,18 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
         },
     );
     drop(progress);
-    let profile = result.inspect_err(|_| {
-        if journal.is_kept() && !journal.is_empty() {
-            let path = part(&output);
-            eprintln!(
-                "{} measurements are kept in {}; the same command goes on from there",
-                journal.len(),
-                path.display()
-            );
+    let profile = match result {
+        Ok(profile) => profile,
+        Err(error) => {
+            if journal.is_empty() {
+                journal.remove()?;
+            } else if journal.is_kept() {
+                let (n, path) = (journal.len(), part(&output));
+                eprintln!("{n} measurements are kept in {}; the same command goes on from there", path.display());
+            }
+            return Err(error.into());
         }
-    })?;
+    };
     let took = start.elapsed();
     profile.write(&output).map_err(Failure::run)?;
     journal.remove()?;
