@@ -37,6 +37,8 @@ struct Case {
     tools: Vec<Value>,
     words: Vec<&'static str>,
     add_generation_prompt: bool,
+    /// Further variables.
+    variables: Map<String, Value>,
 }
 
 fn cases() -> Vec<Case> {
@@ -66,7 +68,9 @@ fn cases() -> Vec<Case> {
         tools: Vec::new(),
         words: words.to_vec(),
         add_generation_prompt: true,
+        variables: Map::new(),
     };
+    let thinking = |on: bool| Map::from_iter([("enable_thinking".to_owned(), Value::from(on))]);
     let turns = || vec![user("Ahoy-1 <b>é"), assistant("Hello-2 & 🦙"), user("Farewell-3")];
     let typed = |texts: &[&str]| Value::from_iter(texts.iter().map(|text| json!({"type": "text", "text": text})));
     let calling = |calls: Value| json!({"role": "assistant", "content": "", "tool_calls": calls});
@@ -125,6 +129,29 @@ fn cases() -> Vec<Case> {
             ],
             &["Ahoy-1", "Hello-2", "Farewell-3"],
         ),
+        Case {
+            tools: tools(),
+            variables: thinking(true),
+            ..case(
+                "thinking and a call",
+                vec![
+                    system(),
+                    user("Ahoy-1"),
+                    json!({
+                        "role": "assistant",
+                        "content": "",
+                        "reasoning_content": "Musing",
+                        "tool_calls": [call("call12345", "Bergen-4")],
+                    }),
+                    answer("call12345", "Rain-5"),
+                ],
+                &["pirate-7", "Ahoy-1", "weather_in", "experts", "Bergen-4", "Rain-5"],
+            )
+        },
+        Case {
+            variables: thinking(false),
+            ..case("no thinking", [vec![system()], turns()].concat(), &["pirate-7", "Ahoy-1", "Hello-2", "Farewell-3"])
+        },
         Case {
             add_generation_prompt: false,
             ..case(
@@ -217,14 +244,16 @@ fn asked_of(case: &Case) -> Vec<(Vec<Value>, Value)> {
 }
 
 fn variables(case: &Case, messages: &[Value], no_tools: &Value) -> Value {
-    json!({
+    let mut variables = json!({
         "messages": messages,
         "tools": if case.tools.is_empty() { no_tools.clone() } else { case.tools.clone().into() },
         "documents": null,
         "add_generation_prompt": case.add_generation_prompt,
         "bos_token": "<BOS>",
         "eos_token": "<EOS>",
-    })
+    });
+    variables.as_object_mut().unwrap().extend(case.variables.clone());
+    variables
 }
 
 /// What jinja2 says.
@@ -278,6 +307,7 @@ fn render(template: &ChatTemplate, case: &Case) -> Result<String, ChatError> {
     let mut options = RenderOptions::default();
     options.add_generation_prompt = case.add_generation_prompt;
     options.tools = case.tools.clone();
+    options.variables = case.variables.clone();
     let messages: Vec<Message> = case.messages.iter().map(message).collect();
     template.render_with(&messages, &options)
 }
