@@ -1,8 +1,10 @@
 //! The program as a user runs it: the real binary on the real model.
 
 use std::{
-    io::{Read, Write},
+    fs,
+    io::{BufRead, BufReader, Read, Write},
     process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
 };
 
 use serde_json::Value;
@@ -246,6 +248,60 @@ fn ctrl_c_ends_a_prefill_and_still_gives_the_json() {
     assert_eq!(ran.code, Some(130), "{rest}");
     let json: Value = serde_json::from_str(&ran.stdout).unwrap();
     assert_eq!((json["stop"].as_str(), json["generated_tokens"].as_u64()), (Some("interrupted"), Some(0)));
+    // The report has no speed of nothing, and no compression.
+    assert!(json["kv"]["compression"].is_f64() && json["timings"]["decode_tokens_per_second"].is_f64());
+    assert!(
+        !rest.contains("tokens/s") && !rest.contains("compression") && rest.contains("decode   0 tokens"),
+        "{rest}"
+    );
+}
+
+#[test]
+fn one_signal_ends_a_conversation_that_waits_for_its_next_line() {
+    let mut child = command(&arguments(&["@", "chat", "-n", "4", "--temp", "0"])).spawn().unwrap();
+    // The pipe stays open.
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(b"Hi\n").unwrap();
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut answer = String::new();
+    stdout.read_line(&mut answer).unwrap();
+    assert!(answer.trim().len() > 1, "{answer:?}");
+    std::thread::sleep(Duration::from_millis(200));
+    let kill = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    assert_eq!(ended_within(&mut child, Duration::from_secs(10)), Some(130));
+    drop(stdin);
+}
+
+#[test]
+fn one_signal_ends_a_generation_whose_text_nobody_takes() {
+    // More than a pipe holds, in few tokens; nobody reads it.
+    let prompt = format!("{}\n", "-".repeat(64)).repeat(1100);
+    let mut child = command(&arguments(&["@", "-f", "-", "--display-prompt", "-c", "8192", "-v"])).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(prompt.as_bytes()).unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("lazy layers by") {
+        line.clear();
+        assert!(stderr.read_line(&mut line).unwrap() > 0);
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    press_ctrl_c(&child);
+    assert_eq!(ended_within(&mut child, Duration::from_secs(10)), Some(130));
+}
+
+/// The exit code; a program that goes on is killed.
+fn ended_within(child: &mut Child, patience: Duration) -> Option<i32> {
+    let start = Instant::now();
+    while start.elapsed() < patience {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status.code();
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    None
 }
 
 #[test]
@@ -335,6 +391,56 @@ fn a_conversation_over_pipes() {
     // Without a terminal a failure ends it.
     let full = chat("Tell me a very long story about everything.\n", &["-c", "16"]);
     assert!(full.code == Some(1) && full.stderr.contains("n_ctx"), "{}", full.stderr);
+}
+
+#[test]
+fn chat_templates_from_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let template = |text: &str| {
+        let path = folder.path().join("template.jinja");
+        fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let chat = |options: &[&str]| {
+        with_stdin(&arguments(&[&["@", "chat", "-n", "4", "--temp", "0"], options].concat()), b"Who are you?\n")
+    };
+    let prompt_tokens = |ran: &Ran| report(&ran.stderr)[0];
+    let system = ["--system", "You are Blackbeard, the pirate."];
+    let chatml = chat(&[&["--chat-template", "chatml"], &system[..]].concat());
+    chatml.text();
+
+    // Text is handed over as the parts that a template walks.
+    let path = template(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{{ part.text }}{% endfor %}\
+         <|im_end|>\n{% endfor %}<|im_start|>assistant\n\n",
+    );
+    let typed = chat(&[&["--chat-template-file", &path], &system[..]].concat());
+    assert_eq!((typed.text(), prompt_tokens(&typed)), (chatml.text(), prompt_tokens(&chatml)));
+
+    // A template without system messages.
+    let path = template(
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% endif %}\
+         {% endfor %}<|im_start|>assistant\n\n",
+    );
+    let (without, with) =
+        (chat(&["--chat-template-file", &path]), chat(&[&["--chat-template-file", &path], &system[..]].concat()));
+    with.text();
+    assert!(prompt_tokens(&with) > prompt_tokens(&without) + 6, "{}", with.stderr);
+
+    // What cannot be shown at all is an error, an empty template is ChatML.
+    let path = template("{{ messages[0].role }}");
+    let lost = chat(&["--chat-template-file", &path]);
+    assert!(lost.code == Some(1) && lost.stderr.contains("would lose the text of message 1 (user)"), "{}", lost.stderr);
+    let path = template("");
+    let empty = chat(&[&["--chat-template-file", &path], &system[..]].concat());
+    assert_eq!(empty.text(), chatml.text());
+    assert!(empty.stderr.contains("is empty") && empty.stderr.contains("ChatML"), "{}", empty.stderr);
+    assert!(!chatml.stderr.contains("ChatML"), "{}", chatml.stderr);
+
+    let both = chat(&["--chat-template-file", &path, "--chat-template", "chatml"]);
+    assert_eq!(both.code, Some(2), "{}", both.stderr);
+    let missing = chat(&["--chat-template-file", "no/such.jinja"]);
+    assert!(missing.code == Some(1) && missing.stderr.contains("no/such.jinja"), "{}", missing.stderr);
 }
 
 #[test]

@@ -2,7 +2,8 @@
 
 use std::{
     path::Path,
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
+    time::Duration,
 };
 
 use serde_json::Value;
@@ -211,6 +212,66 @@ fn a_calibrated_profile_is_used() {
     assert!(message.contains(&profile) && message.contains("is no profile"), "{message}");
 }
 
+/// An interrupted calibration keeps what it has measured, and the next one goes on from there to the same profile.
+#[test]
+fn an_interrupted_calibration_goes_on() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let model = random_model(folder.path(), 1);
+    let story_path = story();
+    let options = ["--skip", "200", "--score", "60", "--chunks", "4", "--windows", "16,128", "--json"];
+    let output = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let calibrate = |name: &str, window: &'static str| -> Vec<String> {
+        let own = ["calibrate", "-f", &story_path, "--lazy-window", window, "-o", &output(name)].map(str::to_owned);
+        own.into_iter().chain(options.map(str::to_owned)).collect()
+    };
+    let run = |args: &[String]| run_on(&model, &args.iter().map(String::as_str).collect::<Vec<_>>());
+    let said = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned();
+
+    let whole = calibrate("whole.toml", "64");
+    let complete = run(&whole);
+    assert!(complete.status.success(), "{}", said(&complete));
+    assert!(!folder.path().join("whole.toml.part").exists());
+
+    let args = calibrate("own.toml", "64");
+    let part = folder.path().join("own.toml.part");
+    let measured = || std::fs::read_to_string(&part).map_or(0, |text| text.lines().count().saturating_sub(1));
+    let mut program = Command::new(env!("CARGO_BIN_EXE_simlayer-run"));
+    program.arg(&args[0]).arg("-m").arg(&model).args(["-t", "1"]).args(&args[1..]);
+    let mut child = program.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("it runs");
+    while measured() < 4 {
+        assert!(child.try_wait().expect("a child").is_none(), "it ended before it could be interrupted");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill runs");
+    assert!(kill.success());
+    let interrupted = child.wait_with_output().expect("it ends");
+    assert_eq!(interrupted.status.code(), Some(130), "{}", said(&interrupted));
+    let kept = measured();
+    assert!(
+        kept >= 4 && said(&interrupted).contains(&format!("{kept} measurements are kept in")),
+        "{}",
+        said(&interrupted)
+    );
+    assert!(!folder.path().join("own.toml").exists());
+    // As if it had been killed while it wrote.
+    let mut text = std::fs::read_to_string(&part).expect("kept");
+    text.push_str("{\"lazy\": [1, 2");
+    std::fs::write(&part, text).expect("written");
+
+    let rest = run(&args);
+    assert!(rest.status.success(), "{}", said(&rest));
+    assert!(said(&rest).contains(&format!("going on from {kept} measurements")), "{}", said(&rest));
+    let profile = |name: &str| std::fs::read_to_string(folder.path().join(name)).expect("a profile");
+    assert_eq!(profile("own.toml"), profile("whole.toml"));
+    assert!(!part.exists());
+
+    // Measurements of another calibration are not taken for this one's.
+    std::fs::write(&part, "{\"calibration\":1}\n{\"lazy\":[0],\"kl\":9.0}\n").expect("written");
+    let other = run(&args);
+    assert!(other.status.success() && said(&other).contains("of another calibration"), "{}", said(&other));
+    assert_eq!(profile("own.toml"), profile("whole.toml"));
+}
+
 /// Windows of their own take no more rows than one window for all, cost less in a real run, and are what a run with the
 /// profile has.
 #[test]
@@ -258,6 +319,7 @@ fn a_prompt_that_fits_the_window_cannot_be_calibrated_on() {
     let message =
         failure(&model, &["calibrate", "-f", &story(), "--skip", "60", "--score", "20", "--lazy-window", "64"]);
     assert!(message.contains("would drop nothing"), "{message}");
+    assert_eq!(std::fs::read_dir(folder.path()).expect("the folder").count(), 1, "only the model");
 }
 
 /// The numbers that a picture shows, as text.

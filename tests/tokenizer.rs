@@ -157,6 +157,19 @@ fn numbers_that_are_no_tokens() {
 }
 
 #[test]
+fn a_model_without_a_chat_template_speaks_chatml() {
+    let vocab = Vocab::load(&smollm2_path()).unwrap();
+    let messages = [Message::new("system", "Be brief."), Message::new("user", "Hi")];
+    let expected = ChatTemplate::builtin("chatml").unwrap().render(&messages, true).unwrap();
+    for none in [None, Some("")] {
+        let template = ChatTemplate::new(none, &vocab);
+        assert!(template.is_builtin());
+        assert_eq!(template.render(&messages, true).unwrap(), expected);
+    }
+    assert!(!ChatTemplate::new(Some("{{ messages[0].content }}"), &vocab).is_builtin());
+}
+
+#[test]
 fn the_models_own_chat_template() {
     let vocab = Vocab::load(&smollm2_path()).unwrap();
     let model = simlayer::gguf::Gguf::open(smollm2_path()).unwrap();

@@ -1,18 +1,20 @@
 //! Hugging Face's dialect of Jinja on `minijinja`.
 
 use minijinja::{
-    Environment, Error, ErrorKind, Value, context,
+    Environment, Error, ErrorKind, State, Value, context,
     syntax::SyntaxConfig,
     value::{Kwargs, Rest, Serde},
 };
-use serde::Serialize;
-use serde_json::ser::{CompactFormatter, Formatter, PrettyFormatter, Serializer};
+use serde_json::Map;
 
-use super::{ChatError, Message, RenderOptions};
+use super::{ChatError, faithful::Conversation, json::to_json};
 
 /// Steps that a template may take; 64 bytes of text count as one. Real templates need some hundreds for a message, so
 /// this is enough for a thousand messages and more, and an endless template stops at once.
 const FUEL: u64 = 1_000_000;
+
+/// Bytes that one unit of fuel pays for.
+pub(super) const BYTES_PER_FUEL: usize = 64;
 
 /// Values that a hostile template nests are freed recursively: the stack must outlast the fuel. What is not used of it
 /// is never touched.
@@ -25,8 +27,8 @@ pub(super) fn render(
     template: &str,
     bos: &str,
     eos: &str,
-    messages: &[Message],
-    options: &RenderOptions,
+    conversation: &Conversation,
+    variables: &Map<String, serde_json::Value>,
 ) -> Result<String, ChatError> {
     let run = || {
         let template = without_generation_tags(template);
@@ -34,25 +36,18 @@ pub(super) fn render(
         // An error would otherwise carry the template's variables.
         env.set_debug(false);
         env.set_fuel(Some(FUEL));
-        let messages: Vec<Value> = messages
-            .iter()
-            .map(|message| {
-                let fields = message.fields.iter().map(|(name, value)| (name.as_str(), Value::from(Serde(value))));
-                let own = [("role", message.role.as_str()), ("content", message.content.as_str())];
-                Value::from_pairs(own.into_iter().map(|(name, value)| (name, Value::from(value))).chain(fields))
-            })
-            .collect();
+        let Conversation { messages, tools, add_generation_prompt } = conversation;
         // Templates ask whether there are tools at all, by `none` or by truth.
-        let tools = if options.tools.is_empty() { Value::from(()) } else { Value::from(Serde(&options.tools)) };
+        let tools = if tools.is_empty() { Value::from(()) } else { Value::from(Serde(tools)) };
         let given = context! {
-            messages,
+            messages => Value::from(Serde(messages)),
             tools,
-            add_generation_prompt => options.add_generation_prompt,
+            add_generation_prompt,
             bos_token => bos,
             eos_token => eos,
             documents => (),
         };
-        let variables = Value::from(Serde(&options.variables));
+        let variables = Value::from(Serde(variables));
         env.template_from_str(&template)?.render(context! { ..given, ..variables })
     };
     std::thread::scope(|scope| {
@@ -76,6 +71,7 @@ fn environment<'source>() -> Result<Environment<'source>, Error> {
     });
     env.add_function("strftime_now", strftime_now);
     env.add_filter("tojson", to_json);
+    env.add_filter("indent", indent);
     // Here None can be iterated over, in Python it cannot; templates ask this of `tools`.
     env.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
     Ok(env)
@@ -106,35 +102,60 @@ fn strftime_now(format: &str) -> Result<String, Error> {
         .map_err(|error| Error::new(ErrorKind::InvalidOperation, error.to_string()))
 }
 
-/// `json.dumps` as Hugging Face calls it: not escaped for HTML, a space after commas and colons.
-fn to_json(value: &Value, _positional: Rest<Value>, options: Kwargs) -> Result<Value, Error> {
-    let indent: Option<usize> = options.get("indent")?;
-    let mut json = Vec::new();
-    let result = match indent {
-        Some(indent) => {
-            let indent = " ".repeat(indent.min(16));
-            value.serialize(&mut Serializer::with_formatter(&mut json, PrettyFormatter::with_indent(indent.as_bytes())))
+/// jinja2's filter, which keeps a line break at the end where minijinja's drops it.
+fn indent(state: &State, text: &str, positional: Rest<Value>, named: Kwargs) -> Result<String, Error> {
+    const OPTIONS: [&str; 3] = ["width", "first", "blank"];
+    if positional.len() > OPTIONS.len() {
+        return Err(Error::from(ErrorKind::TooManyArguments));
+    }
+    let option = |at: usize| -> Result<Option<Value>, Error> {
+        match positional.get(at) {
+            Some(value) => Ok(Some(value.clone())),
+            None if named.has(OPTIONS[at]) => named.get(OPTIONS[at]).map(Some),
+            None => Ok(None),
         }
-        None => value.serialize(&mut Serializer::with_formatter(&mut json, PythonFormatter(CompactFormatter))),
     };
-    result.map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?;
-    String::from_utf8(json).map(Value::from).map_err(|_| Error::from(ErrorKind::BadSerialization))
+    let (width, first, blank) = (option(0)?, option(1)?, option(2)?);
+    named.assert_all_used()?;
+    let width = width.unwrap_or(Value::from(4));
+    let (by, length) = match width.as_str() {
+        Some(text) => (text, 1),
+        None => (" ", usize::try_from(width.clone().try_into().unwrap_or(-1_i64)).unwrap_or(0)),
+    };
+    let is_true = |value: Option<Value>| value.is_some_and(|value| value.is_true());
+    let (first, blank) = (is_true(first), is_true(blank));
+    let lines = lines(text);
+    // Before so much memory is asked for.
+    let bytes = lines.len().saturating_mul(length).saturating_mul(by.len()).saturating_add(text.len());
+    state.consume_fuel((bytes / BYTES_PER_FUEL) as u64)?;
+    let by = by.repeat(length);
+    let indented = lines.iter().enumerate().map(|(at, line)| match at {
+        0 if first => format!("{by}{line}"),
+        1.. if blank || !line.is_empty() => format!("{by}{line}"),
+        _ => (*line).to_owned(),
+    });
+    Ok(indented.collect::<Vec<_>>().join("\n"))
 }
 
-struct PythonFormatter(CompactFormatter);
-
-impl Formatter for PythonFormatter {
-    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
+/// The lines as Python's `splitlines` finds them, the empty one behind a last line break included.
+fn lines(text: &str) -> Vec<&str> {
+    let mut lines = Vec::new();
+    let mut start = 0;
+    let mut characters = text.char_indices().peekable();
+    while let Some((at, character)) = characters.next() {
+        if matches!(
+            character,
+            '\n' | '\r' | '\u{b}' | '\u{c}' | '\u{1c}'..='\u{1e}' | '\u{85}' | '\u{2028}' | '\u{2029}'
+        ) {
+            lines.push(&text[start..at]);
+            if character == '\r' {
+                characters.next_if(|&(_, next)| next == '\n');
+            }
+            start = characters.peek().map_or(text.len(), |&(next, _)| next);
+        }
     }
-
-    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-
-    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
-        writer.write_all(b": ")
-    }
+    lines.push(&text[start..]);
+    lines
 }
 
 /// `{% generation %}` marks the assistant's words for training and changes nothing in the text; minijinja does not

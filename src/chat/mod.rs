@@ -1,12 +1,16 @@
 //! Conversations to prompts, by the chat template that a model's file carries.
 //!
 //! The template is Jinja, rendered by `minijinja` in the dialect that Hugging Face's templates are written in. Where
-//! a file has no template, or one that does not run, llama.cpp's built-in templates stand in.
+//! a file has no template, or one that does not run, llama.cpp's built-in templates stand in. Nothing is lost without an
+//! error: what a template passes over it gets in another form, or the error says what it is.
 
+mod faithful;
 mod jinja;
+mod json;
 
 use serde_json::{Map, Value};
 
+use self::faithful::Conversation;
 use crate::{
     ggml,
     vocab::{Token, Vocab, VocabError},
@@ -25,6 +29,9 @@ pub enum ChatError {
     /// The template takes more steps than a conversation of this size can need.
     #[error("the chat template does not come to an end")]
     Endless,
+    /// The template passes over something of this conversation, in every form in which it could be given.
+    #[error("the chat template would lose {0}: leave that out, or choose another template")]
+    Lost(String),
     /// There is no built-in template of this name.
     #[error("no built-in chat template is called {0}")]
     UnknownTemplate(String),
@@ -42,7 +49,8 @@ pub struct Message {
     /// What is said, thinking blocks included as the model wrote them: what becomes of those is the template's to say.
     pub content: String,
     /// What the model's template knows of a message besides: `tool_calls`, `tool_call_id`, `name`,
-    /// `reasoning_content`, `thinking`. Built-in templates know nothing of them.
+    /// `reasoning_content`, `thinking`. Built-in templates know nothing of them and refuse them. `content` takes the place of the text:
+    /// a list of typed parts, for instance, which templates that know only text get as one.
     pub fields: Map<String, Value>,
 }
 
@@ -102,13 +110,21 @@ enum Source {
 }
 
 impl ChatTemplate {
-    /// The template of a model: its file's own, or ChatML where it has none.
+    /// The template of a model: its file's own, or ChatML where that has none or an empty one
+    /// ([`ChatTemplate::is_builtin`] tells).
     pub fn new(template: Option<&str>, vocab: &Vocab) -> ChatTemplate {
         let name = |token: Option<Token>| token.map(|token| vocab.name(token)).unwrap_or_default();
         match template {
+            None | Some("") => {
+                ChatTemplate { source: Source::Builtin("chatml".to_owned()), ..ChatTemplate::jinja("", "", "") }
+            }
             Some(template) => ChatTemplate::jinja(template, &name(vocab.bos()), &name(vocab.eos())),
-            None => ChatTemplate { source: Source::Builtin("chatml".to_owned()), ..ChatTemplate::jinja("", "", "") },
         }
+    }
+
+    /// Whether this is one of llama.cpp's built-in templates.
+    pub fn is_builtin(&self) -> bool {
+        matches!(self.source, Source::Builtin(_))
     }
 
     /// A Jinja template, with the texts that stand for BOS and EOS in it.
@@ -134,7 +150,8 @@ impl ChatTemplate {
 
     /// The conversation as one text. `add_generation_prompt` adds what opens the assistant's next answer.
     ///
-    /// A template that knows no system message gets it as the beginning of the first user message.
+    /// A template that knows no system message gets it as the beginning of the next user message; one that walks typed
+    /// parts gets text as a list of one part.
     ///
     /// # Errors
     /// As [`ChatTemplate::render_with`].
@@ -144,25 +161,35 @@ impl ChatTemplate {
 
     /// As [`ChatTemplate::render`], with tools and whatever else the template knows.
     ///
+    /// Thinking (`reasoning_content`, `thinking`) that a template leaves out is no loss: most do so on purpose.
+    ///
     /// # Errors
-    /// [`ChatError::Refused`] when the template itself raises an error, [`ChatError::Endless`] when it runs without
-    /// end, [`ChatError::Template`] when it is broken and no built-in template is like it.
+    /// [`ChatError::Lost`] when the template would pass over a text, a tool or a call, [`ChatError::Refused`] when it
+    /// raises an error itself, [`ChatError::Endless`] when it runs without end, [`ChatError::Template`] when it is
+    /// broken and no built-in template is like it, or that would lose something.
     pub fn render_with(&self, messages: &[Message], options: &RenderOptions) -> Result<String, ChatError> {
-        let add_generation_prompt = options.add_generation_prompt;
+        let conversation = conversation(messages, options);
         let template = match &self.source {
-            Source::Builtin(name) => return render_builtin(name, messages, add_generation_prompt),
+            Source::Builtin(name) => {
+                return match builtin_losses(&conversation, &Map::new()) {
+                    Some(lost) => Err(ChatError::Lost(lost)),
+                    None => render_builtin(name, &conversation),
+                };
+            }
             Source::Jinja(template) => template,
         };
-        let render = |messages: &[Message]| jinja::render(template, &self.bos, &self.eos, messages, options);
-        match render(messages) {
-            Err(ChatError::Refused(reason)) => match merge_system(messages) {
-                Some(merged) => render(&merged).map_err(|_| ChatError::Refused(reason)),
-                None => Err(ChatError::Refused(reason)),
-            },
+        let render = |conversation: &Conversation| {
+            jinja::render(template, &self.bos, &self.eos, conversation, &options.variables)
+        };
+        match faithful::render(&conversation, &render) {
             // What is known of the template by its look may still be enough.
-            Err(ChatError::Template(reason)) => {
-                render_builtin(template, messages, add_generation_prompt).map_err(|_| ChatError::Template(reason))
-            }
+            Err(ChatError::Template(reason)) => match builtin_losses(&conversation, &options.variables) {
+                Some(lost) => {
+                    let instead = "the built-in template that is most like it would lose";
+                    Err(ChatError::Template(format!("{reason}; {instead} {lost}")))
+                }
+                None => render_builtin(template, &conversation).map_err(|_| ChatError::Template(reason)),
+            },
             result => result,
         }
     }
@@ -184,21 +211,54 @@ impl ChatTemplate {
     }
 }
 
-fn render_builtin(template: &str, messages: &[Message], add_generation_prompt: bool) -> Result<String, ChatError> {
-    let messages: Vec<_> = messages.iter().map(|message| (message.role.as_str(), message.content.as_str())).collect();
-    ggml::builtin_chat_template(template, &messages, add_generation_prompt).map_err(ChatError::Template)
+/// The messages as templates see them.
+fn conversation(messages: &[Message], options: &RenderOptions) -> Conversation {
+    let object = |message: &Message| {
+        let own = [("role", &message.role), ("content", &message.content)];
+        let own = own.into_iter().map(|(name, text)| (name.to_owned(), Value::from(text.as_str())));
+        own.chain(message.fields.clone()).collect()
+    };
+    Conversation {
+        messages: messages.iter().map(object).collect(),
+        tools: options.tools.clone(),
+        add_generation_prompt: options.add_generation_prompt,
+    }
 }
 
-/// The conversation with its system message in front of the first user message; `None` where it does not begin so.
-fn merge_system(messages: &[Message]) -> Option<Vec<Message>> {
-    match messages {
-        [system, user, rest @ ..] if system.role == "system" && user.role == "user" => {
-            let content = format!("{}\n\n{}", system.content, user.content);
-            let first = Message { content, ..user.clone() };
-            Some(std::iter::once(first).chain(rest.iter().cloned()).collect())
+/// What built-in templates cannot say, since they know roles and texts only.
+fn builtin_losses(conversation: &Conversation, variables: &Map<String, Value>) -> Option<String> {
+    let fields = conversation.messages.iter().flat_map(Map::keys);
+    let fields =
+        fields.filter(|field| !["role", "content"].contains(&field.as_str())).map(|field| match field.as_str() {
+            "tool_calls" => "tool calls".to_owned(),
+            field => format!("the field {field}"),
+        });
+    let tools = (!conversation.tools.is_empty()).then(|| "the tools".to_owned());
+    let variables = variables.keys().map(|name| format!("the variable {name}"));
+    let mut lost: Vec<String> = Vec::new();
+    for what in tools.into_iter().chain(fields).chain(variables) {
+        if !lost.contains(&what) {
+            lost.push(what);
         }
-        _ => None,
     }
+    (!lost.is_empty()).then(|| lost.join(", "))
+}
+
+fn render_builtin(template: &str, conversation: &Conversation) -> Result<String, ChatError> {
+    faithful::render(conversation, &|conversation| {
+        let text = |message: &Map<String, Value>, field: &str| {
+            let text = message.get(field).and_then(Value::as_str).map(str::to_owned);
+            text.ok_or_else(|| ChatError::Template(format!("built-in chat templates take {field} as text only")))
+        };
+        let messages: Vec<(String, String)> = conversation
+            .messages
+            .iter()
+            .map(|message| Ok((text(message, "role")?, text(message, "content")?)))
+            .collect::<Result<_, ChatError>>()?;
+        let messages: Vec<_> = messages.iter().map(|(role, content)| (role.as_str(), content.as_str())).collect();
+        ggml::builtin_chat_template(template, &messages, conversation.add_generation_prompt)
+            .map_err(ChatError::Template)
+    })
 }
 
 #[cfg(test)]

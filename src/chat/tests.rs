@@ -243,6 +243,12 @@ fn channels() {
     );
 }
 
+/// What a template makes of one message, whether it shows that or not.
+fn plain(template: &str) -> Result<String, ChatError> {
+    let conversation = conversation(&[Message::new("user", "hi")], &RenderOptions::default());
+    jinja::render(template, "<s>", "</s>", &conversation, &Map::new())
+}
+
 #[test]
 fn dialect_of_hugging_face() {
     let cases = [
@@ -253,19 +259,164 @@ fn dialect_of_hugging_face() {
             "013",
         ),
         ("{%- generation -%} x {%- endgeneration %}", "x"),
-        ("{{ {'a': [1, 'é<', none]} | tojson }}", "{\"a\": [1, \"é<\", null]}"),
-        ("{{ [1, {'a': 2}] | tojson(indent=2) }}", "[\n  1,\n  {\n    \"a\": 2\n  }\n]"),
         (
             "{{ tools is none }} {{ tools is iterable }} {{ nothing is defined }} {{ 'a' is iterable }}",
             "True False False True",
         ),
         ("{{ messages[0].content.upper() }}{{ messages[0].get('x', 'y') }}", "HIy"),
+        (
+            "{{ '{\n'|indent(2, first=true) }}{{ 'a\n\nb'|indent }}|{{ 'a\n\nb\r\n'|indent('-', blank=true) }}|",
+            "  {\na\n\n    b|a\n-\n-b\n-|",
+        ),
     ];
     for (template, expected) in cases {
-        assert_eq!(render(template, &[("user", "hi")], true), Ok(expected.to_owned()), "{template}");
+        assert_eq!(plain(template), Ok(expected.to_owned()), "{template}");
     }
-    let date = render("{{ strftime_now('%Y-%m-%d') }}", &[("user", "hi")], true).unwrap();
+    let date = plain("{{ strftime_now('%Y-%m-%d') }}").unwrap();
     assert!(date.len() == 10 && date.starts_with("20"), "{date}");
+}
+
+/// What Python's `json.dumps` writes, with `ensure_ascii=False` where nothing is said.
+#[test]
+fn json_as_python_writes_it() {
+    let value = "{'b': [1, 'é<🦙', none, {}, []], 'a': 1e16, 2: 0.5}";
+    let cases = [
+        ("", r#"{"b": [1, "é<🦙", null, {}, []], "a": 1e+16, "2": 0.5}"#),
+        ("separators=(',', ':')", r#"{"b":[1,"é<🦙",null,{},[]],"a":1e+16,"2":0.5}"#),
+        ("ensure_ascii=true", r#"{"b": [1, "\u00e9<\ud83e\udd99", null, {}, []], "a": 1e+16, "2": 0.5}"#),
+        ("true", r#"{"b": [1, "\u00e9<\ud83e\udd99", null, {}, []], "a": 1e+16, "2": 0.5}"#),
+        (
+            "indent=2",
+            "{\n  \"b\": [\n    1,\n    \"é<🦙\",\n    null,\n    {},\n    []\n  ],\n  \"a\": 1e+16,\n  \"2\": 0.5\n}",
+        ),
+        (
+            "indent='\t', separators=(', ', '=')",
+            "{\n\t\"b\"=[\n\t\t1, \n\t\t\"é<🦙\", \n\t\tnull, \n\t\t{}, \n\t\t[]\n\t], \n\t\"a\"=1e+16, \n\t\"2\"=0.5\n}",
+        ),
+        ("indent=0, separators=('', '')", "{\n\"b\"[\n1\n\"é<🦙\"\nnull\n{}\n[]\n]\n\"a\"1e+16\n\"2\"0.5\n}"),
+        ("indent=none", r#"{"b": [1, "é<🦙", null, {}, []], "a": 1e+16, "2": 0.5}"#),
+    ];
+    for (options, expected) in cases {
+        assert_eq!(plain(&format!("{{{{ {value} | tojson({options}) }}}}")), Ok(expected.to_owned()), "{options}");
+    }
+    assert_eq!(
+        plain("{{ {'b': 1, 'a': {'d': 2, 'c': 3}} | tojson(sort_keys=true) }}").unwrap(),
+        r#"{"a": {"c": 3, "d": 2}, "b": 1}"#
+    );
+    assert_eq!(plain("{{ '\\x00\\x1f\\x7f\\t\"' | tojson }}").unwrap(), "\"\\u0000\\u001f\u{7f}\\t\\\"\"");
+    for wrong in
+        ["indnt=2", "indent=[1]", "separators=','", "separators=(1, 2)", "true, ensure_ascii=true", "indent=1000000"]
+    {
+        let error = plain(&format!("{{{{ [1] | tojson({wrong}) }}}}")).unwrap_err();
+        assert!(matches!(error, ChatError::Template(_)), "{wrong}: {error}");
+    }
+    assert!(matches!(plain("{{ nothing | tojson }}"), Err(ChatError::Template(_))));
+}
+
+/// A template without a branch for `system` passes over it in silence.
+const NO_SYSTEM: &str = "{% for m in messages %}{% if m.role == 'user' %}{{ '[' + m.content + ']' }}\
+    {% elif m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}";
+
+#[test]
+fn what_a_template_passes_over_becomes_part_of_the_next_user_message() {
+    assert_eq!(render(NO_SYSTEM, &TURNS, true).unwrap(), "[Be brief.\n\nHi é] Hello! <b>[Bye ]");
+    // Also where the user says the same words, and for any number of such messages, anywhere.
+    assert_eq!(render(NO_SYSTEM, &[("system", "Hi"), ("user", "Hi there")], true).unwrap(), "[Hi\n\nHi there]");
+    let several =
+        [("system", "A"), ("developer", "B"), ("assistant", "C"), ("user", "D"), ("system", "E"), ("user", "F")];
+    assert_eq!(render(NO_SYSTEM, &several, true).unwrap(), "C[A\n\nB\n\nD][E\n\nF]");
+    // Nothing can carry these.
+    let lost = |messages: &[(&str, &str)]| render(NO_SYSTEM, messages, true).unwrap_err();
+    assert_eq!(lost(&[("user", "Hi"), ("system", "A")]), ChatError::Lost("the text of message 2 (system)".to_owned()));
+    assert_eq!(lost(&[("user", "Hi"), ("tool", "A")]), ChatError::Lost("the text of message 2 (tool)".to_owned()));
+    // A template that looks at the first message alone loses others of the same role.
+    let first_only = "{{ messages[0].content }}";
+    assert!(matches!(render(first_only, &[("user", "Hi"), ("user", "Hi")], true), Err(ChatError::Lost(_))));
+    // What is kept is not touched.
+    let with_system = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}";
+    assert_eq!(render(with_system, &[("system", "A"), ("user", "B")], true).unwrap(), "system:A;user:B;");
+}
+
+#[test]
+fn parts_for_templates_that_walk_them_and_text_for_those_that_do_not() {
+    let walks = "{% for m in messages %}{{ m.role }}:{% for part in m.content %}{% if part.type == 'text' %}\
+        {{ part.text }}{% endif %}{% endfor %};{% endfor %}";
+    assert_eq!(render(walks, &TURNS, true).unwrap(), "system:Be brief.;user:Hi é;assistant: Hello! <b>;user:Bye ;");
+    // Only one role's parts are walked.
+    let user_walks = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content[0]['text'] }}{% else %}\
+        {{ '<' + m.content + '>' }}{% endif %}{% endfor %}";
+    assert_eq!(render(user_walks, &TURNS, true).unwrap(), "<Be brief.>Hi é< Hello! <b>>Bye ");
+    let parts = json!([{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]);
+    let message = Message::new("user", "").with("content", parts);
+    let with_parts = |template: &str, message: &Message| {
+        ChatTemplate::jinja(template, "", "").render(std::slice::from_ref(message), true)
+    };
+    assert_eq!(with_parts(walks, &message).unwrap(), "user:onetwo;");
+    // Neither an error nor Python's way to print a list.
+    for text_only in ["{{ '<' + messages[0].content + '>' }}", "<{{ messages[0].content }}>"] {
+        assert_eq!(with_parts(text_only, &message).unwrap(), "<one\ntwo>");
+    }
+    assert_eq!(
+        ChatTemplate::builtin("chatml").unwrap().render(&[message], false).unwrap(),
+        "<|im_start|>user\none\ntwo<|im_end|>\n"
+    );
+    let picture = Message::new("user", "").with("content", json!([{"type": "text", "text": "one"}, {"type": "image"}]));
+    assert!(with_parts("<{{ messages[0].content }}>", &picture).is_err());
+}
+
+#[test]
+fn tools_and_calls_are_shown_or_named_in_the_error() {
+    let tool = json!({"type": "function", "function": {"name": "weather", "description": "rain or not"}});
+    let options = RenderOptions { tools: vec![tool], ..RenderOptions::default() };
+    let call = |arguments: Value| json!([{"id": "1", "function": {"name": "weather", "arguments": arguments}}]);
+    let called = |arguments: Value| {
+        [
+            Message::new("user", "weather?"),
+            Message::new("assistant", "").with("tool_calls", call(arguments)),
+            Message::new("tool", "rain"),
+        ]
+    };
+    let with =
+        |template: &str, messages: &[Message]| ChatTemplate::jinja(template, "", "").render_with(messages, &options);
+    let user = [Message::new("user", "weather?")];
+    assert_eq!(with(CHATML, &user), Err(ChatError::Lost("the tools".to_owned())));
+    let calls = "{{ tools }}{% for m in messages %}{{ m.content }}{% endfor %}";
+    let lost = ChatError::Lost("tool calls of message 2 (assistant)".to_owned());
+    assert_eq!(with(calls, &called(json!({}))), Err(lost));
+    // Tools that are shown in front of a question are not missed elsewhere.
+    let before_questions = "{% for m in messages %}{% if loop.last and m.role == 'user' %}{{ tools | tojson }}{% endif %}{{ m.content }}{% endfor %}";
+    assert_eq!(with(before_questions, &[user[0].clone(), Message::new("assistant", "rain")]).unwrap(), "weather?rain");
+    // Nor is a field whose place is another one; thinking may be left out anywhere.
+    let plan = "{% for m in messages %}{% if loop.last and m.plan %}{{ m.plan }}{% endif %}{{ m.content }}{% endfor %}";
+    let planned = |text: &str| Message::new("assistant", text).with("plan", "look").with("thinking", "hm");
+    let without_tools =
+        |template: &str, messages: &[Message]| ChatTemplate::jinja(template, "", "").render(messages, false);
+    let turns = [user[0].clone(), planned("rain"), user[0].clone(), planned("snow")];
+    assert_eq!(without_tools(plan, &turns).unwrap(), "weather?rainweather?looksnow");
+    let lost =
+        ChatError::Lost("the field plan of message 2 (assistant), the field plan of message 4 (assistant)".to_owned());
+    assert_eq!(without_tools(CHATML, &turns), Err(lost));
+    // Arguments as the template wants them.
+    let arguments = "{{ tools }}{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}{{ '(' + c.function.name + ' ' + \
+        c.function.arguments + ')' }}{% endfor %}{% endfor %}";
+    let shown = with(arguments, &called(json!({"city": "Oslo", "days": 2}))).unwrap();
+    assert!(shown.ends_with(r#"weather?(weather {"city": "Oslo", "days": 2})rain"#), "{shown}");
+    let items = "{{ tools }}{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}\
+        {% for k, v in c.function.arguments.items() %}({{ k }}={{ v }}){% endfor %}{% endfor %}{% endfor %}";
+    let shown = with(items, &called(json!("{\"city\": \"Oslo\"}"))).unwrap();
+    assert!(shown.ends_with("weather?weather(city=Oslo)rain"), "{shown}");
+    // No built-in template takes the place of one that fails where it would lose them.
+    let fails = "{% if tools %}{{ no_such_function() }}{% endif %}{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}";
+    let error = with(fails, &called(json!({}))).unwrap_err();
+    assert!(matches!(&error, ChatError::Template(why) if why.contains("would lose the tools, tool calls")), "{error}");
+    let fields = [user[0].clone(), Message::new("assistant", "rain").with("name", "Bob")];
+    let broken = "{{ '<|im_start|>' {% no such thing %}";
+    let error = ChatTemplate::jinja(broken, "", "").render(&fields, true).unwrap_err();
+    assert!(matches!(&error, ChatError::Template(why) if why.contains("would lose the field name")), "{error}");
+    let builtin = ChatTemplate::builtin("chatml").unwrap();
+    assert_eq!(builtin.render_with(&user, &options), Err(ChatError::Lost("the tools".to_owned())));
+    let lost = ChatError::Lost("tool calls".to_owned());
+    assert_eq!(builtin.render(&called(json!({})), true), Err(lost));
 }
 
 #[test]

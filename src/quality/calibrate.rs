@@ -11,7 +11,12 @@ use std::collections::BTreeSet;
 
 use sha2::{Digest, Sha256};
 
-use super::{exchange::exchanges, metrics, uncompressed};
+use super::{
+    exchange::exchanges,
+    journal::{Found, Journal, Trial},
+    meter::{Estimate, Meter, Stage, Step, Steps},
+    metrics, uncompressed,
+};
 use crate::{
     engine::{BatchEntry, Error, Outputs, SeqId, Session, SessionParams},
     lazy::{CalibrationText, Cut, LayerWindows, Policy, PrefillMode, Profile, ProfiledLayer},
@@ -29,6 +34,8 @@ const CANDIDATES: usize = 4;
 /// Shares of lazy layers whose cost is measured in a real run.
 const CUTS: [f64; 6] = [0.25, 0.4, 0.5, 0.65, 0.8, 1.0];
 
+const CUTS_STAGE: &str = "cuts, in real runs";
+
 /// The copy of a sequence that is continued.
 const COPY: SeqId = SeqId::MAX;
 
@@ -40,15 +47,6 @@ pub struct Excerpts<'a> {
     pub excerpts: Vec<Vec<Token>>,
     /// First tokens of each excerpt, which are read as a prompt. The rest is scored.
     pub n_prompt: usize,
-}
-
-/// How far a calibration has come.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Stage {
-    /// What is being measured.
-    pub what: &'static str,
-    /// Share of the whole that is done, from 0 to 1; an estimate.
-    pub share: f32,
 }
 
 /// Makes a model's profile. `params` says what lazy layers keep and in which types, and how their prompt will be read
@@ -66,13 +64,28 @@ pub fn calibrate(
     watch: &mut dyn FnMut(&Session),
     progress: &mut dyn FnMut(Stage),
 ) -> Result<Profile, Error> {
+    calibrate_on(model, params, excerpts, windows, &mut Journal::none(), watch, progress)
+}
+
+/// As [`calibrate`], without measuring anew what the journal holds, and noting there what is measured.
+///
+/// # Errors
+/// As [`calibrate`]; [`Error::Profile`] when the journal's file cannot be written.
+pub fn calibrate_on(
+    model: &Model,
+    params: &SessionParams,
+    excerpts: &Excerpts<'_>,
+    windows: &[usize],
+    journal: &mut Journal,
+    watch: &mut dyn FnMut(&Session),
+    progress: &mut dyn FnMut(Stage),
+) -> Result<Profile, Error> {
     let n_layer = model.hparams().n_layer;
-    let mut run = Calibration::start(model, params, excerpts, windows, watch, progress)?;
+    let mut run = Calibration::start(model, params, excerpts, windows, journal, watch, progress)?;
 
     let mut harms = Vec::new();
     for layer in 0..n_layer {
-        harms.push(run.kl(&BTreeSet::from([layer]))?);
-        run.done("one layer at a time", Work::Single);
+        harms.push(run.kl("one layer at a time", &BTreeSet::from([layer]), &LayerWindows::default())?);
     }
     let order = run.order(&harms)?;
     let masses = run.masses.clone();
@@ -82,12 +95,24 @@ pub fn calibrate(
         proposals.push(run.propose_windows(&order[..lazy], windows)?);
     }
     let mut cuts = Vec::new();
-    let (base, mut meter) = run.finish();
+    let Calibration { base, mut meter, journal, .. } = run;
     for (lazy, proposed) in cut_sizes(n_layer).into_iter().zip(proposals) {
         let mut measure = |windows: &[usize]| {
-            let cut = measure_cut(model, params, excerpts, prefill, (&order[..lazy], windows), &base, watch)?;
-            meter.done("cuts, in real runs", Work::Cut);
-            Ok::<_, Error>(cut)
+            let layers = &order[..lazy];
+            let own: LayerWindows = layers.iter().copied().zip(windows.iter().copied()).collect();
+            let trial = Trial { lazy: layers.to_vec(), windows: own.to_string(), cut: true };
+            let (kl_mean, compression) = match journal.find(&trial) {
+                Some(Found { kl, compression: Some(compression) }) => (kl, compression),
+                _ => {
+                    meter.begin();
+                    let (kl, compression) =
+                        measure_cut(model, params, excerpts, prefill, (layers, &own), &base, watch, &mut meter)?;
+                    journal.note(trial, Found { kl, compression: Some(compression) })?;
+                    meter.done(CUTS_STAGE, Step::Cut);
+                    (kl, compression)
+                }
+            };
+            Ok::<_, Error>(Cut { lazy, kl_mean, compression, windows: windows.to_vec(), kl_mean_one_window: None })
         };
         let cut = measure(&[])?;
         let other = if proposed.is_empty() { None } else { Some(measure(&proposed)?) };
@@ -147,6 +172,7 @@ struct Calibration<'a> {
     /// Each layer's attention mass, over all excerpts.
     masses: Vec<f32>,
     meter: Meter<'a>,
+    journal: &'a mut Journal,
 }
 
 impl<'a> Calibration<'a> {
@@ -155,6 +181,7 @@ impl<'a> Calibration<'a> {
         params: &SessionParams,
         excerpts: &'a Excerpts<'a>,
         windows: &[usize],
+        journal: &'a mut Journal,
         watch: &mut dyn FnMut(&Session),
         progress: &'a mut dyn FnMut(Stage),
     ) -> Result<Calibration<'a>, Error> {
@@ -166,25 +193,32 @@ impl<'a> Calibration<'a> {
         params.lazy.policy = Policy::Threshold(Some(1.0));
         let mut session = Session::new(model, params)?;
         watch(&session);
-        let mut meter = Meter::new(n_layer, excerpts, (n_window, windows), progress);
+        let n_excerpts = excerpts.excerpts.len();
+        let longest = excerpts.excerpts.iter().map(Vec::len).max().unwrap_or(0);
+        let mut steps = planned(n_layer, n_excerpts, n_window, windows);
+        for trial in journal.trials() {
+            steps.remove(if trial.cut { Step::Cut } else { set(trial.lazy.len(), n_layer) });
+        }
+        let estimate = Estimate::new(steps, n_excerpts, excerpts.n_prompt, longest - excerpts.n_prompt);
+        let mut meter = Meter::new(estimate, progress);
         let mut masses = vec![0.0; n_layer];
         for (seq, tokens) in (0..).zip(&excerpts.excerpts) {
             let prompt = &tokens[..excerpts.n_prompt];
             let entry = BatchEntry { seq, tokens: prompt, outputs: Outputs::None, prompt_end: true };
-            session.run_with(&[entry], &mut |share| meter.part("the prompt", Work::Prompt, share))?;
-            meter.done("the prompt", Work::Prompt);
+            session.run_with(&[entry], &mut |share| meter.part("the prompt", Step::Prompt, share))?;
+            meter.done("the prompt", Step::Prompt);
             for (mass, layer) in masses.iter_mut().zip(session.layers(seq)) {
-                *mass += layer.score.unwrap_or(1.0) / excerpts.excerpts.len() as f32;
+                *mass += layer.score.unwrap_or(1.0) / n_excerpts as f32;
             }
         }
         let n_vocab = model.hparams().n_vocab;
         let base = Base { rows: Vec::new(), sums: Vec::new(), n_vocab };
-        let mut run = Calibration { session, excerpts, base, masses, meter };
-        for excerpt in 0..excerpts.excerpts.len() {
+        let mut run = Calibration { session, excerpts, base, masses, meter, journal };
+        for excerpt in 0..n_excerpts {
             let rows = run.rows(excerpt, &BTreeSet::new())?;
             run.base.sums.push(rows.chunks_exact(n_vocab).map(metrics::log_sum_exp).collect());
             run.base.rows.push(rows);
-            run.meter.done("the uncompressed run", Work::Single);
+            run.meter.done("the uncompressed run", Step::Base);
         }
         Ok(run)
     }
@@ -201,8 +235,17 @@ impl<'a> Calibration<'a> {
         Ok(rows)
     }
 
-    /// Mean divergence over all excerpts when these layers are lazy.
-    fn kl(&mut self, lazy: &BTreeSet<usize>) -> Result<f64, Error> {
+    /// Mean divergence over all excerpts when these layers are lazy, and some have windows of their own.
+    fn kl(&mut self, what: &'static str, lazy: &BTreeSet<usize>, windows: &LayerWindows) -> Result<f64, Error> {
+        let trial = Trial { lazy: lazy.iter().copied().collect(), windows: windows.to_string(), cut: false };
+        if let Some(found) = self.journal.find(&trial) {
+            return Ok(found.kl);
+        }
+        self.meter.begin();
+        let asked = self.session.lazy_params().0.windows.clone();
+        if !windows.is_empty() {
+            self.session.set_windows(windows.or(&asked))?;
+        }
         let (mut sum, mut n) = (0.0, 0);
         for excerpt in 0..self.excerpts.excerpts.len() {
             let rows = self.rows(excerpt, lazy)?;
@@ -210,18 +253,20 @@ impl<'a> Calibration<'a> {
             sum += kl;
             n += rows;
         }
-        Ok(sum / n as f64)
-    }
-
-    fn done(&mut self, what: &'static str, work: Work) {
-        self.meter.done(what, work);
+        if !windows.is_empty() {
+            self.session.set_windows(asked)?;
+        }
+        let kl = sum / n as f64;
+        self.journal.note(trial, Found { kl, compression: None })?;
+        self.meter.done(what, set(lazy.len(), self.masses.len()));
+        Ok(kl)
     }
 
     /// All layers, the least harmful first.
     fn order(&mut self, harms: &[f64]) -> Result<Vec<usize>, Error> {
+        const WHAT: &str = "growing sets";
         let mut lazy: BTreeSet<usize> = (0..harms.len()).collect();
-        let mut kl = self.kl(&lazy)?;
-        self.done("growing sets", Work::Set);
+        let mut kl = self.kl(WHAT, &lazy, &LayerWindows::default())?;
         // What a layer's rescue was worth when it was tried last.
         let mut gains: Vec<Option<f64>> = vec![None; harms.len()];
         let mut rescued = Vec::new();
@@ -229,9 +274,8 @@ impl<'a> Calibration<'a> {
             let mut best: Option<(f64, usize)> = None;
             for layer in candidates(&lazy, harms, &gains) {
                 lazy.remove(&layer);
-                let with_it = self.kl(&lazy)?;
+                let with_it = self.kl(WHAT, &lazy, &LayerWindows::default())?;
                 lazy.insert(layer);
-                self.done("growing sets", Work::Set);
                 gains[layer] = Some(kl - with_it);
                 if best.is_none_or(|(least, _)| with_it < least) {
                     best = Some((with_it, layer));
@@ -257,13 +301,7 @@ impl<'a> Calibration<'a> {
         let nearest_more = exchanges.iter().map(|exchange| exchange.larger).min();
         let (Some(less), Some(more)) = (nearest_less, nearest_more) else { return Ok(Vec::new()) };
         let set: BTreeSet<usize> = layers.iter().copied().collect();
-        let asked = self.session.lazy_params().0.windows.clone();
-        let mut loss = |windows: LayerWindows| {
-            self.session.set_windows(windows.or(&asked))?;
-            let kl = self.kl(&set)?;
-            self.done(WHAT, Work::Set);
-            Ok::<f64, Error>(kl)
-        };
+        let mut loss = |windows: LayerWindows| self.kl(WHAT, &set, &windows);
         let mut losses = |size: usize| {
             layers.iter().map(|&layer| loss([(layer, size)].into_iter().collect())).collect::<Result<Vec<f64>, _>>()
         };
@@ -276,12 +314,7 @@ impl<'a> Calibration<'a> {
                 best = (kl, windows);
             }
         }
-        self.session.set_windows(asked)?;
         Ok(best.1)
-    }
-
-    fn finish(self) -> (Base, Meter<'a>) {
-        (self.base, self.meter)
     }
 }
 
@@ -305,41 +338,41 @@ fn candidates(lazy: &BTreeSet<usize>, harms: &[f64], gains: &[Option<f64>]) -> V
     chosen
 }
 
-/// A real run with these layers lazy, from the prompt on, with windows of their own if there are any.
+/// A real run with these layers lazy, from the prompt on, with windows of their own if there are any: divergence and
+/// compression.
+#[expect(clippy::too_many_arguments, reason = "what a run is, what it is compared with, and who is told")]
 fn measure_cut(
     model: &Model,
     params: &SessionParams,
     excerpts: &Excerpts<'_>,
     prefill: PrefillMode,
-    (layers, windows): (&[usize], &[usize]),
+    (layers, windows): (&[usize], &LayerWindows),
     base: &Base,
     watch: &mut dyn FnMut(&Session),
-) -> Result<Cut, Error> {
+    meter: &mut Meter<'_>,
+) -> Result<(f64, f64), Error> {
     let mut params = params.clone();
     params.lazy.policy = Policy::Layers(layers.iter().copied().collect());
-    params.lazy.windows =
-        layers.iter().copied().zip(windows.iter().copied()).collect::<LayerWindows>().or(&params.lazy.windows);
+    params.lazy.windows = windows.or(&params.lazy.windows);
     params.lazy.prefill = Some(prefill);
     let mut session = Session::new(model, params)?;
     watch(&session);
     let (mut sum, mut n, mut compression) = (0.0, 0, 0.0);
+    let n_excerpts = excerpts.excerpts.len();
     for (excerpt, tokens) in excerpts.excerpts.iter().enumerate() {
         session.clear();
         let (prompt, scored) = tokens.split_at(excerpts.n_prompt);
-        session.run(&[BatchEntry { seq: 0, tokens: prompt, outputs: Outputs::None, prompt_end: true }])?;
+        let entry = BatchEntry { seq: 0, tokens: prompt, outputs: Outputs::None, prompt_end: true };
+        session.run_with(&[entry], &mut |share| {
+            meter.part(CUTS_STAGE, Step::Cut, (excerpt as f32 + 0.8 * share) / n_excerpts as f32);
+        })?;
         session.run(&[BatchEntry { seq: 0, tokens: scored, outputs: Outputs::All, prompt_end: false }])?;
         let (kl, rows) = base.kl(excerpt, session.logits());
         sum += kl;
         n += rows;
-        compression += session.kv().compression / excerpts.excerpts.len() as f64;
+        compression += session.kv().compression / n_excerpts as f64;
     }
-    Ok(Cut {
-        lazy: layers.len(),
-        kl_mean: sum / n as f64,
-        compression,
-        windows: windows.to_vec(),
-        kl_mean_one_window: None,
-    })
+    Ok((sum / n as f64, compression))
 }
 
 fn check(params: &SessionParams, excerpts: &Excerpts<'_>) -> Result<(), Error> {
@@ -357,69 +390,29 @@ fn check(params: &SessionParams, excerpts: &Excerpts<'_>) -> Result<(), Error> {
     Ok(())
 }
 
-/// A piece of a calibration, and about how long it takes, in tokens computed.
-#[derive(Debug, Clone, Copy)]
-enum Work {
-    Prompt,
-    Single,
-    Set,
-    Cut,
-}
-
-struct Meter<'a> {
-    done: f32,
-    total: f32,
-    n_prompt: f32,
-    n_score: f32,
-    progress: &'a mut dyn FnMut(Stage),
-}
-
-impl<'a> Meter<'a> {
-    fn new(
-        n_layer: usize,
-        excerpts: &Excerpts<'_>,
-        (window, windows): (usize, &[usize]),
-        progress: &'a mut dyn FnMut(Stage),
-    ) -> Meter<'a> {
-        let n = excerpts.excerpts.len() as f32;
-        let longest = excerpts.excerpts.iter().map(Vec::len).max().unwrap_or(0);
-        let (n_prompt, n_score) = (excerpts.n_prompt as f32, longest.saturating_sub(excerpts.n_prompt) as f32);
-        let mut meter = Meter { done: 0.0, total: 0.0, n_prompt, n_score, progress };
-        let mut sets = 1 + CANDIDATES * n_layer.div_ceil(2);
-        let mut cuts = cut_sizes(n_layer).len();
-        for lazy in cut_sizes(n_layer) {
-            let tried = exchanges(lazy, window, windows).len();
-            if tried > 0 {
-                sets += 2 * lazy + 1 + tried;
-                cuts += 1;
-            }
-        }
-        meter.total = n * meter.cost(Work::Prompt)
-            + (n + n_layer as f32) * meter.cost(Work::Single)
-            + sets as f32 * meter.cost(Work::Set)
-            + cuts as f32 * meter.cost(Work::Cut);
-        meter
+/// The steps of a calibration, as many as it may take; the windows that a cut's layers are tried with are the most.
+fn planned(n_layer: usize, n_excerpts: usize, window: usize, windows: &[usize]) -> Steps {
+    let mut steps = Steps::default();
+    steps.add(Step::Prompt, n_excerpts);
+    steps.add(Step::Base, n_excerpts);
+    steps.add(set(1, n_layer), n_layer);
+    steps.add(set(n_layer, n_layer), 1);
+    for n_lazy in n_layer / 2..n_layer {
+        steps.add(set(n_lazy, n_layer), CANDIDATES.min(n_lazy + 1));
     }
-
-    fn cost(&self, work: Work) -> f32 {
-        match work {
-            Work::Prompt => self.n_prompt,
-            // The continuation sees the whole prompt, on average twice of what the prompt's own tokens see.
-            Work::Single => 1.5 * self.n_score,
-            Work::Set => self.n_score,
-            Work::Cut => 0.7 * self.n_prompt + self.n_score,
+    for lazy in cut_sizes(n_layer) {
+        steps.add(Step::Cut, 1);
+        let tried = exchanges(lazy, window, windows).len();
+        if tried > 0 {
+            steps.add(set(lazy, n_layer), 2 * lazy + 1 + tried);
+            steps.add(Step::Cut, 1);
         }
     }
+    steps
+}
 
-    fn part(&mut self, what: &'static str, work: Work, share: f32) {
-        let done = self.done + share * self.cost(work);
-        (self.progress)(Stage { what, share: (done / self.total).min(1.0) });
-    }
-
-    fn done(&mut self, what: &'static str, work: Work) {
-        self.done += self.cost(work);
-        self.part(what, work, 0.0);
-    }
+fn set(n_lazy: usize, n_layer: usize) -> Step {
+    Step::Set { active: 1.0 - n_lazy as f64 / n_layer as f64 }
 }
 
 #[cfg(test)]

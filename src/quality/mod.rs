@@ -23,9 +23,13 @@
 mod calibrate;
 mod compare;
 mod exchange;
+mod journal;
+mod meter;
 pub mod metrics;
 mod score;
 
-pub use calibrate::{BUILT_IN_TEXT, Excerpts, Stage, calibrate};
+pub use calibrate::{BUILT_IN_TEXT, Excerpts, calibrate, calibrate_on};
 pub use compare::{Compared, compare, output_scores};
+pub use journal::Journal;
+pub use meter::Stage;
 pub use score::{Scorer, Summary, Tally, uncompressed};

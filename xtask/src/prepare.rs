@@ -126,6 +126,21 @@ pub fn cmake(env: &mut Env) -> Result<()> {
     Ok(())
 }
 
+/// Installs jinja2, which renders chat templates as Transformers does, and returns the folder to import it from.
+pub fn jinja2() -> Result<PathBuf> {
+    let pins = requirements("jinja2");
+    let pins = std::fs::read_to_string(&pins).with_context(|| pins.display().to_string())?;
+    let mut pinned = pins.lines().filter_map(|line| line.split_whitespace().next()?.split_once("=="));
+    let installed = |(name, version)| {
+        python_dir().join(format!("{name}-{version}.dist-info")).is_dir() && python_dir().join(name).is_dir()
+    };
+    if !pinned.all(installed) {
+        eprintln!("jinja2 is missing; the tests compare chat templates with it");
+        pip_install("jinja2")?;
+    }
+    Ok(python_dir())
+}
+
 /// Installs Valgrind where it is missing. No package of pip's has it.
 pub fn valgrind() -> Result<()> {
     if on_path("valgrind") {

@@ -10,6 +10,7 @@ use crate::dist;
 use crate::prepare::{self, Env};
 use crate::root;
 use crate::sh::{self, step};
+use crate::upstream;
 
 pub fn run() -> Result<()> {
     let start = std::time::Instant::now();
@@ -20,6 +21,8 @@ pub fn run() -> Result<()> {
         prepare::cmake(&mut env)?;
         prepare::model().map(|_| ())
     })?;
+    // The package that llama.cpp's source comes from otherwise leaves them out.
+    let (jinja2, templates) = step("chat templates, jinja2", || Ok((prepare::jinja2()?, upstream::chat_templates()?)))?;
     let env = &env;
     let fuzz = Some(root().join("fuzz")).filter(|dir| dir.join("Cargo.toml").is_file());
     step("format", || {
@@ -35,7 +38,7 @@ pub fn run() -> Result<()> {
         sh::run(env.cargo().args(args))
     })?;
     if let Some(dir) = &fuzz {
-        step("fuzz target compiles", || {
+        step("fuzz targets compile", || {
             // In the workspace's target folder, where ggml is built already.
             let mut check = env.cargo();
             check.current_dir(dir).env("CARGO_TARGET_DIR", env.target_dir()?);
@@ -59,6 +62,7 @@ pub fn run() -> Result<()> {
         let mut test = env.cargo();
         // The tests of the C ABI look for the library there.
         test.env("SIMLAYER_DIST", &dist);
+        test.env("SIMLAYER_CHAT_TEMPLATES", &templates).env("SIMLAYER_JINJA2", &jinja2);
         sh::run(test.args(["test", "--workspace", "--release", "--no-fail-fast", "--", "--test-threads=1"]))
     })?;
     eprintln!("\nAll passed in {:.0} s.", start.elapsed().as_secs_f64());

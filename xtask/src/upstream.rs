@@ -95,6 +95,15 @@ fn source() -> Result<PathBuf> {
     Ok(source)
 }
 
+/// The folder of chat templates that llama.cpp's own tests use.
+pub fn chat_templates() -> Result<PathBuf> {
+    let folder = source()?.join("models/templates");
+    if !folder.is_dir() {
+        bail!("{}: llama.cpp's source has no such folder", folder.display());
+    }
+    Ok(folder)
+}
+
 /// llama-cpp-python's own tests, in a folder from which they find llama.cpp where they look for it.
 pub fn python_tests() -> Result<PathBuf> {
     let source = source()?;

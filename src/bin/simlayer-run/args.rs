@@ -93,6 +93,9 @@ pub struct ChatArgs {
     /// Use one of llama.cpp's built-in chat templates instead of the file's own
     #[arg(help_heading = "Text", long, value_name = "NAME")]
     pub chat_template: Option<String>,
+    /// Use the chat template in this file (Jinja) instead of the model's own
+    #[arg(help_heading = "Text", long, value_name = "FILE", conflicts_with = "chat_template")]
+    pub chat_template_file: Option<PathBuf>,
     /// Tokens of an answer at most; -1: until the model ends it or the context is full
     #[arg(help_heading = "Text", short, long = "predict", alias = "n-predict", value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
     pub n_predict: i64,

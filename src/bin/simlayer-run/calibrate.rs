@@ -3,13 +3,14 @@
 use std::{
     collections::BTreeSet,
     io::{self, Write},
+    path::{Path, PathBuf},
 };
 
 use serde_json::json;
 use simlayer::{
-    Token,
+    Model, SessionParams, Token,
     lazy::{Cut, Profile},
-    quality::{self, BUILT_IN_TEXT, Excerpts},
+    quality::{self, BUILT_IN_TEXT, Excerpts, Journal},
 };
 
 use crate::{
@@ -42,21 +43,36 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
     let excerpts: Vec<Vec<Token>> = tokens.chunks_exact(size).take(chunks).map(<[Token]>::to_vec).collect();
     let excerpts = Excerpts { text: &text, excerpts, n_prompt };
     let start = std::time::Instant::now();
+    let mut journal = journal(&output, &model, &run.session, &excerpts);
     let progress = Progress::new("the prompt");
-    let profile = quality::calibrate(
+    let result = quality::calibrate_on(
         &model,
         &run.session,
         &excerpts,
         args.windows.as_deref().unwrap_or_default(),
+        &mut journal,
         &mut |session| interrupt::watch(session.abort_flag()),
         &mut |stage| {
             progress.say(stage.what);
-            progress.set(stage.share);
+            progress.set_with(stage.share, stage.left);
         },
-    )?;
+    );
     drop(progress);
+    let profile = match result {
+        Ok(profile) => profile,
+        Err(error) => {
+            if journal.is_empty() {
+                journal.remove()?;
+            } else if journal.is_kept() {
+                let (n, path) = (journal.len(), part(&output));
+                eprintln!("{n} measurements are kept in {}; the same command goes on from there", path.display());
+            }
+            return Err(error.into());
+        }
+    };
     let took = start.elapsed();
     profile.write(&output).map_err(Failure::run)?;
+    journal.remove()?;
 
     let mut out = io::stdout().lock();
     if args.output.json {
@@ -79,6 +95,35 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Where measurements are kept until the profile is written.
+fn part(output: &Path) -> PathBuf {
+    let mut name = output.as_os_str().to_owned();
+    name.push(".part");
+    name.into()
+}
+
+fn journal(output: &Path, model: &Model, params: &SessionParams, excerpts: &Excerpts<'_>) -> Journal {
+    // What goes to a pipe or a device has no place beside it.
+    if output.exists() && !output.is_file() {
+        return Journal::none();
+    }
+    let path = part(output);
+    match Journal::open(&path, model, params, excerpts) {
+        Ok(journal) => {
+            if journal.replaced() {
+                eprintln!("{} was of another calibration and is begun anew", path.display());
+            } else if !journal.is_empty() {
+                eprintln!("going on from {} measurements in {}", journal.len(), path.display());
+            }
+            journal
+        }
+        Err(error) => {
+            eprintln!("what is measured cannot be kept: {error}");
+            Journal::none()
+        }
+    }
+}
+
 fn print(out: &mut impl Write, profile: &Profile) -> io::Result<()> {
     writeln!(out, "layers, the least harmful first:")?;
     writeln!(out, "{:>5} {:>10} {:>7}", "layer", "harm (KL)", "mass")?;
@@ -90,7 +135,7 @@ fn print(out: &mut impl Write, profile: &Profile) -> io::Result<()> {
     writeln!(out, "\nwhat can be had:")?;
     writeln!(out, "{:>5} {:>10} {:>12}", "lazy", "KL", "compression")?;
     for cut in &profile.cuts {
-        write!(out, "{:>5} {:>10.5} {:>10.2} ×", cut.lazy, cut.kl_mean, cut.compression)?;
+        write!(out, "{:>5} {:>10.5} {:>10} ×", cut.lazy, cut.kl_mean, report::times(cut.compression))?;
         if let Some(one) = cut.kl_mean_one_window {
             write!(out, "   {} (KL {one:.5} with one window)", windows(cut))?;
         }
@@ -99,8 +144,8 @@ fn print(out: &mut impl Write, profile: &Profile) -> io::Result<()> {
     writeln!(out)?;
     for most in [0.005, 0.01, 0.02, 0.05] {
         if let Some(cut) = profile.cuts.iter().rfind(|cut| cut.kl_mean <= most) {
-            let (lazy, compression) = (cut.lazy, cut.compression);
-            writeln!(out, "--lazy profile:kl={most}: {lazy} layers lazy, {compression:.2} × at this length")?;
+            let (lazy, times) = (cut.lazy, report::times(cut.compression));
+            writeln!(out, "--lazy profile:kl={most}: {lazy} layers lazy, {times} × at this length")?;
         }
     }
     for least in [1.5, 2.0] {

@@ -1,6 +1,9 @@
 //! A conversation in the terminal, or line by line from a pipe.
 
-use std::io::{self, BufRead, IsTerminal, Write};
+use std::{
+    io::{self, BufRead, IsTerminal, Write},
+    path::Path,
+};
 
 use rustyline::{Config, Editor, error::ReadlineError, history::MemHistory};
 use simlayer::{
@@ -29,11 +32,24 @@ pub fn run(args: ChatArgs) -> Result<(), Failure> {
     let builtin = args.chat_template.as_deref().map(ChatTemplate::builtin).transpose().map_err(|error| {
         Failure::usage(format!("--chat-template: {error} (there are {})", ChatTemplate::builtin_names().join(", ")))
     })?;
+    let from_file = args.chat_template_file.as_deref().map(template_file).transpose()?;
     let (model, _) = run.load()?;
+    let template = match builtin {
+        Some(template) => template,
+        None => {
+            let text = from_file.as_deref().or(model.chat_template());
+            let template = ChatTemplate::new(text, model.vocab());
+            if template.is_builtin() {
+                let which = if text.is_some() { "the chat template is empty" } else { "the file has no chat template" };
+                eprintln!("{which}: messages are written as ChatML");
+            }
+            template
+        }
+    };
     let session = run.session(&model)?;
     let params = options::sampling(args.sampling, session.n_ctx())?;
     let mut chat = Chat {
-        template: builtin.unwrap_or_else(|| ChatTemplate::new(model.chat_template(), model.vocab())),
+        template,
         // The seed of the first answer; the others follow from it.
         seed: Sampler::new(model.vocab(), &params)?.seed(),
         system: args.system.map(|text| Message::new("system", text)),
@@ -53,7 +69,7 @@ pub fn run(args: ChatArgs) -> Result<(), Failure> {
     } else {
         Input::Pipe
     };
-    while let Some(line) = input.next()? {
+    while let Some(line) = interrupt::while_waiting(|| input.next())? {
         match line.trim() {
             "" => {}
             "/exit" | "/quit" => break,
@@ -69,7 +85,10 @@ pub fn run(args: ChatArgs) -> Result<(), Failure> {
                     Err(Failure::Interrupted) if interactive => {}
                     result => result?,
                 }
-                interrupt::reset();
+                // In a script it ends the program, also when it came as the answer was complete.
+                if interactive {
+                    interrupt::reset();
+                }
             }
         }
     }
@@ -77,6 +96,11 @@ pub fn run(args: ChatArgs) -> Result<(), Failure> {
         report::print(&chat.total, &chat.session.kv());
     }
     Ok(())
+}
+
+fn template_file(path: &Path) -> Result<String, Failure> {
+    let bytes = options::read_file(path)?;
+    String::from_utf8(bytes).map_err(|_| Failure::run(format!("{}: a chat template must be UTF-8", path.display())))
 }
 
 enum Input {

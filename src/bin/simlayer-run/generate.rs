@@ -8,6 +8,7 @@ use simlayer::{Sampler, Token, Vocab};
 use crate::{
     args::GenerateArgs,
     failure::Failure,
+    interrupt,
     options::{self, Run},
     report,
     stream::{self, Stop},
@@ -37,7 +38,7 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
 
     let mut out = io::stdout().lock();
     if args.display_prompt && !json {
-        out.write_all(&prompt)?;
+        interrupt::while_writing(|| out.write_all(&prompt))?;
     }
     let answer = stream::answer(&model, &mut session, &mut sampler, &tokens, limit, |text| {
         if json {
@@ -46,6 +47,8 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
         out.write_all(text.as_bytes())?;
         out.flush()
     })?;
+    // Nothing is at work any more.
+    interrupt::unwatch();
     let kv = session.kv();
     if json {
         let object = json!({

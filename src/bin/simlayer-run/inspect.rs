@@ -15,7 +15,7 @@ use crate::{
     generate, interrupt,
     options::{self, Run},
     plot::{self, Bar, Scores},
-    stream,
+    report, stream,
 };
 
 pub fn run(args: InspectArgs) -> Result<(), Failure> {
@@ -74,13 +74,13 @@ pub fn run(args: InspectArgs) -> Result<(), Failure> {
         eprintln!("the prompt is within sink and window: nothing would be dropped, so no layer is scored");
     }
     eprintln!(
-        "{policy}: {} of {} layers lazy, KV cache {} for {} tokens (full f16: {}, compression {:.2})",
+        "{policy}: {} of {} layers lazy, KV cache {} for {} tokens (full f16: {}, {})",
         kv.lazy_layers,
         layers.len(),
         HumanBytes(kv.allocated_bytes as u64),
         kv.context_tokens,
         HumanBytes(kv.f16_bytes as u64),
-        kv.compression,
+        report::compression(kv.compression),
     );
     if let Some(path) = &args.plot {
         let picture = Scores {
@@ -100,7 +100,11 @@ fn title(model: &Model, policy: &Policy, kv: &KvReport) -> String {
         policy => policy.to_string(),
     };
     let name = model.name().unwrap_or("model");
-    format!("{name}: {policy}, {} tokens, {} lazy, {:.2} × smaller", kv.context_tokens, kv.lazy_layers, kv.compression)
+    let saved = match kv.compression {
+        1.0.. => format!("{:.2} × smaller", kv.compression),
+        _ => "nothing saved yet".to_owned(),
+    };
+    format!("{name}: {policy}, {} tokens, {} lazy, {saved}", kv.context_tokens, kv.lazy_layers)
 }
 
 /// The τ above which a layer is lazy, where that is the rule.

@@ -1,34 +1,83 @@
-//! Ctrl-C: it stops the session that is at work, and ends the program where there is none.
+//! Ctrl-C and SIGTERM: they stop the session that is at work, and end the program where there is none, or where it waits
+//! for others.
 
 use std::{
-    process,
+    io::{self, IsTerminal},
+    process::{self, Command},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    thread,
+    time::Duration,
 };
 
 use crate::failure::Failure;
 
 static PRESSED: AtomicBool = AtomicBool::new(false);
 static SESSION: Mutex<Option<Arc<AtomicBool>>> = Mutex::new(None);
+/// Odd while the program waits for a reader or writer.
+static WAITS: AtomicUsize = AtomicUsize::new(0);
+
+/// A pipe that is written to is ready before this, or somebody has stopped reading.
+const PATIENCE: Duration = Duration::from_millis(200);
 
 /// Takes over Ctrl-C (and the request to terminate).
 pub fn install() -> Result<(), Failure> {
     ctrlc::set_handler(|| {
-        let session = SESSION.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*session {
-            // A second Ctrl-C means that the first did not help.
-            Some(abort) if !PRESSED.swap(true, Ordering::SeqCst) => abort.store(true, Ordering::SeqCst),
-            _ => process::exit(130),
+        // A second one means that the first did not help.
+        let again = PRESSED.swap(true, Ordering::SeqCst);
+        match &*SESSION.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(abort) if !again => abort.store(true, Ordering::SeqCst),
+            _ => end(),
+        }
+        // Nobody looks at the flag who waits for a line, or for room in a pipe.
+        let wait = WAITS.load(Ordering::SeqCst);
+        if wait % 2 == 1 {
+            thread::sleep(PATIENCE);
+            if WAITS.load(Ordering::SeqCst) == wait {
+                end();
+            }
         }
     })
     .map_err(Failure::run)
 }
 
+fn end() -> ! {
+    if io::stdin().is_terminal() {
+        // The line editor may have changed how the terminal behaves. Without this program it stays as it is.
+        let _ = Command::new("stty").arg("sane").status();
+    }
+    process::exit(130)
+}
+
+/// Waits for others: for input, or until output is taken. Meanwhile Ctrl-C ends the program.
+///
+/// # Errors
+/// [`Failure::Interrupted`] when Ctrl-C came before; else those of `wait`.
+pub fn while_waiting<T>(wait: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+    WAITS.fetch_add(1, Ordering::SeqCst);
+    let result = if pressed() { Err(Failure::Interrupted) } else { wait() };
+    WAITS.fetch_add(1, Ordering::SeqCst);
+    result
+}
+
+/// As [`while_waiting`], but after Ctrl-C it still does what it is to do: the last words of an interrupted run.
+pub fn while_writing<T>(write: impl FnOnce() -> T) -> T {
+    WAITS.fetch_add(1, Ordering::SeqCst);
+    let result = write();
+    WAITS.fetch_add(1, Ordering::SeqCst);
+    result
+}
+
 /// Lets Ctrl-C stop a session, by its abort flag, instead of ending the program.
 pub fn watch(abort: Arc<AtomicBool>) {
     *SESSION.lock().unwrap_or_else(PoisonError::into_inner) = Some(abort);
+}
+
+/// Lets Ctrl-C end the program again.
+pub fn unwatch() {
+    *SESSION.lock().unwrap_or_else(PoisonError::into_inner) = None;
 }
 
 pub fn pressed() -> bool {

@@ -160,11 +160,11 @@ fn compare(
         let (kl, stderr) = (run.summary.kl_mean.unwrap_or(0.0), run.summary.kl_stderr.unwrap_or(0.0));
         writeln!(
             out,
-            "{:width$} {:>5} {:>12} {:>6.2} {:>11.4} {kl:>9.5} {stderr:>9.5} {:>7.2} %",
+            "{:width$} {:>5} {:>12} {:>6} {:>11.4} {kl:>9.5} {stderr:>9.5} {:>7.2} %",
             run.lazy,
             run.lazy_layers.len(),
             run.kv_bytes,
-            run.compression,
+            report::times(run.compression),
             run.summary.perplexity,
             run.summary.same_top.unwrap_or(1.0) * 100.0,
         )?;

@@ -1,11 +1,12 @@
 //! A progress bar for what takes long enough to want one.
 
 use std::{
+    cell::RefCell,
     io::{self, IsTerminal},
     time::{Duration, Instant},
 };
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 const STEPS: u64 = 1000;
 /// What is done before a bar could be read needs none.
@@ -15,21 +16,34 @@ const PATIENCE: Duration = Duration::from_millis(400);
 #[derive(Debug)]
 pub struct Progress {
     bar: ProgressBar,
+    what: RefCell<String>,
     start: Instant,
     terminal: bool,
 }
 
 impl Progress {
     pub fn new(what: impl Into<String>) -> Progress {
-        let bar = ProgressBar::with_draw_target(Some(STEPS), ProgressDrawTarget::hidden()).with_message(what.into());
-        if let Ok(style) = ProgressStyle::with_template("{bar:40} {percent:>3} % of {msg}, {eta} left") {
+        let bar = ProgressBar::with_draw_target(Some(STEPS), ProgressDrawTarget::hidden());
+        // A wide message is cut off where the terminal ends; a line that wraps could not be drawn over.
+        if let Ok(style) = ProgressStyle::with_template("{bar:16} {percent:>3} % {wide_msg}") {
             bar.set_style(style);
         }
-        Progress { bar, start: Instant::now(), terminal: io::stderr().is_terminal() }
+        let terminal = io::stderr().is_terminal();
+        Progress { bar, what: RefCell::new(what.into()), start: Instant::now(), terminal }
     }
 
-    /// Shows the share that is done, from 0 to 1.
+    /// Shows the share that is done, from 0 to 1, of what takes as long in its parts.
     pub fn set(&self, share: f32) {
+        let spent = self.start.elapsed().as_secs_f64();
+        let left = (share > 0.0).then(|| spent / f64::from(share) - spent);
+        self.set_with(share, left.and_then(|left| Duration::try_from_secs_f64(left.max(0.0)).ok()));
+    }
+
+    /// Shows the share that is done and how long the rest will take.
+    pub fn set_with(&self, share: f32, left: Option<Duration>) {
+        // The time first: it is what may not be cut off.
+        let left = left.map_or(String::new(), |left| format!("{} left, ", HumanDuration(left)));
+        self.bar.set_message(format!("{left}{}", self.what.borrow()));
         if self.terminal && self.bar.is_hidden() && self.start.elapsed() > PATIENCE && share < 1.0 {
             self.bar.set_draw_target(ProgressDrawTarget::stderr());
         }
@@ -38,7 +52,7 @@ impl Progress {
 
     /// Says what is being done now.
     pub fn say(&self, what: impl Into<String>) {
-        self.bar.set_message(what.into());
+        *self.what.borrow_mut() = what.into();
     }
 }
 

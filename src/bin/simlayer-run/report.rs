@@ -21,21 +21,39 @@ pub fn timings_json(load: Duration, timings: &Timings) -> Value {
 
 /// Speed and cache on stderr.
 pub fn print(timings: &Timings, kv: &KvReport) {
-    let line = |name: &str, n: usize, time: Duration| {
-        eprintln!("{name:<8} {n} tokens in {:.2} s ({:.1} tokens/s)", time.as_secs_f64(), rate(n, time));
+    let line = |name: &str, n: usize, time: Duration| match n {
+        // Interrupted, or there was nothing to do: no speed either.
+        0 => eprintln!("{name:<8} 0 tokens"),
+        n => eprintln!("{name:<8} {n} tokens in {:.2} s ({:.1} tokens/s)", time.as_secs_f64(), rate(n, time)),
     };
     line("prefill", timings.prefilled, timings.prefill);
     line("decode", timings.decoded, timings.decode);
     let bytes = |n: usize| HumanBytes(n as u64);
     eprintln!(
-        "KV cache {} for {} tokens, peak {} (full f16: {}, compression {:.2})",
+        "KV cache {} for {} tokens, peak {} (full f16: {}, {})",
         bytes(kv.allocated_bytes),
         kv.context_tokens,
         bytes(kv.peak_bytes),
         bytes(kv.f16_bytes),
-        kv.compression,
+        compression(kv.compression),
     );
     eprintln!("layers   {} lazy, {} active", kv.lazy_layers, kv.active_layers);
+}
+
+/// How many times smaller a cache is, if it is: of a few tokens, it has room for more than they need.
+pub fn compression(compression: f64) -> String {
+    match compression {
+        1.0.. => format!("compression {compression:.2}"),
+        _ => "nothing saved yet".to_owned(),
+    }
+}
+
+/// The same in a column of a table.
+pub fn times(compression: f64) -> String {
+    match compression {
+        1.0.. => format!("{compression:.2}"),
+        _ => "–".to_owned(),
+    }
 }
 
 pub fn rate(n: usize, time: Duration) -> f64 {

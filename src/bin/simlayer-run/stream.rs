@@ -1,14 +1,13 @@
 //! Prefill with a progress bar, then tokens as they come.
 
 use std::{
-    io::{self, IsTerminal},
+    io,
     time::{Duration, Instant},
 };
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use simlayer::{Error, Model, Sampler, Session, Token, vocab::Utf8Stream};
 
-use crate::{failure::Failure, interrupt};
+use crate::{failure::Failure, interrupt, progress::Progress};
 
 /// Why no more tokens came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -71,7 +70,7 @@ pub fn answer(
     let mut stream = Utf8Stream::default();
     let mut add = |answer: &mut Answer, piece: String| {
         answer.text.push_str(&piece);
-        if piece.is_empty() { Ok(()) } else { show(&piece) }
+        if piece.is_empty() { Ok(()) } else { interrupt::while_writing(|| show(&piece)) }
     };
     let n_ctx = session.n_ctx();
     loop {
@@ -114,22 +113,8 @@ pub fn answer(
 
 /// Prefill with a bar on the terminal.
 pub fn prefill(session: &mut Session, prompt: &[Token]) -> Result<Vec<f32>, Error> {
-    const STEPS: u64 = 1000;
-    // What is done before a bar could be read needs none.
-    const PATIENCE: Duration = Duration::from_millis(400);
-    let bar = ProgressBar::with_draw_target(Some(STEPS), ProgressDrawTarget::hidden())
-        .with_message(format!("{} tokens", prompt.len()));
-    if let Ok(style) = ProgressStyle::with_template("prefill {bar:40} {percent:>3} % of {msg}, {eta} left") {
-        bar.set_style(style);
-    }
-    let start = Instant::now();
-    let terminal = io::stderr().is_terminal();
-    let logits = session.prefill_with(prompt, &mut |share| {
-        if terminal && bar.is_hidden() && start.elapsed() > PATIENCE && share < 1.0 {
-            bar.set_draw_target(ProgressDrawTarget::stderr());
-        }
-        bar.set_position((share * STEPS as f32) as u64);
-    });
-    bar.finish_and_clear();
+    let progress = Progress::new(format!("prefill of {} tokens", prompt.len()));
+    let logits = session.prefill_with(prompt, &mut |share| progress.set(share));
+    drop(progress);
     logits.map(<[f32]>::to_vec)
 }
