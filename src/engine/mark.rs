@@ -127,11 +127,20 @@ impl Sequence {
                 layer.put_ring_rows(end.n_past, *from, rows);
             }
         }
+        self.behind.clear();
         let n_tail = end.n_past.saturating_sub(self.tokens.len());
         self.tokens.extend_from_slice(&end.tail[end.tail.len() - n_tail.min(end.tail.len())..]);
         self.tokens.truncate(end.n_past);
         self.n_past = end.n_past;
         (self.exact_from, self.scored, self.score_next) = (end.exact_from, end.scored, end.score_next);
+    }
+}
+
+impl Sequence {
+    /// Whether the sequence was cut, so that [`Session::replay`] may serve its next tokens.
+    pub fn may_replay(&self) -> bool {
+        let is_cut = self.mark.as_ref().is_some_and(|mark| self.n_past < mark.n_past());
+        is_cut || (!self.behind.is_empty() && self.is_inexact())
     }
 }
 
@@ -211,56 +220,55 @@ impl Session {
     pub(super) fn set_mark(&mut self, entry: &BatchEntry<'_>, n_rows: usize) {
         let Some(sequence) = self.sequences.get_mut(&entry.seq) else { return };
         sequence.mark = None;
-        let is_needed = sequence.layers.iter().any(|layer| layer.span().is_some() || layer.exact().is_some());
         let n_vocab = self.model.hparams().n_vocab;
-        if !is_needed || !self.params.keep_prompt_end || entry.outputs == Outputs::None || self.wants_embeddings {
+        if !sequence.is_inexact()
+            || !self.params.keep_prompt_end
+            || entry.outputs == Outputs::None
+            || self.wants_embeddings
+        {
             return;
         }
         let logits = &self.logits[(n_rows - 1) * n_vocab..n_rows * n_vocab];
         sequence.mark = Some(Mark::new(sequence, logits, &self.meter));
     }
 
-    /// How many of the entry's first tokens are the ones before the mark, from which the sequence was cut: they are not
-    /// computed again. Where they reach the mark the sequence is then as it was there, and the last one's logits are those
-    /// of then.
+    /// How many of the entry's first tokens are those that the sequence was cut before: their rows are there still, and are
+    /// not computed again. Where they reach the mark the sequence is then as it was there, and the last one's logits are
+    /// those of then.
     pub(super) fn replay(&mut self, entry: &BatchEntry<'_>) -> usize {
         let Some(sequence) = self.sequences.get_mut(&entry.seq) else { return 0 };
-        let Some(mark) = &sequence.mark else { return 0 };
-        let PromptEnd { n_past: n_mark, tail, .. } = &*mark.end;
-        let left = n_mark.saturating_sub(sequence.n_past);
-        let n = left.min(entry.tokens.len());
-        if n == 0 || left > tail.len() || self.wants_embeddings || !mark.reaches(sequence.n_past, sequence) {
+        if self.wants_embeddings || !sequence.may_replay() {
             return 0;
         }
-        let known = &tail[tail.len() - left..][..n];
         let n_wanted = entry.outputs.n_rows(entry.tokens.len());
-        // Of the tokens before the mark only the last one's logits are known.
-        let n_wanted = n_wanted.saturating_sub(entry.tokens.len() - n);
-        let reaches = n == left;
-        if entry.tokens[..n] != *known || n_wanted > usize::from(reaches) || (entry.prompt_end && !reaches) {
-            return 0;
+        if let Some(mark) = &sequence.mark {
+            let PromptEnd { n_past: n_mark, tail, logits, .. } = &*mark.end;
+            let n = n_mark.saturating_sub(sequence.n_past);
+            let is_known = (1..=tail.len().min(entry.tokens.len())).contains(&n)
+                && entry.tokens[..n] == tail[tail.len() - n..]
+                && mark.reaches(sequence.n_past, sequence);
+            // Of the tokens before the mark only the last one's logits are known.
+            let n_wanted = n_wanted.saturating_sub(entry.tokens.len() - n.min(entry.tokens.len()));
+            if is_known && n_wanted <= 1 {
+                if n_wanted == 1 {
+                    self.logits.extend_from_slice(logits);
+                }
+                sequence.go_to_mark();
+                return n;
+            }
         }
-        if n_wanted == 1 {
-            self.logits.extend_from_slice(&mark.end.logits);
-        }
-        if reaches {
-            sequence.go_to_mark();
-        } else {
-            sequence.tokens.extend_from_slice(known);
-            sequence.n_past += n;
-        }
+        // What has outputs, or ends a prompt, is computed.
+        let most = entry.tokens.len() - n_wanted.max(usize::from(entry.prompt_end));
+        let known = entry.tokens[..most].iter().zip(&sequence.behind).take_while(|(given, cut)| given == cut);
+        let n = known.count();
+        sequence.take_behind(n);
         n
-    }
-
-    /// Whether the sequence was cut to just before the mark, so that [`Session::replay`] may serve its next tokens.
-    pub(super) fn may_replay(&self, seq: SeqId) -> bool {
-        let sequence = self.sequences.get(&seq);
-        sequence.is_some_and(|sequence| sequence.mark.as_ref().is_some_and(|mark| sequence.n_past < mark.n_past()))
     }
 
     /// Called before a sequence's rows are written up to `end` tokens.
     pub(super) fn before_writing(&mut self, seq: SeqId, end: usize) {
         let Some(sequence) = self.sequences.get_mut(&seq) else { return };
+        sequence.behind.clear();
         if sequence.mark.as_ref().is_some_and(|mark| sequence.n_past < mark.n_past()) {
             sequence.mark = None;
         }

@@ -24,6 +24,8 @@ pub(super) struct Sequence {
     pub exact_from: usize,
     /// The tokens themselves.
     pub tokens: Vec<Token>,
+    /// Tokens behind them that were cut off, and whose rows are still there.
+    pub behind: Vec<Token>,
     /// How many queries the layers' scores are means over, and the tokens that there were then.
     pub scored: (usize, usize),
     /// Where the last prompt ended.
@@ -32,13 +34,23 @@ pub(super) struct Sequence {
 
 impl Sequence {
     pub fn new(layers: Vec<LayerCache>) -> Sequence {
-        Sequence { n_past: 0, layers, score_next: false, exact_from: 0, tokens: Vec::new(), scored: (0, 0), mark: None }
+        Sequence {
+            n_past: 0,
+            layers,
+            score_next: false,
+            exact_from: 0,
+            tokens: Vec::new(),
+            behind: Vec::new(),
+            scored: (0, 0),
+            mark: None,
+        }
     }
 
     /// A sequence of the same tokens with these layers, and no mark.
     pub fn with_layers(&self, layers: Vec<LayerCache>) -> Sequence {
         let &Sequence { n_past, score_next, exact_from, scored, .. } = self;
-        Sequence { n_past, layers, score_next, exact_from, tokens: self.tokens.clone(), scored, mark: None }
+        let (tokens, behind) = (self.tokens.clone(), Vec::new());
+        Sequence { n_past, layers, score_next, exact_from, tokens, behind, scored, mark: None }
     }
 
     /// The mark, for a copy whose layers keep what these do. A copy has no rows behind the last token.
@@ -84,6 +96,18 @@ impl Sequence {
         true
     }
 
+    /// Whether going back and giving the same tokens again needs care: what was computed of them then is not what would be
+    /// computed now.
+    pub fn is_inexact(&self) -> bool {
+        self.layers.iter().any(|layer| layer.span.is_some() || layer.exact.is_some())
+    }
+
+    /// Takes the first `n` of the tokens that were cut off back.
+    pub fn take_behind(&mut self, n: usize) {
+        self.tokens.extend(self.behind.drain(..n));
+        self.n_past += n;
+    }
+
     /// Counts tokens in whose rows were written.
     pub fn append(&mut self, tokens: &[Token]) {
         self.n_past += tokens.len();
@@ -96,7 +120,9 @@ impl Sequence {
     pub fn cut(&mut self, n: usize, end: usize) {
         self.wrote(end);
         self.n_past = self.n_past.min(n);
-        self.tokens.truncate(self.n_past);
+        let mut behind = self.tokens.split_off(self.n_past);
+        behind.append(&mut self.behind);
+        self.behind = behind;
         let exact = self.layers.iter().find_map(|layer| layer.exact.as_ref());
         let lost = exact.map_or(0, |exact| exact.span.held_from(end));
         self.exact_from = self.exact_from.max(lost).min(self.n_past);

@@ -361,7 +361,9 @@ impl Session {
         let mut tokens = 0;
         let fits = |entry: &&BatchEntry<'_>| {
             tokens += entry.tokens.len();
-            tokens <= self.params.n_ubatch && !self.reads_layer_major(entry) && !self.may_replay(entry.seq)
+            tokens <= self.params.n_ubatch
+                && !self.reads_layer_major(entry)
+                && !self.sequences.get(&entry.seq).is_some_and(Sequence::may_replay)
         };
         batch.iter().take(MAX_PARTS).take_while(fits).count()
     }
@@ -550,8 +552,9 @@ impl Session {
         let Some(sequence) = self.sequences.get_mut(&seq) else { return Ok(()) };
         // The old store goes only when no graph refers to it any more.
         self.decode_graph = None;
-        // The mark knows nothing of the new ring.
+        // The mark knows nothing of the new ring, which has no rows behind the last token.
         sequence.mark = None;
+        sequence.behind.clear();
         let n_past = sequence.n_past;
         sequence.layers[layer].make_lazy(
             n_past,

@@ -239,6 +239,7 @@ impl<'a> State<'a> {
         sequence.n_past = self.n_past;
         (sequence.exact_from, sequence.score_next, sequence.scored) = (self.exact_from, self.score_next, self.scored);
         sequence.tokens.clone_from(&self.tokens);
+        sequence.behind.clear();
     }
 
     /// The layers' rows, in order, checked against what a model's layers can keep.

@@ -31,12 +31,11 @@ EDITED = "And what is the weather like?"
 class Server:
     """llama-server as a child process."""
 
-    def __init__(self, command: list, slots: int, slot_path: str) -> None:
+    def __init__(self, command: list, slots: int, slot_path: str, more: list) -> None:
         self.errors = tempfile.TemporaryFile(mode="w+")
         # Whatever the frontend's default: the whole prompt in one batch, and a context for each slot.
         options = ["-np", str(slots), "-c", str(8192 * slots), "-b", "8192", "--port", str(PORT)]
-        # Without thinking blocks or a prompt cache between slots: each request says what one slot does.
-        options += ["--slot-save-path", slot_path, "-cram", "0"]
+        options += ["--slot-save-path", slot_path] + more
         self.process = subprocess.Popen(command + options, stdout=subprocess.DEVNULL, stderr=self.errors)
         for _ in range(600):
             self.check()
@@ -95,9 +94,9 @@ class Conversation:
     def begin(self) -> None:
         self.say("first", self.first)
 
-    def regenerate(self, what: str = "regenerate") -> None:
+    def regenerate(self, what: str = "regenerate", **more) -> None:
         self.messages.pop()
-        self.messages.append({"role": "assistant", "content": self.request(what)})
+        self.messages.append({"role": "assistant", "content": self.request(what, **more)})
 
     def cancel(self, text: str) -> None:
         """Asks, and leaves after the first piece of the answer."""
@@ -130,10 +129,9 @@ def one_conversation(server: Server, text: str, slot: int = -1) -> Conversation:
     talk.cancel(FOLLOW_UPS[0])
     talk.say("after cancelling", FOLLOW_UPS[1])
     # An answer that is longer than what a lazy layer keeps beyond its window.
-    talk.n = 400
+    talk.n = 320
     talk.say("long answer", "Tell the whole story again in your own words, with every detail.", ignore_eos=True)
-    talk.n = 24
-    talk.regenerate("regenerate a long answer")
+    talk.regenerate("regenerate a long answer", ignore_eos=True)
     return talk
 
 
@@ -148,12 +146,9 @@ def fresh(server: Server, text: str) -> Conversation:
 
 
 def long_first_answer(server: Server, text: str) -> Conversation:
-    talk = Conversation(server, text, n=400)
+    talk = Conversation(server, text, n=320)
     talk.say("first", text, ignore_eos=True)
-    first = talk.log[-1]["text"]
-    talk.messages.pop()
-    talk.request("regenerate a long answer", ignore_eos=True)
-    talk.log[-1]["same"] = talk.log[-1]["text"] == first
+    talk.regenerate("regenerate a long answer", ignore_eos=True)
     return talk
 
 
@@ -231,8 +226,11 @@ def main() -> None:
     result: dict = {}
     with tempfile.TemporaryDirectory() as slot_path:
 
+        # Of many requests the prompt cache would grow to 8 GiB.
+        more = ["-cram", "64"] if what.isdigit() else []
+
         def serve() -> Server:
-            return Server(command, slots, slot_path)
+            return Server(command, slots, slot_path, more)
 
         def first_message(server: Server) -> str:
             """Some 3,900 tokens of the text, and a question."""

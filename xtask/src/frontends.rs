@@ -20,6 +20,8 @@ enum Part {
     Tools,
     Perplexity,
     Server,
+    /// Twenty conversations whose answers are taken back, by the library's own session.
+    Turns,
     /// Conversations with llama-server whose layers become lazy.
     ServerTurns,
     /// A conversation of such a server that is saved, and restored by another process.
@@ -64,6 +66,7 @@ pub fn run(args: &Args) -> Result<()> {
             Part::Tools => frontends.tools(),
             Part::Perplexity => frontends.perplexity(),
             Part::Server => frontends.server(args.requests),
+            Part::Turns => frontends.turns_of_sessions(),
             Part::ServerTurns => frontends.server_turns(),
             Part::ServerSlots => frontends.server_slots(),
             Part::ServerMany => frontends.server_many(args.turns),
@@ -182,6 +185,13 @@ impl Frontends<'_> {
         serde_json::from_str(&sh::output(&mut script)?).context("turns.py wrote no JSON")
     }
 
+    fn turns_of_sessions(&self) -> Result<()> {
+        let mut test = self.env.cargo();
+        test.env("SIMLAYER_TEST_CONVERSATIONS", "20");
+        let conversations = ["an_answer_taken_back", "an_edited_turn", "--test-threads=1", "--nocapture"];
+        sh::run(test.args(["test", "--release", "--test", "turns", "--"]).args(conversations))
+    }
+
     /// No request fails, an answer taken back comes again, and a further turn reads little more than what was said.
     fn server_turns(&self) -> Result<()> {
         for (rule, slots) in RULES.into_iter().flat_map(|rule| [(rule, 1), (rule, 4)]) {
@@ -205,9 +215,7 @@ impl Frontends<'_> {
             let (ours, fresh) = (edit(&talks[0]), edit(&result["fresh"]));
             println!("{rule}: an edit two turns back answers {}", ours.clone().unwrap_or_default());
             ensure!(ours.is_some() && ours == fresh, "a fresh server answers {}", fresh.unwrap_or_default());
-            let long = entries(&result["long"]).last().context("a long answer")?;
-            ensure!(long["same"] == true, "a long first answer does not come again");
-            ensure!(long["read"].as_u64().is_some_and(|n| n <= MOST_READ), "for it {} tokens are read", long["read"]);
+            check_talk(&result["long"]).with_context(|| format!("{rule}, a long first answer"))?;
         }
         Ok(())
     }
