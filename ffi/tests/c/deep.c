@@ -66,7 +66,7 @@ static void * run(void * data) {
         CHECK(sampler != NULL);
         llama_token z;
         CHECK(llama_tokenize(vocab, "z", 1, &z, 1, false, false) == 1);
-        for (int said = 0; said < 3000; said++) {
+        for (int said = 0; said < 1000; said++) {
             llama_sampler_accept(sampler, z);
         }
         llama_sampler_free(sampler);

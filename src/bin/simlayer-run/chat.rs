@@ -32,7 +32,10 @@ pub fn run(args: ChatArgs) -> Result<(), Failure> {
     let session = run.session(&model)?;
     let params = options::sampling(args.sampling, session.n_ctx())?;
     let mut chat = Chat {
-        template: builtin.unwrap_or_else(|| ChatTemplate::new(model.chat_template(), model.vocab())),
+        template: match builtin {
+            Some(builtin) => builtin,
+            None => ChatTemplate::new(model.chat_template()?, model.vocab()),
+        },
         // The seed of the first answer; the others follow from it.
         seed: Sampler::new(model.vocab(), &params)?.seed(),
         system: args.system.map(|text| Message::new("system", text)),

@@ -35,8 +35,8 @@ struct search_bounds {
                                   "ends into it");
         }
         if (__builtin_expect(*steps < cost, false)) {
-            throw std::runtime_error("it takes too long to split: put other characters or line ends into its longest "
-                                     "run of the same kind of characters");
+            throw std::runtime_error("its longest run of one kind of characters takes a regular expression too many "
+                                     "steps: put other characters or line ends into it");
         }
         *steps -= cost;
     }
