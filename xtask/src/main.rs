@@ -52,7 +52,7 @@ enum Command {
     VulkanCheck(vulkan_check::Args),
     /// Run the C programs of the tests under Valgrind.
     Valgrind,
-    /// Run the fuzz target.
+    /// Run the fuzz targets.
     Fuzz(fuzz::Args),
 }
 
