@@ -462,6 +462,7 @@ mod tests {
             ("start ::= \"a\"", "no rule named 'root'"),
             ("root ::= root \"a\"", "left recursion"),
             ("root ::= \"a\"{99999999}", "repetitions"),
+            ("root ::= \"a\"{8,3}", "second number is below its first"),
             ("root ::= ([0-9]", "expecting ')'"),
             ("root ::= \"a\0\"", "NUL"),
             ("", "no rule named 'root'"),

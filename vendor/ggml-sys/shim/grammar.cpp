@@ -140,8 +140,14 @@ static void check_grammar_size(const char * at) {
             at                   = after_space(at);
             uint64_t most        = least;
             if (*at == ',') {
-                at   = after_space(at + 1);
-                most = std::max(number(at), least);
+                at = after_space(at + 1);
+                if ('0' <= *at && *at <= '9') {
+                    most = number(at);
+                    // llama.cpp's parser would subtract, and repeat some 2^64 times.
+                    if (most < least) {
+                        throw grammar_refused("a repetition's second number is below its first");
+                    }
+                }
             }
             // Each optional repetition is a rule: the item, a reference, an alternative, an end.
             const uint64_t optional = most > MAX_REPETITIONS ? 1 : std::max(most - least, uint64_t(1));
