@@ -35,8 +35,8 @@ constexpr uint64_t MAX_ELEMENTS = 5000000;
 constexpr size_t MAX_PATTERN = 50000;
 // llama.cpp's own bound for one repetition; an upper end above it is none.
 constexpr uint64_t MAX_REPETITIONS = 2000;
-// Some seconds.
-constexpr uint64_t MAX_WORK = 20000000;
+// Some seconds: llama.cpp compares each of the ways on with all others.
+constexpr uint64_t MAX_WORK = 8000000;
 // Rules that begin with rules, in one row; and calls of the check for left recursion, which follows each of them anew
 // wherever it is named.
 constexpr size_t   MAX_CHAIN = 500000;
