@@ -163,6 +163,92 @@ fn hyper_parameters() {
     refused(|f| f.set("llama.rope.scaling.type", "longrope2"), &["rope.scaling.type", "longrope2"]);
 }
 
+/// Layers may differ in their feed-forward, but not in their heads.
+#[test]
+fn lists_of_layers() {
+    let _alone = alone();
+    let two = |change: fn(&mut GgufFile) -> &mut GgufFile| {
+        let mut file = RandomModel { n_layer: 2, ..RandomModel::tiny() }.gguf();
+        change(&mut file);
+        file.to_bytes()
+    };
+    for key in ["head_count", "head_count_kv"].map(|key| format!("llama.attention.{key}")) {
+        let differ =
+            RandomModel { n_layer: 2, ..RandomModel::tiny() }.gguf().set(&key, Meta::array([2u32, 1])).to_bytes();
+        refused_bytes(&differ, &[&key, "2 in layer 0, but 1 in layer 1"]);
+        let zero =
+            RandomModel { n_layer: 2, ..RandomModel::tiny() }.gguf().set(&key, Meta::array([0u32, 0])).to_bytes();
+        refused_bytes(&zero, &[&key, "is zero"]);
+    }
+    for list in [Meta::array([32u32]), Meta::array([32u32; 3]), Meta::Array(4, Vec::new())] {
+        let mut file = RandomModel { n_layer: 2, ..RandomModel::tiny() }.gguf();
+        refused_bytes(
+            &file.set("llama.feed_forward_length", list).to_bytes(),
+            &["feed_forward_length", "for 2 layers"],
+        );
+    }
+    refused_bytes(&two(|f| f.set("llama.feed_forward_length", Meta::array([32u32, 64]))), &["blk.1.ffn", "shape"]);
+    refused_bytes(&two(|f| f.set("llama.feed_forward_length", Meta::array([-1i32, 32]))), &["feed_forward_length"]);
+}
+
+/// Keys that say the same in another way, or that nobody needs, change nothing.
+#[test]
+fn what_llama_cpp_loads_loads() {
+    let _alone = alone();
+    let random = || RandomModel { n_layer: 3, ..RandomModel::tiny() };
+    let place = Place::new();
+    let logits = |file: &mut GgufFile| {
+        let model = place.load(&file.to_bytes()).unwrap();
+        let mut params = SessionParams::default();
+        params.n_threads = 1;
+        Session::new(&model, params).unwrap().prefill(&[1, 5, 9, 40]).unwrap().to_vec()
+    };
+    let plain = logits(&mut random().gguf());
+    let changes: [fn(&mut GgufFile) -> &mut GgufFile; 14] = [
+        |f| f.set("llama.attention.head_count", Meta::array([2i32; 3])),
+        |f| f.set("llama.attention.head_count_kv", Meta::array([1u32; 3])),
+        |f| f.set("llama.feed_forward_length", Meta::array([32u32; 3])),
+        |f| f.set("llama.feed_forward_length", Meta::array([32u64; 3])),
+        |f| f.set("llama.feed_forward_length", 32u16),
+        |f| f.set("llama.block_count", 3i64),
+        |f| f.set("llama.vocab_size", 7u32),
+        |f| f.set("llama.vocab_size", Meta::array([7u32])),
+        |f| f.remove("llama.vocab_size"),
+        |f| f.set("general.name", b"Mod\xe8le".to_vec()),
+        |f| f.set("general.description", b"\xff".to_vec()),
+        |f| f.set("llama.attention.layer_norm_epsilon", "small"),
+        |f| f.set("tokenizer.ggml.merges", Meta::array([1u32])),
+        |f| f.set("tokenizer.ggml.pre", b"\xe8".to_vec()),
+    ];
+    for (index, change) in changes.iter().enumerate() {
+        assert_eq!(logits(change(&mut random().gguf())), plain, "change {index}");
+    }
+    let name = place.load(&model().set("general.name", b"Mod\xe8le".to_vec()).to_bytes()).unwrap();
+    assert_eq!(name.name(), Some("Mod\u{fffd}le"));
+}
+
+/// A chat template that is none hurts nobody who does not use it.
+#[test]
+fn chat_templates_that_are_none() {
+    let _alone = alone();
+    let key = "tokenizer.chat_template";
+    for (template, says) in [
+        (Meta::Str(b"{{ messages }} \xe8".to_vec()), "UTF-8"),
+        (Meta::array(["a", "b"]), "an array of 2 str"),
+        (Meta::U32(1), "the u32 1"),
+    ] {
+        let place = Place::new();
+        let model = place.load(&model().set(key, template).to_bytes()).unwrap();
+        run(&model).unwrap();
+        let message = model.chat_template().unwrap_err().to_string();
+        check_message(&message);
+        assert!(message.contains(key) && message.contains(says), "{message}");
+    }
+    let place = Place::new();
+    let model = place.load(&model().set(key, "{{ bos_token }}").to_bytes()).unwrap();
+    assert_eq!(model.chat_template().unwrap(), Some("{{ bos_token }}"));
+}
+
 #[test]
 fn tensors() {
     let _alone = alone();
@@ -206,7 +292,6 @@ fn vocabulary() {
     refused(|f| f.set("tokenizer.ggml.model", "rwkv"), &["tokenizer.ggml.model", "'rwkv'"]);
     refused(|f| f.set("tokenizer.ggml.tokens", Meta::array(["a"; 480])), &["tokenizer.ggml.tokens", "'a' twice"]);
     refused(|f| f.set("tokenizer.ggml.scores", Meta::array([1f32])), &["tokenizer.ggml.scores", "1 entries"]);
-    refused(|f| f.set("llama.vocab_size", 1u32), &["llama.vocab_size"]);
     let mut file = RandomModel { vocabulary: Vocabulary::Bpe, ..RandomModel::tiny() }.gguf();
     refused_bytes(&file.set("tokenizer.ggml.pre", "unheard-of").to_bytes(), &["unheard-of"]);
 }

@@ -225,6 +225,61 @@ fn every_weight_type_has_upstreams_logits() {
     }
 }
 
+/// Upstream knows layers of different widths in other architectures only: one of them is ours otherwise.
+#[test]
+fn layers_of_different_widths_have_upstreams_logits() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let [ours, theirs] = ["llama", "deci"].map(|name| folder.path().join(name).with_extension("gguf"));
+    let random = RandomModel { n_layer: 3, n_ff_step: 256, ..RandomModel::default() };
+    random.write(&ours);
+    let mut file = random.gguf();
+    for (key, _) in &mut file.keys {
+        if let Some(key_of) = key.strip_prefix(b"llama.") {
+            *key = [b"deci.", key_of].concat();
+        }
+    }
+    file.set("general.architecture", "deci").write(&theirs);
+    let model = load(&ours);
+    assert_eq!(model.hparams().n_ff, [512, 768, 1024]);
+    let mut rng = Rng::new(7);
+    let prompts: Vec<Vec<Token>> = [1, 40, 300].map(|n: usize| rng.tokens(n, random.n_vocab())).into();
+    let what = Logits { prompts: &prompts, all: false, decode: None };
+    let theirs = UpstreamRef::new().logits(&upstreams_file(&theirs), what);
+    let ours: Vec<Vec<f32>> =
+        prompts.iter().flat_map(|prompt| logits(&model, &ggmls_attention(), prompt, &[])).collect();
+    let kl = mean_kl(&theirs, &ours);
+    println!("mean KL {kl:.3e}, entropy {:.2}", entropy(&ours[0]));
+    assert!(kl < bound(MAX_KL, DEVICE_KL), "mean KL {kl}");
+}
+
+/// With flash attention upstream reads caches in f32 as if they were f16, and so do we with ggml's kernels: to the bit.
+#[test]
+fn f32_caches_have_upstreams_logits() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("random.gguf");
+    let random = RandomModel::default();
+    random.write(&path);
+    let model = load(&path);
+    let mut rng = Rng::new(7);
+    let prompts: Vec<Vec<Token>> = [1, 40, 300].map(|n: usize| rng.tokens(n, random.n_vocab())).into();
+    let decoded: Vec<Vec<Token>> = prompts.iter().map(|_| rng.tokens(20, random.n_vocab())).collect();
+    let what = Logits { prompts: &prompts, all: false, decode: Some(&decoded) };
+    for (k, v) in [(Type::F32, Type::F32), (Type::F32, Type::F16), (Type::F16, Type::F32), (Type::BF16, Type::F32)] {
+        let options = ["-fa", "on", "-t", "1", "-ctk", k.name(), "-ctv", v.name()];
+        let theirs = UpstreamRef::new().with_options(&options).logits(&upstreams_file(&path), what);
+        let mut params = ggmls_attention();
+        (params.type_k, params.type_v, params.n_threads, params.layer_major) = (k, v, 1, false);
+        let ours: Vec<Vec<f32>> = prompts
+            .iter()
+            .zip(&decoded)
+            .flat_map(|(prompt, decoded)| logits(&model, &params, prompt, decoded))
+            .collect();
+        let kl = mean_kl(&theirs, &ours);
+        assert!(kl <= bound(0.0, DEVICE_KL), "{k}, {v}: mean KL {kl}");
+        assert!(bound(0.0, 1.0) > 0.0 || theirs == ours, "{k}, {v}");
+    }
+}
+
 /// A sliding window is honoured: upstream ignores the key for this architecture, but its softmax can be restricted.
 #[test]
 fn a_sliding_window_is_upstream_restricted_to_it() {

@@ -1,12 +1,16 @@
 //! Text to tokens and back on the real model, against unmodified llama.cpp.
 
-use std::collections::HashSet;
+use std::{
+    collections::{BTreeSet, HashSet},
+    path::PathBuf,
+};
 
 use simlayer::{
     chat::{ChatTemplate, Message},
-    vocab::{SpecialToken, Utf8Stream, Vocab, VocabKind},
+    vocab::{SpecialToken, Token, Utf8Stream, Vocab, VocabError, VocabKind},
 };
-use simlayer_testkit::{Rng, UpstreamRef, smollm2_path};
+use simlayer_testkit::{RandomModel, Rng, UpstreamRef, Vocabulary, smollm2_path};
+use tempfile::TempDir;
 
 const PICKED: &[&str] = &[
     "",
@@ -193,4 +197,114 @@ fn the_models_own_chat_template() {
     let tokens = template.tokenize(&vocab, &prompt).unwrap();
     assert_eq!(vocab.detokenize(&tokens, true).unwrap(), prompt);
     assert_eq!(tokens.iter().filter(|&&token| Some(token) == vocab.eos()).count(), 4);
+}
+
+/// Every name of a pre-tokenizer that llama.cpp's vocabulary code knows.
+fn pre_tokenizers() -> BTreeSet<String> {
+    let source = std::fs::read_to_string(format!("{}/src/llama-vocab.cpp", ggml_sys::LLAMA_SOURCE)).unwrap();
+    let names = source.split("tokenizer_pre == \"").skip(1).filter_map(|rest| rest.split_once('"'));
+    let names: BTreeSet<String> = names.map(|(name, _)| name.to_owned()).collect();
+    assert!(names.len() > 80 && names.contains("gpt-4o"), "{names:?}");
+    names
+}
+
+/// A small model with this pre-tokenizer.
+fn with_pre_tokenizer(name: &str) -> (TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.gguf");
+    let mut file = RandomModel { vocabulary: Vocabulary::Bpe, ..RandomModel::tiny() }.gguf();
+    file.set("tokenizer.ggml.pre", name).write(&path);
+    (folder, path)
+}
+
+/// Texts of `n` characters of which none, for some pre-tokenizer, is where it splits.
+fn runs(n: usize) -> [(&'static str, Vec<u8>); 10] {
+    [
+        ("letters", "a".repeat(n)),
+        ("letters of both cases", "aB".repeat(n / 2)),
+        ("blanks", " ".repeat(n) + "x"),
+        ("line ends", "\n".repeat(n)),
+        ("dashes", "-".repeat(n)),
+        ("ideographs", "漢".repeat(n)),
+        ("digits", "7".repeat(n)),
+        ("slashes and line ends", "/\n".repeat(n / 2)),
+        ("words", "the a ".repeat(n / 6)),
+    ]
+    .map(|(kind, text)| (kind, text.into_bytes()))
+    .into_iter()
+    .chain([("bytes that are no text", vec![0xff; n / 10])])
+    .collect::<Vec<_>>()
+    .try_into()
+    .unwrap()
+}
+
+/// The tokens, from a thread with little stack.
+fn tokenize_on_a_small_stack(vocab: &Vocab, text: Vec<u8>) -> Result<Vec<Token>, VocabError> {
+    let vocab = vocab.clone();
+    let thread = std::thread::Builder::new().stack_size(256 << 10);
+    thread.spawn(move || vocab.tokenize_bytes(&text, false, false)).unwrap().join().unwrap()
+}
+
+/// llama.cpp overflows its stack at some 26,000 characters; below that it must say the same.
+#[test]
+fn long_runs_are_split_as_llama_cpp_splits_them() {
+    let reference = UpstreamRef::new();
+    let mut texts: Vec<Vec<u8>> = texts().into_iter().map(String::into_bytes).collect();
+    texts.push(texts.concat());
+    texts.extend(runs(3000).map(|(_, text)| text));
+    let bytes: Vec<&[u8]> = texts.iter().map(Vec::as_slice).collect();
+    for name in pre_tokenizers() {
+        let (_folder, path) = with_pre_tokenizer(&name);
+        // Its words keep their spaces, on which llama.cpp's merge look-up aborts.
+        if name == "whitespace" {
+            assert!(Vocab::load(&path).is_err());
+            continue;
+        }
+        let vocab = Vocab::load(&path).unwrap();
+        let expected = reference.tokenize(&path, &bytes, false, false);
+        assert_eq!(expected.len(), texts.len());
+        for (text, expected) in texts.iter().zip(expected) {
+            // Here short runs only stay on the caller's stack.
+            let tokens = tokenize_on_a_small_stack(&vocab, text.clone()).unwrap();
+            assert!(tokens == expected, "{name}: {:?}", String::from_utf8_lossy(text));
+            assert!(vocab.tokenize_bytes(text, false, false).unwrap() == expected, "{name}");
+        }
+    }
+}
+
+#[test]
+fn runs_without_a_break_do_not_overflow_the_stack() {
+    for name in pre_tokenizers().iter().filter(|&name| name != "whitespace") {
+        let (_folder, path) = with_pre_tokenizer(name);
+        let vocab = Vocab::load(&path).unwrap();
+        for (kind, text) in runs(60_000) {
+            if let Err(error) = tokenize_on_a_small_stack(&vocab, text) {
+                // It asks at every digit how many follow.
+                assert_eq!((name.as_str(), kind), ("superbpe", "digits"), "{error}");
+                assert!(error.to_string().contains("takes a regular expression too many steps"), "{error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_no_stack_holds_is_refused() {
+    let refused = [("gpt-4o", 0), ("deepseek-llm", 2), ("llama4", 5)];
+    for (name, run) in refused {
+        let (_folder, path) = with_pre_tokenizer(name);
+        let vocab = Vocab::load(&path).unwrap();
+        let (kind, text) = &runs(10_000_000)[run];
+        let error = tokenize_on_a_small_stack(&vocab, text.clone()).unwrap_err().to_string();
+        assert!(
+            error.contains("it has a run of characters without a break that is too long"),
+            "{name}, {kind}: {error}"
+        );
+        // With breaks any length goes.
+        let words = b"the and of it, ".repeat(200_000);
+        assert!(tokenize_on_a_small_stack(&vocab, words).unwrap().len() > 800_000);
+    }
+    // What is split without regular expressions has no such bound.
+    let (_folder, path) = with_pre_tokenizer("llama-bpe");
+    let vocab = Vocab::load(&path).unwrap();
+    assert_eq!(tokenize_on_a_small_stack(&vocab, vec![b'z'; 10_000_000]).unwrap().len(), 10_000_000);
 }

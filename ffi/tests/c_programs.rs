@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use simlayer_testkit::{RandomModel, smollm2_path, workspace_root};
+use simlayer_testkit::{RandomModel, Vocabulary, smollm2_path, workspace_root};
 use tempfile::TempDir;
 
 /// The folder with the library, or a loud nothing.
@@ -41,6 +41,14 @@ impl Programs {
     fn model(&self) -> String {
         let path = self.path().join("random.gguf");
         RandomModel::default().write(&path);
+        path.display().to_string()
+    }
+
+    /// A small model with the named pre-tokenizer.
+    fn model_with(&self, pre: &str) -> String {
+        let path = self.path().join(pre).with_extension("gguf");
+        let mut file = RandomModel { vocabulary: Vocabulary::Bpe, ..RandomModel::tiny() }.gguf();
+        file.set("tokenizer.ggml.pre", pre).write(&path);
         path.display().to_string()
     }
 
@@ -130,6 +138,13 @@ fn turns() {
 fn hostile_callers() {
     let Some(programs) = Programs::new() else { return };
     programs.check("hostile", &[&programs.model(), "100000"]);
+}
+
+#[test]
+fn deep_recursion() {
+    let Some(programs) = Programs::new() else { return };
+    let models = ["gpt-4o", "deepseek-v3"].map(|pre| programs.model_with(pre));
+    programs.check("deep", &models.each_ref().map(String::as_str));
 }
 
 /// A process of ours that is killed at the end.

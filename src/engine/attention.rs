@@ -347,6 +347,9 @@ fn attention(
     }
     if maker.kernel == Kernel::Flash {
         let AttentionOptions { scale, softcap, sinks } = *options;
+        // As llama.cpp does it, so that the logits are its own.
+        let halved = |rows: &Tensor| if rows.ty() == Type::F32 { graph.cast(rows, Type::F16) } else { rows.clone() };
+        let (keys, values) = (&halved(keys), &halved(values));
         return place(graph.flash_attn(queries, keys, values, mask, scale, softcap.unwrap_or(0.0), sinks));
     }
     let weights = place(weights(graph, queries, keys, mask, options));

@@ -25,6 +25,7 @@ mod value;
 mod vocab_check;
 
 use std::{
+    borrow::Cow,
     collections::HashMap,
     fs::{self, File},
     io,
@@ -181,6 +182,14 @@ impl Gguf {
     pub fn str(&self, key: &str) -> Result<Option<&str>, Error> {
         self.typed(key, "a UTF-8 string", |value| match value {
             Value::String(bytes) => std::str::from_utf8(bytes).ok(),
+            _ => None,
+        })
+    }
+
+    /// A string, of which what is not UTF-8 becomes U+FFFD.
+    pub fn text(&self, key: &str) -> Result<Option<Cow<'_, str>>, Error> {
+        self.typed(key, "a string", |value| match value {
+            Value::String(bytes) => Some(String::from_utf8_lossy(bytes)),
             _ => None,
         })
     }
@@ -352,6 +361,7 @@ mod tests {
         assert_eq!((gguf.u32("u8").unwrap(), gguf.u32("absent").unwrap()), (Some(200), None));
         assert_eq!((gguf.f32("f32").unwrap(), gguf.f32("f64").unwrap()), (Some(0.5), Some(0.25)));
         assert!(gguf.require_bool("yes").unwrap());
+        assert_eq!(gguf.text("latin1").unwrap().as_deref(), Some("\u{fffd}"));
         assert_eq!(gguf.i32s("i8s").unwrap(), Some(vec![-1, 2]));
         assert_eq!(gguf.f32s("f32s").unwrap(), Some(vec![1.5]));
         assert_eq!(gguf.require_strings("texts").unwrap(), [&[0xff, 0][..], b"b", b""]);

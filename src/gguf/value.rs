@@ -141,7 +141,7 @@ impl<'a> Value<'a> {
     }
 
     /// The type, with what distinguishes a value of it: for error messages.
-    pub(super) fn describe(&self) -> String {
+    pub(crate) fn describe(&self) -> String {
         match self {
             Value::Array(array) => format!("an array of {} {}", array.len(), array.element_type().name()),
             Value::String(_) => "a string".to_owned(),

@@ -64,10 +64,11 @@ enum Kind {
 /// Errors: a key that is missing, of the wrong type or length, or that contradicts another. The name of the
 /// pre-tokenizer is left to llama.cpp, which knows the list.
 pub fn check_vocab(gguf: &Gguf) -> Result<(), Error> {
-    let architecture = gguf.architecture()?;
-    let name = gguf.str("general.name")?.unwrap_or_default().to_lowercase();
+    gguf.architecture()?;
+    let name = gguf.text("general.name")?.unwrap_or_default().to_lowercase();
     let model = gguf.require_str(MODEL)?;
-    let pre = gguf.str(PRE)?.unwrap_or_default();
+    let pre = gguf.text(PRE)?.unwrap_or_default();
+    let pre = &*pre;
     let kind = match model {
         "llama" => Kind::Spm,
         "gpt2" | "gemma4" => Kind::Bpe,
@@ -94,15 +95,16 @@ pub fn check_vocab(gguf: &Gguf) -> Result<(), Error> {
     }
     let tokens = check_tokens(gguf)?;
     let n_tokens = tokens.len();
-    check_size(gguf, architecture, n_tokens)?;
     check_scores(gguf, n_tokens)?;
     if let Some(types) = array(gguf, TOKEN_TYPES, "an array of i32", &[ValueType::I32])? {
         check_length(gguf, TOKEN_TYPES, types, n_tokens)?;
     }
     array(gguf, SUPPRESSED, "an array of i32", &[ValueType::I32])?;
-    let merges = array(gguf, MERGES, "an array of strings", &[ValueType::String])?;
-    if kind == Kind::Bpe && pre != "kimi-k2" {
-        gguf.require(MERGES, merges)?;
+    if kind == Kind::Bpe {
+        let merges = array(gguf, MERGES, "an array of strings", &[ValueType::String])?;
+        if pre != "kimi-k2" {
+            gguf.require(MERGES, merges)?;
+        }
     }
     check_special(gguf, kind, model, pre, n_tokens)?;
 
@@ -138,17 +140,6 @@ fn check_tokens(gguf: &Gguf) -> Result<HashSet<Cow<'_, [u8]>>, Error> {
         }
     }
     Ok(seen)
-}
-
-fn check_size(gguf: &Gguf, architecture: &str, n_tokens: usize) -> Result<(), Error> {
-    let key = format!("{architecture}.vocab_size");
-    match gguf.u32(&key)? {
-        Some(size) if size as usize != n_tokens => {
-            let problem = format!("is {size}, but {TOKENS} has {n_tokens}: convert the model again");
-            Err(gguf.bad_key(&key, problem))
-        }
-        _ => Ok(()),
-    }
 }
 
 fn check_scores(gguf: &Gguf, n_tokens: usize) -> Result<(), Error> {
@@ -296,7 +287,6 @@ mod tests {
         refused(Spm, |f| f.set(SCORES, Meta::array([1f32; 3])), "has 3 entries for");
         refused(Spm, |f| f.set(TOKEN_TYPES, Meta::array([1i32; 3])), "has 3 entries for");
         refused(Spm, |f| f.set(SCORES, Meta::array([f32::NAN; 1000])), "has a score that is not a number");
-        refused(Spm, |f| f.set("llama.vocab_size", 7u32), "'llama.vocab_size' is 7, but");
         refused(Spm, |f| f.set("general.name", "My Phi-3"), "has no '<|endoftext|>', which llama.cpp needs");
 
         fn tokens(texts: &[&str]) -> impl Fn(&mut GgufFile) -> &mut GgufFile {
@@ -325,5 +315,8 @@ mod tests {
         // Two empty tokens get different names.
         let mut file = vocabulary(Vocabulary::Spm);
         check(file.set(TOKENS, Meta::array(["", "\0", "a"]))).unwrap();
+        // Keys that it reads for other files only.
+        check(file.set("llama.vocab_size", 7u32).set(MERGES, 1u32).set(PRE, vec![0xe8u8])).unwrap();
+        check(file.set("llama.vocab_size", "many").set("general.name", b"Mod\xe8le".to_vec())).unwrap();
     }
 }

@@ -25,8 +25,8 @@ pub struct Hparams {
     pub n_head_kv: usize,
     /// Elements of a head.
     pub head_size: usize,
-    /// Width of the feed-forward.
-    pub n_ff: usize,
+    /// For each layer the width of its feed-forward.
+    pub n_ff: Vec<usize>,
     /// ε of the norms.
     pub norm_eps: f32,
     pub rope: Rope,
@@ -57,8 +57,12 @@ impl Hparams {
         let Some(n_layer) = n_block.checked_sub(n_next).filter(|&n| n > 0) else {
             return Err(keys.error("nextn_predict_layers", format!("{n_next} of {n_block} layers; some must be left")));
         };
-        let n_head = keys.count("attention.head_count")?;
-        let n_head_kv = keys.optional_count("attention.head_count_kv")?.unwrap_or(n_head);
+        let one = |key: &str| {
+            let counts = keys.optional_counts(key, n_block, n_layer)?;
+            counts.map(|counts| keys.all_equal(key, &counts)).transpose()
+        };
+        let n_head = keys.require("attention.head_count", one("attention.head_count")?)?;
+        let n_head_kv = one("attention.head_count_kv")?.unwrap_or(n_head);
         if n_head % n_head_kv != 0 {
             let why = format!("{n_head_kv} KV heads do not divide the {n_head} heads");
             return Err(keys.error("attention.head_count_kv", why));
@@ -101,7 +105,8 @@ impl Hparams {
             n_head,
             n_head_kv,
             head_size,
-            n_ff: keys.count("feed_forward_length")?,
+            n_ff: keys
+                .require("feed_forward_length", keys.optional_counts("feed_forward_length", n_block, n_layer)?)?,
             norm_eps: keys.norm_eps()?,
             rope: keys.rope(n_rot, n_ctx_train)?,
             windows: vec![None; n_layer],
@@ -156,6 +161,41 @@ impl Keys<'_> {
         self.optional_u32(key)?.map(|count| self.nonzero(key, count)).transpose()
     }
 
+    fn require<T>(&self, key: &str, value: Option<T>) -> Result<T, Error> {
+        Ok(self.file.require(&self.name(key), value)?)
+    }
+
+    /// A count for each of the `n_layer` layers that are run: one number for all, or a list with one for each of the
+    /// file's `n_block`.
+    fn optional_counts(&self, key: &str, n_block: usize, n_layer: usize) -> Result<Option<Vec<usize>>, Error> {
+        let counts = match self.file.get(&self.name(key)) {
+            Some(Value::Array(list)) if list.len() != n_block => {
+                return Err(self.error(key, format!("a list of {} for {n_block} layers", list.len())));
+            }
+            Some(Value::Array(_)) => self.optional_list(key)?.unwrap_or_default(),
+            _ => match self.optional_u32(key)? {
+                Some(count) => vec![count; n_layer],
+                None => return Ok(None),
+            },
+        };
+        counts.into_iter().take(n_layer).map(|count| self.nonzero(key, count)).collect::<Result<_, _>>().map(Some)
+    }
+
+    /// What all layers have alike.
+    fn all_equal(&self, key: &str, counts: &[usize]) -> Result<usize, Error> {
+        let first = counts.first().copied().unwrap_or_default();
+        match counts.iter().position(|&count| count != first) {
+            None => Ok(first),
+            Some(layer) => {
+                let why = format!(
+                    "{first} in layer 0, but {} in layer {layer}; layers that differ in their heads are unsupported",
+                    counts[layer]
+                );
+                Err(self.error(key, why))
+            }
+        }
+    }
+
     fn nonzero(&self, key: &str, count: u32) -> Result<usize, Error> {
         match count {
             0 => Err(self.error(key, "is zero".into())),
@@ -168,9 +208,12 @@ impl Keys<'_> {
     /// `attention.layer_norm_rms_epsilon`, or `attention.layer_norm_epsilon` where the file has that instead.
     fn norm_eps(&self) -> Result<f32, Error> {
         let (key, mean_key) = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon");
-        let (key, eps) = match (self.file.f32(&self.name(key))?, self.file.f32(&self.name(mean_key))?) {
-            (None, Some(eps)) => (mean_key, eps),
-            (eps, _) => (key, self.file.require(&self.name(key), eps)?),
+        let (key, eps) = match self.file.f32(&self.name(key))? {
+            Some(eps) => (key, eps),
+            None => match self.file.f32(&self.name(mean_key))? {
+                Some(eps) => (mean_key, eps),
+                None => (key, self.require(key, None)?),
+            },
         };
         if eps >= 0.0 { Ok(eps) } else { Err(self.error(key, format!("{eps} is no epsilon"))) }
     }

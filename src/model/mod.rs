@@ -27,6 +27,7 @@ mod smollm3;
 mod weights;
 
 use std::{
+    borrow::Cow,
     fmt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -40,7 +41,7 @@ pub(crate) use placement::Placement;
 
 use crate::{
     ggml::{self, Device, Graph, Tensor},
-    gguf::{self, Gguf, Override},
+    gguf::{self, Gguf, Override, Value},
     vocab::{Vocab, VocabError},
 };
 
@@ -165,6 +166,8 @@ pub(crate) struct AttentionOptions<'a> {
     pub sinks: Option<&'a Tensor>,
 }
 
+const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
+
 type Build = fn(&mut Builder<'_>) -> Result<Decoder, Error>;
 
 /// The architectures that can be run, by the name in their files: a new one is a file of its own and a line here.
@@ -203,7 +206,8 @@ struct Inner {
     architecture: Box<dyn Architecture>,
     vocab: Vocab,
     name: Option<String>,
-    chat_template: Option<String>,
+    /// Or why it is none.
+    chat_template: Result<Option<String>, String>,
     weight_bytes: usize,
     placement: Placement,
     fingerprint: [u8; FINGERPRINT_BYTES],
@@ -234,8 +238,16 @@ impl Model {
                 why: format!("{} tokens, but token_embd.weight has {} rows", vocab.n_tokens(), hparams.n_vocab),
             });
         }
-        let text = |key: &str| file.str(key).map(|text| text.map(str::to_owned));
-        let (name, chat_template) = (text("general.name")?, text("tokenizer.chat_template")?);
+        let name = file.text("general.name")?.map(Cow::into_owned);
+        // Only those who use it need it.
+        let chat_template = match file.get(CHAT_TEMPLATE) {
+            None => Ok(None),
+            Some(Value::String(text)) => {
+                let text = std::str::from_utf8(text).map(|text| Some(text.to_owned()));
+                text.map_err(|error| format!("it is no UTF-8 text ({error})"))
+            }
+            Some(other) => Err(format!("it is {}, but a string is needed", other.describe())),
+        };
         let path = path.to_owned();
         let fingerprint = identity::fingerprint(&file, &hparams);
         let inner =
@@ -270,8 +282,17 @@ impl Model {
     }
 
     /// The Jinja chat template in the file.
-    pub fn chat_template(&self) -> Option<&str> {
-        self.inner.chat_template.as_deref()
+    ///
+    /// # Errors
+    /// When the file's is no UTF-8 text.
+    pub fn chat_template(&self) -> Result<Option<&str>, Error> {
+        match &self.inner.chat_template {
+            Ok(template) => Ok(template.as_deref()),
+            Err(why) => {
+                let why = format!("{why}; name another template");
+                Err(Error::Key { path: self.inner.path.clone(), key: CHAT_TEMPLATE.to_owned(), why })
+            }
+        }
     }
 
     /// Bytes of all weights.

@@ -8,10 +8,9 @@ use crate::ggml::RopeKind;
 
 pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
     b.hparams.rope.kind = RopeKind::Neox;
-    let n_ff = b.hparams.n_ff;
     let layers = b.layers(|b, i| {
         let attention = SelfAttention::load(b, i)?.with_row_norms(b, i)?;
-        let experts = Experts::load(b, i, n_ff, Routing::Softmax, Activation::Silu)?;
+        let experts = Experts::load(b, i, b.hparams.n_ff[i], Routing::Softmax, Activation::Silu)?;
         Block::pre_norm(b, i, attention, experts)
     })?;
     Decoder::load(b, layers)

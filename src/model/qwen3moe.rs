@@ -9,8 +9,8 @@ use crate::ggml::RopeKind;
 
 pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
     b.hparams.rope.kind = RopeKind::Neox;
-    let n_ff = expert_width(b)?;
     let layers = b.layers(|b, i| {
+        let n_ff = expert_width(b, i)?;
         let attention = SelfAttention::load(b, i)?.with_head_norms(b, i)?;
         let experts = Experts::load(b, i, n_ff, Routing::SoftmaxNormalised, Activation::Silu)?;
         Block::pre_norm(b, i, attention, experts)

@@ -462,6 +462,7 @@ mod tests {
             ("start ::= \"a\"", "no rule named 'root'"),
             ("root ::= root \"a\"", "left recursion"),
             ("root ::= \"a\"{99999999}", "repetitions"),
+            ("root ::= \"a\"{8,3}", "second number is below its first"),
             ("root ::= ([0-9]", "expecting ')'"),
             ("root ::= \"a\0\"", "NUL"),
             ("", "no rule named 'root'"),
@@ -471,6 +472,67 @@ mod tests {
             let error = Sampler::new(&vocab, &params).unwrap_err().to_string();
             assert!(error.contains(reason) && !error.contains('\n'), "{grammar}: {error}");
         }
+    }
+
+    fn with_grammar(vocab: &Vocab, grammar: String) -> Result<Sampler, String> {
+        let params = SamplerParams { grammar: Some(grammar), ..SamplerParams::greedy() };
+        Sampler::new(vocab, &params).map_err(|error| error.to_string())
+    }
+
+    /// What recurses in llama.cpp: groups in groups, rules that begin with rules.
+    fn nested(n: usize) -> String {
+        format!("root ::= {}\"a\"{}", "(".repeat(n), " \"b\")".repeat(n))
+    }
+
+    fn chain(n: usize) -> String {
+        let rules: String = (1..n).map(|rule| format!("r{rule} ::= r{}\n", rule + 1)).collect();
+        format!("root ::= r1\n{rules}r{n} ::= \"a\"\n")
+    }
+
+    #[test]
+    fn deep_grammars_run_or_are_refused() {
+        let vocab = vocab();
+        let small_stack = |grammar: String| {
+            let vocab = vocab.clone();
+            let run = move || {
+                with_grammar(&vocab, grammar).and_then(|mut sampler| {
+                    let token = sampler.sample(&logits(&vocab, 0)).map_err(|error| error.to_string())?;
+                    sampler.reset().map_err(|error| error.to_string())?;
+                    Ok(vocab.piece(token, false))
+                })
+            };
+            std::thread::Builder::new().stack_size(256 << 10).spawn(run).unwrap().join().unwrap()
+        };
+        assert!(small_stack(nested(500)).unwrap().starts_with(b"a"));
+        assert_eq!(small_stack(chain(100_000)), Ok(b"a".to_vec()));
+        for depth in [20_000, 1_000_000] {
+            let error = small_stack(nested(depth)).unwrap_err();
+            assert!(error.contains("nested more than 10000 deep"), "{error}");
+        }
+        // Only what is nested: brackets in a literal, a set or a comment are none.
+        let flat = format!("root ::= \"{0}\" | [{0}] | \"a\" # {0}", "(".repeat(20_000));
+        assert!(small_stack(flat).is_ok());
+    }
+
+    #[test]
+    fn grammars_that_explode_are_refused() {
+        let vocab = vocab();
+        let refused = |grammar: String, reason: &str| {
+            let error = with_grammar(&vocab, grammar).unwrap_err();
+            assert!(error.contains(reason), "{error}");
+        };
+        refused(format!("root ::= \"{}\"{{2000}}", "a".repeat(100_000)), "too large");
+        refused(format!("root ::= {}", "\"a\"{ # many\n 0, 2000 } ".repeat(1000)), "too large");
+        refused(nested(9_999), "too many ways to go on");
+        // Each rule may be empty, or be the next one twice.
+        let doubling: String = (1..40).map(|rule| format!("r{rule} ::= | r{0} r{0}\n", rule + 1)).collect();
+        refused(format!("root ::= r1\n{doubling}r40 ::= \"a\""), "too many ways to begin");
+        // Repetitions of repetitions: read at once, and refused where the ways on become too many.
+        let mut sampler = with_grammar(&vocab, format!("root ::= ..{}", "+".repeat(120))).unwrap();
+        let steps = (0..8).map_while(|step| sampler.sample(&logits(&vocab, step)).ok()).count();
+        assert!(steps < 8, "{steps}");
+        // As large, and no harm.
+        assert!(with_grammar(&vocab, format!("root ::= ({})", "[a-z]{0,100} ".repeat(100))).is_ok());
     }
 
     /// llama.cpp ends the process when a grammar has no way on; here it is an error.

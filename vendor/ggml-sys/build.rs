@@ -32,6 +32,7 @@ fn main() {
     bind(&source, &out);
 
     println!("cargo:source={}", source.display());
+    println!("cargo:rustc-env=LLAMA_SOURCE={}", source.display());
 }
 
 /// The llama.cpp tree to compile: `GGML_SOURCE_DIR`, or the folder where cargo unpacked the package.
@@ -105,10 +106,8 @@ impl<'a> Library<'a> {
     fn build(&self) {
         let llama = [
             "llama-vocab",
-            "unicode",
             "unicode-data",
             "llama-sampler",
-            "llama-grammar",
             "llama-chat",
             "llama-impl",
             "llama-model-loader",
@@ -118,7 +117,15 @@ impl<'a> Library<'a> {
         ];
         let mut build = self.cpp();
         build.files(llama.iter().map(|name| self.source.join(format!("src/{name}.cpp"))));
-        build.file("shim/vocab.cpp").include(self.source.join("src"));
+        build
+            .files(["stack", "grammar", "vocab"].map(|name| format!("shim/{name}.cpp")))
+            .include(self.source.join("src"));
+        // What recurses in these two is bounded.
+        for (name, bounds) in [("unicode", "shim/regex.h"), ("llama-grammar", "shim/grammar.h")] {
+            let mut bounded = self.cpp();
+            bounded.file(self.source.join(format!("src/{name}.cpp"))).include(self.source.join("src"));
+            build.objects(bounded.flag("-include").flag(bounds).compile_intermediates());
+        }
         build.compile("simlayer-llama");
 
         let cpu = self.source.join("ggml/src/ggml-cpu");

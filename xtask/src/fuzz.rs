@@ -48,6 +48,8 @@ pub fn run(args: &Args) -> Result<()> {
             command.arg(format!("-max_total_time={}", args.seconds)).arg("-print_final_stats=1");
             // An allocation that the file does not justify becomes a finding.
             command.arg("-rss_limit_mb=1500");
+            // And so does an input that takes longer than this.
+            command.arg("-timeout=60");
             sh::run(command.args(&args.options))
         })?;
     }

@@ -52,7 +52,7 @@ enum Command {
     VulkanCheck(vulkan_check::Args),
     /// Run the C programs of the tests under Valgrind.
     Valgrind,
-    /// Run the fuzz targets: files as models, and chat templates.
+    /// Run the fuzz targets: files as models, chat templates, grammars.
     Fuzz(fuzz::Args),
 }
 

@@ -37,7 +37,10 @@ pub fn run(args: ChatArgs) -> Result<(), Failure> {
     let template = match builtin {
         Some(template) => template,
         None => {
-            let text = from_file.as_deref().or(model.chat_template());
+            let text = match &from_file {
+                Some(text) => Some(&**text),
+                None => model.chat_template()?,
+            };
             let template = ChatTemplate::new(text, model.vocab());
             if template.is_builtin() {
                 let which = if text.is_some() { "the chat template is empty" } else { "the file has no chat template" };

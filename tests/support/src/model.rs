@@ -2,7 +2,11 @@
 
 use std::path::Path;
 
-use crate::{Rng, Vocabulary, WeightType, gguf::GgufFile, weights::Weights};
+use crate::{
+    Rng, Vocabulary, WeightType,
+    gguf::{GgufFile, Meta},
+    weights::Weights,
+};
 
 /// How a model stretches RoPE.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -30,6 +34,8 @@ pub struct RandomModel {
     /// Size of keys, values and RoPE. Written as keys only when it is not n_embd / n_head.
     pub head_size: usize,
     pub n_ff: usize,
+    /// How much wider than that each layer's feed-forward is than the one's before. Written as a list when it is not 0.
+    pub n_ff_step: usize,
     pub n_ctx_train: u32,
     pub vocabulary: Vocabulary,
     pub rope_freq_base: f32,
@@ -61,6 +67,7 @@ impl Default for RandomModel {
             n_head_kv: 2,
             head_size: 32,
             n_ff: 512,
+            n_ff_step: 0,
             n_ctx_train: 4096,
             vocabulary: Vocabulary::Spm,
             rope_freq_base: 10000.0,
@@ -136,7 +143,11 @@ impl RandomModel {
         file.set("llama.block_count", self.n_layer as u32);
         file.set("llama.context_length", self.n_ctx_train);
         file.set("llama.embedding_length", self.n_embd as u32);
-        file.set("llama.feed_forward_length", self.n_ff as u32);
+        let widths = (0..self.n_layer).map(|layer| self.width(layer) as u32);
+        file.set(
+            "llama.feed_forward_length",
+            if self.n_ff_step > 0 { Meta::array(widths) } else { Meta::U32(self.n_ff as u32) },
+        );
         file.set("llama.attention.head_count", self.n_head as u32);
         file.set("llama.attention.head_count_kv", self.n_head_kv as u32);
         file.set("llama.attention.layer_norm_rms_epsilon", 1e-5f32);
@@ -168,10 +179,15 @@ impl RandomModel {
 }
 
 impl RandomModel {
+    /// Of a layer's feed-forward.
+    fn width(&self, layer: usize) -> usize {
+        self.n_ff + layer * self.n_ff_step
+    }
+
     /// Adds tensors whose sizes keep the network alive: activations of about 1 behind every norm, attention that is
     /// neither uniform nor one-hot, logits that vary by about 2.5.
     fn add_weights(&self, mut weights: Weights<'_>, n_vocab: usize) {
-        let RandomModel { n_layer, n_embd, n_head, n_head_kv, head_size, n_ff, .. } = *self;
+        let RandomModel { n_layer, n_embd, n_head, n_head_kv, head_size, .. } = *self;
         let (n_q, n_kv) = (n_head * head_size, n_head_kv * head_size);
         // The embedding's rows give logits of deviation 2.5 where they serve as output. What the layers add to the
         // residual stream is of the embedding's size, or larger when it is the output too: the token that was read
@@ -180,6 +196,7 @@ impl RandomModel {
         weights.matrix("token_embd", n_embd, n_vocab, 2.5);
         for layer in 0..n_layer {
             let name = |part: &str| format!("blk.{layer}.{part}");
+            let n_ff = self.width(layer);
             weights.norm(&name("attn_norm"), n_embd);
             // Scores have deviation 1.6² ≈ 2.6 before the softmax.
             weights.matrix(&name("attn_q"), n_embd, n_q, 1.6);
@@ -220,7 +237,6 @@ impl RandomModel {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gguf::Meta;
 
     #[test]
     fn equal_seeds_give_equal_files() {

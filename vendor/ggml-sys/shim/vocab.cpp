@@ -1,5 +1,8 @@
 #include "vocab.h"
 
+#include "grammar_bounds.h"
+#include "stack.h"
+
 #include "ggml-cpp.h"
 #include "ggml-impl.h"
 #include "gguf.h"
@@ -17,8 +20,7 @@
 #include <string>
 #include <vector>
 
-// How many guarded calls this thread is in.
-static thread_local int guard_depth = 0;
+using simlayer::guard_depth;
 
 // What a bad file or grammar trips over in llama.cpp is often an assertion. Inside a guarded call it becomes an
 // exception; anywhere else it prints what ggml itself would print, and ggml then ends the process.
@@ -112,24 +114,10 @@ extern "C" int32_t simlayer_detokenize(const struct llama_vocab * vocab, const l
     });
 }
 
-// The first character that is neither white space nor in a comment.
-static const char * skip_space(const char * pos) {
-    while (true) {
-        pos += std::strspn(pos, " \t\r\n");
-        if (*pos != '#') {
-            return pos;
-        }
-        pos += std::strcspn(pos, "\r\n");
-    }
-}
-
 // llama_grammar_parser::parse prints what is wrong to stderr and keeps no message. Going through the rules first
 // by the parser's own steps tells the caller.
 static void check_grammar(const struct llama_vocab * vocab, const char * grammar, const char * root) {
-    llama_grammar_parser parser(vocab);
-    for (const char * pos = skip_space(grammar); *pos;) {
-        pos = parser.parse_rule(pos);
-    }
+    const llama_grammar_parser parser = simlayer::parse_grammar(vocab, grammar);
     if (parser.symbol_ids.count(root) == 0) {
         throw std::runtime_error("it has no rule named '" + std::string(root) + "'");
     }
@@ -144,10 +132,13 @@ extern "C" struct llama_sampler * simlayer_sampler_init_grammar(const struct lla
                                                                 const char * grammar, const char * root,
                                                                 char * error, size_t error_size) {
     return guarded<llama_sampler *>(error, error_size, nullptr, [&] {
-        check_grammar(vocab, grammar, root);
+        simlayer::on_long_stack([&] {
+            check_grammar(vocab, grammar, root);
+        });
         llama_sampler * sampler = llama_sampler_init_grammar(vocab, grammar, root);
         if (!sampler) {
-            throw std::runtime_error("a rule begins with itself (left recursion)");
+            const std::string & refusal = simlayer::grammar_refusal;
+            throw std::runtime_error(refusal.empty() ? "llama.cpp refuses it" : refusal);
         }
         return sampler;
     });

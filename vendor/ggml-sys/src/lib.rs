@@ -7,6 +7,9 @@ pub mod checked;
 
 pub use bindings::*;
 
+/// The folder of llama.cpp's sources that this was compiled from, for tests that look into them.
+pub const LLAMA_SOURCE: &str = env!("LLAMA_SOURCE");
+
 #[allow(non_upper_case_globals, non_camel_case_types, non_snake_case, missing_debug_implementations)]
 #[allow(rustdoc::all, clippy::all, clippy::undocumented_unsafe_blocks)]
 mod bindings {
