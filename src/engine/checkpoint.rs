@@ -3,7 +3,6 @@
 use std::io::{self, Write};
 
 use super::{
-    Error,
     mark::BACK,
     sequence::Sequence,
     session::{BatchEntry, Outputs, SeqId, Session},
@@ -104,8 +103,7 @@ impl Session {
         }
         self.seq_clear(seq);
         self.run(&[BatchEntry { seq, tokens: &state.tokens, outputs: Outputs::None, prompt_end: false }])
-            .inspect_err(|_| self.seq_clear(seq))
-            .map_err(Error::from)?;
+            .inspect_err(|_| self.seq_clear(seq))?;
         Ok(again)
     }
 }

@@ -5,7 +5,7 @@
 //! become lazy at it. So the exact rows and the logits are kept beside the sequence, and the rings' windows as soon as
 //! the answer is about to overwrite them.
 
-use std::{ops::Range, sync::Arc};
+use std::{ops::Range, slice, sync::Arc};
 
 use super::{
     sequence::{LayerCache, Sequence},
@@ -145,16 +145,16 @@ impl Sequence {
 }
 
 impl LayerCache {
-    fn exact_rows(&self) -> Vec<u8> {
+    pub(super) fn exact_rows(&self) -> Vec<u8> {
         let Some(exact) = self.exact() else { return Vec::new() };
         let mut rows = Vec::new();
-        exact.store.read_rows(&[0..exact.span.n_rows()], &mut rows);
+        exact.store.read_rows(slice::from_ref(&(0..exact.span.n_rows())), &mut rows);
         rows
     }
 
     pub(super) fn put_exact_rows(&self, rows: &[u8]) {
         if let Some(exact) = self.exact() {
-            exact.store.write_rows(&[0..exact.span.n_rows()], rows);
+            exact.store.write_rows(slice::from_ref(&(0..exact.span.n_rows())), rows);
         }
     }
 

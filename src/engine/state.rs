@@ -9,6 +9,7 @@
 
 use std::{
     io::{self, Write},
+    iter,
     ops::Range,
 };
 
@@ -153,8 +154,8 @@ impl LayerHeader {
     /// The rows of the layer's store that a state has.
     pub fn ranges(&self, n_past: usize, kind: Kind) -> Vec<Range<usize>> {
         match (kind, self.span) {
-            (Kind::Whole, None) => vec![0..n_past],
-            (Kind::Whole, Some(span)) => vec![0..span.used_rows(n_past)],
+            (Kind::Whole, None) => iter::once(0..n_past).collect(),
+            (Kind::Whole, Some(span)) => iter::once(0..span.used_rows(n_past)).collect(),
             (Kind::Partial, None) => Vec::new(),
             (Kind::Partial, Some(span)) => LayerCache::ring_ranges(span, n_past, self.held_from),
         }
@@ -320,10 +321,8 @@ impl Session {
             if let Some(store) = &layer.store {
                 store.read_rows(&header.ranges(n_past, kind), &mut buffer);
             }
-            if let Some(exact) = &layer.exact {
-                exact.store.read_rows(&[0..exact.span.n_rows()], &mut buffer);
-            }
             to.bytes(&buffer)?;
+            to.bytes(&layer.exact_rows())?;
         }
         let checksum = to.hash.digest();
         to.to.write_all(&checksum.to_le_bytes())

@@ -787,7 +787,13 @@ impl Call<'_> {
                     partial.add(value_size).cast::<Running>().write_unaligned(Running::EMPTY);
                 }
             }
-            if is_cold {
+            // Rows that no query sees are not asked for: a ring has a run of them.
+            let sight = |first: usize| match segment.mask {
+                Some(mask) if first < rows.end => mask.sight(0..self.n, first, BLOCK.min(rows.end - first)),
+                _ => Sight::Everything,
+            };
+            let mut next = sight(rows.start);
+            if is_cold && next != Sight::Nothing {
                 for kv_head in kv_heads.clone() {
                     for rows_of in [segment.k, segment.v] {
                         let ahead = rows_of.ahead(kv_head, &kv_heads, self.kv_heads, rows.start);
@@ -799,11 +805,11 @@ impl Call<'_> {
             }
             for first in rows.clone().step_by(BLOCK) {
                 let n = BLOCK.min(rows.end - first);
-                let sight = segment.mask.map_or(Sight::Everything, |mask| mask.sight(0..self.n, first, n));
-                if sight == Sight::Nothing {
+                let seen = std::mem::replace(&mut next, sight(first + BLOCK));
+                if seen == Sight::Nothing {
                     continue;
                 }
-                let masked = sight == Sight::Some || n < BLOCK;
+                let masked = seen == Sight::Some || n < BLOCK;
                 if masked {
                     for query in 0..self.n {
                         let to = few.mask.add(query * BLOCK);
@@ -818,7 +824,10 @@ impl Call<'_> {
                 for kv_head in kv_heads.clone() {
                     let mut k = segment.k.at(kv_head, first, n);
                     let mut v = segment.v.at(kv_head, first, n);
-                    (k.ahead, v.ahead) = (ahead(&segment.k, kv_head), ahead(&segment.v, kv_head));
+                    (k.ahead, v.ahead) = match next {
+                        Sight::Nothing => (Ahead::NOTHING, Ahead::NOTHING),
+                        _ => (ahead(&segment.k, kv_head), ahead(&segment.v, kv_head)),
+                    };
                     let vectors = kv_head * per_kv_head;
                     let mut done = 0;
                     while done < per_kv_head {
