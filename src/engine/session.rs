@@ -676,7 +676,8 @@ fn makers(model: &Model, params: &SessionParams, meter: &Meter) -> Result<Vec<St
             exact_span: (kernel == Kernel::Fused && params.kv_exact > 0).then_some(Span {
                 n_sink: params.lazy.n_sink,
                 n_window: params.kv_exact,
-                n_slack: BACK,
+                // So that one can go back to just before a prompt's end.
+                n_slack: if params.keep_prompt_end { BACK } else { 0 },
             }),
         });
     }

@@ -152,6 +152,14 @@ def long_first_answer(server: Server, text: str) -> Conversation:
     return talk
 
 
+def in_threads(slots: int, worker) -> None:
+    threads = [threading.Thread(target=worker, args=(slot,)) for slot in range(slots)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def several(server: Server, text: str, slots: int) -> list:
     talks: list = [None] * slots
     errors: list = []
@@ -162,11 +170,7 @@ def several(server: Server, text: str, slots: int) -> list:
         except Exception as error:  # whatever it is, it is told
             errors.append(repr(error))
 
-    threads = [threading.Thread(target=worker, args=(slot,)) for slot in range(slots)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(slots, worker)
     server.check()
     if errors:
         sys.exit(f"a conversation failed: {errors}")
@@ -209,11 +213,7 @@ def many(server: Server, text: str, slots: int, requests: int) -> dict:
                 with lock:
                     errors.append(repr(error))
 
-    threads = [threading.Thread(target=worker, args=(slot,)) for slot in range(slots)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(slots, worker)
     server.check()
     return {"requests": done[0], "errors": errors, "resident": resident}
 
