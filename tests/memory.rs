@@ -48,8 +48,11 @@ fn resident_memory_is_what_the_report_says() {
     let mut params = plain();
     params.lazy.policy = "budget:0.5".parse().expect("a policy");
     (params.type_k, params.type_v) = (Type::Q4_0, Type::Q4_0);
+    // With what an answer that is taken back needs, and stores alone.
+    let kept = grown(&model, params.clone());
+    (params.lazy.n_slack, params.keep_prompt_end) = (0, false);
     let small = grown(&model, params);
-    for (resident, left, kv) in [&full, &small] {
+    for (resident, left, kv) in [&full, &kept, &small] {
         assert!(*left < 4 << 20, "{left} bytes stay resident behind a cleared session");
         let allocated = kv.allocated_bytes as i64;
         assert!((resident - allocated).abs() < allocated / 20 + (4 << 20), "{resident} resident, {allocated} reported");
