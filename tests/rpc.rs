@@ -296,9 +296,9 @@ fn what_a_token_sends_does_not_grow_with_the_context() {
         let devices: Vec<Device> = proxies.iter().flat_map(|proxy| connect(&proxy.address)).collect();
         let model = load_on(&path, &devices, None);
         let mut params = plain();
-        // One layer of each server keeps a ring.
+        // One layer of each server keeps a ring, of 256 rows from the beginning on.
         params.lazy.policy = "layers:1,3".parse().expect("a policy");
-        params.lazy.n_window = 64;
+        (params.lazy.n_window, params.lazy.n_slack) = (64, 128);
         let mut session = session(&model, params);
         let tokens = Rng::new(2).tokens(3_100, random.n_vocab());
         let count = || proxies.iter().map(|proxy| proxy.bytes.load(Ordering::SeqCst)).sum::<u64>();
