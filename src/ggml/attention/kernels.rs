@@ -320,17 +320,24 @@ unsafe fn weights_of<V: Simd, const G: usize>(
     }
 }
 
-/// Adds a result to another: `size` values, whole vectors, and behind them what their softmax has come to.
+/// Adds a result to another: `size` values, whole vectors, and behind them what their softmax has come to. The values of one
+/// that has seen nothing are not read.
 #[inline(always)]
 unsafe fn add_result<V: Simd>(to: *mut f32, from: *const f32, size: usize) {
     // SAFETY: the caller's; the results lie apart.
     unsafe {
         let at = to.add(size).cast::<Running>();
         let (a, b) = (at.read(), from.add(size).cast::<Running>().read());
+        if b.max == f32::NEG_INFINITY {
+            return;
+        }
+        if a.max == f32::NEG_INFINITY {
+            std::ptr::copy_nonoverlapping(from, to, size);
+            at.write(b);
+            return;
+        }
         let max = a.max.max(b.max);
-        // Where neither has seen anything there is no finite maximum to subtract.
-        let finite = max.max(f32::MIN);
-        let factors = [exp2(V::splat(a.max - finite)), exp2(V::splat(b.max - finite))];
+        let factors = [exp2(V::splat(a.max - max)), exp2(V::splat(b.max - max))];
         let sum = V::splat(b.sum).mul_add(factors[1], V::splat(a.sum).mul(factors[0]));
         at.write(Running { max, sum: sum.h_max() });
         for i in (0..size).step_by(V::LANES) {

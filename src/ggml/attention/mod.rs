@@ -780,10 +780,11 @@ impl Call<'_> {
         // SAFETY: all pointers are into memory of the sizes that `prepare` asked for, or of the tensors whose sizes were
         // checked when the operation was made.
         unsafe {
+            // Values are cleared once a row is seen: many of a ring's chunks may be hidden.
+            let mut is_empty = true;
             for head in heads.clone() {
                 for query in 0..self.n {
                     let partial = self.partial(chunk, head, query);
-                    std::slice::from_raw_parts_mut(partial, value_size).fill(0.0);
                     partial.add(value_size).cast::<Running>().write_unaligned(Running::EMPTY);
                 }
             }
@@ -808,6 +809,13 @@ impl Call<'_> {
                 let seen = std::mem::replace(&mut next, sight(first + BLOCK));
                 if seen == Sight::Nothing {
                     continue;
+                }
+                if std::mem::take(&mut is_empty) {
+                    for head in heads.clone() {
+                        for query in 0..self.n {
+                            std::slice::from_raw_parts_mut(self.partial(chunk, head, query), value_size).fill(0.0);
+                        }
+                    }
                 }
                 let masked = seen == Sight::Some || n < BLOCK;
                 if masked {
@@ -964,9 +972,14 @@ impl Call<'_> {
                 unsafe {
                     let values = self.partial(0, head, query);
                     let running = values.add(padded(self.value_size)).cast::<Running>().read();
-                    let factor = self.finish(head, running);
                     let out = self.out.add((query * self.heads + head) * self.value_size);
                     let out = std::slice::from_raw_parts_mut(out, self.value_size);
+                    if running.max == f32::NEG_INFINITY {
+                        // It sees nothing: no chunk has cleared the values.
+                        out.fill(0.0);
+                        continue;
+                    }
+                    let factor = self.finish(head, running);
                     let values = std::slice::from_raw_parts(values, self.value_size);
                     for (out, value) in out.iter_mut().zip(values) {
                         *out = value * factor;
