@@ -51,7 +51,7 @@ pub(crate) struct Model {
     n_params: u64,
     pub start_us: i64,
     pub load_us: i64,
-    /// Whether a context has had a policy that makes layers lazy.
+    /// Whether the environment had a policy that makes layers lazy when the model was loaded, or a context has had one.
     lazy: AtomicBool,
 }
 
@@ -68,8 +68,7 @@ impl Model {
     pub fn n_swa(&self) -> usize {
         let windows = self.hparams.iter().flat_map(|hparams| hparams.windows.iter().flatten().copied());
         let by_design = windows.max().unwrap_or(0);
-        let may_be_lazy = || self.lazy.load(Ordering::Relaxed) || LazySettings::from_environment().may_be_lazy();
-        by_design.max(usize::from(by_design == 0 && may_be_lazy()))
+        by_design.max(usize::from(by_design == 0 && self.lazy.load(Ordering::Relaxed)))
     }
 
     fn load(path: &Path, params: &sys::llama_model_params) -> Result<Model> {
@@ -128,7 +127,7 @@ impl Model {
             architecture,
             meta,
             ftype,
-            lazy: AtomicBool::new(false),
+            lazy: AtomicBool::new(LazySettings::from_environment().may_be_lazy()),
             n_bytes,
             n_params,
             start_us,
