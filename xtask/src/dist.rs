@@ -160,7 +160,8 @@ impl Linker<'_> {
             command.arg(format!("-Wl,--version-script={}", script.display()));
         }
         command.arg("-L").arg(self.lib).args(needs.iter().map(|name| format!("-l:{name}.0")));
-        command.args(["-lpthread", "-ldl", "-lm"]);
+        // What waits for its threads by OpenMP needs gcc's library of it; the others get no such dependency.
+        command.args(["-Wl,--as-needed", "-lgomp", "-lpthread", "-ldl", "-lm"]);
         sh::output(&mut command)?;
         symlink(&versioned, &self.lib.join(name))
     }
