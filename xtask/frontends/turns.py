@@ -178,23 +178,24 @@ def several(server: Server, text: str, slots: int) -> list:
 
 
 def many(server: Server, text: str, slots: int, requests: int) -> dict:
-    """Requests of mixed turns, as people make them, at all slots at once."""
-    done, errors, resident, lock = [0], [], [], threading.Lock()
+    """Requests of mixed turns, as people make them, at all slots at once: the same four times over, so that what is resident in
+    each quarter can be compared. Before the first, the slots and the prompt cache are filled by a part of them."""
+    errors, lock = [], threading.Lock()
+    each = requests // (4 * slots)
 
-    def worker(slot: int) -> None:
+    def a_quarter(slot: int, n: int, resident: list) -> None:
         rng = random.Random(slot)
         talk = None
-        while True:
+        for _ in range(n):
             with lock:
-                if done[0] >= requests or errors:
+                if errors:
                     return
-                done[0] += 1
             try:
                 kind = rng.random()
                 if talk is None or kind < 0.04 or len(talk.messages) > 30:
-                    n = rng.choice([200, 2000, 6000, 12000])
-                    start = rng.randrange(max(1, len(text) - n))
-                    talk = Conversation(server, text[start : start + n], slot, n=rng.choice([4, 8, 16]))
+                    length = rng.choice([200, 2000, 6000, 12000])
+                    start = rng.randrange(max(1, len(text) - length))
+                    talk = Conversation(server, text[start : start + length], slot, n=rng.choice([4, 8, 16]))
                     talk.begin()
                 elif kind < 0.25:
                     talk.regenerate()
@@ -213,9 +214,12 @@ def many(server: Server, text: str, slots: int, requests: int) -> dict:
                 with lock:
                     errors.append(repr(error))
 
-    in_threads(slots, worker)
+    in_threads(slots, lambda slot: a_quarter(slot, each // 2, []))
+    quarters: list = [[] for _ in range(4)]
+    for resident in quarters:
+        in_threads(slots, lambda slot: a_quarter(slot, each, resident))
     server.check()
-    return {"requests": done[0], "errors": errors, "resident": resident}
+    return {"requests": sum(map(len, quarters)), "errors": errors, "resident": quarters}
 
 
 def main() -> None:
