@@ -290,6 +290,44 @@ fn one_signal_ends_a_generation_whose_text_nobody_takes() {
     assert_eq!(ended_within(&mut child, Duration::from_secs(10)), Some(130));
 }
 
+/// What is written when all is computed, into a pipe that has no room.
+#[test]
+#[cfg(target_os = "linux")]
+fn one_signal_ends_a_report_that_nobody_takes() {
+    let text = tempfile::NamedTempFile::new().unwrap();
+    fs::write(text.path(), "All work and no play makes Jack a dull boy. ".repeat(4)).unwrap();
+    let text = text.path().to_str().unwrap();
+    let perplexity = ["@", "perplexity", "-f", text, "--skip", "8", "--score", "8"];
+    let commands = [
+        vec!["@", "bench", "--prompt", "8", "--gen", "0", "--reps", "1", "--json"],
+        perplexity.to_vec(),
+        [&perplexity[..], &["--json"]].concat(),
+    ];
+    for args in commands {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        // As much as a pipe holds.
+        writer.write_all(&[b' '; 64 << 10]).unwrap();
+        let mut child = command(&arguments(&args)).stdout(writer).spawn().unwrap();
+        wait_until_it_writes(&mut child);
+        press_ctrl_c(&child);
+        assert_eq!(ended_within(&mut child, Duration::from_secs(10)), Some(130), "{args:?}");
+        drop(reader);
+    }
+}
+
+/// Waits until the program's main thread is inside a system call on its standard output, and stays there.
+#[cfg(target_os = "linux")]
+fn wait_until_it_writes(child: &mut Child) {
+    let mut seen = 0;
+    while seen < 10 {
+        assert_eq!(child.try_wait().unwrap(), None, "it has ended");
+        // The call's number and its first argument; "running" when there is none.
+        let call = fs::read_to_string(format!("/proc/{}/syscall", child.id())).unwrap();
+        seen = if call.split(' ').nth(1) == Some("0x1") { seen + 1 } else { 0 };
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// The exit code; a program that goes on is killed.
 fn ended_within(child: &mut Child, patience: Duration) -> Option<i32> {
     let start = Instant::now();

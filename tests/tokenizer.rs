@@ -9,7 +9,11 @@ use simlayer::{
     chat::{ChatTemplate, Message},
     vocab::{SpecialToken, Token, Utf8Stream, Vocab, VocabError, VocabKind},
 };
-use simlayer_testkit::{RandomModel, Rng, UpstreamRef, Vocabulary, smollm2_path};
+use simlayer_testkit::{
+    RandomModel, Rng, UpstreamRef, Vocabulary,
+    gguf::{GgufFile, Meta},
+    smollm2_path,
+};
 use tempfile::TempDir;
 
 const PICKED: &[&str] = &[
@@ -201,11 +205,7 @@ fn the_models_own_chat_template() {
 
 /// Every name of a pre-tokenizer that llama.cpp's vocabulary code knows.
 fn pre_tokenizers() -> BTreeSet<String> {
-    let source = std::fs::read_to_string(format!("{}/src/llama-vocab.cpp", ggml_sys::LLAMA_SOURCE)).unwrap();
-    let names = source.split("tokenizer_pre == \"").skip(1).filter_map(|rest| rest.split_once('"'));
-    let names: BTreeSet<String> = names.map(|(name, _)| name.to_owned()).collect();
-    assert!(names.len() > 80 && names.contains("gpt-4o"), "{names:?}");
-    names
+    simlayer_testkit::pre_tokenizers(ggml_sys::LLAMA_SOURCE)
 }
 
 /// A small model with this pre-tokenizer.
@@ -307,4 +307,114 @@ fn what_no_stack_holds_is_refused() {
     let (_folder, path) = with_pre_tokenizer("llama-bpe");
     let vocab = Vocab::load(&path).unwrap();
     assert_eq!(tokenize_on_a_small_stack(&vocab, vec![b'z'; 10_000_000]).unwrap().len(), 10_000_000);
+}
+
+/// A text with many special tokens is divided as llama.cpp divides it, without its quadratic time.
+#[test]
+fn many_special_tokens_are_split_as_llama_cpp_splits_them() {
+    const SPECIAL: [&str; 5] = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "</s>", "<mask>"];
+    let mut rng = Rng::new(19);
+    let pieces = [" ", "\n", "a", " the of", "<|im_", "||>", "漢", "1234", "  \t"];
+    let mut random = |n: usize| -> String {
+        let mut piece = || if rng.below(2) == 0 { SPECIAL[rng.below(5)] } else { pieces[rng.below(pieces.len())] };
+        (0..n).map(|_| piece()).collect()
+    };
+    let mut texts: Vec<String> = (0..60).map(&mut random).collect();
+    texts.push(random(2000));
+    texts.push(SPECIAL[0].repeat(1000));
+    let bytes: Vec<&[u8]> = texts.iter().map(|text| text.as_bytes()).collect();
+    let reference = UpstreamRef::new();
+    // The second splits with regular expressions. Tokens of Phi-3 take the blanks after them, and "<mask>" those before it.
+    for (pre, name) in [("smollm", "random"), ("gpt-4o", "random"), ("smollm", "phi-3"), ("jina-v2-de", "random")] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.gguf");
+        let mut file = RandomModel { vocabulary: Vocabulary::Bpe, ..RandomModel::tiny() }.gguf();
+        let mut tokens = elements(&file, "tokenizer.ggml.tokens");
+        let mut types = elements(&file, "tokenizer.ggml.token_type");
+        for (back, special) in ["<unk>", "<s>", "</s>", "<mask>"].into_iter().enumerate() {
+            let at = tokens.len() - 1 - back;
+            // The first is a control token.
+            (tokens[at], types[at]) = (Meta::from(special), types[0].clone());
+        }
+        file.set("tokenizer.ggml.tokens", Meta::array(tokens)).set("tokenizer.ggml.token_type", Meta::array(types));
+        file.set("tokenizer.ggml.pre", pre).set("general.name", name).write(&path);
+        let vocab = Vocab::load(&path).unwrap();
+        for parse_special in [true, false] {
+            let expected = reference.tokenize(&path, &bytes, false, parse_special);
+            for (text, expected) in texts.iter().zip(expected) {
+                assert!(vocab.tokenize(text, false, parse_special).unwrap() == expected, "{pre}, {name}: {text:?}");
+            }
+        }
+        // Ten million characters.
+        let start = cpu_seconds();
+        let tokens = vocab.tokenize(&"a<|im_start|>".repeat(770_000), false, true).unwrap();
+        let took = cpu_seconds() - start;
+        assert_eq!(tokens.len(), 2 * 770_000);
+        assert!(took < 60.0, "{pre}: {took:.1} s");
+    }
+}
+
+fn elements(file: &GgufFile, key: &str) -> Vec<Meta> {
+    match file.get(key) {
+        Some(Meta::Array(_, elements)) => elements.clone(),
+        other => panic!("{key}: {other:?}"),
+    }
+}
+
+/// What ten million characters without a break may take: seconds of processor time, and MiB of memory at the peak of the
+/// whole process.
+const MOST_SECONDS: f64 = 120.0;
+const MOST_MIB: u64 = 4096;
+
+/// Processor time of this process, its threads that have ended included.
+fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    // In ticks of 10 ms, in user and in system mode.
+    fields[11..13].iter().map(|ticks| ticks.parse::<f64>().unwrap()).sum::<f64>() / 100.0
+}
+
+/// The most memory that this process has had since `forget_peak_memory`, in MiB.
+fn peak_memory() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() / 1024
+}
+
+fn forget_peak_memory() {
+    std::fs::write("/proc/self/clear_refs", "5").unwrap();
+}
+
+/// Every pre-tokenizer and every kind of run:
+///
+/// ```sh
+/// cargo test --release --test tokenizer -- --ignored --nocapture
+/// ```
+#[test]
+#[ignore = "takes an hour and a half"]
+fn ten_million_characters_without_a_break_are_bounded() {
+    let mut worst: Vec<(&str, f64, u64)> = Vec::new();
+    for name in pre_tokenizers().iter().filter(|&name| name != "whitespace") {
+        let (_folder, path) = with_pre_tokenizer(name);
+        let vocab = Vocab::load(&path).unwrap();
+        for (index, (kind, text)) in runs(10_000_000).into_iter().enumerate() {
+            forget_peak_memory();
+            let start = cpu_seconds();
+            let answer = tokenize_on_a_small_stack(&vocab, text);
+            let (seconds, mib) = (cpu_seconds() - start, peak_memory());
+            let answer = match answer {
+                Ok(tokens) => format!("{} tokens", tokens.len()),
+                Err(error) => error.to_string(),
+            };
+            println!("{name}, {kind}: {seconds:.1} s, {mib} MiB: {answer}");
+            assert!(seconds < MOST_SECONDS && mib < MOST_MIB, "{name}, {kind}: {seconds:.1} s, {mib} MiB");
+            match worst.get_mut(index) {
+                Some(worst) => *worst = (kind, worst.1.max(seconds), worst.2.max(mib)),
+                None => worst.push((kind, seconds, mib)),
+            }
+        }
+    }
+    for (kind, seconds, mib) in worst {
+        println!("at most, {kind}: {seconds:.1} s, {mib} MiB");
+    }
 }

@@ -11,7 +11,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use simlayer_testkit::{RandomModel, Vocabulary, smollm2_path, workspace_root};
+use simlayer_testkit::{
+    Logits, RandomModel, Rng, UpstreamRef, Vocabulary, pre_tokenizers, smollm2_path, workspace_root,
+};
 use tempfile::TempDir;
 
 /// The folder with the library, or a loud nothing.
@@ -145,6 +147,61 @@ fn deep_recursion() {
     let Some(programs) = Programs::new() else { return };
     let models = ["gpt-4o", "deepseek-v3"].map(|pre| programs.model_with(pre));
     programs.check("deep", &models.each_ref().map(String::as_str));
+}
+
+/// Ten million characters without a break for each pre-tokenizer, from a thread with 256 KiB of stack.
+#[test]
+#[ignore = "takes half an hour: docs/c-abi.md has the command"]
+fn runs_for_every_pre_tokenizer() {
+    let programs = Programs::new().expect("SIMLAYER_DIST names the library");
+    let program = programs.build("runs", &[]);
+    for pre in pre_tokenizers(ggml_sys::LLAMA_SOURCE).iter().filter(|&pre| pre != "whitespace") {
+        let said = programs.run(&program, &[&programs.model_with(pre), "10000000"]);
+        print!("{pre}: {said}");
+        assert!(said.ends_with("ok\n"), "{pre}: {said}");
+    }
+}
+
+/// Every type that a cache can have.
+const CACHE_TYPES: [&str; 9] = ["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"];
+
+/// Whatever the types of keys and values, the logits are llama.cpp's bit for bit; what it refuses is refused.
+#[test]
+fn caches_of_any_type_give_llama_cpps_logits() {
+    let Some(programs) = Programs::new() else { return };
+    let program = programs.build("logits", &[]);
+    let path = |name: &str| programs.path().join(name).display().to_string();
+    let rows = path("rows.f32");
+    let mut rng = Rng::new(19);
+    // Heads of 64 are rotated where they are quantised, those of 32 are not.
+    for head_size in [64, 32] {
+        let random = RandomModel { head_size, ..RandomModel::default() };
+        let model = path(&format!("{head_size}.gguf"));
+        random.write(&model);
+        let (prompt, fed) = (rng.tokens(200, random.n_vocab()), rng.tokens(10, random.n_vocab()));
+        let words = |tokens: &[i32]| tokens.iter().map(i32::to_string).collect::<Vec<_>>();
+        let tokens = [words(&prompt), vec!["--".to_owned()], words(&fed)].concat();
+        let pairs = CACHE_TYPES.iter().flat_map(|&k| CACHE_TYPES.map(|v| (k, v)));
+        for ((k, v), flash_attn) in pairs.flat_map(|pair| [(pair, "on"), (pair, "off")]) {
+            let case = format!("heads of {head_size}, {k}, {v}, flash attention {flash_attn}");
+            let options = [&*model, flash_attn, k, v, &*rows];
+            let arguments: Vec<&str> = options.into_iter().chain(tokens.iter().map(String::as_str)).collect();
+            let said = programs.run(&program, &arguments);
+            let reference = UpstreamRef::new().with_options(&["-fa", flash_attn, "-t", "1", "-ctk", k, "-ctv", v]);
+            // A quantised V needs flash attention.
+            if flash_attn == "off" && !matches!(v, "f32" | "f16" | "bf16") {
+                assert_eq!(said, "refused\n", "{case}");
+                continue;
+            }
+            assert_eq!(said, "ok\n", "{case}");
+            let (prompts, decode) = ([prompt.clone()], [fed.clone()]);
+            let what = Logits { prompts: &prompts, all: false, decode: Some(&decode) };
+            let theirs = reference.logits(model.as_ref(), what).concat();
+            assert_eq!(theirs.len(), random.n_vocab() * (1 + fed.len()));
+            let ours = std::fs::read(&rows).expect("the program has written it");
+            assert!(ours == theirs.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>(), "{case}");
+        }
+    }
 }
 
 /// A process of ours that is killed at the end.

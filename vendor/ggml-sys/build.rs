@@ -105,7 +105,6 @@ impl<'a> Library<'a> {
     /// linker resolves static archives in order.
     fn build(&self) {
         let llama = [
-            "llama-vocab",
             "unicode-data",
             "llama-sampler",
             "llama-chat",
@@ -120,8 +119,10 @@ impl<'a> Library<'a> {
         build
             .files(["stack", "grammar", "vocab"].map(|name| format!("shim/{name}.cpp")))
             .include(self.source.join("src"));
-        // What recurses in these two is bounded.
-        for (name, bounds) in [("unicode", "shim/regex.h"), ("llama-grammar", "shim/grammar.h")] {
+        // What recurses in these is bounded, and what is quadratic mended.
+        let bounds =
+            [("llama-vocab", "shim/fragments.h"), ("unicode", "shim/regex.h"), ("llama-grammar", "shim/grammar.h")];
+        for (name, bounds) in bounds {
             let mut bounded = self.cpp();
             bounded.file(self.source.join(format!("src/{name}.cpp"))).include(self.source.join("src"));
             build.objects(bounded.flag("-include").flag(bounds).compile_intermediates());

@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::json;
 use simlayer::{Error, Model, Session, Token};
 
-use crate::{args::BenchArgs, failure::Failure, options::Run};
+use crate::{args::BenchArgs, failure::Failure, interrupt, options::Run};
 
 #[derive(Debug, Clone, Copy)]
 enum Test {
@@ -57,7 +57,7 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
         return Err(Failure::usage("there is nothing to measure: give --prompt or --gen"));
     }
     let (model, _) = run.load()?;
-    let mut out = io::stdout().lock();
+    let mut out = interrupt::stdout();
     let mut runs = Vec::new();
     if !args.output.json {
         writeln!(
@@ -98,7 +98,7 @@ fn measure(run: &Run, model: &Model, test: Test, depth: usize, reps: usize) -> R
     let mut params = run.session.clone();
     params.n_ctx = depth + test.n_tokens();
     let mut session = Session::new(model, params)?;
-    crate::interrupt::watch(session.abort_flag());
+    interrupt::watch(session.abort_flag());
     let mut tokens = RandomTokens::new(model);
 
     // Warm up: a prompt as long as the test's, or one generated token.

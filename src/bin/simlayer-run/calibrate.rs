@@ -74,7 +74,7 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
     profile.write(&output).map_err(Failure::run)?;
     journal.remove()?;
 
-    let mut out = io::stdout().lock();
+    let mut out = interrupt::stdout();
     if args.output.json {
         let object = json!({
             "layers": profile.layers,

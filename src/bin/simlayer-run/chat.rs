@@ -197,7 +197,7 @@ impl Chat {
             sampler.accept(token)?;
         }
 
-        let mut out = io::stdout().lock();
+        let mut out = interrupt::stdout();
         let result = stream::answer(&self.model, &mut self.session, &mut sampler, &unread, self.limit, |text| {
             out.write_all(text.as_bytes())?;
             out.flush()

@@ -1,15 +1,16 @@
 //! Shell completions.
 
-use std::io::{self, Write};
+use std::io::Write;
 
 use crate::{
     args::{CompletionsArgs, command_line},
     failure::Failure,
+    interrupt,
 };
 
 pub fn run(args: CompletionsArgs) -> Result<(), Failure> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut command_line(), "simlayer-run", &mut script);
-    io::stdout().lock().write_all(&script)?;
+    interrupt::stdout().write_all(&script)?;
     Ok(())
 }

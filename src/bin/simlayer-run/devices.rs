@@ -1,6 +1,6 @@
 //! The devices that there are, and what would go where.
 
-use std::io::{self, Write};
+use std::io::Write;
 
 use indicatif::HumanBytes;
 use serde_json::{Value, json};
@@ -13,6 +13,7 @@ use simlayer::{
 use crate::{
     args::{DevicesArgs, NO_MODEL},
     failure::Failure,
+    interrupt,
     options::Run,
 };
 
@@ -22,7 +23,7 @@ pub fn run(args: DevicesArgs) -> Result<(), Failure> {
     }
     let run = Run::settle(args.common)?;
     let plans = if args.plan { plan(&run.model_path, &run.model, &run.session)? } else { Vec::new() };
-    let mut out = io::stdout().lock();
+    let mut out = interrupt::stdout();
     if args.output.json {
         let devices: Vec<Value> = Device::all().into_iter().map(device_json).collect();
         let mut object = json!({ "backends": ggml::backends(), "devices": devices });

@@ -1,6 +1,6 @@
 //! The default command: continue a prompt.
 
-use std::io::{self, Write};
+use std::io::Write;
 
 use serde_json::json;
 use simlayer::{Sampler, Token, Vocab};
@@ -36,9 +36,9 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
         sampler.accept(token)?;
     }
 
-    let mut out = io::stdout().lock();
+    let mut out = interrupt::stdout();
     if args.display_prompt && !json {
-        interrupt::while_writing(|| out.write_all(&prompt))?;
+        out.write_all(&prompt)?;
     }
     let answer = stream::answer(&model, &mut session, &mut sampler, &tokens, limit, |text| {
         if json {

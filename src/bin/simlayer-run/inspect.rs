@@ -1,6 +1,6 @@
 //! Scores each layer on a prompt and says what would be kept.
 
-use std::io::{self, Write};
+use std::io::Write;
 
 use indicatif::HumanBytes;
 use serde_json::json;
@@ -49,7 +49,7 @@ pub fn run(args: InspectArgs) -> Result<(), Failure> {
     let kv = session.kv();
     let threshold = threshold(&policy, &model);
 
-    let mut out = io::stdout().lock();
+    let mut out = interrupt::stdout();
     if args.output.json {
         let object = json!({
             "layers": layers,

@@ -2,7 +2,7 @@
 //! for others.
 
 use std::{
-    io::{self, IsTerminal},
+    io::{self, IsTerminal, StdoutLock, Write},
     process::{self, Command},
     sync::{
         Arc, Mutex, PoisonError,
@@ -31,16 +31,25 @@ pub fn install() -> Result<(), Failure> {
             Some(abort) if !again => abort.store(true, Ordering::SeqCst),
             _ => end(),
         }
-        // Nobody looks at the flag who waits for a line, or for room in a pipe.
-        let wait = WAITS.load(Ordering::SeqCst);
-        if wait % 2 == 1 {
-            thread::sleep(PATIENCE);
-            if WAITS.load(Ordering::SeqCst) == wait {
-                end();
-            }
+        if !again {
+            // Without a thread a second Ctrl-C helps.
+            let _ = thread::Builder::new().spawn(end_when_stuck);
         }
     })
     .map_err(Failure::run)
+}
+
+/// Nobody looks at the flag who waits for a line, or for room in a pipe, now or when all is said that was to be said.
+fn end_when_stuck() {
+    let mut before = WAITS.load(Ordering::SeqCst);
+    while pressed() {
+        thread::sleep(PATIENCE);
+        let now = WAITS.load(Ordering::SeqCst);
+        if now % 2 == 1 && now == before && pressed() {
+            end();
+        }
+        before = now;
+    }
 }
 
 fn end() -> ! {
@@ -62,8 +71,25 @@ pub fn while_waiting<T>(wait: impl FnOnce() -> Result<T, Failure>) -> Result<T, 
     result
 }
 
-/// As [`while_waiting`], but after Ctrl-C it still does what it is to do: the last words of an interrupted run.
-pub fn while_writing<T>(write: impl FnOnce() -> T) -> T {
+/// Standard output, where Ctrl-C ends the program while nobody takes what is written. Before that it takes the last words
+/// of an interrupted run.
+pub fn stdout() -> Stdout {
+    Stdout(io::stdout().lock())
+}
+
+pub struct Stdout(StdoutLock<'static>);
+
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        while_writing(|| self.0.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        while_writing(|| self.0.flush())
+    }
+}
+
+fn while_writing<T>(write: impl FnOnce() -> T) -> T {
     WAITS.fetch_add(1, Ordering::SeqCst);
     let result = write();
     WAITS.fetch_add(1, Ordering::SeqCst);

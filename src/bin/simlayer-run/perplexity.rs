@@ -77,7 +77,7 @@ pub fn run(args: PerplexityArgs) -> Result<(), Failure> {
 
     let summary = tally.summary();
     let kv = session.kv();
-    let mut out = io::stdout().lock();
+    let mut out = interrupt::stdout();
     if args.output.json {
         let lazy: Vec<usize> = session.layers(0).iter().filter(|layer| layer.lazy).map(|layer| layer.index).collect();
         let mut object = serde_json::to_value(&summary)?;
@@ -139,7 +139,7 @@ fn compare(
     if let Some(path) = plot {
         plot::write(path, &picture(model, rules, &compared))?;
     }
-    let mut out = io::stdout().lock();
+    let mut out = interrupt::stdout();
     if json {
         let object = json!({
             "runs": compared,

@@ -70,7 +70,7 @@ pub fn answer(
     let mut stream = Utf8Stream::default();
     let mut add = |answer: &mut Answer, piece: String| {
         answer.text.push_str(&piece);
-        if piece.is_empty() { Ok(()) } else { interrupt::while_writing(|| show(&piece)) }
+        if piece.is_empty() { Ok(()) } else { show(&piece) }
     };
     let n_ctx = session.n_ctx();
     loop {

@@ -15,7 +15,10 @@ mod upstream;
 mod vocab;
 mod weights;
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 /// An allocator that knows the most that was allocated at once.
 pub use peak_alloc::PeakAlloc;
@@ -38,4 +41,14 @@ pub fn smollm2_path() -> PathBuf {
     let path = workspace_root().join("models/SmolLM2-135M-Instruct.Q4_1.gguf");
     assert!(path.is_file(), "{} is missing: run `cargo xtask test`, which fetches it", path.display());
     path
+}
+
+/// Every name of a pre-tokenizer that llama.cpp's vocabulary code knows, by its source.
+pub fn pre_tokenizers(llama_source: &str) -> BTreeSet<String> {
+    let path = Path::new(llama_source).join("src/llama-vocab.cpp");
+    let source = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let names = source.split("tokenizer_pre == \"").skip(1).filter_map(|rest| rest.split_once('"'));
+    let names: BTreeSet<String> = names.map(|(name, _)| name.to_owned()).collect();
+    assert!(names.len() > 80 && names.contains("gpt-4o"), "{names:?}");
+    names
 }

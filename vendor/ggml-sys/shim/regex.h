@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
+#include <map>
 #include <regex>
 #include <stdexcept>
 #include <string>
@@ -103,10 +104,25 @@ template <typename Search> bool bounded_search(uint64_t & steps, const Search & 
 
 // A regular expression and the steps that are left to the search with it.
 template <typename CharT> class bounded_regex : public std::basic_regex<CharT> {
+    using regex = std::basic_regex<CharT>;
+
   public:
-    using std::basic_regex<CharT>::basic_regex;
+    using regex::basic_regex;
+
+    // A pre-tokenizer's, which llama.cpp compiles for each piece of a text between special tokens.
+    bounded_regex(const std::basic_string<CharT> & pattern, std::regex_constants::syntax_option_type flags) :
+        regex(compiled(pattern, flags)) {}
 
     mutable uint64_t steps = REGEX_STEPS;
+
+  private:
+    // Compiled once on each thread. The patterns are those in llama.cpp's source.
+    static const regex & compiled(const std::basic_string<CharT> & pattern,
+                                  std::regex_constants::syntax_option_type flags) {
+        static thread_local std::map<std::basic_string<CharT>, regex> known;
+        const auto at = known.find(pattern);
+        return at != known.end() ? at->second : known.emplace(pattern, regex(pattern, flags)).first->second;
+    }
 };
 
 // Where a match lies, counted from the begin of the text.

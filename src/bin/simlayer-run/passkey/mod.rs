@@ -144,7 +144,7 @@ pub fn run(args: PasskeyArgs) -> Result<(), Failure> {
         result.log_prob = result.cells.iter().map(|cell| cell.log_prob).sum::<f64>() / n;
     }
 
-    let mut out = io::stdout().lock();
+    let mut out = interrupt::stdout();
     if args.output.json {
         // The run's own setting is the one that was asked for; the others are beside it.
         let own = results.iter().find(|result| result.name == LAZY).unwrap_or(&results[0]);
