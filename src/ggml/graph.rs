@@ -9,8 +9,9 @@ use ggml_sys as sys;
 
 use super::{
     Context, Device, Tensor, Type,
-    attention::{Features, FusedAttention, KvSegment, Op, Partials},
+    attention::{FusedAttention, KvSegment, Op, Partials},
     mul_mat,
+    processor::Features,
 };
 
 /// A graph being built: a function for each operation adds a node and returns its result's tensor.
@@ -267,18 +268,17 @@ impl Graph {
 
     /// `weight [k, n] × input [k, m]` → `[n, m]`.
     pub fn mul_mat(&self, weight: &Tensor, input: &Tensor) -> Tensor {
-        if self.own_kernels
-            && mul_mat::applies(weight, input)
-            && let Some(features) = mul_mat::Features::detect()
-        {
+        let features = Features::detect();
+        if self.own_kernels && mul_mat::applies(weight, input, features) {
             return self.mul_mat_with(weight, input, features);
         }
         self.ggml_mul_mat(weight, input)
     }
 
     /// As [`Graph::mul_mat`], with the kernels for these processor features. They must apply.
-    pub(super) fn mul_mat_with(&self, weight: &Tensor, input: &Tensor, features: mul_mat::Features) -> Tensor {
-        assert!(mul_mat::applies(weight, input), "no kernel of our own for {} and {}", weight.ty(), input.ty());
+    pub(super) fn mul_mat_with(&self, weight: &Tensor, input: &Tensor, features: Features) -> Tensor {
+        let applies = mul_mat::applies(weight, input, features);
+        assert!(applies, "no kernel of our own for {} and {}", weight.ty(), input.ty());
         self.context.uses(weight);
         self.context.uses(input);
         // SAFETY: it applies, and features are only ever detected; the context is alive and keeps the tensors.

@@ -19,6 +19,7 @@ mod llama;
 mod memory;
 mod mmap;
 mod mul_mat;
+mod processor;
 #[cfg(feature = "rpc")]
 pub mod rpc;
 mod scheduler;

@@ -11,7 +11,7 @@
 
 use std::{arch::x86_64::*, mem::MaybeUninit};
 
-use super::kernels::{BLOCK, RowPtr};
+use super::block::{BLOCK, RowPtr};
 use crate::ggml::mul_mat::quantize_block;
 
 /// Elements that share a scale.
@@ -196,7 +196,7 @@ pub(super) unsafe fn scores_of<const G: usize>(packed: *const f32, keys: RowPtr,
     let ones = _mm256_set1_epi16(1);
     let mut copied = [const { MaybeUninit::uninit() }; 8 * QK_BYTES];
     for first in (0..keys.n).step_by(8) {
-        keys.ahead.ask::<8>(first);
+        keys.prefetch.issue::<8>(first);
         let mut sums = [_mm256_setzero_ps(); G];
         for b in 0..n_blocks {
             // SAFETY: the rows have the block, and each query has it.
@@ -418,7 +418,7 @@ pub(super) unsafe fn add_values<const G: usize>(
         for i in 0..eights {
             let first = at(8 * i);
             if b == 0 {
-                values.ahead.ask::<8>(8 * i);
+                values.prefetch.issue::<8>(8 * i);
             }
             for pair in 0..4 {
                 let rows = [2 * pair, 2 * pair + 1].map(|row| first.wrapping_add(row * values.bytes));
@@ -454,7 +454,8 @@ pub(super) unsafe fn add_values<const G: usize>(
 
 #[cfg(test)]
 mod tests {
-    use super::{super::kernels::Ahead, *};
+    use super::{super::block::Prefetch, *};
+    use crate::ggml::processor::Features;
 
     const G: usize = 3;
 
@@ -471,16 +472,19 @@ mod tests {
     impl Rows {
         /// `None` where the processor has no AVX2.
         fn sum(&self, weights: &[f32; G * BLOCK]) -> Option<Vec<f32>> {
-            use std::arch::is_x86_feature_detected as has;
             let mut bytes = Vec::new();
             for block in self.numbers.chunks_exact(QK) {
                 bytes.extend(self.scale_bits.to_le_bytes());
                 bytes.extend((0..QK / 2).map(|i| block[i] | block[QK / 2 + i] << 4));
             }
-            let values =
-                RowPtr { data: bytes.as_ptr(), bytes: self.size / QK * QK_BYTES, n: self.n, ahead: Ahead::NOTHING };
+            let values = RowPtr {
+                data: bytes.as_ptr(),
+                bytes: self.size / QK * QK_BYTES,
+                n: self.n,
+                prefetch: Prefetch::NOTHING,
+            };
             let mut out = vec![1.0; G * self.size];
-            if !(has!("avx2") && has!("fma") && has!("f16c")) {
+            if Features::detect() < Features::Avx2 {
                 return None;
             }
             // SAFETY: the features are there, and all rows; weights and results are as many as it wants.

@@ -4,7 +4,7 @@ use std::{arch::x86_64::*, cell::RefCell};
 
 use ggml_sys as sys;
 
-use super::{Kernels, Product, TILE_BYTES};
+use super::product::{Kernels, Product, TILE_BYTES};
 
 pub struct Vnni;
 
