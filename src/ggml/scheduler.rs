@@ -1,3 +1,5 @@
+//! Running graphs on devices.
+
 use std::{
     collections::HashSet,
     ffi::{CStr, c_void},

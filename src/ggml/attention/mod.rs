@@ -32,4 +32,3 @@ mod x86;
 pub(super) use op::Op;
 pub use op::{FusedAttention, KvSegment};
 pub(super) use scratch::Partials;
-pub use views::MAX_SEGMENTS;

@@ -1,6 +1,6 @@
 //! Against attention in f64, whatever the types, shapes, masks, features and threads.
 
-use super::{FusedAttention, KvSegment, MAX_SEGMENTS, block::BLOCK, chunks::Chunks, op::MIN_PREFILL};
+use super::{FusedAttention, KvSegment, block::BLOCK, chunks::Chunks, op::MIN_PREFILL, views::MAX_SEGMENTS};
 use crate::ggml::{Context, Device, Graph, Scheduler, Tensor, Type, processor::Features};
 
 /// All features of this processor that have attention kernels of their own.

@@ -11,7 +11,7 @@ use super::{
 };
 
 /// Segments that one operation can attend to: ggml gives a node ten sources.
-pub const MAX_SEGMENTS: usize = 3;
+pub(super) const MAX_SEGMENTS: usize = 3;
 
 /// How a row's elements are stored.
 #[derive(Clone, Copy)]
