@@ -118,7 +118,7 @@ fn read(tokens: TokenStream, module: &[String], imports: &mut Vec<Import>) {
     }
 }
 
-/// Collects the leaves of a tree behind `use`.
+/// Collects the leaves of a tree after `use`.
 fn read_use(tree: &[TokenTree], prefix: &[String], module: &[String], imports: &mut Vec<Import>) {
     let mut path = prefix.to_vec();
     let mut name = None;
@@ -227,7 +227,7 @@ impl Tree {
     /// The files that an import of `file` leads to: that of the module that it names, and that of the item, if it is another.
     /// None where it leads out of the crate, and no item's where a module itself is imported.
     fn targets(&self, file: &File, import: &Import) -> Vec<usize> {
-        let Some(mut path) = self.from_crate(file, import, 0) else { return Vec::new() };
+        let Some(mut path) = self.absolute(file, import, 0) else { return Vec::new() };
         let mut targets = Vec::new();
         // A chain of re-exports is not as long as this.
         for _ in 0..16 {
@@ -235,14 +235,14 @@ impl Tree {
             let Some(name) = path.get(depth) else { break };
             targets.push(holder);
             let next = self.files[holder].imported(name).filter(|_| self.files[holder].path != file.path);
-            let Some(next) = next.and_then(|next| self.from_crate(&self.files[holder], next, 0)) else { break };
+            let Some(next) = next.and_then(|next| self.absolute(&self.files[holder], next, 0)) else { break };
             path = [&next, &path[depth + 1..]].concat();
         }
         targets
     }
 
     /// The import's path from the crate on; `None` where it is of another crate.
-    fn from_crate(&self, file: &File, import: &Import, depth: usize) -> Option<Vec<String>> {
+    fn absolute(&self, file: &File, import: &Import, depth: usize) -> Option<Vec<String>> {
         if import.is_absolute {
             return Some(import.path.clone());
         }
@@ -253,7 +253,7 @@ impl Tree {
         }
         // A name may be imported as itself: of another crate.
         let imported = file.imported(first).filter(|other| other.path != import.path && depth < 8)?;
-        Some([&self.from_crate(file, imported, depth + 1)?, rest].concat())
+        Some([&self.absolute(file, imported, depth + 1)?, rest].concat())
     }
 
     /// The file of the innermost module on a path, and how many of the path's names lead to it.

@@ -283,7 +283,7 @@ impl Tensor {
         Type::from_raw(self.header().type_).unwrap_or(Type::F32)
     }
 
-    /// Bytes from the first element to behind the last.
+    /// Bytes from the first element to the end of the last.
     pub fn n_bytes(&self) -> usize {
         // SAFETY: a computation over the header.
         unsafe { sys::ggml_nbytes(self.raw()) }

@@ -82,13 +82,14 @@ impl Device {
     }
 
     /// The memory that tensors of this device usually live in.
+    #[doc(hidden)]
     pub fn buffer_type(self) -> BufferType {
         // SAFETY: every device has a default buffer type.
         BufferType(unsafe { sys::ggml_backend_dev_buffer_type(self.0) })
     }
 
     /// Kinds of memory that repack weights for faster matrix products, best first.
-    pub fn repacking_buffer_types(self) -> Vec<BufferType> {
+    pub(crate) fn repacking_buffer_types(self) -> Vec<BufferType> {
         type GetExtra = unsafe extern "C" fn(sys::ggml_backend_dev_t) -> *mut sys::ggml_backend_buffer_type_t;
         // SAFETY: the name is NUL-terminated; the registry belongs to a live device.
         let address = unsafe {

@@ -468,7 +468,7 @@ impl Graph {
         node!(self, [a], ggml_cont(a.raw()))
     }
 
-    /// `a` itself where its elements lie one behind the other, else a copy of which that is true.
+    /// `a` itself where its elements lie one after the other, else a copy of which that is true.
     pub fn contiguous_if_needed(&self, a: &Tensor) -> Tensor {
         // SAFETY: a query on a live header.
         if unsafe { sys::ggml_is_contiguous(a.raw()) } { a.clone() } else { self.contiguous(a) }

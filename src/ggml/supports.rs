@@ -7,7 +7,7 @@ use super::{BufferType, Context, Device, Type};
 impl Device {
     /// Whether `weight × activations` can run here when a weight of this type and shape lies in `memory`. With a third
     /// dimension it is a stack of experts' weights.
-    pub fn can_multiply(self, memory: BufferType, ty: Type, shape: &[usize]) -> bool {
+    pub(crate) fn can_multiply(self, memory: BufferType, ty: Type, shape: &[usize]) -> bool {
         // The number of tokens does not matter for the answer.
         const TOKENS: usize = 512;
         let context = Context::new(4);
@@ -36,7 +36,7 @@ impl Device {
         }
     }
     /// Whether ggml's flash attention can run here over caches of these types.
-    pub fn can_attend(self, head_size: usize, n_head: usize, n_head_kv: usize, k: Type, v: Type) -> bool {
+    pub(crate) fn can_attend(self, head_size: usize, n_head: usize, n_head_kv: usize, k: Type, v: Type) -> bool {
         // Of rows and tokens the answer does not depend.
         const ROWS: usize = 256;
         let context = Context::new(8);

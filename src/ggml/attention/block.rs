@@ -14,7 +14,7 @@ pub(super) struct RowPtr {
 
 impl RowPtr {
     /// # Safety
-    /// `row` is a row, or lies right behind the last one.
+    /// `row` is a row, or lies right after the last one.
     #[inline(always)]
     pub(super) unsafe fn at(self, row: usize) -> *const u8 {
         // SAFETY: inside the rows' memory.

@@ -34,7 +34,7 @@ impl Counters {
         Counters { halves_done: (0..n_merges).map(|_| AtomicUsize::new(0)).collect(), ..Counters::default() }
     }
 
-    /// A thread found no more work. The last makes the counters ready for the next run, which begins behind a barrier of
+    /// A thread found no more work. The last makes the counters ready for the next run, which begins after a barrier of
     /// ggml's.
     pub(super) fn finish(&self, n_threads: usize) {
         if self.finished.0.fetch_add(1, Ordering::AcqRel) + 1 == n_threads {

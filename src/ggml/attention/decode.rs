@@ -13,7 +13,7 @@ use super::{
 
 /// A thread's scratch memory for decode.
 struct Buffers {
-    /// Vectors of all heads, those of a head behind each other.
+    /// Vectors of all heads, those of a head one after the other.
     queries: *mut f32,
     /// The same as the kernel for four-bit keys wants them; `packed_len` elements each, 0 where there is none.
     packed: *mut f32,

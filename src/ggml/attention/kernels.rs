@@ -22,7 +22,7 @@ pub(super) trait Element {
     /// Bytes up to element `i`, a multiple of `BLOCK`.
     fn offset(i: usize) -> usize;
     /// # Safety
-    /// Elements `i..i + LANES` behind `row` exist, and lie in one block where `BLOCK > 1`; the features are there.
+    /// Elements `i..i + LANES` of the row exist, and lie in one block where `BLOCK > 1`; the features are there.
     unsafe fn load<V: Simd>(row: *const u8, i: usize) -> V;
     /// # Safety
     /// As `load`, for element `i`; only called where `BLOCK` is 1.
@@ -127,7 +127,7 @@ impl Element for Q4 {
 
 // Decode: a key row is read into registers once for a group of G query vectors.
 
-/// `scores[g × BLOCK + r] = queries[g] · keys[r]`. At most `BLOCK` rows; scores behind the last row are undefined.
+/// `scores[g × BLOCK + r] = queries[g] · keys[r]`. At most `BLOCK` rows; scores after the last row are undefined.
 #[inline(always)]
 unsafe fn scores_of<V: Simd, E: Element, const G: usize>(
     queries: *const f32,
@@ -197,7 +197,7 @@ pub(super) struct Shape {
 /// Turns the scores of `n` rows, of each vector of a group, into weights relative to the new maximum. The factors for what was
 /// summed up before.
 ///
-/// A mask hides the elements behind the last row; without one `n` is a multiple of the lanes.
+/// A mask hides the elements after the last row; without one `n` is a multiple of the lanes.
 #[inline(always)]
 unsafe fn weights_of<V: Simd, const G: usize>(
     scores: *mut f32,
@@ -260,7 +260,7 @@ unsafe fn weights_of<V: Simd, const G: usize>(
     }
 }
 
-/// Adds a split-K partial to another: `size` values, whole vectors, and behind them their online softmax state. The values of
+/// Adds a split-K partial to another: `size` values, whole vectors, and after them their online softmax state. The values of
 /// one that has seen nothing are not read.
 #[inline(always)]
 unsafe fn add_partial<V: Simd>(to: *mut f32, from: *const f32, size: usize) {
@@ -388,7 +388,7 @@ unsafe fn convert<V: Simd, E: Element>(rows: RowPtr, size: usize, to: *mut f32, 
 /// A tile of keys and values as f32, against one lane block.
 #[derive(Clone, Copy)]
 pub(super) struct Tile {
-    /// `[rows][key size]`; rows behind `n` up to a multiple of 8 exist.
+    /// `[rows][key size]`; rows after `n` up to a multiple of 8 exist.
     pub keys: *const f32,
     pub key_size: usize,
     /// `[rows][value size]`, the size padded to a multiple of 8.
@@ -701,7 +701,7 @@ isa!(Avx2, 4, #[target_feature(enable = "avx2,fma,f16c")], {
         out: *mut f32,
         out_stride: usize,
     ) {
-        // SAFETY: the caller's; weights behind the last row are made zero by `weights_of`.
+        // SAFETY: the caller's; weights after the last row are made zero by `weights_of`.
         unsafe { q4::add_values::<G>(weights, values, size, factors, out, out_stride) }
     }
 });

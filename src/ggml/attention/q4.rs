@@ -43,7 +43,7 @@ struct Eight {
     bytes: usize,
 }
 
-/// Eight blocks behind each other.
+/// Eight blocks one after the other.
 type Copied = [MaybeUninit<u8>; 8 * QK_BYTES];
 
 impl Eight {
@@ -107,7 +107,7 @@ impl Eight {
     unsafe fn fours(self) -> [__m256i; 4] {
         let mut two = [_mm256_setzero_si256(); 4];
         for r in 0..4 {
-            // SAFETY: behind the scale are 16 bytes.
+            // SAFETY: after the scale are 16 bytes.
             let (one, other) =
                 unsafe { (_mm_loadu_si128(self.at(r).add(2).cast()), _mm_loadu_si128(self.at(r + 4).add(2).cast())) };
             two[r] = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(one), other);
@@ -185,7 +185,7 @@ pub(super) unsafe fn pack(query: *const f32, size: usize, to: *mut f32) {
     }
 }
 
-/// `scores[g × BLOCK + r] = queries[g] · keys[r]`, as `kernels::scores_of`, with packed queries that lie behind each other.
+/// `scores[g × BLOCK + r] = queries[g] · keys[r]`, as `kernels::scores_of`, with packed queries one after the other.
 /// Eight rows are taken at a time: lanes are rows.
 ///
 /// # Safety
@@ -241,7 +241,7 @@ const LARGEST: f32 = 126.0;
 const LARGEST_SUM: f32 = (4095 - BLOCK) as f32;
 
 /// What is added to rows' numbers before they are rounded, so that of many small ones some become 1, as many as the sum
-/// wants. Multiples of 1/64 around 0, in steps of about the golden ratio: any few rows behind each other have them from
+/// wants. Multiples of 1/64 around 0, in steps of about the golden ratio: any few neighbouring rows have them from
 /// all over the range.
 static DITHER: [f32; BLOCK] = {
     let mut dither = [0.0; BLOCK];
@@ -388,7 +388,7 @@ impl<const G: usize> Whole<G> {
 /// time: lanes are elements.
 ///
 /// # Safety
-/// As there; weights behind the last row, up to a multiple of eight, are zero.
+/// As there; weights after the last row, up to a multiple of eight, are zero.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn add_values<const G: usize>(
     weights: *const f32,
@@ -427,7 +427,7 @@ pub(super) unsafe fn add_values<const G: usize>(
             }
         }
         for pair in 4 * eights..values.n.div_ceil(2) {
-            // The weight behind the last row is zero.
+            // The weight after the last row is zero.
             let rows = [2 * pair, (2 * pair + 1).min(values.n - 1)].map(at);
             // SAFETY: the rows exist.
             unsafe { whole.add(pair, rows, &mut sums) };

@@ -485,7 +485,7 @@ fn hidden_blocks_are_not_read() {
 
 /// A store with room for more rows gives the last bits that a smaller one gives, whatever segments follow.
 #[test]
-fn room_behind_the_rows_does_not_change_the_result() {
+fn room_after_the_rows_does_not_change_the_result() {
     let mut scheduler = scheduler(2);
     let case = case(64, 1, 2, 3, &[(1100, Type::F16, Type::F16), (300, Type::F32, Type::F32)]);
     let data = Data::new(&case, &mut scheduler, 13);
