@@ -28,10 +28,9 @@ impl Layers {
         let q = context.tensor(Type::F32, &[SIZE, HEADS, n]);
         let mask = context.tensor(Type::F16, &[rows, n]);
         context.alloc(Device::cpu().buffer_type(), "the benchmark").expect("memory");
-        // Memory that was never written is one page of zeros, which any cache holds.
-        for tensor in stores.iter().flat_map(|(k, v)| [k, v]) {
-            tensor.write(0, &vec![0x2c_u8; tensor.n_bytes()]);
-        }
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut scheduler = Scheduler::new(&[Device::cpu()], threads, 16 * LAYERS).expect("a scheduler");
+        fill(&mut scheduler, stores.iter().flat_map(|(k, v)| [k, v]));
         let graph = Graph::new(16 * LAYERS);
         let queries = graph.permute(&q, [0, 2, 1, 3]);
         for (k, v) in &stores {
@@ -49,8 +48,6 @@ impl Layers {
             };
             graph.expand(&node);
         }
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let mut scheduler = Scheduler::new(&[Device::cpu()], threads, 16 * LAYERS).expect("a scheduler");
         scheduler.alloc(&graph).expect("memory");
         let bytes = stores.iter().map(|(k, v)| k.n_bytes() + v.n_bytes()).sum();
         Layers { graph, scheduler, bytes, _stores: stores }
@@ -58,6 +55,18 @@ impl Layers {
 
     fn run(&mut self) {
         self.scheduler.compute(&self.graph).expect("computed");
+    }
+}
+
+/// Rows of numbers from 0 to 1.
+fn fill<'a>(scheduler: &mut Scheduler, stores: impl Iterator<Item = &'a Tensor>) {
+    for store in stores {
+        let [width, rows, ..] = store.shape();
+        let graph = Graph::new(8);
+        let row = graph.scale(&graph.arange(width), 1.0 / width as f32);
+        graph.expand(&graph.copy(&graph.repeat_row(&row, rows), store));
+        scheduler.alloc(&graph).expect("memory");
+        scheduler.compute(&graph).expect("computed");
     }
 }
 

@@ -20,7 +20,7 @@ use crate::{
     handles::Registry,
     log,
     model::{MODELS, Model},
-    perf::Perf,
+    perf::{self, Perf},
     settings::LazySettings,
     system::MAX_SEQUENCES,
 };
@@ -536,6 +536,29 @@ fn default_params() -> sys::llama_context_params {
         samplers: ptr::null_mut(),
         n_samplers: 0,
         ctx_other: ptr::null_mut(),
+    }
+}
+
+fn perf_data(context: &Context) -> sys::llama_perf_context_data {
+    context.lock().perf.data(context.model.start_us, context.model.load_us)
+}
+
+api! {
+    fn llama_perf_context(ctx: *const sys::llama_context) -> sys::llama_perf_context_data, or perf::NOTHING, {
+        Ok(perf_data(&*CONTEXTS.get(ctx)?))
+    }
+
+    fn llama_perf_context_print(ctx: *const sys::llama_context), or (), {
+        let data = perf_data(&*CONTEXTS.get(ctx)?);
+        // SAFETY: reads a clock.
+        perf::print(&data, unsafe { sys::ggml_time_us() });
+        Ok(())
+    }
+
+    fn llama_perf_context_reset(ctx: *mut sys::llama_context), or (), {
+        // SAFETY: reads a clock.
+        CONTEXTS.get(ctx)?.lock().perf.reset(unsafe { sys::ggml_time_us() });
+        Ok(())
     }
 }
 

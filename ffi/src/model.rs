@@ -15,7 +15,7 @@ use std::{
 use ggml_sys as sys;
 use simlayer::{
     Hparams, ModelParams, Progress, Vocab,
-    ggml::{RopeKind, keep_logs},
+    ggml::{RopeKind, logging::keep_logs},
     gguf::{Gguf, Override, Value, check_vocab},
 };
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use ggml_sys as sys;
-use simlayer::ggml::keep_logs;
+use simlayer::ggml::logging::keep_logs;
 
 use crate::{
     border::{Failure, Result, c_str, slice, text},

@@ -1,6 +1,11 @@
+//! Arenas of tensor headers, the memory behind them, and handles to tensors.
+
 use std::{
+    any::Any,
+    cell::Cell,
     ffi::{CString, c_void},
     fmt,
+    marker::PhantomData,
     ptr::NonNull,
     sync::{
         Arc, Mutex, PoisonError,
@@ -11,12 +16,14 @@ use std::{
 use ggml_sys as sys;
 use memmap2::Mmap;
 
-use super::{BufferType, Device, Error, Type, attention};
+use super::{BufferType, Device, Error, Type};
 
 /// An arena of tensor headers, with the memory behind its tensors.
-#[derive(Clone)]
+///
+/// Tensors are added through a shared reference, and ggml's arena knows no locks: so this is not `Sync`, and has no clones.
 pub struct Context {
     inner: Arc<Inner>,
+    not_sync: PhantomData<Cell<()>>,
 }
 
 /// What a context owns. Freed when the last tensor or graph that needs it is gone.
@@ -34,13 +41,14 @@ struct Owned {
     /// Contexts whose tensors this context's nodes read.
     sources: Vec<Arc<Inner>>,
     /// State of our own operations among this context's nodes.
-    operations: Vec<Arc<attention::Op>>,
+    operations: Vec<Arc<dyn Any + Send + Sync>>,
 }
 
-// SAFETY: a ggml context is plain memory without thread affinity. Adding tensors goes through `&Context` of one
-// owner (a graph builder or a loader, neither of which is shared while building); the lists are behind a mutex.
+// SAFETY: a ggml context is plain memory without thread affinity. Tensors are added through the one `Context` only, which
+// is not `Sync`; the lists are behind a mutex.
 unsafe impl Send for Inner {}
-// SAFETY: as above. Tensor data is written by loaders before sharing, or through the `&mut` of one session.
+// SAFETY: as above. Tensor data is written by loaders before sharing, or through the `&mut` of one session: `Tensor::write`
+// is this crate's alone.
 unsafe impl Sync for Inner {}
 
 impl Drop for Inner {
@@ -94,7 +102,8 @@ impl Context {
         // SAFETY: ggml allocates the arena itself (mem_buffer is null).
         let raw = unsafe { sys::ggml_init(params) };
         let raw = NonNull::new(raw).unwrap_or_else(|| std::alloc::handle_alloc_error(arena_layout(mem_size)));
-        Context { inner: Arc::new(Inner { raw, has_memory: AtomicBool::new(false), owned: Mutex::default() }) }
+        let inner = Arc::new(Inner { raw, has_memory: AtomicBool::new(false), owned: Mutex::default() });
+        Context { inner, not_sync: PhantomData }
     }
 
     pub(super) fn raw(&self) -> *mut sys::ggml_context {
@@ -130,7 +139,7 @@ impl Context {
     }
 
     /// Keeps the state of one of this context's nodes.
-    pub(super) fn keep(&self, operation: Arc<attention::Op>) {
+    pub(super) fn keep(&self, operation: Arc<dyn Any + Send + Sync>) {
         self.inner.lock().operations.push(operation);
     }
 
@@ -219,6 +228,24 @@ impl fmt::Debug for Context {
 }
 
 /// A handle to a tensor. Cloning it copies the handle, not the data.
+///
+/// Handles of one tensor may be on several threads, so its data is written by this crate alone, which knows whose turn it is:
+///
+/// ```
+/// # use simlayer::ggml::{Context, Device, Type};
+/// # let context = Context::new(1);
+/// let tensor = context.tensor(Type::F32, &[1]);
+/// context.alloc(Device::cpu().buffer_type(), "a test")?;
+/// # Ok::<(), simlayer::ggml::Error>(())
+/// ```
+/// ```compile_fail
+/// # use simlayer::ggml::{Context, Device, Type};
+/// # let context = Context::new(1);
+/// let tensor = context.tensor(Type::F32, &[1]);
+/// context.alloc(Device::cpu().buffer_type(), "a test")?;
+/// tensor.write(0, &[1.0_f32]);
+/// # Ok::<(), simlayer::ggml::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Tensor {
     raw: NonNull<sys::ggml_tensor>,
@@ -256,7 +283,7 @@ impl Tensor {
         Type::from_raw(self.header().type_).unwrap_or(Type::F32)
     }
 
-    /// Bytes from the first element to behind the last.
+    /// Bytes from the first element to the end of the last.
     pub fn n_bytes(&self) -> usize {
         // SAFETY: a computation over the header.
         unsafe { sys::ggml_nbytes(self.raw()) }
@@ -318,11 +345,12 @@ impl Tensor {
         );
     }
 
-    /// Copies `data` into the tensor from its byte `offset` on.
+    /// Copies `data` into the tensor from its byte `offset` on. The caller is the tensor's only user now: a loader before
+    /// what it loads is shared, or a session through `&mut`.
     ///
     /// # Panics
     /// When the range is not inside the tensor or no memory is behind it.
-    pub fn write<T: Plain>(&self, offset: usize, data: &[T]) {
+    pub(crate) fn write<T: Plain>(&self, offset: usize, data: &[T]) {
         let len = size_of_val(data);
         if len == 0 {
             return;
@@ -332,11 +360,11 @@ impl Tensor {
         unsafe { sys::ggml_backend_tensor_set(self.raw(), data.as_ptr().cast(), offset, len) }
     }
 
-    /// Copies from the tensor's byte `offset` on into `data`.
+    /// Copies from the tensor's byte `offset` on into `data`. Nobody writes it now, as said at [`Tensor::write`].
     ///
     /// # Panics
     /// When the range is not inside the tensor or no memory is behind it.
-    pub fn read<T: Plain>(&self, offset: usize, data: &mut [T]) {
+    pub(crate) fn read<T: Plain>(&self, offset: usize, data: &mut [T]) {
         let len = size_of_val(data);
         if len == 0 {
             return;
@@ -347,7 +375,7 @@ impl Tensor {
     }
 
     /// All elements of a contiguous f32 tensor.
-    pub fn to_f32(&self) -> Vec<f32> {
+    pub(crate) fn to_f32(&self) -> Vec<f32> {
         let mut data = vec![0.0; self.shape().iter().product()];
         self.read(0, &mut data);
         data
@@ -371,3 +399,23 @@ macro_rules! plain {
     ($($ty:ty),*) => { $(impl sealed::Sealed for $ty {} impl Plain for $ty {})* };
 }
 plain!(u8, u16, i32, i64, f32);
+
+#[cfg(test)]
+mod tests {
+    use super::Context;
+
+    /// Two threads cannot add tensors to one arena: neither through references nor through clones. Were there a way, it could
+    /// not be told which of these implementations is meant, and this would not compile.
+    #[test]
+    fn a_context_is_one_threads() {
+        trait OneMeant<T> {
+            fn holds() -> bool {
+                true
+            }
+        }
+        impl<C> OneMeant<()> for C {}
+        impl<C: Sync> OneMeant<u8> for C {}
+        impl<C: Clone> OneMeant<u16> for C {}
+        assert!(<Context as OneMeant<_>>::holds());
+    }
+}

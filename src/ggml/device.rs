@@ -1,11 +1,11 @@
+//! What ggml can compute on, and its kinds of memory.
+
 use std::{
     ffi::{CStr, c_char, c_void},
     fmt,
 };
 
 use ggml_sys as sys;
-
-use super::{Context, Type};
 
 /// A device that ggml can compute on. Devices are registered once and never go away.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -82,13 +82,14 @@ impl Device {
     }
 
     /// The memory that tensors of this device usually live in.
+    #[doc(hidden)]
     pub fn buffer_type(self) -> BufferType {
         // SAFETY: every device has a default buffer type.
         BufferType(unsafe { sys::ggml_backend_dev_buffer_type(self.0) })
     }
 
     /// Kinds of memory that repack weights for faster matrix products, best first.
-    pub fn repacking_buffer_types(self) -> Vec<BufferType> {
+    pub(crate) fn repacking_buffer_types(self) -> Vec<BufferType> {
         type GetExtra = unsafe extern "C" fn(sys::ggml_backend_dev_t) -> *mut sys::ggml_backend_buffer_type_t;
         // SAFETY: the name is NUL-terminated; the registry belongs to a live device.
         let address = unsafe {
@@ -112,67 +113,18 @@ impl Device {
         }
     }
 
-    /// Whether `weight × activations` can run here when a weight of this type and shape lies in `memory`. With a third
-    /// dimension it is a stack of experts' weights.
-    pub fn can_multiply(self, memory: BufferType, ty: Type, shape: &[usize]) -> bool {
-        // The number of tokens does not matter for the answer.
-        const TOKENS: usize = 512;
-        let context = Context::new(4);
-        let weight = context.tensor(ty, shape);
-        let experts = shape.len() > 2;
-        let input = if experts { &[shape[0], 1, TOKENS][..] } else { &[shape[0], TOKENS] };
-        let input = context.tensor(Type::F32, input);
-        let ids = context.tensor(Type::I32, &[1, TOKENS]);
-        // SAFETY: the empty buffer only tells which memory is meant, as the device's answer depends on it; it is taken
-        // from the header again before it is freed.
-        unsafe {
-            let product = if experts {
-                sys::ggml_mul_mat_id(context.raw(), weight.raw(), input.raw(), ids.raw())
-            } else {
-                sys::ggml_mul_mat(context.raw(), weight.raw(), input.raw())
-            };
-            let empty = sys::ggml_backend_buft_alloc_buffer(memory.0, 0);
-            if empty.is_null() {
-                return false;
-            }
-            (*weight.raw()).buffer = empty;
-            let supported = sys::ggml_backend_dev_supports_op(self.0, product);
-            (*weight.raw()).buffer = std::ptr::null_mut();
-            sys::ggml_backend_buffer_free(empty);
-            supported
-        }
-    }
-}
-
-/// The names of the backends that this build has, such as `CPU`, `CUDA` and `RPC`, with or without devices here.
-pub fn backends() -> Vec<String> {
-    // SAFETY: the index is below the count; names are static strings.
-    unsafe {
-        let registry = |i| text(sys::ggml_backend_reg_name(sys::ggml_backend_reg_get(i)));
-        (0..sys::ggml_backend_reg_count()).map(registry).collect()
-    }
-}
-
-impl Device {
     /// The name of the backend that drives it.
     pub fn backend(self) -> String {
         // SAFETY: a device's registry entry lives as long as the device; the name is a static string.
         text(unsafe { sys::ggml_backend_reg_name(sys::ggml_backend_dev_backend_reg(self.0)) })
     }
 
-    /// Whether ggml's flash attention can run here over caches of these types.
-    pub fn can_attend(self, head_size: usize, n_head: usize, n_head_kv: usize, k: Type, v: Type) -> bool {
-        // Of rows and tokens the answer does not depend.
-        const ROWS: usize = 256;
-        let context = Context::new(8);
-        let query = context.tensor(Type::F32, &[head_size, 1, n_head]);
-        let [k, v] = [k, v].map(|ty| context.tensor(ty, &[head_size, ROWS, n_head_kv]));
-        let mask = context.tensor(Type::F16, &[ROWS, 1]);
-        // SAFETY: live tensors of fitting shapes; the node is asked about and never computed.
+    /// The names of the backends that this build has, such as `CPU`, `CUDA` and `RPC`, with or without devices here.
+    pub fn backends() -> Vec<String> {
+        // SAFETY: the index is below the count; names are static strings.
         unsafe {
-            let node =
-                sys::ggml_flash_attn_ext(context.raw(), query.raw(), k.raw(), v.raw(), mask.raw(), 1.0, 0.0, 0.0);
-            sys::ggml_backend_dev_supports_op(self.0, node)
+            let registry = |i| text(sys::ggml_backend_reg_name(sys::ggml_backend_reg_get(i)));
+            (0..sys::ggml_backend_reg_count()).map(registry).collect()
         }
     }
 }

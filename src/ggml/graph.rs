@@ -1,3 +1,5 @@
+//! Graphs of operations, built node by node.
+
 use std::{
     cell::{Cell, Ref, RefCell},
     fmt,
@@ -9,8 +11,9 @@ use ggml_sys as sys;
 
 use super::{
     Context, Device, Tensor, Type,
-    attention::{Features, FusedAttention, KvSegment, Op, Partials},
+    attention::{FusedAttention, KvSegment, Op, Partials},
     mul_mat,
+    processor::Features,
 };
 
 /// A graph being built: a function for each operation adds a node and returns its result's tensor.
@@ -267,18 +270,17 @@ impl Graph {
 
     /// `weight [k, n] × input [k, m]` → `[n, m]`.
     pub fn mul_mat(&self, weight: &Tensor, input: &Tensor) -> Tensor {
-        if self.own_kernels
-            && mul_mat::applies(weight, input)
-            && let Some(features) = mul_mat::Features::detect()
-        {
+        let features = Features::detect();
+        if self.own_kernels && mul_mat::applies(weight, input, features) {
             return self.mul_mat_with(weight, input, features);
         }
         self.ggml_mul_mat(weight, input)
     }
 
     /// As [`Graph::mul_mat`], with the kernels for these processor features. They must apply.
-    pub(super) fn mul_mat_with(&self, weight: &Tensor, input: &Tensor, features: mul_mat::Features) -> Tensor {
-        assert!(mul_mat::applies(weight, input), "no kernel of our own for {} and {}", weight.ty(), input.ty());
+    pub(super) fn mul_mat_with(&self, weight: &Tensor, input: &Tensor, features: Features) -> Tensor {
+        let applies = mul_mat::applies(weight, input, features);
+        assert!(applies, "no kernel of our own for {} and {}", weight.ty(), input.ty());
         self.context.uses(weight);
         self.context.uses(input);
         // SAFETY: it applies, and features are only ever detected; the context is alive and keeps the tensors.
@@ -393,8 +395,8 @@ impl Graph {
         result
     }
 
-    /// Attention in one operation of our own, for tensors that the processor can read: over one to
-    /// [`super::MAX_SEGMENTS`] segments, each of any two cache types.
+    /// Attention in one operation of our own, for tensors that the processor can read: over one to three segments, each of
+    /// any two cache types.
     ///
     /// `q` `[head size, n, heads]` f32, rows any distance apart → `[value size, heads, n]`, f32.
     ///
@@ -466,7 +468,7 @@ impl Graph {
         node!(self, [a], ggml_cont(a.raw()))
     }
 
-    /// `a` itself where its elements lie one behind the other, else a copy of which that is true.
+    /// `a` itself where its elements lie one after the other, else a copy of which that is true.
     pub fn contiguous_if_needed(&self, a: &Tensor) -> Tensor {
         // SAFETY: a query on a live header.
         if unsafe { sys::ggml_is_contiguous(a.raw()) } { a.clone() } else { self.contiguous(a) }
@@ -490,15 +492,24 @@ impl Graph {
     }
 
     /// A view with `strides` in bytes for the second and third dimension, from the byte `offset` on.
+    ///
+    /// # Panics
+    /// When some of it would lie outside of `a`.
     pub fn view(&self, a: &Tensor, shape: [usize; 3], strides: [usize; 2], offset: usize) -> Tensor {
+        check_view(a, shape, strides, offset);
         let ne = shape.map(|n| n as i64);
         node!(self, [a], ggml_view_3d(a.raw(), ne[0], ne[1], ne[2], strides[0], strides[1], offset))
     }
 
     /// Rows `first..first + n` of a two-dimensional tensor.
+    ///
+    /// # Panics
+    /// When it has no such rows.
     pub fn rows(&self, a: &Tensor, first: usize, n: usize) -> Tensor {
-        let (width, stride) = (a.shape()[0] as i64, a.strides()[1]);
-        node!(self, [a], ggml_view_2d(a.raw(), width, n as i64, stride, first * stride))
+        let (width, stride) = (a.shape()[0], a.strides()[1]);
+        let offset = first.saturating_mul(stride);
+        check_view(a, [width, n, 1], [stride, 0], offset);
+        node!(self, [a], ggml_view_2d(a.raw(), width as i64, n as i64, stride, offset))
     }
 
     /// Dimension `i` of `a` becomes dimension `order[i]`.
@@ -508,8 +519,67 @@ impl Graph {
     }
 }
 
+/// That a view lies within the tensor. ggml looks only whether there are as many bytes as it would have without gaps.
+fn check_view(a: &Tensor, shape: [usize; 3], strides: [usize; 2], offset: usize) {
+    let end = || {
+        if shape.contains(&0) {
+            return Some(offset);
+        }
+        let row = shape[0].div_ceil(a.ty().block_size()).checked_mul(a.ty().block_bytes())?;
+        let rows = (shape[1] - 1).checked_mul(strides[0])?;
+        let planes = (shape[2] - 1).checked_mul(strides[1])?;
+        offset.checked_add(row)?.checked_add(rows)?.checked_add(planes)
+    };
+    assert!(
+        end().is_some_and(|end| end <= a.n_bytes()),
+        "a view {shape:?} with strides {strides:?} from byte {offset} on leaves {a:?} of {} bytes",
+        a.n_bytes()
+    );
+}
+
 impl fmt::Debug for Graph {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Graph").field("nodes", &self.n_nodes()).field("max_nodes", &self.max_nodes).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+
+    #[test]
+    fn views_stay_within_their_tensors() {
+        let graph = Graph::new(32);
+        let a = graph.input(Type::F32, &[4, 3]);
+        let q = graph.input(Type::Q8_0, &[64, 2]);
+        for (source, shape, strides, offset) in [
+            (&a, [4, 3, 1], [16, 48], 0),
+            (&a, [1, 3, 1], [16, 48], 12),
+            (&a, [2, 2, 3], [8, 16], 0),
+            (&a, [4, 0, 1], [16, 48], 48),
+            (&q, [32, 2, 1], [68, 136], 34),
+        ] {
+            let view = graph.view(source, shape, strides, offset);
+            assert_eq!(view.shape()[..3], shape);
+        }
+        // All of these have no more bytes than the tensor: ggml makes them.
+        for (source, shape, strides, offset) in [
+            (&a, [4, 2, 1], [48, 48], 0),
+            (&a, [1, 3, 1], [16, 48], 20),
+            (&a, [1, 1, 3], [4, 24], 0),
+            (&a, [2, 2, 2], [usize::MAX / 2, 0], 0),
+            (&a, [1, 2, 2], [usize::MAX, 2], 0),
+            (&q, [32, 2, 1], [68, 136], 68),
+        ] {
+            let view = catch_unwind(AssertUnwindSafe(|| graph.view(source, shape, strides, offset)));
+            let panic = view.expect_err("outside of the tensor");
+            assert!(panic.downcast_ref::<String>().is_some_and(|text| text.contains("leaves")), "{shape:?}");
+        }
+        assert_eq!(graph.rows(&a, 1, 2).shape(), [4, 2, 1, 1]);
+        for (first, n) in [(2, 2), (usize::MAX, 0), (usize::MAX / 16 + 2, 1)] {
+            assert!(catch_unwind(AssertUnwindSafe(|| graph.rows(&a, first, n))).is_err(), "{first}, {n}");
+        }
     }
 }

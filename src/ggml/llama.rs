@@ -1,20 +1,16 @@
 //! llama.cpp's vocabularies, samplers, grammars and built-in chat templates behind safe wrappers.
 
 use std::{
-    ffi::{CStr, CString, c_char, c_void},
+    ffi::{CStr, CString, c_char},
     fmt,
-    io::Write,
     path::Path,
     ptr::NonNull,
-    sync::{
-        Arc, Once,
-        atomic::{AtomicI32, Ordering},
-    },
+    sync::Arc,
 };
 
 use ggml_sys as sys;
 
-use crate::gguf::Override;
+use super::logging::silence_logs;
 
 /// Room for the message of a failed call.
 const ERROR_BYTES: usize = 1024;
@@ -106,6 +102,15 @@ pub struct RawVocab {
 unsafe impl Send for RawVocab {}
 // SAFETY: as above.
 unsafe impl Sync for RawVocab {}
+
+/// A value that takes the place of a key's, whatever the file says.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Override {
+    Int(i64),
+    Float(f64),
+    Bool(bool),
+    Str(String),
+}
 
 const EMPTY_OVERRIDE: sys::llama_model_kv_override = sys::llama_model_kv_override {
     tag: sys::LLAMA_KV_OVERRIDE_TYPE_INT,
@@ -616,57 +621,4 @@ pub fn builtin_chat_template(template: &str, messages: &[(&str, &str)], add_assi
     let mut text = vec![0u8; size];
     format(text.as_mut_ptr(), to_i32(size, "the conversation")?);
     String::from_utf8(text).map_err(|_| "the formatted conversation is not valid UTF-8".to_owned())
-}
-
-/// The least severe level that is shown; above every level at first.
-static LOG_LEVEL: AtomicI32 = AtomicI32::new(i32::MAX);
-static LOG_HANDLER: Once = Once::new();
-
-/// Which messages of ggml and llama.cpp go to stderr.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LogLevel {
-    /// None.
-    Silent,
-    /// Errors and warnings.
-    Warnings,
-    /// All but debug messages.
-    Info,
-}
-
-/// Sends the messages of ggml and llama.cpp to stderr, from this level on.
-pub fn set_log(level: LogLevel) {
-    silence_logs();
-    let threshold = match level {
-        LogLevel::Silent => i32::MAX,
-        LogLevel::Warnings => sys::GGML_LOG_LEVEL_WARN as i32,
-        LogLevel::Info => sys::GGML_LOG_LEVEL_INFO as i32,
-    };
-    LOG_LEVEL.store(threshold, Ordering::Relaxed);
-}
-
-/// Keeps the messages of ggml and llama.cpp off stderr, unless [`set_log`] has asked for them. Does nothing the second
-/// time, so that a program that sets a log callback of its own after the first call keeps it.
-pub fn silence_logs() {
-    // SAFETY: `on_log` has the callback's signature and needs no user data. It is installed once, before the first
-    // call that logs.
-    LOG_HANDLER.call_once(|| unsafe { sys::llama_log_set(Some(on_log), std::ptr::null_mut()) });
-}
-
-/// Leaves the messages of ggml and llama.cpp to the callback that the program has set or will set: [`silence_logs`] does
-/// nothing from now on. For programs that use llama.cpp's own `llama_log_set`.
-pub fn keep_logs() {
-    LOG_HANDLER.call_once(|| ());
-}
-
-unsafe extern "C" fn on_log(level: sys::ggml_log_level, text: *const c_char, _: *mut c_void) {
-    // Continuations (level 5) belong to a message whose level is not known any more; they are dropped unless all is
-    // shown.
-    let threshold = LOG_LEVEL.load(Ordering::Relaxed);
-    let level = if level == sys::GGML_LOG_LEVEL_CONT { sys::GGML_LOG_LEVEL_INFO as i32 } else { level as i32 };
-    if level >= threshold && !text.is_null() {
-        // SAFETY: upstream passes a C string that lives during the call.
-        let text = unsafe { CStr::from_ptr(text) };
-        // A closed stderr is no reason to panic inside a callback.
-        let _ = std::io::stderr().write_all(text.to_bytes());
-    }
 }

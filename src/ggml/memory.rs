@@ -1,4 +1,4 @@
-use std::fs;
+//! The process's memory.
 
 /// From now on blocks of `bytes` and more go back to the system as soon as they are freed, in the whole process.
 ///
@@ -47,12 +47,4 @@ pub fn release_free_memory() {
             free(std::hint::black_box(malloc(SHORTENS)));
         }
     }
-}
-
-/// The process's resident memory in bytes; `None` where the system does not tell.
-pub fn resident_bytes() -> Option<usize> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-    let kib: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
 }

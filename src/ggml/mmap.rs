@@ -1,3 +1,5 @@
+//! Files in memory maps.
+
 use std::{fs::File, io, ops::Range};
 
 use memmap2::Mmap;

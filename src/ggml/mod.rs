@@ -1,11 +1,16 @@
-//! The safe tier over ggml: tensors, graphs, devices, the scheduler, and llama.cpp's vocabulary and samplers.
+//! ggml's types and devices, what it says, and devices of other machines.
+//!
+//! Beneath lies the safe tier over ggml, which the rest of this crate is built on: tensors, graphs, the scheduler, and
+//! llama.cpp's vocabulary and samplers. It is hidden here, being no part of what this crate promises to others.
 //!
 //! All of the library's `unsafe` lives in this folder. The rules that make the rest safe:
 //!
-//! * A [`Tensor`] keeps the [`Context`] that holds its header alive, and the context its buffer. A graph keeps
-//!   the contexts of every tensor that its nodes read.
-//! * Tensor data is reached only by [`Tensor::write`] and [`Tensor::read`], which check sizes and that memory is
-//!   behind the tensor now: a graph's tensors have memory from [`Scheduler::alloc`] until the next graph's.
+//! * A `Tensor` keeps the `Context` that holds its header alive, and the context its buffer. A graph keeps the contexts
+//!   of every tensor that its nodes read.
+//! * A `Context` is one thread's: tensors are added to it without a lock.
+//! * Tensor data is reached only by `Tensor::write` and `Tensor::read`, which check sizes and that memory is behind the
+//!   tensor now: a graph's tensors have memory from `Scheduler::alloc` until the next graph's. Both are this crate's alone.
+//! * A view lies within the tensor that it is of.
 //! * Shapes that ggml would abort on are the graph builder's to get right; the model loader has checked every
 //!   weight's shape and type before a graph is built. An abort is a bug, never memory corruption.
 //! * Weights are written while loading only. Other tensors belong to one session, which is used through `&mut`.
@@ -13,47 +18,49 @@
 mod attention;
 mod context;
 mod device;
+mod error;
 mod fatal;
 mod graph;
 mod llama;
+pub mod logging;
 mod memory;
 mod mmap;
 mod mul_mat;
+mod processor;
 #[cfg(feature = "rpc")]
 pub mod rpc;
 mod scheduler;
+mod supports;
 mod types;
 
-pub use attention::{FusedAttention, KvSegment, MAX_SEGMENTS};
-pub use context::{Context, Plain, Tensor};
-pub use device::{BufferType, Device, DeviceKind, backends};
-pub use fatal::{exit_now, on_fatal_error};
-pub use graph::{Graph, Rope, RopeKind};
-pub use llama::{
-    Candidates, LogLevel, RawSampler, RawVocab, SamplerKind, SpecialToken, VocabKind, builtin_chat_template,
-    builtin_chat_templates, keep_logs, set_log, silence_logs,
-};
-pub use memory::{map_large_blocks, release_free_memory, resident_bytes};
-pub use mmap::{map_file, release_pages};
-pub use scheduler::{AbortCallback, Scheduler};
+pub use device::{Device, DeviceKind};
+pub use error::Error;
 pub use types::Type;
 
-/// What can go wrong below the graphs.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Error {
-    /// The device had no room for a buffer.
-    #[error("out of memory: {device} could not give {bytes} bytes for {what}")]
-    OutOfMemory { device: String, bytes: usize, what: String },
-    /// A device could not be started.
-    #[error("device {0} could not be started")]
-    Device(String),
-    /// ggml refused to run a graph.
-    #[error("the graph failed to run on the device (ggml status {0})")]
-    Compute(i32),
-    /// A server for remote devices cannot be used, or cannot be started.
-    #[error("remote server {endpoint}: {why}")]
-    Remote { endpoint: String, why: String },
-    /// The run was interrupted by the abort callback.
-    #[error("interrupted")]
-    Aborted,
-}
+// Public elsewhere in the crate.
+#[doc(hidden)]
+pub use graph::{Rope, RopeKind};
+#[doc(hidden)]
+pub use llama::{Override, SpecialToken, VocabKind};
+
+// For the C ABI, the command-line tool and the benchmarks: no part of what this crate promises.
+#[doc(hidden)]
+pub use attention::{FusedAttention, KvSegment};
+#[doc(hidden)]
+pub use context::{Context, Tensor};
+#[doc(hidden)]
+pub use device::BufferType;
+#[doc(hidden)]
+pub use fatal::exit_now;
+#[doc(hidden)]
+pub use graph::Graph;
+#[doc(hidden)]
+pub use llama::RawVocab;
+#[doc(hidden)]
+pub use scheduler::{AbortCallback, Scheduler};
+
+#[cfg(test)]
+pub(crate) use context::Plain;
+pub(crate) use llama::{Candidates, RawSampler, SamplerKind, builtin_chat_template, builtin_chat_templates};
+pub(crate) use memory::{map_large_blocks, release_free_memory};
+pub(crate) use mmap::{map_file, release_pages};

@@ -2,7 +2,7 @@
 //!
 //! ggml's client aborts the process when a connection fails, so [`connect`] first asks the server by itself whether it
 //! is there and speaks the protocol. A connection that is lost later ends the process by
-//! [`on_fatal_error`](super::on_fatal_error)'s handler; that cannot be undone within a process.
+//! [`on_fatal_error`](super::logging::on_fatal_error)'s handler; that cannot be undone within a process.
 
 use std::{
     ffi::CString,

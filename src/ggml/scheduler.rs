@@ -1,3 +1,5 @@
+//! Running graphs on devices.
+
 use std::{
     collections::HashSet,
     ffi::{CStr, c_void},
@@ -319,7 +321,7 @@ impl Scheduler {
     }
 
     /// As [`Scheduler::compute`], and returns the time that the nodes of this name took. Devices are waited for before
-    /// and behind each run of such nodes. Takes the place of a callback set by [`Scheduler::set_eval_callback`].
+    /// and after each run of such nodes. Takes the place of a callback set by [`Scheduler::set_eval_callback`].
     ///
     /// # Panics
     /// As [`Scheduler::compute`].
@@ -358,7 +360,7 @@ impl Drop for Scheduler {
 }
 
 struct Timer {
-    /// The last node before each run of timed ones, and the last of each run. ggml waits behind these only: on a card
+    /// The last node before each run of timed ones, and the last of each run. ggml waits after these only: on a card
     /// waiting for every node takes longer than the nodes.
     before: HashSet<*const sys::ggml_tensor>,
     last: HashSet<*const sys::ggml_tensor>,
@@ -387,7 +389,7 @@ impl Timer {
     }
 }
 
-/// Asks whether to wait behind a node (`ask`), and tells that it and those before it are done.
+/// Asks whether to wait after a node (`ask`), and tells that it and those before it are done.
 unsafe extern "C" fn time_node(node: *mut sys::ggml_tensor, ask: bool, timer: *mut c_void) -> bool {
     // SAFETY: `compute_timed` passed its timer, which only this thread uses.
     let timer = unsafe { &mut *timer.cast::<Timer>() };

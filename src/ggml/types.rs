@@ -1,3 +1,5 @@
+//! Types of elements.
+
 use ggml_sys::{self as sys, checked};
 
 /// A ggml element type, such as `f16` or `q4_0`.

@@ -41,6 +41,8 @@ pub use parse::TensorInfo;
 pub use value::{Array, Elements, Value, ValueType};
 pub use vocab_check::check_vocab;
 
+#[doc(inline)]
+pub use crate::ggml::Override;
 use crate::ggml::map_file;
 
 /// One model: the metadata of its first file, and the tensors of all its files.
@@ -52,15 +54,6 @@ pub struct Gguf {
     tensors: Vec<TensorInfo>,
     by_name: HashMap<String, usize>,
     overrides: HashMap<String, Override>,
-}
-
-/// A value that takes the place of a key's, whatever the file says.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Override {
-    Int(i64),
-    Float(f64),
-    Bool(bool),
-    Str(String),
 }
 
 impl Gguf {

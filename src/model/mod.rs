@@ -39,6 +39,8 @@ pub(crate) use identity::FINGERPRINT_BYTES;
 use parts::{Builder, Decoder};
 pub(crate) use placement::Placement;
 
+#[doc(inline)]
+pub use crate::ggml::{Rope, RopeKind};
 use crate::{
     ggml::{self, Device, Graph, Tensor},
     gguf::{self, Gguf, Override, Value},

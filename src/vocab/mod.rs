@@ -4,6 +4,7 @@ mod utf8;
 
 use std::{path::Path, sync::Arc};
 
+#[doc(inline)]
 pub use crate::ggml::{SpecialToken, VocabKind};
 use crate::gguf::{Gguf, Override, check_vocab};
 pub use utf8::Utf8Stream;
@@ -65,6 +66,7 @@ impl Vocab {
     }
 
     /// llama.cpp's own vocabulary, for calls that this crate does not wrap. Valid as long as any clone of `self`.
+    #[doc(hidden)]
     pub fn raw(&self) -> &Arc<RawVocab> {
         &self.raw
     }

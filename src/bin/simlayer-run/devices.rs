@@ -6,7 +6,7 @@ use indicatif::HumanBytes;
 use serde_json::{Value, json};
 use simlayer::{
     DevicePlan,
-    ggml::{self, Device, DeviceKind},
+    ggml::{Device, DeviceKind},
     plan,
 };
 
@@ -26,7 +26,7 @@ pub fn run(args: DevicesArgs) -> Result<(), Failure> {
     let mut out = interrupt::stdout();
     if args.output.json {
         let devices: Vec<Value> = Device::all().into_iter().map(device_json).collect();
-        let mut object = json!({ "backends": ggml::backends(), "devices": devices });
+        let mut object = json!({ "backends": Device::backends(), "devices": devices });
         if args.plan {
             object["plan"] = serde_json::to_value(&plans)?;
         }
@@ -34,7 +34,7 @@ pub fn run(args: DevicesArgs) -> Result<(), Failure> {
         writeln!(out)?;
         return Ok(());
     }
-    writeln!(out, "backends: {}", ggml::backends().join(", "))?;
+    writeln!(out, "backends: {}", Device::backends().join(", "))?;
     for device in Device::all() {
         let (free, total) = device.memory();
         let (name, description) = (device.name(), device.description());

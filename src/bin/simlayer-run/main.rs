@@ -32,7 +32,7 @@ use failure::Failure;
 fn main() -> ExitCode {
     // Wrong usage, --help and --version end here.
     let command = argv::parse();
-    simlayer::ggml::on_fatal_error(failure::fatal);
+    simlayer::ggml::logging::on_fatal_error(failure::fatal);
     match run(command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

@@ -9,7 +9,7 @@ use std::{
 
 use simlayer::{
     KvRotate, Model, ModelParams, SamplerParams, Session, SessionParams,
-    ggml::{self, Device, LogLevel},
+    ggml::{self, Device, logging::LogLevel},
     lazy::{At, PrefillMode},
     sampling::Mirostat,
 };
@@ -31,7 +31,7 @@ pub struct Run {
 
 impl Run {
     pub fn settle(args: CommonArgs) -> Result<Run, Failure> {
-        ggml::set_log(if args.verbose { LogLevel::Info } else { LogLevel::Silent });
+        ggml::logging::set_log(if args.verbose { LogLevel::Info } else { LogLevel::Silent });
         let remote = connect(&args.rpc)?;
         let model = model_params(&args, remote)?;
 
@@ -145,7 +145,7 @@ fn model_params(args: &CommonArgs, remote: Vec<Device>) -> Result<ModelParams, F
     let wants_none = params.gpu_layers == Some(0) || args.device.iter().any(|name| name == "none");
     if params.devices.as_ref().is_none_or(Vec::is_empty) && !wants_none {
         let mut gpus: Vec<String> =
-            ggml::backends().into_iter().filter(|name| name != "CPU" && !name.starts_with("RPC")).collect();
+            Device::backends().into_iter().filter(|name| name != "CPU" && !name.starts_with("RPC")).collect();
         // Without any driver of Vulkan's ggml does not list the backend either.
         if cfg!(feature = "vulkan") && !gpus.iter().any(|name| name == "Vulkan") {
             gpus.push("Vulkan".to_owned());

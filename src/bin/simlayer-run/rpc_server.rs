@@ -2,12 +2,16 @@
 
 use std::net::{IpAddr, SocketAddrV4, ToSocketAddrs};
 
-use simlayer::ggml::{self, Device, LogLevel, rpc::Server};
+use simlayer::ggml::{
+    Device,
+    logging::{self, LogLevel},
+    rpc::Server,
+};
 
 use crate::{args::RpcServerArgs, failure::Failure, options::devices_named};
 
 pub fn run(args: RpcServerArgs) -> Result<(), Failure> {
-    ggml::set_log(LogLevel::Info);
+    logging::set_log(LogLevel::Info);
     let address = address(&args.host, args.port)?;
     let devices = match &args.device[..] {
         [] => Some(Device::all_but_processor()).filter(|all| !all.is_empty()).unwrap_or_else(|| vec![Device::cpu()]),

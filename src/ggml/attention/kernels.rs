@@ -5,15 +5,15 @@
 //! closure that is not inlined would be compiled without the processor's features.
 #![allow(clippy::needless_range_loop)]
 
-use super::simd::{Portable, Simd, exp2, f16_to_f32, tanh};
+use super::{
+    block::{BLOCK, RowPtr},
+    simd::{Portable, Simd, exp2, f16_to_f32, tanh},
+};
 #[cfg(target_arch = "x86_64")]
 use super::{
     q4,
     x86::{Avx2, Avx512},
 };
-
-/// Rows of keys and values that are worked on at once: they stay in the first-level cache.
-pub(super) const BLOCK: usize = 64;
 
 /// How a stored row's elements are read.
 pub(super) trait Element {
@@ -22,7 +22,7 @@ pub(super) trait Element {
     /// Bytes up to element `i`, a multiple of `BLOCK`.
     fn offset(i: usize) -> usize;
     /// # Safety
-    /// Elements `i..i + LANES` behind `row` exist, and lie in one block where `BLOCK > 1`; the features are there.
+    /// Elements `i..i + LANES` of the row exist, and lie in one block where `BLOCK > 1`; the features are there.
     unsafe fn load<V: Simd>(row: *const u8, i: usize) -> V;
     /// # Safety
     /// As `load`, for element `i`; only called where `BLOCK` is 1.
@@ -125,69 +125,9 @@ impl Element for Q4 {
     }
 }
 
-/// Rows in memory, `bytes` apart.
-#[derive(Clone, Copy)]
-pub(super) struct RowPtr {
-    pub data: *const u8,
-    pub bytes: usize,
-    pub n: usize,
-    pub ahead: Ahead,
-}
+// Decode: a key row is read into registers once for a group of G query vectors.
 
-impl RowPtr {
-    /// # Safety
-    /// `row` is a row, or lies right behind the last one.
-    #[inline(always)]
-    pub(super) unsafe fn at(self, row: usize) -> *const u8 {
-        // SAFETY: inside the rows' memory.
-        unsafe { self.data.add(row * self.bytes) }
-    }
-}
-
-/// Memory that is asked for while a block of rows is read: for each of them `bytes`, `stride` apart.
-#[derive(Clone, Copy)]
-pub(super) struct Ahead {
-    pub data: *const u8,
-    pub stride: usize,
-    pub bytes: usize,
-}
-
-impl Ahead {
-    pub const NOTHING: Ahead = Ahead { data: std::ptr::null(), stride: 0, bytes: 0 };
-
-    /// Asks for what `N` rows from `first` on stand for, into the second-level cache: the first holds little more than the rows
-    /// that are worked on.
-    #[inline(always)]
-    pub(super) fn ask<const N: usize>(self, first: usize) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            const LINE: usize = 64;
-            let from = self.data.wrapping_add(first * self.stride);
-            // Without gaps, a line that two share is asked for once, by whom it begins in.
-            let is_dense = self.stride == self.bytes;
-            let (n, bytes) = if is_dense { (1, N * self.bytes) } else { (N, self.bytes) };
-            for r in 0..n {
-                let from = from.wrapping_add(r * self.stride);
-                let end = from.addr() + bytes;
-                let mut line = match is_dense {
-                    true => from.wrapping_add(from.addr().wrapping_neg() % LINE),
-                    false => from.wrapping_sub(from.addr() % LINE),
-                };
-                while line.addr() < end {
-                    // SAFETY: a hint that reads nothing, whatever the address.
-                    unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.cast()) };
-                    line = line.wrapping_add(LINE);
-                }
-            }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = first;
-    }
-}
-
-// Few queries: a key row is read into registers once for a group of G query vectors.
-
-/// `scores[g × BLOCK + r] = queries[g] · keys[r]`. At most `BLOCK` rows; scores behind the last row are undefined.
+/// `scores[g × BLOCK + r] = queries[g] · keys[r]`. At most `BLOCK` rows; scores after the last row are undefined.
 #[inline(always)]
 unsafe fn scores_of<V: Simd, E: Element, const G: usize>(
     queries: *const f32,
@@ -207,7 +147,7 @@ unsafe fn scores_of<V: Simd, E: Element, const G: usize>(
                 keys.at((first + 2).min(last)),
                 keys.at((first + 3).min(last)),
             ];
-            keys.ahead.ask::<4>(first);
+            keys.prefetch.issue::<4>(first);
             let mut sums = [[V::splat(0.0); 4]; G];
             let mut i = 0;
             while i < size {
@@ -235,16 +175,16 @@ unsafe fn scores_of<V: Simd, E: Element, const G: usize>(
     }
 }
 
-/// What a softmax has come to: the largest score and the sum of powers relative to it.
+/// The state of an online softmax: the largest score so far and the sum of powers relative to it.
 #[derive(Clone, Copy)]
 #[repr(C)]
-pub(super) struct Running {
+pub(super) struct OnlineSoftmax {
     pub max: f32,
     pub sum: f32,
 }
 
-impl Running {
-    pub const EMPTY: Running = Running { max: f32::NEG_INFINITY, sum: 0.0 };
+impl OnlineSoftmax {
+    pub const EMPTY: OnlineSoftmax = OnlineSoftmax { max: f32::NEG_INFINITY, sum: 0.0 };
 }
 
 /// How scores become the softmax's arguments.
@@ -257,16 +197,16 @@ pub(super) struct Shape {
 /// Turns the scores of `n` rows, of each vector of a group, into weights relative to the new maximum. The factors for what was
 /// summed up before.
 ///
-/// A mask hides the elements behind the last row; without one `n` is a multiple of the lanes.
+/// A mask hides the elements after the last row; without one `n` is a multiple of the lanes.
 #[inline(always)]
 unsafe fn weights_of<V: Simd, const G: usize>(
     scores: *mut f32,
     n: usize,
     masks: &[*const f32; 4],
     shape: Shape,
-    running: [*mut Running; G],
+    states: [*mut OnlineSoftmax; G],
 ) -> [f32; G] {
-    // SAFETY: scores have G × BLOCK elements, and each mask where there is one BLOCK; each of `running` is the caller's alone.
+    // SAFETY: scores have G × BLOCK elements, and each mask where there is one BLOCK; each state is the caller's alone.
     unsafe {
         let padded = n.next_multiple_of(V::LANES);
         let mut max = [V::splat(f32::NEG_INFINITY); G];
@@ -293,9 +233,9 @@ unsafe fn weights_of<V: Simd, const G: usize>(
         }
         let mut changes = [0.0; 16];
         for g in 0..G {
-            let before = (*running[g]).max;
+            let before = (*states[g]).max;
             let after = before.max(max[g].h_max());
-            (*running[g]).max = after;
+            (*states[g]).max = after;
             // Where nothing was seen yet there is no finite maximum to subtract.
             let finite = after.max(f32::MIN);
             changes[g] = before - finite;
@@ -314,20 +254,20 @@ unsafe fn weights_of<V: Simd, const G: usize>(
             }
         }
         for g in 0..G {
-            (*running[g]).sum = (*running[g]).sum * factors[g] + sum[g].h_sum();
+            (*states[g]).sum = (*states[g]).sum * factors[g] + sum[g].h_sum();
         }
         factors
     }
 }
 
-/// Adds a result to another: `size` values, whole vectors, and behind them what their softmax has come to. The values of one
-/// that has seen nothing are not read.
+/// Adds a split-K partial to another: `size` values, whole vectors, and after them their online softmax state. The values of
+/// one that has seen nothing are not read.
 #[inline(always)]
-unsafe fn add_result<V: Simd>(to: *mut f32, from: *const f32, size: usize) {
-    // SAFETY: the caller's; the results lie apart.
+unsafe fn add_partial<V: Simd>(to: *mut f32, from: *const f32, size: usize) {
+    // SAFETY: the caller's; the partials lie apart.
     unsafe {
-        let at = to.add(size).cast::<Running>();
-        let (a, b) = (at.read(), from.add(size).cast::<Running>().read());
+        let at = to.add(size).cast::<OnlineSoftmax>();
+        let (a, b) = (at.read(), from.add(size).cast::<OnlineSoftmax>().read());
         if b.max == f32::NEG_INFINITY {
             return;
         }
@@ -339,7 +279,7 @@ unsafe fn add_result<V: Simd>(to: *mut f32, from: *const f32, size: usize) {
         let max = a.max.max(b.max);
         let factors = [exp2(V::splat(a.max - max)), exp2(V::splat(b.max - max))];
         let sum = V::splat(b.sum).mul_add(factors[1], V::splat(a.sum).mul(factors[0]));
-        at.write(Running { max, sum: sum.h_max() });
+        at.write(OnlineSoftmax { max, sum: sum.h_max() });
         for i in (0..size).step_by(V::LANES) {
             let (to, from) = (to.add(i), V::load(from.add(i)));
             from.mul_add(factors[1], V::load(to).mul(factors[0])).store(to);
@@ -397,7 +337,7 @@ unsafe fn add_values_at<V: Simd, E: Element, const G: usize, const C: usize>(
         for r in 0..values.n {
             let row = values.at(r);
             if i == 0 {
-                values.ahead.ask::<1>(r);
+                values.prefetch.issue::<1>(r);
             }
             let row = row.add(E::offset(i));
             let mut value = [V::splat(0.0); C];
@@ -442,13 +382,13 @@ unsafe fn convert<V: Simd, E: Element>(rows: RowPtr, size: usize, to: *mut f32, 
     }
 }
 
-// Many queries: lanes are queries, so that nothing is ever summed or compared across lanes. Two vectors of queries of
+// Prefill: lanes are queries, so that nothing is ever summed or compared across lanes. Two vectors of queries of
 // one head make a lane block.
 
 /// A tile of keys and values as f32, against one lane block.
 #[derive(Clone, Copy)]
 pub(super) struct Tile {
-    /// `[rows][key size]`; rows behind `n` up to a multiple of 8 exist.
+    /// `[rows][key size]`; rows after `n` up to a multiple of 8 exist.
     pub keys: *const f32,
     pub key_size: usize,
     /// `[rows][value size]`, the size padded to a multiple of 8.
@@ -471,7 +411,7 @@ pub(super) struct Tile {
     pub shape: Shape,
 }
 
-/// Adds a tile to a lane block's running softmax. `R` rows are taken at once in the products.
+/// Adds a tile to a lane block's online softmax. `R` rows are taken at once in the products.
 #[inline(always)]
 unsafe fn add_tile<V: Simd, const R: usize>(tile: &Tile) {
     // SAFETY: the buffers are as large as `Tile` says, and R divides 8.
@@ -578,7 +518,7 @@ pub(super) trait Isa {
         n: usize,
         masks: &[*const f32; 4],
         shape: Shape,
-        running: [*mut Running; G],
+        states: [*mut OnlineSoftmax; G],
     ) -> [f32; G];
     unsafe fn add_values<E: Element, const G: usize>(
         weights: *const f32,
@@ -588,7 +528,7 @@ pub(super) trait Isa {
         out: *mut f32,
         out_stride: usize,
     );
-    unsafe fn add_result(to: *mut f32, from: *const f32, size: usize);
+    unsafe fn add_partial(to: *mut f32, from: *const f32, size: usize);
     unsafe fn convert<E: Element>(rows: RowPtr, size: usize, to: *mut f32, to_stride: usize);
     unsafe fn add_tile(tile: &Tile);
 
@@ -654,7 +594,7 @@ macro_rules! isa {
                 n: usize,
                 masks: &[*const f32; 4],
                 shape: Shape,
-                running: [*mut Running; G],
+                states: [*mut OnlineSoftmax; G],
             ) -> [f32; G] {
                 $(#[$features])?
                 unsafe fn inner<const G: usize>(
@@ -662,13 +602,13 @@ macro_rules! isa {
                     n: usize,
                     masks: &[*const f32; 4],
                     shape: Shape,
-                    running: [*mut Running; G],
+                    states: [*mut OnlineSoftmax; G],
                 ) -> [f32; G] {
                     // SAFETY: the caller's.
-                    unsafe { weights_of::<$vector, G>(scores, n, masks, shape, running) }
+                    unsafe { weights_of::<$vector, G>(scores, n, masks, shape, states) }
                 }
                 // SAFETY: the caller's.
-                unsafe { inner(scores, n, masks, shape, running) }
+                unsafe { inner(scores, n, masks, shape, states) }
             }
 
             #[inline]
@@ -697,11 +637,11 @@ macro_rules! isa {
             }
 
             #[inline]
-            unsafe fn add_result(to: *mut f32, from: *const f32, size: usize) {
+            unsafe fn add_partial(to: *mut f32, from: *const f32, size: usize) {
                 $(#[$features])?
                 unsafe fn inner(to: *mut f32, from: *const f32, size: usize) {
                     // SAFETY: the caller's.
-                    unsafe { add_result::<$vector>(to, from, size) }
+                    unsafe { add_partial::<$vector>(to, from, size) }
                 }
                 // SAFETY: the caller's.
                 unsafe { inner(to, from, size) }
@@ -761,7 +701,7 @@ isa!(Avx2, 4, #[target_feature(enable = "avx2,fma,f16c")], {
         out: *mut f32,
         out_stride: usize,
     ) {
-        // SAFETY: the caller's; weights behind the last row are made zero by `weights_of`.
+        // SAFETY: the caller's; weights after the last row are made zero by `weights_of`.
         unsafe { q4::add_values::<G>(weights, values, size, factors, out, out_stride) }
     }
 });

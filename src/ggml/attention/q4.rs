@@ -11,7 +11,7 @@
 
 use std::{arch::x86_64::*, mem::MaybeUninit};
 
-use super::kernels::{BLOCK, RowPtr};
+use super::block::{BLOCK, RowPtr};
 use crate::ggml::mul_mat::quantize_block;
 
 /// Elements that share a scale.
@@ -43,7 +43,7 @@ struct Eight {
     bytes: usize,
 }
 
-/// Eight blocks behind each other.
+/// Eight blocks one after the other.
 type Copied = [MaybeUninit<u8>; 8 * QK_BYTES];
 
 impl Eight {
@@ -107,7 +107,7 @@ impl Eight {
     unsafe fn fours(self) -> [__m256i; 4] {
         let mut two = [_mm256_setzero_si256(); 4];
         for r in 0..4 {
-            // SAFETY: behind the scale are 16 bytes.
+            // SAFETY: after the scale are 16 bytes.
             let (one, other) =
                 unsafe { (_mm_loadu_si128(self.at(r).add(2).cast()), _mm_loadu_si128(self.at(r + 4).add(2).cast())) };
             two[r] = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(one), other);
@@ -185,7 +185,7 @@ pub(super) unsafe fn pack(query: *const f32, size: usize, to: *mut f32) {
     }
 }
 
-/// `scores[g × BLOCK + r] = queries[g] · keys[r]`, as `kernels::scores_of`, with packed queries that lie behind each other.
+/// `scores[g × BLOCK + r] = queries[g] · keys[r]`, as `kernels::scores_of`, with packed queries one after the other.
 /// Eight rows are taken at a time: lanes are rows.
 ///
 /// # Safety
@@ -196,7 +196,7 @@ pub(super) unsafe fn scores_of<const G: usize>(packed: *const f32, keys: RowPtr,
     let ones = _mm256_set1_epi16(1);
     let mut copied = [const { MaybeUninit::uninit() }; 8 * QK_BYTES];
     for first in (0..keys.n).step_by(8) {
-        keys.ahead.ask::<8>(first);
+        keys.prefetch.issue::<8>(first);
         let mut sums = [_mm256_setzero_ps(); G];
         for b in 0..n_blocks {
             // SAFETY: the rows have the block, and each query has it.
@@ -241,7 +241,7 @@ const LARGEST: f32 = 126.0;
 const LARGEST_SUM: f32 = (4095 - BLOCK) as f32;
 
 /// What is added to rows' numbers before they are rounded, so that of many small ones some become 1, as many as the sum
-/// wants. Multiples of 1/64 around 0, in steps of about the golden ratio: any few rows behind each other have them from
+/// wants. Multiples of 1/64 around 0, in steps of about the golden ratio: any few neighbouring rows have them from
 /// all over the range.
 static DITHER: [f32; BLOCK] = {
     let mut dither = [0.0; BLOCK];
@@ -388,7 +388,7 @@ impl<const G: usize> Whole<G> {
 /// time: lanes are elements.
 ///
 /// # Safety
-/// As there; weights behind the last row, up to a multiple of eight, are zero.
+/// As there; weights after the last row, up to a multiple of eight, are zero.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn add_values<const G: usize>(
     weights: *const f32,
@@ -418,7 +418,7 @@ pub(super) unsafe fn add_values<const G: usize>(
         for i in 0..eights {
             let first = at(8 * i);
             if b == 0 {
-                values.ahead.ask::<8>(8 * i);
+                values.prefetch.issue::<8>(8 * i);
             }
             for pair in 0..4 {
                 let rows = [2 * pair, 2 * pair + 1].map(|row| first.wrapping_add(row * values.bytes));
@@ -427,7 +427,7 @@ pub(super) unsafe fn add_values<const G: usize>(
             }
         }
         for pair in 4 * eights..values.n.div_ceil(2) {
-            // The weight behind the last row is zero.
+            // The weight after the last row is zero.
             let rows = [2 * pair, (2 * pair + 1).min(values.n - 1)].map(at);
             // SAFETY: the rows exist.
             unsafe { whole.add(pair, rows, &mut sums) };
@@ -454,7 +454,8 @@ pub(super) unsafe fn add_values<const G: usize>(
 
 #[cfg(test)]
 mod tests {
-    use super::{super::kernels::Ahead, *};
+    use super::{super::block::Prefetch, *};
+    use crate::ggml::processor::Features;
 
     const G: usize = 3;
 
@@ -471,16 +472,19 @@ mod tests {
     impl Rows {
         /// `None` where the processor has no AVX2.
         fn sum(&self, weights: &[f32; G * BLOCK]) -> Option<Vec<f32>> {
-            use std::arch::is_x86_feature_detected as has;
             let mut bytes = Vec::new();
             for block in self.numbers.chunks_exact(QK) {
                 bytes.extend(self.scale_bits.to_le_bytes());
                 bytes.extend((0..QK / 2).map(|i| block[i] | block[QK / 2 + i] << 4));
             }
-            let values =
-                RowPtr { data: bytes.as_ptr(), bytes: self.size / QK * QK_BYTES, n: self.n, ahead: Ahead::NOTHING };
+            let values = RowPtr {
+                data: bytes.as_ptr(),
+                bytes: self.size / QK * QK_BYTES,
+                n: self.n,
+                prefetch: Prefetch::NOTHING,
+            };
             let mut out = vec![1.0; G * self.size];
-            if !(has!("avx2") && has!("fma") && has!("f16c")) {
+            if Features::detect() < Features::Avx2 {
                 return None;
             }
             // SAFETY: the features are there, and all rows; weights and results are as many as it wants.

@@ -11,7 +11,7 @@ use std::{arch::x86_64::*, cell::RefCell};
 
 use ggml_sys as sys;
 
-use super::{Kernels, Product, ROWS, TILE_BYTES};
+use super::product::{Kernels, Product, ROWS, TILE_BYTES};
 
 pub struct Avx2;
 
@@ -29,7 +29,7 @@ impl Kernels for Avx2 {
 }
 
 /// From this many vectors on a panel is worth its making.
-const MANY: usize = 4;
+const MIN_PANEL: usize = 4;
 
 /// Elements of a block.
 const BLOCK: usize = 32;
@@ -251,7 +251,7 @@ unsafe fn multiply_tile<B: Block>(product: &Product, scratch: &mut Scratch, firs
     let mut row = product.rows.start;
     // SAFETY: as the caller says.
     unsafe {
-        while n >= MANY && row + ROWS <= product.rows.end {
+        while n >= MIN_PANEL && row + ROWS <= product.rows.end {
             if scratch.panels.len() < blocks {
                 let empty = Panel { numbers: [[0; 32]; 8], scales: [0.0; ROWS], minima: [0.0; ROWS] };
                 scratch.panels.resize(blocks, empty);

@@ -7,64 +7,36 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+mod product;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 
-use std::{ffi::c_void, ops::Range};
+use std::ffi::c_void;
 
 use ggml_sys as sys;
 
 #[cfg(target_arch = "x86_64")]
 pub(super) use self::avx2::quantize_block;
-use super::{Tensor, Type};
+use self::product::{Kernels, Product, ROWS};
+use super::{Tensor, Type, processor::Features};
 
-/// Rows are shared out to threads in groups of so many: the AVX2 kernel takes that many at once.
-const ROWS: usize = 8;
-
-/// Quantised input that is worked on at once: it is to stay in a core's own cache.
-#[cfg(target_arch = "x86_64")]
-const TILE_BYTES: usize = 384 << 10;
-
-/// Which kernels the processor can run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(usize)]
-pub(super) enum Features {
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    #[cfg(target_arch = "x86_64")]
-    Vnni,
-}
-
-impl Features {
-    /// The best that there are.
-    pub(super) fn detect() -> Option<Features> {
-        Features::all().pop()
-    }
-
-    /// All that this processor can run, the best last.
-    fn all() -> Vec<Features> {
-        #[allow(unused_mut, reason = "only x86-64 has kernels")]
-        let mut all = Vec::new();
+/// The kernel for these features, the operation's callback; `None` without AVX2.
+fn kernel(features: Features) -> sys::ggml_custom_op_t {
+    match features {
+        Features::Portable => None,
         #[cfg(target_arch = "x86_64")]
-        {
-            use std::arch::is_x86_feature_detected as has;
-            if has!("avx2") && has!("fma") && has!("f16c") {
-                all.push(Features::Avx2);
-                let avx512 = has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl");
-                if avx512 && has!("avx512vnni") {
-                    all.push(Features::Vnni);
-                }
-            }
-        }
-        all
+        Features::Avx2 | Features::Avx512 => Some(callback::<avx2::Avx2>),
+        #[cfg(target_arch = "x86_64")]
+        Features::Avx512Vnni => Some(callback::<vnni::Vnni>),
     }
 }
 
-/// Whether [`add`] can multiply these.
-pub(super) fn applies(weight: &Tensor, input: &Tensor) -> bool {
+/// Whether [`add`] can multiply these with a kernel for these features.
+pub(super) fn applies(weight: &Tensor, input: &Tensor, features: Features) -> bool {
     let ([k, n_rows, w2, w3], [_, n, i2, i3]) = (weight.shape(), input.shape());
     let is_plain = [w2, w3, i2, i3] == [1; 4] && input.ty() == Type::F32 && input.strides()[0] == size_of::<f32>();
-    is_plain
+    kernel(features).is_some()
+        && is_plain
         && n > 0
         && n_rows > 0
         && k.is_multiple_of(64)
@@ -83,13 +55,7 @@ pub(super) unsafe fn add(
     features: Features,
 ) -> *mut sys::ggml_tensor {
     let mut sources = [weight.raw(), input.raw()];
-    let callback = match features {
-        #[cfg(target_arch = "x86_64")]
-        Features::Avx2 => callback::<avx2::Avx2>,
-        #[cfg(target_arch = "x86_64")]
-        Features::Vnni => callback::<vnni::Vnni>,
-    };
-    // SAFETY: as the caller says; the callback has the type that ggml wants and no state.
+    // SAFETY: as the caller says; the callback has no state.
     unsafe {
         sys::ggml_custom_4d(
             raw,
@@ -100,32 +66,11 @@ pub(super) unsafe fn add(
             1,
             sources.as_mut_ptr(),
             sources.len() as i32,
-            Some(callback),
+            kernel(features),
             sys::GGML_N_TASKS_MAX,
             std::ptr::null_mut(),
         )
     }
-}
-
-/// The kernels of one instruction set.
-trait Kernels {
-    /// # Safety
-    /// The pointers are good for what the fields say, `ty` is the weights' type, and the processor has the features.
-    unsafe fn run(product: &Product, ty: sys::ggml_type);
-}
-
-/// One thread's share of a product.
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has kernels"))]
-struct Product {
-    weights: *const u8,
-    row_bytes: usize,
-    k: usize,
-    input: *const u8,
-    input_bytes: usize,
-    n: usize,
-    rows: Range<usize>,
-    out: *mut u8,
-    out_bytes: usize,
 }
 
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has kernels"))]
@@ -158,8 +103,13 @@ unsafe extern "C" fn callback<K: Kernels>(node: *mut sys::ggml_tensor, thread: i
 
 #[cfg(test)]
 mod tests {
-    use super::Features;
-    use crate::ggml::{Context, Device, Graph, Scheduler, Tensor, Type};
+    use super::kernel;
+    use crate::ggml::{Context, Device, Graph, Scheduler, Tensor, Type, processor::Features};
+
+    /// All features of this processor that have a kernel.
+    fn all_features() -> Vec<Features> {
+        Features::all().into_iter().filter(|&features| kernel(features).is_some()).collect()
+    }
 
     fn floats(seed: u64, n: usize) -> Vec<f32> {
         let mut state = seed;
@@ -189,7 +139,7 @@ mod tests {
     /// eight-bit inputs, and not above ggml's.
     #[test]
     fn products_are_those_of_the_stored_weights() {
-        let all = Features::all();
+        let all = all_features();
         if all.is_empty() {
             eprintln!("skipped: this processor has no kernel");
             return;
@@ -229,7 +179,7 @@ mod tests {
                         }
                         (error / (k * n * rows) as f64).sqrt()
                     };
-                    assert!(super::applies(&weight, &input));
+                    assert!(super::applies(&weight, &input, Features::detect()));
                     let graph = Graph::new(8);
                     let their_error =
                         error_of(&compute(&mut scheduler, &graph, &graph.mul_mat(&weight, &input).as_output()));
@@ -250,7 +200,7 @@ mod tests {
     #[test]
     fn vectors_do_not_change_each_other() {
         let mut scheduler = Scheduler::new(&[Device::cpu()], 2, 64).unwrap();
-        for features in Features::all() {
+        for features in all_features() {
             for ty in [Type::Q4_0, Type::Q4_1, Type::Q8_0] {
                 let (k, rows) = (576, 37);
                 let context = Context::new(3);
@@ -278,7 +228,7 @@ mod tests {
     #[test]
     fn extremes_do_not_overflow() {
         let mut scheduler = Scheduler::new(&[Device::cpu()], 1, 64).unwrap();
-        for features in Features::all() {
+        for features in all_features() {
             for ty in [Type::Q4_0, Type::Q4_1, Type::Q8_0] {
                 for n in [1, 9] {
                     let context = Context::new(3);

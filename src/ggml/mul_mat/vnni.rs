@@ -4,7 +4,7 @@ use std::{arch::x86_64::*, cell::RefCell};
 
 use ggml_sys as sys;
 
-use super::{Kernels, Product, TILE_BYTES};
+use super::product::{Kernels, Product, TILE_BYTES};
 
 pub struct Vnni;
 
@@ -44,7 +44,7 @@ trait Block {
     /// Whether the second half of a block lies in the upper halves of the first half's bytes.
     const HALVES: bool;
     /// # Safety
-    /// The block and the one behind it exist; so do the features.
+    /// The block and the one after it exist; so do the features.
     unsafe fn unpack(block: *const u8) -> __m512i;
 }
 

@@ -1,0 +1,233 @@
+//! The operation as a node of a ggml graph: its checks, its state, and the choice of kernels.
+
+use std::{ffi::c_void, fmt, sync::Arc};
+
+use ggml_sys as sys;
+
+#[cfg(target_arch = "x86_64")]
+use super::x86;
+use super::{
+    call::{Call, Counters},
+    chunks::Chunks,
+    kernels::{Isa, Shape},
+    scratch::{Partials, padded, partial_stride, with_scratch},
+    simd::Portable,
+    views::{MAX_SEGMENTS, Mask, Rows, Segment},
+};
+use crate::ggml::{Tensor, Type, processor::Features};
+
+/// From this many queries on the prefill kernels run, which take a tile of them at once.
+pub(super) const MIN_PREFILL: usize = 16;
+
+/// Keys, values and what is seen of them.
+#[derive(Debug, Clone, Copy)]
+pub struct KvSegment<'a> {
+    /// `[head size, rows, KV heads]`, of any cache type; rows and heads may be any distance apart.
+    pub k: &'a Tensor,
+    /// `[value size, rows, KV heads]`, likewise. With one head where the keys have more, all share it.
+    pub v: &'a Tensor,
+    /// f16 or f32 `[rows, queries]`: what is added to the scores, minus infinity to hide a row. `None` hides nothing.
+    pub mask: Option<&'a Tensor>,
+}
+
+/// How scores are made.
+#[derive(Debug, Clone, Copy)]
+pub struct FusedAttention<'a> {
+    /// Factor of the products of queries and keys.
+    pub scale: f32,
+    /// Scores become `cap × tanh(score / cap)`, before the mask is added.
+    pub soft_cap: Option<f32>,
+    /// f32 `[heads]`: one more score of each head, whose value is zero. A weight: it has its memory already.
+    pub sinks: Option<&'a Tensor>,
+}
+
+/// The operation's state: what ggml hands to the callback.
+pub(in crate::ggml) struct Op {
+    scale: f32,
+    soft_cap: Option<f32>,
+    /// A tensor that the graph keeps alive, or null.
+    sinks: *const sys::ggml_tensor,
+    n_segments: usize,
+    partials: Arc<Partials>,
+    features: Features,
+    counters: Counters,
+}
+
+// SAFETY: the only pointer is to a header that is not written while graphs run.
+unsafe impl Send for Op {}
+// SAFETY: as above; the rest is atomic, or (`partials`) divided among the threads by what they take from `counters`.
+unsafe impl Sync for Op {}
+
+impl Op {
+    /// Adds the operation's node to the context `raw`. Returns it with the state, which must live as long.
+    ///
+    /// # Safety
+    /// The context is alive, and the tensors live as long as it.
+    pub(in crate::ggml) unsafe fn add(
+        raw: *mut sys::ggml_context,
+        q: &Tensor,
+        segments: &[KvSegment<'_>],
+        params: &FusedAttention<'_>,
+        partials: &Arc<Partials>,
+        features: Features,
+    ) -> (*mut sys::ggml_tensor, Arc<Op>) {
+        check(q, segments, params);
+        let [_, n, heads, _] = q.shape();
+        let [value_size, ..] = segments[0].v.shape();
+        let [_, _, kv_heads, _] = segments[0].k.shape();
+        let rows: [usize; MAX_SEGMENTS] =
+            std::array::from_fn(|i| segments.get(i).map_or(0, |segment| segment.k.shape()[1]));
+        let n_chunks = if n < MIN_PREFILL { Chunks::new(rows).total() } else { 0 };
+        let op = Arc::new(Op {
+            scale: params.scale,
+            soft_cap: params.soft_cap,
+            sinks: params.sinks.map_or(std::ptr::null(), |sinks| sinks.raw().cast_const()),
+            n_segments: segments.len(),
+            partials: Arc::clone(partials),
+            features,
+            counters: Counters::new(kv_heads * n_chunks),
+        });
+        // SAFETY: the graph is being built, so that none of its operations is running.
+        unsafe { partials.grow(n_chunks * heads * n * partial_stride(padded(value_size))) };
+        // ggml's own function takes nine sources at most, so they are set here.
+        // SAFETY: the context is alive; the callback has the type that ggml wants, and its state lives as long as the
+        // context, says the caller. Ten sources exist.
+        let node = unsafe {
+            let node = sys::ggml_custom_4d(
+                raw,
+                sys::GGML_TYPE_F32,
+                value_size as i64,
+                heads as i64,
+                n as i64,
+                1,
+                std::ptr::null_mut(),
+                0,
+                Some(callback),
+                sys::GGML_N_TASKS_MAX,
+                Arc::as_ptr(&op).cast_mut().cast::<c_void>(),
+            );
+            (*node).src[0] = q.raw();
+            for (i, segment) in segments.iter().enumerate() {
+                (*node).src[1 + 3 * i] = segment.k.raw();
+                (*node).src[2 + 3 * i] = segment.v.raw();
+                (*node).src[3 + 3 * i] = segment.mask.map_or(std::ptr::null_mut(), Tensor::raw);
+            }
+            node
+        };
+        (node, op)
+    }
+
+    /// # Safety
+    /// Called by all threads of a ggml graph's run for the node that `add` made.
+    unsafe fn run(&self, node: *mut sys::ggml_tensor, thread: usize, n_threads: usize) {
+        // SAFETY: node and sources are alive and have memory while the graph runs; the features were detected.
+        unsafe {
+            let call = self.call(node, thread, n_threads);
+            match self.features {
+                Features::Portable => run::<Portable>(&call),
+                #[cfg(target_arch = "x86_64")]
+                Features::Avx2 => run::<x86::Avx2>(&call),
+                #[cfg(target_arch = "x86_64")]
+                Features::Avx512 | Features::Avx512Vnni => run::<x86::Avx512>(&call),
+            }
+        }
+        self.counters.finish(n_threads);
+    }
+
+    /// # Safety
+    /// As [`Op::run`].
+    unsafe fn call(&self, node: *mut sys::ggml_tensor, thread: usize, n_threads: usize) -> Call<'_> {
+        // SAFETY: `Op::add` set the sources; all are alive and have memory while the graph runs.
+        unsafe {
+            let src = &(*node).src;
+            let q = src[0];
+            let [key_size, n, heads, _] = (*q).ne.map(|n| n as usize);
+            let [_, query_bytes, head_bytes, _] = (*q).nb;
+            let segments = std::array::from_fn(|i| {
+                (i < self.n_segments).then(|| {
+                    let (k, v, mask) = (src[1 + 3 * i], src[2 + 3 * i], src[3 + 3 * i]);
+                    let mask = (!mask.is_null()).then(|| Mask {
+                        data: (*mask).data.cast(),
+                        row_bytes: (*mask).nb[1],
+                        is_f16: (*mask).type_ == sys::GGML_TYPE_F16,
+                    });
+                    Segment { k: Rows::new(k), v: Rows::new(v), mask, n: (*k).ne[1] as usize }
+                })
+            });
+            let kv_heads = (*src[1]).ne[2] as usize;
+            let log2_e = std::f32::consts::LOG2_E;
+            let (factor, cap) = match self.soft_cap {
+                Some(cap) => (self.scale / cap, cap * log2_e),
+                None => (self.scale * log2_e, 0.0),
+            };
+            Call {
+                counters: &self.counters,
+                partials: &self.partials,
+                thread,
+                n_threads,
+                q: (*q).data.cast(),
+                query_bytes,
+                head_bytes,
+                n,
+                heads,
+                kv_heads,
+                group: heads / kv_heads,
+                key_size,
+                value_size: (*node).ne[0] as usize,
+                segments,
+                sinks: if self.sinks.is_null() { std::ptr::null() } else { (*self.sinks).data.cast() },
+                out: (*node).data.cast(),
+                factor,
+                shape: Shape { cap },
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Op").field("n_segments", &self.n_segments).field("features", &self.features).finish()
+    }
+}
+
+/// # Safety
+/// The call's tensors have memory, this is one of the threads of the node's run, and the processor has the features.
+unsafe fn run<I: Isa>(call: &Call<'_>) {
+    with_scratch(|scratch| {
+        // SAFETY: as the caller says.
+        unsafe { if call.n < MIN_PREFILL { call.decode::<I>(scratch) } else { call.prefill::<I>(scratch) } }
+    });
+}
+
+fn check(q: &Tensor, segments: &[KvSegment<'_>], params: &FusedAttention<'_>) {
+    let [key_size, n, heads, _] = q.shape();
+    assert!((1..=MAX_SEGMENTS).contains(&segments.len()), "one to {MAX_SEGMENTS} segments");
+    assert!(q.ty() == Type::F32 && q.strides()[0] == 4, "queries are rows of f32");
+    let [value_size, ..] = segments[0].v.shape();
+    let [_, _, kv_heads, _] = segments[0].k.shape();
+    assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "{heads} heads for {kv_heads} KV heads");
+    for KvSegment { k, v, mask } in segments {
+        let rows = k.shape()[1];
+        assert_eq!(k.shape(), [key_size, rows, kv_heads, 1], "keys");
+        let value_heads = if v.shape()[2] == 1 { 1 } else { kv_heads };
+        assert_eq!(v.shape(), [value_size, rows, value_heads, 1], "values");
+        assert!(Type::CACHE.contains(&k.ty()) && Type::CACHE.contains(&v.ty()), "keys and values have cache types");
+        for rows in [k, v] {
+            assert_eq!(rows.strides()[0], rows.ty().block_bytes(), "rows have no gaps");
+        }
+        if let Some(mask) = mask {
+            assert_eq!(mask.shape(), [rows, n, 1, 1], "the mask");
+            assert!(mask.ty() == Type::F16 || mask.ty() == Type::F32, "masks are f16 or f32");
+            assert_eq!(mask.strides()[0], mask.ty().block_bytes(), "mask rows have no gaps");
+        }
+    }
+    if let Some(sinks) = params.sinks {
+        assert_eq!((sinks.ty(), sinks.shape()), (Type::F32, [heads, 1, 1, 1]), "sinks");
+        assert!(sinks.is_allocated(), "sinks are a weight");
+    }
+}
+
+unsafe extern "C" fn callback(node: *mut sys::ggml_tensor, thread: i32, n_threads: i32, state: *mut c_void) {
+    // SAFETY: ggml hands back the state that `Op::add` gave it, which lives as long as the graph.
+    unsafe { (*state.cast::<Op>().cast_const()).run(node, thread as usize, n_threads as usize) }
+}

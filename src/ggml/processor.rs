@@ -1,0 +1,55 @@
+//! What the processor can do, of what our kernels are compiled for: told here, and nowhere else.
+
+/// Instruction sets that kernels of ours are compiled for. Each has all of those before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Features {
+    /// What every processor of the target has.
+    Portable,
+    /// AVX2 with FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    /// AVX-512 VNNI: products of 8-bit numbers, summed in 32 bits.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
+}
+
+impl Features {
+    /// The best that this processor has.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn detect() -> Features {
+        use std::arch::is_x86_feature_detected as has;
+        if !(has!("avx2") && has!("fma") && has!("f16c")) {
+            Features::Portable
+        } else if !(has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl")) {
+            Features::Avx2
+        } else if !has!("avx512vnni") {
+            Features::Avx512
+        } else {
+            Features::Avx512Vnni
+        }
+    }
+
+    /// The best that this processor has.
+    #[cfg(not(target_arch = "x86_64"))]
+    pub(super) fn detect() -> Features {
+        Features::Portable
+    }
+
+    /// All that this processor has, the best last.
+    #[cfg(test)]
+    pub(super) fn all() -> Vec<Features> {
+        let all = [
+            Features::Portable,
+            #[cfg(target_arch = "x86_64")]
+            Features::Avx2,
+            #[cfg(target_arch = "x86_64")]
+            Features::Avx512,
+            #[cfg(target_arch = "x86_64")]
+            Features::Avx512Vnni,
+        ];
+        all.into_iter().filter(|&features| features <= Features::detect()).collect()
+    }
+}

@@ -1,0 +1,53 @@
+//! What devices can compute.
+
+use ggml_sys as sys;
+
+use super::{BufferType, Context, Device, Type};
+
+impl Device {
+    /// Whether `weight × activations` can run here when a weight of this type and shape lies in `memory`. With a third
+    /// dimension it is a stack of experts' weights.
+    pub(crate) fn can_multiply(self, memory: BufferType, ty: Type, shape: &[usize]) -> bool {
+        // The number of tokens does not matter for the answer.
+        const TOKENS: usize = 512;
+        let context = Context::new(4);
+        let weight = context.tensor(ty, shape);
+        let experts = shape.len() > 2;
+        let input = if experts { &[shape[0], 1, TOKENS][..] } else { &[shape[0], TOKENS] };
+        let input = context.tensor(Type::F32, input);
+        let ids = context.tensor(Type::I32, &[1, TOKENS]);
+        // SAFETY: the empty buffer only tells which memory is meant, as the device's answer depends on it; it is taken
+        // from the header again before it is freed.
+        unsafe {
+            let product = if experts {
+                sys::ggml_mul_mat_id(context.raw(), weight.raw(), input.raw(), ids.raw())
+            } else {
+                sys::ggml_mul_mat(context.raw(), weight.raw(), input.raw())
+            };
+            let empty = sys::ggml_backend_buft_alloc_buffer(memory.raw(), 0);
+            if empty.is_null() {
+                return false;
+            }
+            (*weight.raw()).buffer = empty;
+            let supported = sys::ggml_backend_dev_supports_op(self.raw(), product);
+            (*weight.raw()).buffer = std::ptr::null_mut();
+            sys::ggml_backend_buffer_free(empty);
+            supported
+        }
+    }
+    /// Whether ggml's flash attention can run here over caches of these types.
+    pub(crate) fn can_attend(self, head_size: usize, n_head: usize, n_head_kv: usize, k: Type, v: Type) -> bool {
+        // Of rows and tokens the answer does not depend.
+        const ROWS: usize = 256;
+        let context = Context::new(8);
+        let query = context.tensor(Type::F32, &[head_size, 1, n_head]);
+        let [k, v] = [k, v].map(|ty| context.tensor(ty, &[head_size, ROWS, n_head_kv]));
+        let mask = context.tensor(Type::F16, &[ROWS, 1]);
+        // SAFETY: live tensors of fitting shapes; the node is asked about and never computed.
+        unsafe {
+            let node =
+                sys::ggml_flash_attn_ext(context.raw(), query.raw(), k.raw(), v.raw(), mask.raw(), 1.0, 0.0, 0.0);
+            sys::ggml_backend_dev_supports_op(self.raw(), node)
+        }
+    }
+}
