@@ -13,7 +13,7 @@ use crate::sh::{self, step};
 use crate::upstream;
 
 /// Integration tests that need neither the reference program nor long texts.
-const QUICK: [&str; 3] = ["bad_files", "gguf_rs", "cli"];
+const QUICK: [&str; 2] = ["bad_files", "cli"];
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
