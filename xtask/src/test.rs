@@ -44,7 +44,8 @@ fn quick(env: &mut Env) -> Result<()> {
     step("unit tests", || sh::run(&mut unit_tests(env)))?;
     step("integration tests", || {
         let mut test = env.cargo();
-        test.args(["test", "--release", "--no-fail-fast"]);
+        // The workspace's features, as above: otherwise all would be compiled twice.
+        test.args(["test", "--workspace", "--release", "--no-fail-fast"]);
         for name in QUICK {
             test.args(["--test", name]);
         }
