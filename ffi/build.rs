@@ -9,6 +9,10 @@ fn main() {
     let source = PathBuf::from(env::var_os("DEP_GGML_SOURCE").expect("ggml-sys says where its source is"));
     // For the layout test.
     println!("cargo:rustc-env=LLAMA_SOURCE={}", source.display());
+    // Nothing is linked where only the bindings are made.
+    if env::var("DEP_GGML_BINDINGS_ONLY").as_deref() == Ok("true") {
+        return;
+    }
     cc::Build::new()
         .cpp(true)
         .std("gnu++17")

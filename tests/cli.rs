@@ -543,5 +543,39 @@ fn completions_and_help() {
     }
     assert!(run!["--help"].text().contains("--grammar-file"));
     assert!(run!["chat", "--help"].text().contains("--system"));
-    assert!(run!["--version"].text().starts_with("simlayer-run "));
+}
+
+/// What a report of a fault should name.
+#[test]
+fn versions_say_what_was_built() {
+    let short = run!["-V"];
+    assert_eq!(short.text(), concat!("simlayer-run ", env!("CARGO_PKG_VERSION"), "\n"));
+    let long = run!["--version"];
+    assert!(long.text().starts_with(short.text()), "{}", long.text());
+    let line = |name: &str| {
+        let line = long.text().lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap_or_else(|| panic!("no {name} in {}", long.text())).trim()
+    };
+    // The package that Cargo.lock pins.
+    let lock = fs::read_to_string(simlayer_testkit::workspace_root().join("Cargo.lock")).unwrap();
+    let pinned = lock.split("name = \"llama-cpp-sys-2\"\nversion = \"").nth(1).and_then(|rest| rest.split('"').next());
+    let (version, origin) = line("ggml:").split_once(" of ").unwrap();
+    assert!(version.split('.').count() == 3 && version.split('.').all(|part| part.parse::<u32>().is_ok()), "{version}");
+    if std::env::var_os("GGML_SOURCE_DIR").is_none() {
+        assert_eq!(origin, format!("llama-cpp-sys-2-{}", pinned.unwrap()));
+    }
+    let features: Vec<&str> = line("features:").split(", ").collect();
+    for (feature, is_on) in [("cli", true), ("rpc", cfg!(feature = "rpc")), ("cuda", cfg!(feature = "cuda"))] {
+        assert_eq!(features.contains(&feature), is_on, "{feature} in {features:?}");
+    }
+    let revision = line("revision:");
+    let commit = revision.trim_end_matches('+');
+    assert!(revision == "unknown" || commit.len() >= 12 && commit.chars().all(|c| c.is_ascii_hexdigit()), "{revision}");
+
+    let build = run!["bench", "@", "-p", "4", "-n", "0", "-r", "1", "--json"].json()["build"].clone();
+    assert_eq!(build["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(build["ggml"], line("ggml:"));
+    assert_eq!(build["target"], line("target:"));
+    assert_eq!(build["revision"], revision);
+    assert_eq!(build["features"], serde_json::json!(features));
 }

@@ -1,3 +1,5 @@
+//! How much memory caches hold: counted by the buffers themselves, not by formulas.
+
 use std::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering},

@@ -1,3 +1,5 @@
+//! Rows from one store to another, as when a layer becomes lazy: types and rotation may differ.
+
 use std::ops::Range;
 
 use super::{Rotations, Store};

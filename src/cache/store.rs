@@ -1,3 +1,5 @@
+//! The block of memory that holds a layer's keys and values, and in which format.
+
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Lease, Meter};

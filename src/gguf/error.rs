@@ -1,3 +1,5 @@
+//! What can be wrong with a file, in words that name the place and say what to do.
+
 use std::{io, path::PathBuf};
 
 /// Why a GGUF file was refused: names the file and the key or tensor, and says what to do.

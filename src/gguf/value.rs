@@ -1,3 +1,5 @@
+//! Metadata values: views into the mapped file.
+
 /// The type of a metadata value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ValueType {

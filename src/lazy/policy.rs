@@ -1,3 +1,5 @@
+//! The rules that make layers lazy, as `--lazy` writes them.
+
 use std::{collections::BTreeSet, fmt, ops::RangeInclusive, str::FromStr};
 
 use super::Target;

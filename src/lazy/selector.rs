@@ -1,3 +1,5 @@
+//! From scores to decisions, layer by layer, for one prompt.
+
 use std::collections::BTreeSet;
 
 use super::Policy;

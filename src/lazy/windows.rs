@@ -1,3 +1,5 @@
+//! Windows of their own for single layers, as `--lazy-windows` writes them.
+
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use super::policy::parse_range;

@@ -1,3 +1,5 @@
+//! A model's hyper-parameters, read from its file's keys and checked against each other.
+
 use super::Error;
 use crate::{
     ggml::{Rope, RopeKind},

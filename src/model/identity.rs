@@ -1,3 +1,5 @@
+//! What tells a model from others: for the states and profiles that belong to it.
+
 use sha2::{Digest, Sha256};
 
 use super::{Error, Hparams, Model};

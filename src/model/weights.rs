@@ -1,3 +1,5 @@
+//! From the tensors that an architecture asks for to memory on the layers' devices.
+
 use std::collections::{HashMap, HashSet};
 
 use super::{Error, Placement, Progress};

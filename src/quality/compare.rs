@@ -1,3 +1,5 @@
+//! Several policies on one text, each against the uncompressed run.
+
 use std::collections::BTreeSet;
 
 use serde::Serialize;

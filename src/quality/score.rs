@@ -1,3 +1,5 @@
+//! Teacher forcing: a text is fed whatever the model would have said, and each token is scored.
+
 use serde::Serialize;
 
 use super::metrics;

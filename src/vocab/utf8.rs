@@ -1,3 +1,5 @@
+//! Text from tokens whose bytes may end inside a character.
+
 /// Puts text together from the bytes of tokens, which may end inside a character.
 ///
 /// [`Utf8Stream::push`] gives out what is whole and holds back at most three bytes of a character that may still be

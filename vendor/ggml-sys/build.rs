@@ -2,6 +2,9 @@
 //!
 //! The source is the Cargo package `llama-cpp-sys-2`, pinned and checksummed by Cargo.lock.
 //! `GGML_SOURCE_DIR` may name another copy of the llama.cpp tree (the folder that holds `ggml/`).
+//!
+//! With `GGML_BINDINGS_ONLY` (or `DOCS_RS`, which docs.rs sets) nothing is compiled: the bindings are made from the
+//! headers, which is all that `cargo check` and `cargo doc` need. Programs do not link then.
 
 #[path = "build/vulkan.rs"]
 mod vulkan;
@@ -22,34 +25,60 @@ fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=build");
     println!("cargo:rerun-if-changed=shim");
-    println!("cargo:rerun-if-env-changed=GGML_SOURCE_DIR");
+    for variable in ["GGML_SOURCE_DIR", "GGML_BINDINGS_ONLY", "DOCS_RS"] {
+        println!("cargo:rerun-if-env-changed={variable}");
+    }
 
-    let source = source_dir();
+    let Source { folder, origin } = Source::find();
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    write_version_headers(&out);
+    let bindings_only = ["GGML_BINDINGS_ONLY", "DOCS_RS"].into_iter().any(|name| env::var_os(name).is_some());
+    if !bindings_only {
+        write_version_headers(&out, &origin);
+        Library::new(&folder, &out).build();
+    }
+    bind(&folder, &out);
 
-    Library::new(&source, &out).build();
-    bind(&source, &out);
-
-    println!("cargo:source={}", source.display());
-    println!("cargo:rustc-env=LLAMA_SOURCE={}", source.display());
+    // For the build scripts of packages that use this one.
+    println!("cargo:source={}", folder.display());
+    println!("cargo:bindings_only={bindings_only}");
+    println!("cargo:revision={} of {origin}", ggml_version(&folder));
+    println!("cargo:rustc-env=LLAMA_SOURCE={}", folder.display());
 }
 
-/// The llama.cpp tree to compile: `GGML_SOURCE_DIR`, or the folder where cargo unpacked the package.
-fn source_dir() -> PathBuf {
-    let source = match env::var_os("GGML_SOURCE_DIR") {
-        Some(dir) => PathBuf::from(dir),
-        None => package_dir().join("llama.cpp"),
+/// The llama.cpp tree to compile.
+struct Source {
+    folder: PathBuf,
+    /// Where it comes from, in words.
+    origin: String,
+}
+
+impl Source {
+    /// `GGML_SOURCE_DIR`, or the folder where cargo unpacked the package.
+    fn find() -> Source {
+        let source = match env::var_os("GGML_SOURCE_DIR").map(PathBuf::from) {
+            Some(folder) => Source { origin: folder.display().to_string(), folder },
+            None => package(),
+        };
+        assert!(
+            source.folder.join("ggml/include/ggml.h").is_file(),
+            "no ggml source in {}: set GGML_SOURCE_DIR to a llama.cpp tree or unset it to use the pinned one",
+            source.folder.display()
+        );
+        source
+    }
+}
+
+/// ggml's own version, as its build file says it.
+fn ggml_version(source: &Path) -> String {
+    let file = fs::read_to_string(source.join("ggml/CMakeLists.txt")).unwrap_or_default();
+    let part = |name: &str| {
+        let set = format!("set(GGML_VERSION_{name} ");
+        file.lines().find_map(|line| line.strip_prefix(&set)?.split(')').next()).unwrap_or("?").to_owned()
     };
-    assert!(
-        source.join("ggml/include/ggml.h").is_file(),
-        "no ggml source in {}: set GGML_SOURCE_DIR to a llama.cpp tree or unset it to use the pinned one",
-        source.display()
-    );
-    source
+    ["MAJOR", "MINOR", "PATCH"].map(part).join(".")
 }
 
-fn package_dir() -> PathBuf {
+fn package() -> Source {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let manifest = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it")).join("Cargo.toml");
     let output = Command::new(cargo)
@@ -64,23 +93,18 @@ fn package_dir() -> PathBuf {
         String::from_utf8_lossy(&output.stderr)
     );
     let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).expect("cargo metadata prints JSON");
-    metadata["packages"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .find(|package| package["name"] == PACKAGE)
-        .and_then(|package| package["manifest_path"].as_str())
-        .and_then(|manifest| Path::new(manifest).parent())
-        .unwrap_or_else(|| panic!("{PACKAGE} is not in cargo's metadata: is Cargo.lock the committed one?"))
-        .to_path_buf()
+    let mut packages = metadata["packages"].as_array().into_iter().flatten();
+    let found = packages.find(|package| package["name"] == PACKAGE).and_then(|package| {
+        let folder = Path::new(package["manifest_path"].as_str()?).parent()?.join("llama.cpp");
+        Some(Source { folder, origin: format!("{PACKAGE}-{}", package["version"].as_str()?) })
+    });
+    found.unwrap_or_else(|| panic!("{PACKAGE} is not in cargo's metadata: is Cargo.lock the committed one?"))
 }
 
 /// Upstream's build writes these two headers from its git state; we name the package instead.
-fn write_version_headers(out: &Path) {
+fn write_version_headers(out: &Path, origin: &str) {
     for (file, prefix) in [("ggml-version.h", "GGML"), ("llama-version.h", "LLAMA")] {
-        let text = format!(
-            "#pragma once\n#define {prefix}_VERSION \"{PACKAGE}-0.1.161\"\n#define {prefix}_COMMIT \"unknown\"\n"
-        );
+        let text = format!("#pragma once\n#define {prefix}_VERSION {origin:?}\n#define {prefix}_COMMIT \"unknown\"\n");
         fs::write(out.join(file), text).expect("OUT_DIR is writable");
     }
 }

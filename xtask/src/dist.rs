@@ -1,5 +1,5 @@
 //! What C programs are given: `dist/lib` with a drop-in `libllama.so.0` and the ggml libraries that it shares with its
-//! frontends, `dist/include`, and files for pkg-config and CMake.
+//! frontends, `dist/include`, files for pkg-config and CMake, and the terms of all that is in them.
 //!
 //! A Rust shared library hides the symbols of C++ objects inside it, so Rust's part is built as a static library and
 //! linked by the C++ compiler. ggml's objects in it are left out: there is one ggml in the process, in libraries of the
@@ -12,6 +12,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use crate::notices;
 use crate::prepare::{self, Env};
 use crate::root;
 use crate::sh;
@@ -89,6 +90,7 @@ pub fn build(env: &Env, out: &Path, portable: bool) -> Result<PathBuf> {
 
     headers(&source, &out.join("include"))?;
     packages(out)?;
+    terms(env, &source, out, portable)?;
     Ok(out.to_path_buf())
 }
 
@@ -111,9 +113,7 @@ struct Built {
 fn compile(env: &Env, portable: bool) -> Result<Built> {
     let mut cargo = env.cargo();
     cargo.args(["rustc", "--release", "-p", "simlayer-ffi", "--lib", "--crate-type", "staticlib"]);
-    if portable {
-        cargo.args(["--features", "portable"]);
-    }
+    cargo.args(["--features", &features(portable).join(",")]);
     cargo.arg("--message-format=json-render-diagnostics").stderr(std::process::Stdio::inherit());
     eprintln!("$ {}", sh::shown(&cargo));
     let output = cargo.output()?;
@@ -346,6 +346,19 @@ fn packages(out: &Path) -> Result<()> {
     );
     std::fs::write(cmake.join("simlayer-config.cmake"), text)?;
     Ok(())
+}
+
+/// Our license, and the notices of what others have written.
+fn terms(env: &Env, source: &Path, out: &Path, portable: bool) -> Result<()> {
+    std::fs::copy(root().join("LICENSE"), out.join("LICENSE"))?;
+    let notices = notices::text(env, source, "simlayer-ffi", features(portable))?;
+    std::fs::write(out.join("THIRD-PARTY"), notices)?;
+    Ok(())
+}
+
+/// The features of simlayer-ffi that a build asks for.
+fn features(portable: bool) -> &'static [&'static str] {
+    if portable { &["portable"] } else { &[] }
 }
 
 fn symlink(target: &str, link: &Path) -> Result<()> {

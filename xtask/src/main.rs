@@ -6,6 +6,7 @@ mod demo;
 mod dist;
 mod frontends;
 mod fuzz;
+mod notices;
 mod plot;
 mod prepare;
 mod quality;
@@ -32,8 +33,8 @@ struct Cli {
 enum Command {
     /// Fetch a small model, build, and answer a question about a long text.
     Demo,
-    /// Everything that continuous integration checks.
-    Test,
+    /// Everything that continuous integration checks, or the quick part of it.
+    Test(test::Args),
     /// Build llama.cpp's own tools, to compare with.
     Upstream(upstream::Args),
     /// Our speed against llama-bench, in alternating runs.
@@ -59,7 +60,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Demo => demo::run(),
-        Command::Test => test::run(),
+        Command::Test(args) => test::run(&args),
         Command::Upstream(args) => upstream::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Rss(args) => rss::run(&args),

@@ -1,5 +1,5 @@
-//! Everything that continuous integration checks. All of it is built in the release profile, so
-//! that ggml is compiled once.
+//! Everything that continuous integration checks, or with `--quick` what takes no longer than one waits for. All of it is
+//! built in the release profile, so that ggml is compiled once.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,22 +12,75 @@ use crate::root;
 use crate::sh::{self, step};
 use crate::upstream;
 
-pub fn run() -> Result<()> {
+/// Integration tests that need neither the reference program nor long texts.
+const QUICK: [&str; 2] = ["bad_files", "cli"];
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Unit and property tests, and the integration tests that need neither llama.cpp nor long texts: under two minutes
+    /// on two cores, once it is built.
+    #[arg(long)]
+    quick: bool,
+}
+
+pub fn run(args: &Args) -> Result<()> {
     let start = std::time::Instant::now();
     let mut env = Env::default();
+    if args.quick {
+        quick(&mut env)?
+    } else {
+        everything(&mut env)?
+    }
+    eprintln!("\nAll passed in {:.0} s.", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+fn quick(env: &mut Env) -> Result<()> {
     step("prepare", || {
-        rust_components(&env)?;
-        prepare::libclang(&mut env)?;
-        prepare::cmake(&mut env)?;
+        prepare::libclang(env)?;
+        prepare::model().map(|_| ())
+    })?;
+    let env = &*env;
+    step("unit tests", || sh::run(&mut unit_tests(env)))?;
+    step("integration tests", || {
+        let mut test = env.cargo();
+        // The workspace's features, as above: otherwise all would be compiled twice.
+        test.args(["test", "--workspace", "--release", "--no-fail-fast"]);
+        for name in QUICK {
+            test.args(["--test", name]);
+        }
+        sh::run(test.args(ONE_AT_A_TIME))
+    })
+}
+
+/// Each integration test uses all cores, and spinning threads of two would wait for each other.
+const ONE_AT_A_TIME: [&str; 2] = ["--", "--test-threads=1"];
+
+/// The tests beside what they test, as many at a time as there are cores.
+fn unit_tests(env: &Env) -> Command {
+    let mut test = env.cargo();
+    // Several tests compute at a time: threads that wait at a barrier sleep instead of taking the others' core.
+    test.env("OMP_WAIT_POLICY", "passive");
+    test.args(["test", "--workspace", "--release", "--no-fail-fast", "--lib", "--bins"]);
+    test
+}
+
+fn everything(env: &mut Env) -> Result<()> {
+    step("prepare", || {
+        rust_components(env)?;
+        prepare::libclang(env)?;
+        prepare::cmake(env)?;
         prepare::model().map(|_| ())
     })?;
     // The package that llama.cpp's source comes from otherwise leaves them out.
     let (jinja2, templates) = step("chat templates, jinja2", || Ok((prepare::jinja2()?, upstream::chat_templates()?)))?;
-    let env = &env;
+    let env = &*env;
     let fuzz = Some(root().join("fuzz")).filter(|dir| dir.join("Cargo.toml").is_file());
+    let outside = root().join("tests/outside");
     step("format", || {
         sh::run(env.cargo().args(["fmt", "--all", "--check"]))?;
         sh::run(upstream_cargo(env).args(["fmt", "--check"]))?;
+        sh::run(env.cargo().current_dir(&outside).args(["fmt", "--check"]))?;
         match &fuzz {
             Some(dir) => sh::run(env.cargo().current_dir(dir).args(["fmt", "--check"])),
             None => Ok(()),
@@ -37,14 +90,14 @@ pub fn run() -> Result<()> {
         let args = ["clippy", "--workspace", "--all-targets", "--release", "--", "-D", "warnings"];
         sh::run(env.cargo().args(args))
     })?;
-    if let Some(dir) = &fuzz {
-        step("fuzz targets compile", || {
-            // In the workspace's target folder, where ggml is built already.
-            let mut check = env.cargo();
-            check.current_dir(dir).env("CARGO_TARGET_DIR", env.target_dir()?);
-            sh::run(check.args(["check", "--release", "--locked"]))
-        })?;
-    }
+    step("sets of features, the oldest Rust, docs.rs, fuzz targets", || {
+        feature_sets(env)?;
+        oldest_rust(env)?;
+        docs_rs(env)?;
+        // What cargo-fuzz compiles with its coverage is the same code.
+        fuzz.iter()
+            .try_for_each(|dir| sh::run(bindings_only(env)?.current_dir(dir).args(["check", "--release", "--locked"])))
+    })?;
     step("documentation", || {
         let mut doc = env.cargo();
         doc.env("RUSTDOCFLAGS", "-D warnings");
@@ -57,16 +110,73 @@ pub fn run() -> Result<()> {
         sh::run(upstream_cargo(env).args(["test", "--release"]))
     })?;
     let dist = step("libllama.so.0", || dist::build(env, &env.target_dir()?.join("dist"), false))?;
-    // One test at a time: each uses all cores, and spinning threads of two would wait for each other.
-    step("tests", || {
+    step("a crate outside of the workspace", || {
         let mut test = env.cargo();
+        test.current_dir(&outside).env("CARGO_TARGET_DIR", env.target_dir()?);
+        sh::run(test.args(["test", "--release", "--locked"]).args(ONE_AT_A_TIME))
+    })?;
+    let unit_tests = step("unit tests", || sh::run(&mut unit_tests(env)));
+    let others = step("integration tests, examples", || {
+        let mut test = env.cargo();
+        // Tests fail, and are not skipped, where something of this is missing.
+        test.env("CI", "true");
         // The tests of the C ABI look for the library there.
         test.env("SIMLAYER_DIST", &dist);
         test.env("SIMLAYER_CHAT_TEMPLATES", &templates).env("SIMLAYER_JINJA2", &jinja2);
-        sh::run(test.args(["test", "--workspace", "--release", "--no-fail-fast", "--", "--test-threads=1"]))
-    })?;
-    eprintln!("\nAll passed in {:.0} s.", start.elapsed().as_secs_f64());
-    Ok(())
+        test.args(["test", "--workspace", "--release", "--no-fail-fast", "--test", "*", "--examples"]);
+        sh::run(test.args(ONE_AT_A_TIME))
+    });
+    let documentation = step("tests in the documentation", || {
+        sh::run(env.cargo().args(["test", "--workspace", "--release", "--no-fail-fast", "--doc"]))
+    });
+    unit_tests.and(others).and(documentation)
+}
+
+/// Cargo where only ggml's bindings are made: enough to check our code, and no ggml has to be compiled for each toolchain
+/// and set of features. What it builds links with nothing, so that it has a folder of its own.
+fn bindings_only(env: &Env) -> Result<Command> {
+    let mut cargo = env.cargo();
+    cargo.env("GGML_BINDINGS_ONLY", "1").env("CARGO_TARGET_DIR", env.target_dir()?.join("bindings"));
+    Ok(cargo)
+}
+
+/// Sets of features that nothing else here builds.
+fn feature_sets(env: &Env) -> Result<()> {
+    let check = |args: &[&str]| {
+        let mut cargo = bindings_only(env)?;
+        sh::run(cargo.args(["check", "--locked", "--package", "simlayer", "--no-default-features"]).args(args))
+    };
+    check(&["--lib"])?;
+    // Without RPC.
+    check(&["--features", "cli,openmp", "--lib", "--bins"])
+}
+
+/// The version that Cargo.toml promises, installed where it is missing.
+fn oldest_rust(env: &Env) -> Result<()> {
+    let metadata = sh::output(env.cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
+    let metadata: serde_json::Value = serde_json::from_str(&metadata)?;
+    let promised = metadata["packages"][0]["rust_version"].as_str().context("a package says its rust-version")?;
+    let toolchain = if promised.matches('.').count() == 1 { format!("{promised}.0") } else { promised.to_owned() };
+    let run = |args: &[&str]| {
+        let mut command = env.command("rustup");
+        command.args(["run", &toolchain]).args(args);
+        command
+    };
+    if !sh::succeeds(&mut run(&["rustc", "--version"])) {
+        let mut install = env.command("rustup");
+        install.args(["toolchain", "install", &toolchain, "--profile", "minimal", "--no-self-update"]);
+        sh::run(&mut install).with_context(|| format!("please install Rust {toolchain} with rustup"))?;
+    }
+    let mut check = run(&["cargo", "check", "--locked", "--workspace", "--lib", "--bins"]);
+    check.env("GGML_BINDINGS_ONLY", "1").env("CARGO_TARGET_DIR", env.target_dir()?.join("bindings"));
+    sh::run(&mut check)
+}
+
+/// What docs.rs does, which has no network then.
+fn docs_rs(env: &Env) -> Result<()> {
+    let mut doc = bindings_only(env)?;
+    doc.env("DOCS_RS", "1").env("CARGO_NET_OFFLINE", "true").env("RUSTDOCFLAGS", "-D warnings");
+    sh::run(doc.args(["doc", "--locked", "--no-deps", "--package", "simlayer"]))
 }
 
 /// rustup's minimal profile lacks these two.

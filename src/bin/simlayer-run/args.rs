@@ -8,6 +8,8 @@ use simlayer::{
     lazy::{LayerWindows, Policy},
 };
 
+use crate::build::LONG_VERSION;
+
 /// Stands for the model where none was given and none is needed.
 pub const NO_MODEL: &str = "-";
 
@@ -16,6 +18,7 @@ pub fn command_line() -> clap::Command {
     let command = GenerateArgs::augment_args(clap::Command::new("simlayer-run"));
     Command::augment_subcommands(command)
         .version(env!("CARGO_PKG_VERSION"))
+        .long_version(LONG_VERSION)
         .about("Run GGUF models with a KV cache that shrinks where it can")
         .long_about(
             "Run GGUF models with a KV cache that shrinks where it can.\n\n\

@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::json;
 use simlayer::{Error, Model, Session, Token};
 
-use crate::{args::BenchArgs, failure::Failure, interrupt, options::Run};
+use crate::{args::BenchArgs, build::Build, failure::Failure, interrupt, options::Run};
 
 #[derive(Debug, Clone, Copy)]
 enum Test {
@@ -84,6 +84,7 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
     if args.output.json {
         let object = json!({
             "runs": runs,
+            "build": Build::this(),
             "model": model.name(),
             "threads": run.session.n_threads,
             "threads_batch": run.session.n_threads_batch,

@@ -1,3 +1,5 @@
+//! How a command ends that does not end well: message and exit code.
+
 use std::{error::Error, fmt, io};
 
 /// Why a command did not end well.

@@ -6,6 +6,7 @@
 mod args;
 mod argv;
 mod bench;
+mod build;
 mod calibrate;
 mod chat;
 mod completions;

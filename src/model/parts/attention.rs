@@ -1,3 +1,5 @@
+//! A layer's attention but for the cache, which the engine brings: projections, norms and RoPE.
+
 use super::{Builder, Error, Linear, Norm};
 use crate::{
     ggml::{Graph, Rope, Tensor, Type},

@@ -1,3 +1,5 @@
+//! How a layer's parts go together (norms, residuals, scales), and the layers to a model.
+
 use super::{Builder, Error, FeedForward, Linear, Norm, SelfAttention};
 use crate::{
     ggml::{Graph, Tensor},

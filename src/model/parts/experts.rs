@@ -1,3 +1,5 @@
+//! Mixtures of experts: how tokens are routed, and what the chosen experts give.
+
 use super::{Activation, Builder, Error, FeedForward, Gated, Linear, linear::ExpertLinear};
 use crate::ggml::{Graph, Tensor};
 

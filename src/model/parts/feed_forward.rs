@@ -1,3 +1,5 @@
+//! Feed-forwards with a gate, and the activations of it.
+
 use super::{Builder, Error, Experts, Linear};
 use crate::ggml::{Graph, Tensor};
 

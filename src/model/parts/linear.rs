@@ -1,3 +1,5 @@
+//! Matrix products with weights, of a layer or of its experts.
+
 use super::{Builder, Error};
 use crate::ggml::{Graph, Tensor};
 

@@ -1,3 +1,5 @@
+//! RMS norm and LayerNorm.
+
 use super::{Builder, Error};
 use crate::ggml::{Graph, Tensor};
 

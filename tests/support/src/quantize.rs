@@ -1,3 +1,5 @@
+//! Weight types by ggml's numbers, and its own conversions to and from them.
+
 use ggml_sys::{self as sys, checked};
 
 /// A ggml type that weights are stored in: its number in GGUF files.

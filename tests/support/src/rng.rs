@@ -1,3 +1,5 @@
+//! Random numbers that are the same on every machine.
+
 /// A small random generator (splitmix64) whose numbers stay the same when dependencies change.
 #[derive(Debug, Clone)]
 pub struct Rng(u64);

@@ -1,3 +1,5 @@
+//! The client of the reference program: unmodified llama.cpp in a process of its own.
+
 use std::{
     fs,
     path::{Path, PathBuf},

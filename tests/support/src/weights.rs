@@ -1,3 +1,5 @@
+//! Random weights of sensible size for the matrices, norms and biases of a model.
+
 use crate::{Rng, WeightType, gguf::GgufFile, quantize};
 
 /// Adds random tensors to a file.

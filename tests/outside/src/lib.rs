@@ -1,0 +1,105 @@
+//! What a program does with simlayer, in functions as its author would write them.
+
+use std::{
+    error::Error,
+    fmt::Write as _,
+    path::{Path, PathBuf},
+};
+
+use simlayer::{
+    BatchEntry, Model, Outputs, Sampler, SamplerParams, SeqId, Session, SessionParams, Token, vocab::Utf8Stream,
+};
+
+pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// Half of the layers become lazy behind a prompt, and keep `n_window` tokens.
+pub fn budget(n_window: usize) -> Result<SessionParams> {
+    let mut params = SessionParams::default();
+    params.n_ctx = 4096;
+    params.n_threads = 2;
+    params.lazy.policy = "budget:0.5".parse()?;
+    params.lazy.n_window = n_window;
+    Ok(params)
+}
+
+/// The most probable token, always.
+pub fn greedy(model: &Model) -> Result<Sampler> {
+    Ok(Sampler::new(model.vocab(), &SamplerParams::greedy())?)
+}
+
+/// Reads a prompt and gives the text that follows to `show` as it comes, up to `stop`, which is not shown.
+pub fn stream(
+    session: &mut Session,
+    sampler: &mut Sampler,
+    prompt: &str,
+    stop: &str,
+    limit: usize,
+    mut show: impl FnMut(&str),
+) -> Result<()> {
+    let vocab = session.model().vocab().clone();
+    let prompt = vocab.tokenize(prompt, true, false)?;
+    let mut token = sampler.sample(session.prefill(&prompt)?)?;
+    let (mut characters, mut held) = (Utf8Stream::default(), String::new());
+    for _ in 0..limit {
+        if vocab.is_eog(token) {
+            break;
+        }
+        held += &characters.push(&vocab.piece(token, false));
+        if let Some(at) = held.find(stop) {
+            show(&held[..at]);
+            return Ok(());
+        }
+        // What may be the beginning of the stop string waits for the rest.
+        let keep = (1..stop.len()).rev().filter(|&n| stop.is_char_boundary(n)).find(|&n| held.ends_with(&stop[..n]));
+        let shown = held.len() - keep.unwrap_or(0);
+        show(&held[..shown]);
+        held.drain(..shown);
+        token = sampler.sample(session.decode(token)?)?;
+    }
+    held += &characters.finish();
+    show(&held);
+    Ok(())
+}
+
+/// Reads several prompts in one batch, and continues them together by `n` tokens each.
+pub fn continue_together(session: &mut Session, prompts: &[Vec<Token>], n: usize) -> Result<Vec<Vec<Token>>> {
+    let mut given = prompts.to_vec();
+    let mut answers = vec![Vec::new(); prompts.len()];
+    for step in 0..n {
+        let batch: Vec<BatchEntry<'_>> = (0..)
+            .zip(&given)
+            .map(|(seq, tokens)| BatchEntry { seq, tokens, outputs: Outputs::Last, prompt_end: step == 0 })
+            .collect();
+        session.run(&batch)?;
+        given = rows(session).map(|row| vec![best(row)]).collect();
+        answers.iter_mut().zip(&given).for_each(|(answer, token)| answer.extend(token));
+    }
+    Ok(answers)
+}
+
+/// One row of logits for each entry of the last batch.
+fn rows(session: &Session) -> impl Iterator<Item = &[f32]> {
+    session.logits().chunks_exact(session.model().hparams().n_vocab)
+}
+
+pub fn best(logits: &[f32]) -> Token {
+    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+    best.map_or(0, |(token, _)| Token::try_from(token).unwrap_or(0))
+}
+
+/// A table of a sequence's layers.
+pub fn report(session: &Session, seq: SeqId) -> String {
+    let mut text = String::new();
+    for layer in session.layers(seq) {
+        let score = layer.score.map_or("–".to_owned(), |score| format!("{score:.3}"));
+        let _ = writeln!(text, "{:>3} {:6} {score:>5} {:>9} bytes", layer.index, layer.kind, layer.kv_bytes);
+    }
+    let kv = session.kv();
+    let _ = writeln!(text, "{} lazy, {:.1} times less than in f16", kv.lazy_layers, kv.compression);
+    text
+}
+
+/// The model that the project's tests use.
+pub fn model_path() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/SmolLM2-135M-Instruct.Q4_1.gguf")
+}
