@@ -42,8 +42,8 @@ pub mod vocab;
 
 pub use cache::{KvReport, KvRotate};
 pub use engine::{
-    BatchEntry, Checkpoint, DevicePlan, Error, LayerReport, Outputs, Restored, SeqId, Session, SessionParams,
-    StateError, plan,
+    BatchEntry, Checkpoint, DevicePlan, Error, LayerKind, LayerReport, Outputs, Restored, SeqId, Session,
+    SessionParams, StateError, plan,
 };
 pub use model::{Hparams, Model, ModelParams, Progress};
 pub use sampling::{Sampler, SamplerParams};

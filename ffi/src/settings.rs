@@ -40,7 +40,7 @@ impl LazySettings {
         read("SIMLAYER_WINDOW", |text| number(text, 1).map(|n| lazy.n_window = n));
         read("SIMLAYER_SLACK", |text| number(text, 0).map(|n| lazy.n_slack = n));
         read("SIMLAYER_WINDOWS", |text| text.parse().map_err(to_text).map(|windows| lazy.windows = windows));
-        read("SIMLAYER_QUERIES", |text| number(text, 1).map(|n| lazy.n_last = n));
+        read("SIMLAYER_QUERIES", |text| number(text, 1).map(|n| lazy.n_queries = n));
         read("SIMLAYER_AT", |text| parse_at(text).map(|at| lazy.at = at));
         read("SIMLAYER_PREFILL", |text| parse_prefill(text).map(|mode| lazy.prefill = Some(mode)));
         let mut types = (None, None);

@@ -3,7 +3,10 @@
 use std::ffi::c_char;
 
 use ggml_sys as sys;
-use simlayer::lazy::{At, LayerWindows, LazyParams, PrefillMode};
+use simlayer::{
+    LayerKind,
+    lazy::{At, LayerWindows, LazyParams, PrefillMode},
+};
 
 use crate::{
     batch::sequence,
@@ -110,7 +113,7 @@ fn to_c(settings: &LazySettings) -> Result<Params> {
         lazy_type: chars(&lazy_type)?,
         n_sink: lazy.n_sink as u32,
         n_window: lazy.n_window as u32,
-        n_queries: lazy.n_last as u32,
+        n_queries: lazy.n_queries as u32,
         at: match lazy.at {
             At::Prefill => 0,
             At::Decode => 1,
@@ -131,7 +134,7 @@ fn from_c(params: &Params, was: &LazyParams) -> Result<LazySettings> {
         // They may be a profile's, which chose them for its layers.
         lazy.windows = LayerWindows::default();
     }
-    (lazy.n_sink, lazy.n_window, lazy.n_last) =
+    (lazy.n_sink, lazy.n_window, lazy.n_queries) =
         (params.n_sink as usize, params.n_window as usize, params.n_queries as usize);
     lazy.at = match params.at {
         0 => At::Prefill,
@@ -254,9 +257,9 @@ unsafe extern "C" fn simlayer_get_layers(
         let out = unsafe { slice_mut(layers.cast::<u8>(), n * layer_size, "layers") }?;
         for (to, report) in out.chunks_exact_mut(layer_size).zip(&reports) {
             let kind = match report.kind {
-                "lazy" => 1,
-                "window" => 2,
-                _ => 0,
+                LayerKind::Full => 0,
+                LayerKind::Lazy => 1,
+                LayerKind::Window => 2,
             };
             let layer = Layer {
                 index: report.index as i32,

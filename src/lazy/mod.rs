@@ -31,7 +31,7 @@ pub struct LazyParams {
     /// Other windows for single layers.
     pub windows: LayerWindows,
     /// Last prompt tokens whose attention is scored.
-    pub n_last: usize,
+    pub n_queries: usize,
     /// When the score is taken.
     pub at: At,
     /// How the prompt is read; `None` for the policy's own way: windowed when the set is known beforehand.
@@ -48,7 +48,7 @@ impl Default for LazyParams {
             n_window: 1024,
             n_slack: 256,
             windows: LayerWindows::default(),
-            n_last: 32,
+            n_queries: 32,
             at: At::Prefill,
             prefill: None,
             profile: None,
@@ -81,7 +81,7 @@ impl LazyParams {
 /// When a sequence is scored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum At {
-    /// At the end of the prompt, by its last `n_last` tokens.
+    /// At the end of the prompt, by its last `n_queries` tokens.
     #[default]
     Prefill,
     /// By the first generated token alone (the paper's first version).

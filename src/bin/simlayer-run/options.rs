@@ -59,7 +59,7 @@ impl Run {
         session.lazy.n_window = args.lazy.lazy_window;
         session.lazy.n_slack = args.lazy.lazy_slack;
         session.lazy.windows = args.lazy.lazy_windows.unwrap_or_default();
-        session.lazy.n_last = args.lazy.lazy_queries;
+        session.lazy.n_queries = args.lazy.lazy_queries;
         session.lazy.at = match args.lazy.lazy_at {
             LazyAt::Prefill => At::Prefill,
             LazyAt::Decode => At::Decode,
