@@ -338,7 +338,7 @@ fn check_rotation(model: &Model, tokens: &[Token], policy: &str, window: usize) 
     let run = |rotate, ty| {
         let mut params = lazy_f16(policy, window);
         (params.type_k, params.type_v) = (ty, ty);
-        (params.lazy_type_k, params.lazy_type_v) = (Some(ty), Some(ty));
+        (params.lazy.type_k, params.lazy.type_v) = (Some(ty), Some(ty));
         // Chunk-major, so that no scratch in f16 takes part.
         (params.kv_rotate, params.layer_major) = (rotate, false);
         logits(model, &params, prompt, decoded)
@@ -441,7 +441,7 @@ impl Beside {
 fn lazy_f32(policy: &str, n_window: usize) -> SessionParams {
     let mut params = lazy_f16(policy, n_window);
     (params.type_k, params.type_v) = (Type::F32, Type::F32);
-    (params.lazy_type_k, params.lazy_type_v) = (Some(Type::F32), Some(Type::F32));
+    (params.lazy.type_k, params.lazy.type_v) = (Some(Type::F32), Some(Type::F32));
     (params.flash_attn, params.layer_major) = (false, false);
     params
 }

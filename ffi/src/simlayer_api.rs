@@ -5,7 +5,7 @@ use std::ffi::c_char;
 use ggml_sys as sys;
 use simlayer::{
     LayerKind,
-    lazy::{At, LayerWindows, LazyParams, PrefillMode},
+    lazy::{At, LayerWindows, LazyParams, Policy, PrefillMode},
 };
 
 use crate::{
@@ -101,9 +101,8 @@ fn chars<const N: usize>(text: &str) -> Result<[u8; N]> {
     Ok(chars)
 }
 
-fn to_c(settings: &LazySettings) -> Result<Params> {
-    let lazy = &settings.lazy;
-    let lazy_type = match (settings.type_k, settings.type_v) {
+fn to_c(lazy: &LazyParams) -> Result<Params> {
+    let lazy_type = match (lazy.type_k, lazy.type_v) {
         (None, None) => String::new(),
         (k, v) => format!("{}/{}", k.map_or("q4_0", |ty| ty.name()), v.map_or("q4_0", |ty| ty.name())),
     };
@@ -127,7 +126,7 @@ fn to_c(settings: &LazySettings) -> Result<Params> {
 }
 
 /// What the struct cannot say is as it was.
-fn from_c(params: &Params, was: &LazyParams) -> Result<LazySettings> {
+fn from_c(params: &Params, was: &LazyParams) -> Result<LazyParams> {
     let mut lazy = was.clone();
     lazy.policy = text_of(&params.lazy, "lazy")?.parse()?;
     if lazy.policy != was.policy {
@@ -154,8 +153,8 @@ fn from_c(params: &Params, was: &LazyParams) -> Result<LazySettings> {
             Err(why) => fail!("lazy_type: {why}"),
         },
     };
-    let (type_k, type_v) = types.unzip();
-    Ok(LazySettings { lazy, type_k, type_v })
+    (lazy.type_k, lazy.type_v) = types.unzip();
+    Ok(lazy)
 }
 
 #[unsafe(no_mangle)]
@@ -174,7 +173,7 @@ extern "C" fn simlayer_last_error() -> *const c_char {
 unsafe extern "C" fn simlayer_default_params(params: *mut Params) -> i32 {
     guard("simlayer_default_params", -1, || {
         // SAFETY: the caller's struct.
-        unsafe { write_struct(params, &to_c(&LazySettings::off())?, "params") }?;
+        unsafe { write_struct(params, &to_c(&LazySettings::off().lazy)?, "params") }?;
         Ok(0)
     })
 }
@@ -186,10 +185,9 @@ unsafe extern "C" fn simlayer_get_params(ctx: *mut sys::llama_context, params: *
     guard("simlayer_get_params", -1, || {
         let context = CONTEXTS.get(ctx)?;
         let mut state = context.lock();
-        let (lazy, type_k, type_v) = session(&mut state)?.lazy_params();
-        let settings = LazySettings { lazy: lazy.clone(), type_k, type_v };
+        let lazy = session(&mut state)?.lazy_params();
         // SAFETY: the caller's struct.
-        unsafe { write_struct(params, &to_c(&settings)?, "params") }?;
+        unsafe { write_struct(params, &to_c(lazy)?, "params") }?;
         Ok(0)
     })
 }
@@ -202,18 +200,17 @@ unsafe extern "C" fn simlayer_set_params(ctx: *mut sys::llama_context, params: *
         let context = CONTEXTS.get(ctx)?;
         let mut state = context.lock();
         let session = session(&mut state)?;
-        let (lazy, type_k, type_v) = session.lazy_params();
-        let lazy = lazy.clone();
+        let was = session.lazy_params().clone();
         // What the caller's struct lacks stays as it is.
-        let mut all = to_c(&LazySettings { lazy: lazy.clone(), type_k, type_v })?;
+        let mut all = to_c(&was)?;
         // SAFETY: the caller's struct; as many bytes are copied as both have.
         unsafe {
             let size = size_of_struct(params, "params")?.min(size_of::<Params>());
             std::ptr::copy_nonoverlapping(params.cast::<u8>(), (&raw mut all).cast::<u8>(), size);
         }
-        let settings = from_c(&all, &lazy)?;
-        let may_be_lazy = settings.may_be_lazy();
-        session.set_lazy(settings.lazy, settings.type_k, settings.type_v)?;
+        let lazy = from_c(&all, &was)?;
+        let may_be_lazy = lazy.policy != Policy::Off;
+        session.set_lazy(lazy)?;
         if may_be_lazy {
             context.model.note_lazy();
         }

@@ -19,6 +19,10 @@ pub enum Error {
     FlashAttention,
     #[error("{0}")]
     Params(String),
+    #[error("layer {layer} cannot have a window of its own: {why}")]
+    Window { layer: usize, why: String },
+    #[error("layer {layer} cannot be lazy: {why}")]
+    LazyLayer { layer: usize, why: String },
     #[error("sequence {0} is in this batch twice")]
     SequenceTwice(SeqId),
     #[error(transparent)]

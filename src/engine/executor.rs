@@ -56,9 +56,10 @@ pub(super) struct Scored {
 impl Executor {
     /// Starts the devices of a session.
     pub fn new(setup: &Setup) -> Result<Executor, Error> {
-        let max_nodes = Setup::max_nodes(setup.layers.len());
+        let (params, max_nodes) = (&setup.params, Setup::max_nodes(setup.layers.len()));
+        let abort = params.abort.clone().unwrap_or_default();
         Ok(Executor {
-            scheduler: Scheduler::new(&setup.model.devices(), setup.params.n_threads, max_nodes)?,
+            scheduler: Scheduler::with_abort_flag(&setup.model.devices(), params.n_threads, max_nodes, abort)?,
             kept: None,
             logits: Vec::new(),
             embeddings: Vec::new(),

@@ -24,6 +24,7 @@ mod setup;
 mod state;
 mod step;
 mod ubatch;
+mod view;
 
 #[cfg(test)]
 mod tests;
@@ -36,3 +37,4 @@ pub use plan::{DevicePlan, plan};
 pub use session::Session;
 pub use setup::SessionParams;
 pub use state::StateError;
+pub use view::SequenceView;

@@ -113,6 +113,7 @@ impl Session {
     }
 
     /// Exchanges the last call's logits with another buffer, so that they need not be copied.
+    #[doc(hidden)]
     pub fn swap_logits(&mut self, other: &mut Vec<f32>) {
         mem::swap(&mut self.executor.logits, other);
     }
@@ -130,7 +131,8 @@ impl Session {
         &self.executor.embeddings
     }
 
-    /// A flag that makes the running call return [`Error::Interrupted`]. It stays set until it is taken back.
+    /// A flag that makes the running call return [`Error::Interrupted`]: that of [`SessionParams::abort`], where one was
+    /// given. It stays set until it is taken back.
     pub fn abort_flag(&self) -> Arc<AtomicBool> {
         Arc::clone(self.executor.scheduler.abort_flag())
     }
@@ -142,27 +144,32 @@ impl Session {
     }
 
     /// What computes: for callbacks and threads of the caller's.
+    #[doc(hidden)]
     pub fn scheduler(&mut self) -> &mut Scheduler {
         &mut self.executor.scheduler
     }
 
     /// Measures from now on how long it takes to score layers, for [`Session::score_time`]. Graphs that score run a
     /// little slower so.
+    #[doc(hidden)]
     pub fn time_scores(&mut self) {
         self.executor.score_time = Some(Duration::ZERO);
     }
 
     /// How long scoring took since [`Session::time_scores`]; `None` without it.
+    #[doc(hidden)]
     pub fn score_time(&self) -> Option<Duration> {
         self.executor.score_time
     }
 
     /// Bytes of intermediate results.
+    #[doc(hidden)]
     pub fn compute_bytes(&self) -> usize {
         self.executor.scheduler.buffer_bytes()
     }
 
     /// Gives freed memory back to the system.
+    #[doc(hidden)]
     pub fn release_memory(&mut self) {
         ggml::release_free_memory();
     }
@@ -176,11 +183,13 @@ impl Session {
     }
 
     /// Whether lazy layers see only sink and window while a prompt is read.
+    #[doc(hidden)]
     pub fn reads_windowed(&self) -> bool {
         self.setup.params.lazy.windowed_prefill()
     }
 
     /// The layers that the policy makes lazy after a prompt whose layers have these scores.
+    #[doc(hidden)]
     pub fn choose(&self, layers: &[LayerReport]) -> BTreeSet<usize> {
         let mut selector = self.setup.selector();
         layers.iter().filter_map(|layer| selector.decide(layer.index, layer.score)).collect()
@@ -197,18 +206,17 @@ impl Session {
     }
 
     /// How lazy layers are found and what they keep.
-    pub fn lazy_params(&self) -> (&LazyParams, Option<Type>, Option<Type>) {
-        let params = &self.setup.params;
-        (&params.lazy, params.lazy_type_k, params.lazy_type_v)
+    pub fn lazy_params(&self) -> &LazyParams {
+        &self.setup.params.lazy
     }
 
     /// Changes how lazy layers are found and what they keep, for decisions to come: a layer that is lazy already stays
-    /// as it is. Types are those of [`SessionParams`].
+    /// as it is.
     ///
     /// # Errors
     /// When the parameters do not fit the model; nothing is changed then.
-    pub fn set_lazy(&mut self, lazy: LazyParams, type_k: Option<Type>, type_v: Option<Type>) -> Result<(), Error> {
-        let params = SessionParams { lazy, lazy_type_k: type_k, lazy_type_v: type_v, ..self.setup.params.clone() };
+    pub fn set_lazy(&mut self, lazy: LazyParams) -> Result<(), Error> {
+        let params = SessionParams { lazy, ..self.setup.params.clone() };
         self.setup = Setup::new(&self.setup.model, params, self.setup.meter.clone())?;
         self.executor.forget();
         Ok(())
@@ -218,9 +226,9 @@ impl Session {
     ///
     /// # Errors
     /// When a layer does not exist, or a window is 0; nothing is changed then.
+    #[doc(hidden)]
     pub fn set_windows(&mut self, windows: LayerWindows) -> Result<(), Error> {
-        let (type_k, type_v) = (self.setup.params.lazy_type_k, self.setup.params.lazy_type_v);
-        self.set_lazy(LazyParams { windows, ..self.setup.params.lazy.clone() }, type_k, type_v)
+        self.set_lazy(LazyParams { windows, ..self.lazy_params().clone() })
     }
 }
 
@@ -232,8 +240,15 @@ impl Session {
     }
 
     /// Tokens in a sequence.
+    #[doc(hidden)]
     pub fn seq_n_past(&self, seq: SeqId) -> usize {
         self.sequences.n_past(seq)
+    }
+
+    /// The tokens of a sequence.
+    #[doc(hidden)]
+    pub fn seq_tokens(&self, seq: SeqId) -> &[Token] {
+        self.sequences.get(seq).map_or(&[], |sequence| &sequence.tokens)
     }
 
     /// The sequences that hold tokens.
@@ -254,6 +269,7 @@ impl Session {
     /// The positions that every layer of a sequence still holds, up to the last one; `None` when it has no tokens.
     ///
     /// What lazy layers hold of the sink besides is not counted: the range has no gaps.
+    #[doc(hidden)]
     pub fn seq_held(&self, seq: SeqId) -> Option<RangeInclusive<usize>> {
         self.sequences.held(seq)
     }
@@ -262,23 +278,26 @@ impl Session {
     /// follows is as if the rest had never been there; 0 while nothing was dropped. It can be cut to fewer as well, as long
     /// as the windows are there, but beside quantised caches the newest tokens are no longer exact then
     /// ([`SessionParams::kv_exact`]).
+    #[doc(hidden)]
     pub fn seq_resumable(&self, seq: SeqId) -> usize {
         self.sequences.get(seq).map_or(0, Sequence::resumable)
     }
 
     /// Whether [`Session::seq_truncate`] to `n` tokens would succeed.
+    #[doc(hidden)]
     pub fn seq_can_truncate(&self, seq: SeqId, n: usize) -> bool {
         self.sequences.can_truncate(seq, n)
     }
 
     /// Keeps the first `n` tokens of sequence 0. False, with nothing changed, when a layer has dropped tokens that they
     /// need: what a lazy layer dropped cannot come back. [`LazyParams::n_slack`] tokens can always be taken back, and a
-    /// whole answer: what begins at the end of the last prompt, or [`Session::restore`]s a checkpoint.
+    /// whole answer: what begins at the end of the last prompt, or at a checkpoint ([`SequenceView::restore`](super::SequenceView::restore)).
     pub fn truncate(&mut self, n: usize) -> bool {
         self.seq_truncate(0, n)
     }
 
     /// Keeps the first `n` tokens of a sequence; see [`Session::truncate`].
+    #[doc(hidden)]
     pub fn seq_truncate(&mut self, seq: SeqId, n: usize) -> bool {
         self.sequences.truncate(seq, n, &mut self.executor)
     }
@@ -289,6 +308,7 @@ impl Session {
     }
 
     /// Empties one sequence.
+    #[doc(hidden)]
     pub fn seq_clear(&mut self, seq: SeqId) {
         self.sequences.clear(seq, &mut self.executor);
     }
@@ -303,6 +323,7 @@ impl Session {
     ///
     /// # Errors
     /// When memory runs out; nothing is changed then.
+    #[doc(hidden)]
     pub fn seq_copy(&mut self, from: SeqId, to: SeqId, n: usize) -> Result<bool, Error> {
         self.sequences.copy(&self.setup, &mut self.executor, (from, to), n)
     }
@@ -312,6 +333,7 @@ impl Session {
     ///
     /// # Errors
     /// When memory runs out; the sequence `to` is then empty.
+    #[doc(hidden)]
     pub fn fork(&mut self, from: SeqId, to: SeqId, lazy: &BTreeSet<usize>) -> Result<(), Error> {
         self.fork_with(from, to, lazy, None)
     }
@@ -320,6 +342,7 @@ impl Session {
     ///
     /// # Errors
     /// As [`Session::fork`], and when the types are no cache types of this model.
+    #[doc(hidden)]
     pub fn fork_with(
         &mut self,
         from: SeqId,
@@ -336,6 +359,7 @@ impl Session {
 /// States and checkpoints.
 impl Session {
     /// Bytes that [`Session::save_seq`] writes.
+    #[doc(hidden)]
     pub fn seq_state_bytes(&self, seq: SeqId) -> usize {
         state::bytes(self.setup.model.hparams(), self.sequences.get(seq), Kind::Whole)
     }
@@ -345,6 +369,7 @@ impl Session {
     ///
     /// # Errors
     /// When `to` cannot be written.
+    #[doc(hidden)]
     pub fn save_seq(&self, seq: SeqId, to: &mut dyn Write) -> io::Result<()> {
         state::save(&self.setup, self.sequences.get(seq), Kind::Whole, to)
     }
@@ -353,6 +378,7 @@ impl Session {
     ///
     /// # Errors
     /// When it does not begin with a header, or `from` is shorter than the header says.
+    #[doc(hidden)]
     pub fn state_length(from: &[u8]) -> Result<usize, StateError> {
         state::length(from)
     }
@@ -363,6 +389,7 @@ impl Session {
     /// # Errors
     /// When the state is damaged, of another model or of other cache types, does not fit the context, or memory runs
     /// out. Nothing is changed then.
+    #[doc(hidden)]
     pub fn load_seq(&mut self, seq: SeqId, from: &[u8]) -> Result<usize, StateError> {
         let (sequence, length) = state::read(&self.setup, from)?;
         self.sequences.put(seq, sequence, &mut self.executor);
@@ -373,6 +400,7 @@ impl Session {
     ///
     /// # Errors
     /// As [`Session::load_seq`].
+    #[doc(hidden)]
     pub fn load_seqs(&mut self, states: &[(SeqId, &[u8])]) -> Result<(), StateError> {
         let mut sequences = Vec::new();
         for &(seq, from) in states {
@@ -387,6 +415,7 @@ impl Session {
 
     /// Notes where a sequence is, to come back with [`Session::restore`] after it has grown: the lazy layers' windows and
     /// sinks, and the newest tokens' rows in f16. Active layers keep their rows; they are not part of it.
+    #[doc(hidden)]
     pub fn checkpoint(&self, seq: SeqId) -> Checkpoint {
         let mut bytes = Vec::with_capacity(self.seq_checkpoint_bytes(seq));
         // A vector takes everything.
@@ -398,11 +427,13 @@ impl Session {
     ///
     /// # Errors
     /// When `to` cannot be written.
+    #[doc(hidden)]
     pub fn save_checkpoint(&self, seq: SeqId, to: &mut dyn Write) -> io::Result<()> {
         state::save(&self.setup, self.sequences.get(seq), Kind::Partial, to)
     }
 
     /// Bytes of a checkpoint of the sequence as it is.
+    #[doc(hidden)]
     pub fn seq_checkpoint_bytes(&self, seq: SeqId) -> usize {
         state::bytes(self.setup.model.hparams(), self.sequences.get(seq), Kind::Partial)
     }
@@ -413,6 +444,7 @@ impl Session {
     /// # Errors
     /// When the checkpoint is damaged or of another model; nothing is changed then. When reading anew fails, as
     /// [`Session::prefill`]; the sequence is then empty.
+    #[doc(hidden)]
     pub fn restore(&mut self, seq: SeqId, checkpoint: &Checkpoint) -> Result<Restored, StateError> {
         self.restore_checkpoint(seq, checkpoint.as_bytes())
     }
@@ -421,6 +453,7 @@ impl Session {
     ///
     /// # Errors
     /// As [`Session::restore`].
+    #[doc(hidden)]
     pub fn restore_checkpoint(&mut self, seq: SeqId, from: &[u8]) -> Result<Restored, StateError> {
         checkpoint::restore(&self.setup, &mut self.executor, &mut self.sequences, seq, from)
     }

@@ -1,7 +1,10 @@
 //! What a session runs by: its parameters, checked, and what follows from them for each layer. It never changes in part:
 //! other parameters are another setup, so that nothing of it can be out of date.
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::{Arc, atomic::AtomicBool},
+};
 
 use super::{
     batch::{BatchEntry, MAX_PARTS},
@@ -23,8 +26,14 @@ pub(super) const ROWS_STEP: usize = 256;
 pub(super) const BACK: usize = 8;
 
 /// How a session runs. The defaults are llama.cpp's.
+///
+/// ```
+/// use simlayer::{SessionParams, lazy::{LazyParams, Policy}};
+///
+/// let lazy = LazyParams { policy: Policy::Budget(0.5), ..LazyParams::default() };
+/// let params = SessionParams { n_ctx: 4096, lazy, ..SessionParams::default() };
+/// ```
 #[derive(Debug, Clone)]
-#[non_exhaustive]
 pub struct SessionParams {
     /// Tokens that a sequence can hold; 0 for as many as the model was trained for.
     pub n_ctx: usize,
@@ -37,9 +46,6 @@ pub struct SessionParams {
     /// Types of the active layers' keys and values.
     pub type_k: Type,
     pub type_v: Type,
-    /// Types of the lazy layers' keys and values; `None` for q4_0, or f16 where the head size does not allow that.
-    pub lazy_type_k: Option<Type>,
-    pub lazy_type_v: Option<Type>,
     /// Attention in one operation, without the matrix of all weights.
     pub flash_attn: bool,
     /// Compute attention, and products of quantised weights, with this crate's own kernels, which are
@@ -61,6 +67,10 @@ pub struct SessionParams {
     pub layer_major: bool,
     /// Which layers become lazy.
     pub lazy: LazyParams,
+    /// A flag that ends the running call with [`Error::Interrupted`] once another thread sets it. It stays set until it is
+    /// taken back. Several sessions can have the same one; `None` for one of the session's own
+    /// ([`Session::abort_flag`](super::Session::abort_flag)).
+    pub abort: Option<Arc<AtomicBool>>,
 }
 
 impl Default for SessionParams {
@@ -72,8 +82,6 @@ impl Default for SessionParams {
             n_threads_batch: 0,
             type_k: Type::F16,
             type_v: Type::F16,
-            lazy_type_k: None,
-            lazy_type_v: None,
             flash_attn: true,
             fused_attention: true,
             kv_rotate: KvRotate::default(),
@@ -82,6 +90,7 @@ impl Default for SessionParams {
             split_prompts: false,
             layer_major: true,
             lazy: LazyParams::default(),
+            abort: None,
         }
     }
 }
@@ -322,7 +331,7 @@ impl Setup {
 /// How lazy layers keep their rows: q4_0 where nothing else is asked for and the head size allows it.
 fn lazy_format(params: &SessionParams, head_size: usize) -> Format {
     let smallest = if head_size.is_multiple_of(Type::Q4_0.block_size()) { Type::Q4_0 } else { Type::F16 };
-    let [k, v] = [params.lazy_type_k, params.lazy_type_v].map(|given| given.unwrap_or(smallest));
+    let [k, v] = [params.lazy.type_k, params.lazy.type_v].map(|given| given.unwrap_or(smallest));
     Format::new(k, v, params.kv_rotate)
 }
 
@@ -368,7 +377,7 @@ fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
     }
     if let Some((layer, _)) = params.lazy.windows.iter().find(|&(layer, n)| layer >= n_layer || n == 0) {
         let why = format!("the model has layers 0 to {}, and a window at least 1 token", n_layer - 1);
-        return Err(Error::Params(format!("layer {layer} of --lazy-windows: {why}")));
+        return Err(Error::Window { layer, why });
     }
     if let Policy::Layers(layers) = &params.lazy.policy {
         for &layer in layers {
@@ -377,10 +386,10 @@ fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
                 Some(Some(window)) => format!("it is sliding-window by design (window {window}); leave it out"),
                 None => format!("the model has layers 0 to {}", n_layer - 1),
             };
-            return Err(Error::Params(format!("layer {layer} of --lazy layers: {why}")));
+            return Err(Error::LazyLayer { layer, why });
         }
     }
-    let types = [Some(params.type_k), Some(params.type_v), params.lazy_type_k, params.lazy_type_v];
+    let types = [Some(params.type_k), Some(params.type_v), params.lazy.type_k, params.lazy.type_v];
     for ty in types.into_iter().flatten() {
         if !Type::CACHE.contains(&ty) {
             return Err(Error::Params(format!("{ty} is no cache type")));

@@ -16,9 +16,10 @@ pub use selector::Selector;
 pub(crate) use selector::n_active;
 pub use windows::{LayerWindows, ParseWindowsError};
 
+use crate::ggml::Type;
+
 /// What the lazy layers keep, and how they are found. The defaults are the paper's.
 #[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
 pub struct LazyParams {
     pub policy: Policy,
     /// First tokens that a lazy layer keeps. Without any the model breaks; 2 to 4 are enough.
@@ -38,6 +39,9 @@ pub struct LazyParams {
     pub prefill: Option<PrefillMode>,
     /// A calibrated profile; `None` looks beside the model.
     pub profile: Option<PathBuf>,
+    /// Types of the lazy layers' keys and values; `None` for q4_0, or f16 where the head size does not allow that.
+    pub type_k: Option<Type>,
+    pub type_v: Option<Type>,
 }
 
 impl Default for LazyParams {
@@ -52,6 +56,8 @@ impl Default for LazyParams {
             at: At::Prefill,
             prefill: None,
             profile: None,
+            type_k: None,
+            type_v: None,
         }
     }
 }

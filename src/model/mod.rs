@@ -69,7 +69,6 @@ pub enum Error {
 
 /// How to load a model.
 #[derive(Debug, Clone)]
-#[non_exhaustive]
 pub struct ModelParams {
     /// Repack weights for the processor's matrix kernels where it has any for their type (llama.cpp's `--repack`).
     /// Repacked weights are a copy; prefill is much faster with them.
