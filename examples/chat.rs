@@ -12,7 +12,6 @@ use std::{
 use simlayer::{
     Model, ModelParams, Sampler, SamplerParams, Session, SessionParams,
     chat::{ChatTemplate, Message},
-    vocab::Utf8Stream,
 };
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -34,14 +33,12 @@ fn main() -> Result<(), Box<dyn Error>> {
             session.clear();
             &prompt
         });
-        let mut token = sampler.sample(session.prefill(&template.tokenize(vocab, new)?)?)?;
-        let (mut stream, mut answer) = (Utf8Stream::default(), String::new());
-        while !vocab.is_eog(token) {
-            let piece = stream.push(&vocab.piece(token, false));
+        let mut answer = String::new();
+        for piece in session.generate(&mut sampler, &template.tokenize(vocab, new)?)? {
+            let piece = piece?;
             print!("{piece}");
             std::io::stdout().flush()?;
             answer.push_str(&piece);
-            token = sampler.sample(session.decode(token)?)?;
         }
         println!();
         read = prompt + &answer;

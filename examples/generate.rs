@@ -6,7 +6,7 @@
 
 use std::{error::Error, io::Write};
 
-use simlayer::{Model, ModelParams, Sampler, SamplerParams, Session, SessionParams, vocab::Utf8Stream};
+use simlayer::{AddBos, Model, ModelParams, Sampler, SamplerParams, Session, SessionParams, Special};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
@@ -18,18 +18,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut sampler = Sampler::new(model.vocab(), &SamplerParams::default())?;
 
     print!("{prompt}");
-    let prompt = model.vocab().tokenize(&prompt, true, true)?;
-    let mut token = sampler.sample(session.prefill(&prompt)?)?;
-    // A character may be spread over several tokens.
-    let mut text = Utf8Stream::default();
-    for _ in 0..64 {
-        if model.vocab().is_eog(token) {
-            break;
-        }
-        print!("{}", text.push(&model.vocab().piece(token, false)));
+    let prompt = model.vocab().tokenize(&prompt, AddBos::Yes, Special::Parse)?;
+    for piece in session.generate(&mut sampler, &prompt)?.limit(64) {
+        print!("{}", piece?);
         std::io::stdout().flush()?;
-        token = sampler.sample(session.decode(token)?)?;
     }
-    println!("{}", text.finish());
+    println!();
     Ok(())
 }

@@ -6,7 +6,10 @@
 
 use std::error::Error;
 
-use simlayer::{Model, ModelParams, Session, SessionParams, lazy::Policy};
+use simlayer::{
+    AddBos, Model, ModelParams, Session, SessionParams, Special,
+    lazy::{LazyParams, Policy},
+};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
@@ -14,17 +17,15 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Err("usage: lazy_report MODEL FILE".into());
     };
     let model = Model::load(path, &ModelParams::default())?;
-    let mut params = SessionParams::default();
-    params.lazy.policy = "budget:0.5".parse::<Policy>()?;
-    params.lazy.n_window = 256;
-    let mut session = Session::new(&model, params)?;
+    let lazy = LazyParams { policy: "budget:0.5".parse::<Policy>()?, n_window: 256, ..LazyParams::default() };
+    let mut session = Session::new(&model, SessionParams { lazy, ..SessionParams::default() })?;
 
-    let mut tokens = model.vocab().tokenize(&std::fs::read_to_string(text)?, true, false)?;
+    let mut tokens = model.vocab().tokenize(&std::fs::read_to_string(text)?, AddBos::Yes, Special::Text)?;
     tokens.truncate(session.n_ctx());
     session.prefill(&tokens)?;
 
     println!("layer  score  kind    bytes");
-    for layer in session.layers(0) {
+    for layer in session.sequence(0).report() {
         let score = layer.score.map_or("–".to_owned(), |score| format!("{score:.3}"));
         println!("{:5}  {score:>5}  {:6}  {}", layer.index, layer.kind, layer.kv_bytes);
     }

@@ -4,9 +4,9 @@
 //! cargo run --release --example sequences -- model.gguf
 //! ```
 
-use std::{collections::BTreeSet, error::Error};
+use std::error::Error;
 
-use simlayer::{BatchEntry, Model, ModelParams, Outputs, SeqId, Session, SessionParams, Token};
+use simlayer::{AddBos, BatchEntry, Model, ModelParams, Outputs, SeqId, Session, SessionParams, Special, Token};
 
 const PROMPTS: [&str; 3] = ["The sea is", "A good cook", "In the year 1900"];
 const N_TOKENS: usize = 16;
@@ -18,13 +18,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut session = Session::new(&model, SessionParams::default())?;
 
     let mut texts: Vec<Vec<Token>> =
-        PROMPTS.iter().map(|prompt| vocab.tokenize(prompt, true, true)).collect::<Result<_, _>>()?;
+        PROMPTS.iter().map(|prompt| vocab.tokenize(prompt, AddBos::Yes, Special::Parse)).collect::<Result<_, _>>()?;
     let prompts: Vec<BatchEntry<'_>> = (0..).zip(&texts).map(|(seq, tokens)| entry(seq, tokens, true)).collect();
     session.run(&prompts)?;
 
     // Sequence 3 begins as sequence 0 does: its cache is copied, nothing is computed again. It goes on with the second
     // most probable token.
-    session.fork(0, 3, &BTreeSet::new())?;
+    session.sequence(0).copy_to(3)?;
     texts.push(texts[0].clone());
     let mut rows: Vec<Vec<f32>> = rows(&session);
     let mut other = rows[0].clone();

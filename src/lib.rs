@@ -3,25 +3,18 @@
 //! arXiv 2410.13846).
 //!
 //! ```no_run
-//! use simlayer::{Model, ModelParams, Sampler, SamplerParams, Session, SessionParams};
+//! use simlayer::{AddBos, Model, ModelParams, Sampler, SamplerParams, Session, SessionParams, Special};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let model = Model::load("model.gguf", &ModelParams::default())?;
-//! let mut session = Session::new(&model, SessionParams::default())?;
+//! let mut session = Session::new(&model, SessionParams { n_ctx: 4096, ..SessionParams::default() })?;
 //! let mut sampler = Sampler::new(model.vocab(), &SamplerParams::default())?;
 //!
-//! let prompt = model.vocab().tokenize("The sea is", true, true)?;
-//! let mut token = sampler.sample(session.prefill(&prompt)?)?;
-//! let mut text = Vec::new();
-//! for _ in 0..32 {
-//!     if model.vocab().is_eog(token) {
-//!         break;
-//!     }
-//!     text.extend(model.vocab().piece(token, false));
-//!     token = sampler.sample(session.decode(token)?)?;
+//! let prompt = model.vocab().tokenize("The sea is", AddBos::Yes, Special::Parse)?;
+//! for piece in session.generate(&mut sampler, &prompt)?.limit(32) {
+//!     print!("{}", piece?);
 //! }
-//! println!("{}", String::from_utf8_lossy(&text));
-//! println!("the cache takes {} bytes", session.kv().allocated_bytes);
+//! println!("\nthe cache takes {} bytes", session.kv().allocated_bytes);
 //! # Ok(())
 //! # }
 //! ```
@@ -33,6 +26,7 @@ pub mod ggml;
 mod cache;
 pub mod chat;
 mod engine;
+pub mod generation;
 pub mod gguf;
 pub mod lazy;
 pub mod model;
@@ -42,9 +36,10 @@ pub mod vocab;
 
 pub use cache::{KvReport, KvRotate};
 pub use engine::{
-    BatchEntry, Checkpoint, DevicePlan, Error, LayerReport, Outputs, Restored, SeqId, Session, SessionParams,
-    StateError, plan,
+    BatchEntry, Checkpoint, DevicePlan, Error, LayerKind, LayerReport, Outputs, Restored, SeqId, SequenceView, Session,
+    SessionParams, StateError, plan,
 };
+pub use generation::{Generation, GenerationEnd, GenerationError};
 pub use model::{Hparams, Model, ModelParams, Progress};
 pub use sampling::{Sampler, SamplerParams};
-pub use vocab::{Token, Vocab};
+pub use vocab::{AddBos, Special, Token, Vocab};

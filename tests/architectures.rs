@@ -8,7 +8,7 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::{lazy_f16, load, logits, plain, session};
-use simlayer::{Model, SessionParams, Token, ggml::Type, lazy::PrefillMode};
+use simlayer::{LayerKind, Model, SessionParams, Token, ggml::Type, lazy::PrefillMode};
 use simlayer_testkit::{
     Logits, RandomDecoder, Rng, Shape, UpstreamRef, WeightType,
     gguf::Meta,
@@ -176,7 +176,7 @@ fn check_scores(random: &RandomDecoder) {
         let (window, last) = (number("window"), number("last"));
         for (layer_major, flash_attn) in [(true, false), (false, false), (true, true)] {
             let mut params = in_one_thread(lazy_f16("threshold:1", window));
-            (params.n_ubatch, params.lazy.n_last) = (128, last);
+            (params.n_ubatch, params.lazy.n_queries) = (128, last);
             (params.layer_major, params.flash_attn) = (layer_major, flash_attn);
             let mut session = session(model, params);
             session.prefill(tokens).expect("prefill");
@@ -776,10 +776,11 @@ fn wrong_keys_are_named() {
 #[test]
 fn layers_with_windows_are_reported() {
     let Written { model, tokens, _folder, .. } = &write(&random_gpt_oss(Shape::default()), 100);
+    use LayerKind::{Full, Window};
     let mut session = session(model, in_one_thread(plain()));
     session.prefill(tokens).expect("prefill");
     let kinds: Vec<_> = session.layers(0).iter().map(|layer| (layer.kind, layer.window)).collect();
-    assert_eq!(kinds, [("window", Some(48)), ("full", None), ("window", Some(48)), ("full", None)]);
+    assert_eq!(kinds, [(Window, Some(48)), (Full, None), (Window, Some(48)), (Full, None)]);
 
     let refused = simlayer::Session::new(model, in_one_thread(lazy_f16("layers:1,2", 40)));
     let error = refused.map(|_| ()).expect_err("refused").to_string();

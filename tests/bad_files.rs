@@ -10,7 +10,7 @@ use std::{
 };
 
 use proptest::{collection::vec, prelude::*, sample::Index, test_runner::TestRunner};
-use simlayer::{Model, ModelParams, Session, SessionParams, gguf::Gguf};
+use simlayer::{AddBos, Model, ModelParams, Session, SessionParams, Special, gguf::Gguf};
 use simlayer_testkit::{
     PeakAlloc, RandomModel, Vocabulary,
     gguf::{Field, GgufFile, Meta},
@@ -199,8 +199,7 @@ fn what_llama_cpp_loads_loads() {
     let place = Place::new();
     let logits = |file: &mut GgufFile| {
         let model = place.load(&file.to_bytes()).unwrap();
-        let mut params = SessionParams::default();
-        params.n_threads = 1;
+        let params = SessionParams { n_threads: 1, ..SessionParams::default() };
         Session::new(&model, params).unwrap().prefill(&[1, 5, 9, 40]).unwrap().to_vec()
     };
     let plain = logits(&mut random().gguf());
@@ -347,9 +346,9 @@ fn with(file: &mut GgufFile, change: impl FnOnce(&mut GgufFile)) -> &mut GgufFil
 /// What a small model is asked for once it has loaded: what can abort later must have been refused before.
 fn run(model: &Model) -> Result<(), String> {
     let failed = |error: &dyn std::error::Error| error.to_string();
-    let tokens = model.vocab().tokenize("the word \n\u{e9}", true, true).map_err(|error| failed(&error))?;
-    let mut params = SessionParams::default();
-    params.n_threads = 1;
+    let tokens =
+        model.vocab().tokenize("the word \n\u{e9}", AddBos::Yes, Special::Parse).map_err(|error| failed(&error))?;
+    let params = SessionParams { n_threads: 1, ..SessionParams::default() };
     let mut session = Session::new(model, params).map_err(|error| failed(&error))?;
     session.prefill(&tokens).map_err(|error| failed(&error))?;
     session.decode(tokens[0]).map_err(|error| failed(&error))?;

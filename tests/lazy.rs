@@ -49,7 +49,7 @@ fn check_scores(model: &Model, path: &Path, tokens: &[Token]) {
     for (window, last, theirs) in upstream_scores(path, tokens) {
         for (layer_major, flash_attn) in [(true, false), (false, false), (true, true)] {
             let mut params = lazy_f16("threshold:1", window);
-            params.lazy.n_last = last;
+            params.lazy.n_queries = last;
             params.layer_major = layer_major;
             params.flash_attn = flash_attn;
             let mut session = session(model, params);
@@ -321,7 +321,7 @@ fn check_rotation(model: &Model, tokens: &[Token], policy: &str, window: usize) 
     let run = |rotate, ty| {
         let mut params = lazy_f16(policy, window);
         (params.type_k, params.type_v) = (ty, ty);
-        (params.lazy_type_k, params.lazy_type_v) = (Some(ty), Some(ty));
+        (params.lazy.type_k, params.lazy.type_v) = (Some(ty), Some(ty));
         // Chunk-major, so that no scratch in f16 takes part.
         (params.kv_rotate, params.layer_major) = (rotate, false);
         logits(model, &params, prompt, decoded)
@@ -384,7 +384,7 @@ impl Beside {
         let start = self.session.n_past();
         for (i, &token) in tokens.iter().enumerate() {
             theirs = self.step(token);
-            if i + lazy_params.n_last < tokens.len() {
+            if i + lazy_params.n_queries < tokens.len() {
                 continue;
             }
             let query = start + i;
@@ -424,7 +424,7 @@ impl Beside {
 fn lazy_f32(policy: &str, n_window: usize) -> SessionParams {
     let mut params = lazy_f16(policy, n_window);
     (params.type_k, params.type_v) = (Type::F32, Type::F32);
-    (params.lazy_type_k, params.lazy_type_v) = (Some(Type::F32), Some(Type::F32));
+    (params.lazy.type_k, params.lazy.type_v) = (Some(Type::F32), Some(Type::F32));
     (params.flash_attn, params.layer_major) = (false, false);
     params
 }
@@ -456,8 +456,8 @@ fn output_scores_are_the_change_of_hidden_states() {
     let (path, model, n_vocab) = random_model(folder.path(), 5);
     let tokens = Rng::new(21).tokens(N, n_vocab);
     let mut params = lazy_f32("output:0.4", WINDOW);
-    params.lazy.n_last = 7;
-    let (n_sink, first) = (params.lazy.n_sink, N - params.lazy.n_last);
+    params.lazy.n_queries = 7;
+    let (n_sink, first) = (params.lazy.n_sink, N - params.lazy.n_queries);
     // Hidden states of the scored queries behind each layer, when one layer is restricted.
     let hidden = |restricted: Option<usize>| -> Vec<Vec<Vec<f32>>> {
         let mut reference = Reference::load(&path, model.hparams());

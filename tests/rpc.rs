@@ -85,10 +85,12 @@ fn connect(address: &str) -> Vec<Device> {
 
 /// The model with the last `layers` (the output counts as one) shared out evenly over the devices.
 fn load_on(path: &Path, devices: &[Device], layers: Option<usize>) -> Model {
-    let mut params = ModelParams::default();
-    params.devices = Some(devices.to_vec());
-    params.tensor_split = vec![1.0; devices.len()];
-    params.gpu_layers = layers;
+    let params = ModelParams {
+        devices: Some(devices.to_vec()),
+        tensor_split: vec![1.0; devices.len()],
+        gpu_layers: layers,
+        ..ModelParams::default()
+    };
     Model::load(path, &params).unwrap_or_else(|error| panic!("{error}"))
 }
 

@@ -7,7 +7,7 @@ use std::{
 
 use simlayer::{
     chat::{ChatTemplate, Message},
-    vocab::{SpecialToken, Token, Utf8Stream, Vocab, VocabError, VocabKind},
+    vocab::{AddBos, Special, SpecialToken, Token, Utf8Stream, Vocab, VocabError, VocabKind},
 };
 use simlayer_testkit::{
     RandomModel, Rng, UpstreamRef, Vocabulary,
@@ -90,10 +90,10 @@ fn tokens_are_those_of_llama_cpp() {
     let texts = texts();
     let bytes: Vec<&[u8]> = texts.iter().map(|text| text.as_bytes()).collect();
     let reference = UpstreamRef::new();
-    for (add_special, parse_special) in [(true, true), (false, false)] {
-        let expected = reference.tokenize(&smollm2_path(), &bytes, add_special, parse_special);
-        let tokens: Vec<_> =
-            texts.iter().map(|text| vocab.tokenize(text, add_special, parse_special).unwrap()).collect();
+    for (add_bos, special) in [(AddBos::Yes, Special::Parse), (AddBos::No, Special::Text)] {
+        let (adds, parses) = (add_bos == AddBos::Yes, special == Special::Parse);
+        let expected = reference.tokenize(&smollm2_path(), &bytes, adds, parses);
+        let tokens: Vec<_> = texts.iter().map(|text| vocab.tokenize(text, add_bos, special).unwrap()).collect();
         for ((text, tokens), expected) in texts.iter().zip(&tokens).zip(&expected) {
             assert_eq!(tokens, expected, "{text:?}");
         }
@@ -115,7 +115,7 @@ fn bytes_that_are_no_text_tokenize_alike() {
     let bytes: Vec<&[u8]> = texts.iter().map(Vec::as_slice).collect();
     let expected = UpstreamRef::new().tokenize(&smollm2_path(), &bytes, true, true);
     for (text, expected) in texts.iter().zip(expected) {
-        assert_eq!(vocab.tokenize_bytes(text, true, true).unwrap(), expected, "{text:?}");
+        assert_eq!(vocab.tokenize_bytes(text, AddBos::Yes, Special::Parse).unwrap(), expected, "{text:?}");
     }
 }
 
@@ -128,7 +128,7 @@ fn tokens_give_the_text_back() {
     let texts: Vec<_> = texts().into_iter().filter(whole).collect();
     assert!(texts.len() >= 200, "{}", texts.len());
     for text in texts {
-        let tokens = vocab.tokenize(&text, false, true).unwrap();
+        let tokens = vocab.tokenize(&text, AddBos::No, Special::Parse).unwrap();
         assert_eq!(vocab.detokenize(&tokens, true).unwrap(), text);
         // Token by token, as a stream shows it.
         let mut stream = Utf8Stream::default();
@@ -242,7 +242,7 @@ fn runs(n: usize) -> [(&'static str, Vec<u8>); 10] {
 fn tokenize_on_a_small_stack(vocab: &Vocab, text: Vec<u8>) -> Result<Vec<Token>, VocabError> {
     let vocab = vocab.clone();
     let thread = std::thread::Builder::new().stack_size(256 << 10);
-    thread.spawn(move || vocab.tokenize_bytes(&text, false, false)).unwrap().join().unwrap()
+    thread.spawn(move || vocab.tokenize_bytes(&text, AddBos::No, Special::Text)).unwrap().join().unwrap()
 }
 
 /// llama.cpp overflows its stack at some 26,000 characters; below that it must say the same.
@@ -267,7 +267,7 @@ fn long_runs_are_split_as_llama_cpp_splits_them() {
             // Here short runs only stay on the caller's stack.
             let tokens = tokenize_on_a_small_stack(&vocab, text.clone()).unwrap();
             assert!(tokens == expected, "{name}: {:?}", String::from_utf8_lossy(text));
-            assert!(vocab.tokenize_bytes(text, false, false).unwrap() == expected, "{name}");
+            assert!(vocab.tokenize_bytes(text, AddBos::No, Special::Text).unwrap() == expected, "{name}");
         }
     }
 }
@@ -339,15 +339,15 @@ fn many_special_tokens_are_split_as_llama_cpp_splits_them() {
         file.set("tokenizer.ggml.tokens", Meta::array(tokens)).set("tokenizer.ggml.token_type", Meta::array(types));
         file.set("tokenizer.ggml.pre", pre).set("general.name", name).write(&path);
         let vocab = Vocab::load(&path).unwrap();
-        for parse_special in [true, false] {
-            let expected = reference.tokenize(&path, &bytes, false, parse_special);
+        for special in [Special::Parse, Special::Text] {
+            let expected = reference.tokenize(&path, &bytes, false, special == Special::Parse);
             for (text, expected) in texts.iter().zip(expected) {
-                assert!(vocab.tokenize(text, false, parse_special).unwrap() == expected, "{pre}, {name}: {text:?}");
+                assert!(vocab.tokenize(text, AddBos::No, special).unwrap() == expected, "{pre}, {name}: {text:?}");
             }
         }
         // Ten million characters.
         let start = cpu_seconds();
-        let tokens = vocab.tokenize(&"a<|im_start|>".repeat(770_000), false, true).unwrap();
+        let tokens = vocab.tokenize(&"a<|im_start|>".repeat(770_000), AddBos::No, Special::Parse).unwrap();
         let took = cpu_seconds() - start;
         assert_eq!(tokens.len(), 2 * 770_000);
         assert!(took < 60.0, "{pre}: {took:.1} s");

@@ -9,7 +9,7 @@
 mod common;
 
 use common::{load, plain, session, story, unquantized::smollm2_f32_path};
-use simlayer::{KvRotate, SessionParams, Token, ggml::Type};
+use simlayer::{AddBos, KvRotate, SessionParams, Special, Token, ggml::Type};
 use simlayer_testkit::{UpstreamRef, workspace_root};
 
 const N_PREFILL: usize = 2_000;
@@ -48,7 +48,7 @@ fn what_each_type_costs() {
     let model = load(&path);
     // The demo's story, and the text that profiles are made on.
     let calibration = std::fs::read_to_string(workspace_root().join("src/quality/calibration.txt")).expect("the text");
-    let mut calibration = model.vocab().tokenize(&calibration, true, false).expect("tokens");
+    let mut calibration = model.vocab().tokenize(&calibration, AddBos::Yes, Special::Text).expect("tokens");
     calibration.truncate(N_PREFILL + N_SCORE);
     let texts = [story(&model, N_PREFILL + N_SCORE), calibration];
     // Over both texts.
@@ -62,7 +62,7 @@ fn what_each_type_costs() {
 
     let lazy = |k, v| {
         let mut params = common::lazy_f16(LAZY, 1024);
-        (params.lazy_type_k, params.lazy_type_v) = (Some(k), Some(v));
+        (params.lazy.type_k, params.lazy.type_v) = (Some(k), Some(v));
         params
     };
     let all = |k, v| {

@@ -176,15 +176,18 @@ impl Context {
         let limits = Limits { n_ctx, n_ctx_seq, n_batch, n_ubatch, n_seq_max, kv_unified: params.kv_unified };
 
         let (type_k, type_v) = (cache_type(params.type_k)?, cache_type(params.type_v)?);
-        let mut session_params = SessionParams::default();
-        session_params.n_ctx = n_ctx_seq;
-        session_params.n_ubatch = n_ubatch;
-        session_params.n_threads = threads(params.n_threads);
-        session_params.n_threads_batch = threads(params.n_threads_batch);
-        (session_params.type_k, session_params.type_v) = (type_k, type_v);
-        // llama-server reads a prompt's last few tokens apart, to make a checkpoint before them.
-        session_params.split_prompts = true;
-        session_params.flash_attn = params.flash_attn_type != sys::LLAMA_FLASH_ATTN_TYPE_DISABLED;
+        let session_params = SessionParams {
+            n_ctx: n_ctx_seq,
+            n_ubatch,
+            n_threads: threads(params.n_threads),
+            n_threads_batch: threads(params.n_threads_batch),
+            type_k,
+            type_v,
+            // llama-server reads a prompt's last few tokens apart, to make a checkpoint before them.
+            split_prompts: true,
+            flash_attn: params.flash_attn_type != sys::LLAMA_FLASH_ATTN_TYPE_DISABLED,
+            ..SessionParams::default()
+        };
         let session = match &model.engine {
             Some(engine) => Some(start(&model, engine, params, session_params)?),
             None => None,
@@ -276,7 +279,6 @@ fn start(
             model.note_lazy();
         }
         session.lazy = settings.lazy;
-        (session.lazy_type_k, session.lazy_type_v) = (settings.type_k, settings.type_v);
         Session::new(&engine, session)
     };
     match with(LazySettings::from_environment()) {

@@ -84,9 +84,7 @@ impl Model {
         if params.check_tensors {
             check_tensors(&file)?;
         }
-        let mut load = ModelParams::default();
-        load.repack = params.use_extra_bufts;
-        load.overrides = overrides;
+        let mut load = ModelParams { repack: params.use_extra_bufts, overrides, ..ModelParams::default() };
         let (engine, vocab, hparams) = if params.vocab_only || params.no_alloc {
             check_vocab(&file)?;
             // The vocabulary of the engine's own loader, without the weights.

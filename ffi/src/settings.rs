@@ -11,16 +11,13 @@ use crate::log;
 #[derive(Debug, Clone)]
 pub(crate) struct LazySettings {
     pub lazy: LazyParams,
-    pub type_k: Option<Type>,
-    pub type_v: Option<Type>,
 }
 
 impl LazySettings {
     /// Without any lazy layer: what a frontend that knows nothing of simlayer gets.
     pub fn off() -> LazySettings {
-        let mut lazy = LazyParams::default();
-        lazy.policy = Policy::Off;
-        LazySettings { lazy, type_k: None, type_v: None }
+        let lazy = LazyParams { policy: Policy::Off, ..LazyParams::default() };
+        LazySettings { lazy }
     }
 
     pub fn may_be_lazy(&self) -> bool {
@@ -40,12 +37,12 @@ impl LazySettings {
         read("SIMLAYER_WINDOW", |text| number(text, 1).map(|n| lazy.n_window = n));
         read("SIMLAYER_SLACK", |text| number(text, 0).map(|n| lazy.n_slack = n));
         read("SIMLAYER_WINDOWS", |text| text.parse().map_err(to_text).map(|windows| lazy.windows = windows));
-        read("SIMLAYER_QUERIES", |text| number(text, 1).map(|n| lazy.n_last = n));
+        read("SIMLAYER_QUERIES", |text| number(text, 1).map(|n| lazy.n_queries = n));
         read("SIMLAYER_AT", |text| parse_at(text).map(|at| lazy.at = at));
         read("SIMLAYER_PREFILL", |text| parse_prefill(text).map(|mode| lazy.prefill = Some(mode)));
-        let mut types = (None, None);
-        read("SIMLAYER_LAZY_TYPE", |text| parse_types(text).map(|(k, v)| types = (Some(k), Some(v))));
-        (settings.type_k, settings.type_v) = types;
+        read("SIMLAYER_LAZY_TYPE", |text| {
+            parse_types(text).map(|(k, v)| (lazy.type_k, lazy.type_v) = (Some(k), Some(v)))
+        });
         settings
     }
 }

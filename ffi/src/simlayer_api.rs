@@ -3,7 +3,10 @@
 use std::ffi::c_char;
 
 use ggml_sys as sys;
-use simlayer::lazy::{At, LayerWindows, LazyParams, PrefillMode};
+use simlayer::{
+    LayerKind,
+    lazy::{At, LayerWindows, LazyParams, Policy, PrefillMode},
+};
 
 use crate::{
     batch::sequence,
@@ -98,9 +101,8 @@ fn chars<const N: usize>(text: &str) -> Result<[u8; N]> {
     Ok(chars)
 }
 
-fn to_c(settings: &LazySettings) -> Result<Params> {
-    let lazy = &settings.lazy;
-    let lazy_type = match (settings.type_k, settings.type_v) {
+fn to_c(lazy: &LazyParams) -> Result<Params> {
+    let lazy_type = match (lazy.type_k, lazy.type_v) {
         (None, None) => String::new(),
         (k, v) => format!("{}/{}", k.map_or("q4_0", |ty| ty.name()), v.map_or("q4_0", |ty| ty.name())),
     };
@@ -110,7 +112,7 @@ fn to_c(settings: &LazySettings) -> Result<Params> {
         lazy_type: chars(&lazy_type)?,
         n_sink: lazy.n_sink as u32,
         n_window: lazy.n_window as u32,
-        n_queries: lazy.n_last as u32,
+        n_queries: lazy.n_queries as u32,
         at: match lazy.at {
             At::Prefill => 0,
             At::Decode => 1,
@@ -124,14 +126,14 @@ fn to_c(settings: &LazySettings) -> Result<Params> {
 }
 
 /// What the struct cannot say is as it was.
-fn from_c(params: &Params, was: &LazyParams) -> Result<LazySettings> {
+fn from_c(params: &Params, was: &LazyParams) -> Result<LazyParams> {
     let mut lazy = was.clone();
     lazy.policy = text_of(&params.lazy, "lazy")?.parse()?;
     if lazy.policy != was.policy {
         // They may be a profile's, which chose them for its layers.
         lazy.windows = LayerWindows::default();
     }
-    (lazy.n_sink, lazy.n_window, lazy.n_last) =
+    (lazy.n_sink, lazy.n_window, lazy.n_queries) =
         (params.n_sink as usize, params.n_window as usize, params.n_queries as usize);
     lazy.at = match params.at {
         0 => At::Prefill,
@@ -151,8 +153,8 @@ fn from_c(params: &Params, was: &LazyParams) -> Result<LazySettings> {
             Err(why) => fail!("lazy_type: {why}"),
         },
     };
-    let (type_k, type_v) = types.unzip();
-    Ok(LazySettings { lazy, type_k, type_v })
+    (lazy.type_k, lazy.type_v) = types.unzip();
+    Ok(lazy)
 }
 
 #[unsafe(no_mangle)]
@@ -171,7 +173,7 @@ extern "C" fn simlayer_last_error() -> *const c_char {
 unsafe extern "C" fn simlayer_default_params(params: *mut Params) -> i32 {
     guard("simlayer_default_params", -1, || {
         // SAFETY: the caller's struct.
-        unsafe { write_struct(params, &to_c(&LazySettings::off())?, "params") }?;
+        unsafe { write_struct(params, &to_c(&LazySettings::off().lazy)?, "params") }?;
         Ok(0)
     })
 }
@@ -183,10 +185,9 @@ unsafe extern "C" fn simlayer_get_params(ctx: *mut sys::llama_context, params: *
     guard("simlayer_get_params", -1, || {
         let context = CONTEXTS.get(ctx)?;
         let mut state = context.lock();
-        let (lazy, type_k, type_v) = session(&mut state)?.lazy_params();
-        let settings = LazySettings { lazy: lazy.clone(), type_k, type_v };
+        let lazy = session(&mut state)?.lazy_params();
         // SAFETY: the caller's struct.
-        unsafe { write_struct(params, &to_c(&settings)?, "params") }?;
+        unsafe { write_struct(params, &to_c(lazy)?, "params") }?;
         Ok(0)
     })
 }
@@ -199,18 +200,17 @@ unsafe extern "C" fn simlayer_set_params(ctx: *mut sys::llama_context, params: *
         let context = CONTEXTS.get(ctx)?;
         let mut state = context.lock();
         let session = session(&mut state)?;
-        let (lazy, type_k, type_v) = session.lazy_params();
-        let lazy = lazy.clone();
+        let was = session.lazy_params().clone();
         // What the caller's struct lacks stays as it is.
-        let mut all = to_c(&LazySettings { lazy: lazy.clone(), type_k, type_v })?;
+        let mut all = to_c(&was)?;
         // SAFETY: the caller's struct; as many bytes are copied as both have.
         unsafe {
             let size = size_of_struct(params, "params")?.min(size_of::<Params>());
             std::ptr::copy_nonoverlapping(params.cast::<u8>(), (&raw mut all).cast::<u8>(), size);
         }
-        let settings = from_c(&all, &lazy)?;
-        let may_be_lazy = settings.may_be_lazy();
-        session.set_lazy(settings.lazy, settings.type_k, settings.type_v)?;
+        let lazy = from_c(&all, &was)?;
+        let may_be_lazy = lazy.policy != Policy::Off;
+        session.set_lazy(lazy)?;
         if may_be_lazy {
             context.model.note_lazy();
         }
@@ -254,9 +254,9 @@ unsafe extern "C" fn simlayer_get_layers(
         let out = unsafe { slice_mut(layers.cast::<u8>(), n * layer_size, "layers") }?;
         for (to, report) in out.chunks_exact_mut(layer_size).zip(&reports) {
             let kind = match report.kind {
-                "lazy" => 1,
-                "window" => 2,
-                _ => 0,
+                LayerKind::Full => 0,
+                LayerKind::Lazy => 1,
+                LayerKind::Window => 2,
             };
             let layer = Layer {
                 index: report.index as i32,

@@ -11,7 +11,7 @@ use std::{
 };
 
 use libfuzzer_sys::fuzz_target;
-use simlayer::{Model, ModelParams, Session, SessionParams};
+use simlayer::{AddBos, Model, ModelParams, Session, SessionParams, Special};
 use simlayer_testkit::{RandomModel, RopeScaling, Vocabulary, WeightType, gguf::GgufFile, gguf::Meta};
 
 fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
@@ -22,12 +22,11 @@ fuzz_target!(init: write_seeds(), |bytes: &[u8]| {
 });
 
 fn run(model: &Model) -> Result<(), Box<dyn std::error::Error>> {
-    let tokens = model.vocab().tokenize("ab c\n", true, true)?;
+    let tokens = model.vocab().tokenize("ab c\n", AddBos::Yes, Special::Parse)?;
     for token in 0..model.vocab().n_tokens() {
         model.vocab().piece(token as i32, true);
     }
-    let mut params = SessionParams::default();
-    params.n_threads = 1;
+    let params = SessionParams { n_threads: 1, ..SessionParams::default() };
     let mut session = Session::new(model, params)?;
     session.prefill(&tokens)?;
     session.decode(tokens[0])?;

@@ -1,6 +1,9 @@
 //! The block of memory that holds a layer's keys and values, and in which format.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use super::{Lease, Meter};
 use crate::ggml::{BufferType, Context, Error, Graph, Tensor, Type};
@@ -37,6 +40,11 @@ impl Format {
             KvRotate::Always => true,
         };
         Format { k, v, rotate_k: rotates(k), rotate_v: rotates(v) }
+    }
+
+    /// Bytes of a token's key and value of `width` elements each.
+    pub fn row_bytes(self, width: usize) -> usize {
+        self.k.row_bytes(width) + self.v.row_bytes(width)
     }
 
     /// The same rows in f16, rotated alike: queries can then attend to both.
@@ -98,6 +106,31 @@ impl Store {
     /// A number that no other store ever has: graphs that refer to a store's memory are told apart by it.
     pub fn id(&self) -> u64 {
         self.id
+    }
+
+    /// Appends the bytes of rows: the keys of all ranges, then the values.
+    pub fn read_rows(&self, ranges: &[Range<usize>], to: &mut Vec<u8>) {
+        for rows in [&self.k, &self.v] {
+            let row_bytes = rows.strides()[1];
+            for range in ranges {
+                let start = to.len();
+                to.resize(start + range.len() * row_bytes, 0);
+                rows.read(range.start * row_bytes, &mut to[start..]);
+            }
+        }
+    }
+
+    /// Writes what [`Store::read_rows`] read.
+    pub fn write_rows(&self, ranges: &[Range<usize>], from: &[u8]) {
+        let mut from = from;
+        for rows in [&self.k, &self.v] {
+            let row_bytes = rows.strides()[1];
+            for range in ranges {
+                let (bytes, rest) = from.split_at(range.len() * row_bytes);
+                rows.write(range.start * row_bytes, bytes);
+                from = rest;
+            }
+        }
     }
 
     /// Rows `0..n` of a tensor of this store as `[head size, n, KV heads]`, the form in which attention reads them.

@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 use self::faithful::Conversation;
 use crate::{
     ggml,
-    vocab::{Token, Vocab, VocabError},
+    vocab::{AddBos, Special, Token, Vocab, VocabError},
 };
 
 /// What can go wrong while a conversation is formatted.
@@ -200,7 +200,7 @@ impl ChatTemplate {
     /// # Errors
     /// [`ChatError::Vocab`].
     pub fn tokenize(&self, vocab: &Vocab, prompt: &str) -> Result<Vec<Token>, ChatError> {
-        let mut tokens = vocab.tokenize(prompt, false, true)?;
+        let mut tokens = vocab.tokenize(prompt, AddBos::No, Special::Parse)?;
         if let Some(bos) = vocab.bos()
             && vocab.adds_bos()
             && tokens.first() != Some(&bos)

@@ -1,7 +1,11 @@
+//! Attention of a ubatch's tokens over their sequences' caches, which they are written to; and its scores.
+
 use super::{
-    inputs::{Inputs, Keys, Part},
-    second_look::{SCORE_NAME, likeness},
-    sequence::{LayerCache, StoreMaker},
+    batch::Part,
+    inputs::{Inputs, Keys},
+    layer::LayerCache,
+    score::{SCORE_NAME, Score, Taken},
+    setup::{Kernel, LayerPlan, Setup},
 };
 use crate::{
     cache::{Span, Store},
@@ -9,34 +13,16 @@ use crate::{
     model::{Attention, AttentionOptions},
 };
 
-/// Rows that attention reads are rounded up to this many, so that a decode graph serves as many steps (as in llama.cpp).
-pub(super) const ROWS_STEP: usize = 256;
-
 /// Intermediate results of a score are kept below this many bytes, by scoring a few KV heads at a time.
 const SCORE_BYTES: usize = 64 << 20;
-
-/// How attention is computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kernel {
-    /// Our own operation.
-    Fused,
-    /// ggml's operation.
-    Flash,
-    /// Products and a softmax, with the matrix of all weights between them.
-    Separate,
-}
 
 /// Attention of a ubatch over the caches of its sequences.
 pub(super) struct CacheAttention<'a> {
     pub inputs: &'a mut Inputs,
     pub parts: &'a [Part],
     /// For each part the layers' caches of its sequence.
-    pub caches: Vec<&'a [LayerCache]>,
-    /// For each layer what its stores are made from.
-    pub makers: &'a [StoreMaker],
-    /// What each layer would keep if it was lazy.
-    pub spans: &'a [Span],
-    pub head_size: usize,
+    pub caches: &'a [&'a [LayerCache]],
+    pub setup: &'a Setup,
     pub look: Look,
     /// The layers' scores, where they are of attention mass.
     pub scores: Vec<Score>,
@@ -50,33 +36,6 @@ pub(super) enum Look {
     First { scored: bool },
     /// The tokens are in stores that keep all, and attend to this span of them, or to everything.
     Again(Option<Span>),
-}
-
-/// A layer's score, as a graph computes it.
-pub(super) struct Score {
-    pub part: usize,
-    pub layer: usize,
-    pub taken: Taken,
-}
-
-pub(super) enum Taken {
-    /// Attention masses `[1, n_score, heads]`, of a few heads each.
-    Masses(Vec<Tensor>),
-    /// Hidden states `[n_embd, n]` behind the layer, as they are, and as they were if it was lazy.
-    Outputs { full: Tensor, restricted: Tensor, n: usize },
-}
-
-impl Score {
-    /// 1 or less; the higher, the lazier.
-    pub fn value(&self) -> f32 {
-        match &self.taken {
-            Taken::Masses(masses) => {
-                let masses: Vec<f32> = masses.iter().flat_map(Tensor::to_f32).collect();
-                (masses.iter().map(|&mass| f64::from(mass)).sum::<f64>() / masses.len().max(1) as f64) as f32
-            }
-            Taken::Outputs { full, restricted, n } => likeness(&full.to_f32(), &restricted.to_f32(), *n),
-        }
-    }
 }
 
 impl Attention for CacheAttention<'_> {
@@ -102,6 +61,14 @@ impl Attention for CacheAttention<'_> {
 }
 
 impl CacheAttention<'_> {
+    fn plan(&self, layer: usize) -> &LayerPlan {
+        &self.setup.layers[layer].plan
+    }
+
+    fn head_size(&self) -> usize {
+        self.setup.model.hparams().head_size
+    }
+
     fn attend_part(
         &mut self,
         graph: &Graph,
@@ -113,9 +80,8 @@ impl CacheAttention<'_> {
     ) -> Tensor {
         let part = self.parts[index];
         let layers: &[LayerCache] = self.caches[index];
-        let (cache, maker) = (&layers[layer], &self.makers[layer]);
-        let rotations = &maker.rotations;
-        let format = cache.store().expect("room was reserved before the graph is built").format;
+        let (cache, rotations) = (&layers[layer], &self.setup.layers[layer].rotations);
+        let format = store(cache).format;
         let (mut q, mut k, mut v) = (slice(graph, q, &part), slice(graph, k, &part), slice(graph, v, &part));
         if format.rotate_k {
             q = rotations.rotate_key(graph, &q);
@@ -139,8 +105,8 @@ impl CacheAttention<'_> {
 
         // Several tokens read their own keys as they come and are written afterwards where a ring would overwrite rows
         // that an earlier one's window still holds, or where the newest tokens of a quantised cache are to be exact.
-        let overwrites = cache.span().is_some_and(|span| part.n_past + part.n > span.n_rows());
-        let write_first = part.n == 1 || !(overwrites || cache.exact().is_some());
+        let overwrites = cache.span.is_some_and(|span| part.n_past + part.n > span.n_rows());
+        let write_first = part.n == 1 || !(overwrites || cache.exact.is_some());
         if write_first {
             self.write(graph, index, cache, &own);
         }
@@ -150,9 +116,8 @@ impl CacheAttention<'_> {
             graph.expand(&attended);
             self.write(graph, index, cache, &own);
         }
-        if self.look == (Look::First { scored: true }) && part.n_score > 0 && cache.span().is_none() {
-            let kept = self.spans[layer];
-            self.score(graph, (index, layer), cache, &own.queries, kept, options);
+        if self.look == (Look::First { scored: true }) && part.n_score > 0 && cache.span.is_none() {
+            self.score(graph, (index, layer), cache, &own.queries, options);
         }
         joined(attended)
     }
@@ -167,20 +132,20 @@ impl CacheAttention<'_> {
         span: Option<Span>,
         options: &AttentionOptions<'_>,
     ) -> Tensor {
-        let (part, maker) = (self.parts[index], &self.makers[layer]);
-        let store = cache.store().expect("room was reserved before the graph is built");
+        let (part, store) = (self.parts[index], store(cache));
         let n_rows = cache.rows_read(part.n_past + part.n);
-        let mask = self.inputs.mask(graph, &part, index, &[Keys::All { span, n_rows }], maker.apart());
-        let [k, v] = [&store.k, &store.v].map(|rows| Store::heads(graph, rows, self.head_size, n_rows));
-        attention(graph, maker, queries, [&k, &v], &mask, options)
+        let device = self.plan(layer).apart;
+        let mask = self.inputs.mask(graph, &part, index, &[Keys::All { span, n_rows }], device);
+        let [k, v] = [&store.k, &store.v].map(|rows| Store::heads(graph, rows, self.head_size(), n_rows));
+        attention(graph, self.plan(layer), queries, [&k, &v], &mask, options)
     }
 
     /// Writes the tokens' rows into the layer's stores.
     fn write(&mut self, graph: &Graph, index: usize, cache: &LayerCache, own: &Own) {
         let part = self.parts[index];
         let stores = [
-            cache.store().map(|store| (store, cache.span())),
-            cache.exact().map(|exact| (&exact.store, Some(exact.span))),
+            cache.store.as_ref().map(|store| (store, cache.span)),
+            cache.exact.as_ref().map(|exact| (&exact.store, Some(exact.span))),
         ];
         for (store, span) in stores.into_iter().flatten() {
             for (own, stored) in [(&own.k, &store.k), (&own.v, &store.v)] {
@@ -213,23 +178,27 @@ impl CacheAttention<'_> {
         has_own: bool,
         options: &AttentionOptions<'_>,
     ) -> Tensor {
-        let (part, span, maker) = (self.parts[index], cache.span(), &self.makers[layer]);
+        let (part, span, head_size) = (self.parts[index], cache.span, self.head_size());
+        let (kernel, device) = (self.plan(layer).kernel, self.plan(layer).apart);
         // Rounded as they will be stored. Not quantised though: that would lose more than is needed.
         let rounded = |rows: &Tensor, stored: &Tensor| match stored.ty() {
             Type::F32 => rows.clone(),
             ty if ty.is_quantized() => graph.cast(rows, Type::F16),
             ty => graph.cast(rows, ty),
         };
-        let own_rows =
-            cache.store().filter(|_| !has_own).map(|store| (rounded(&own.k, &store.k), rounded(&own.v, &store.v)));
+        let own_rows = cache
+            .store
+            .as_ref()
+            .filter(|_| !has_own)
+            .map(|store| (rounded(&own.k, &store.k), rounded(&own.v, &store.v)));
         let mut groups: Vec<(&Tensor, &Tensor, Keys)> = Vec::new();
-        if let Some(store) = cache.store() {
+        if let Some(store) = &cache.store {
             let n_past = part.n_past;
             let n_rows = if has_own { cache.rows_read(n_past + part.n) } else { cache.used_rows(n_past) };
-            let exact = cache.exact().map(|exact| exact.span);
+            let exact = cache.exact.as_ref().map(|exact| exact.span);
             groups.push((&store.k, &store.v, Keys::Stored { span, n_rows, has_own, exact }));
         }
-        if let Some(exact) = cache.exact() {
+        if let Some(exact) = &cache.exact {
             let keys = Keys::Exact { span, exact: exact.span, has_own };
             groups.push((&exact.store.k, &exact.store.v, keys));
         }
@@ -240,9 +209,9 @@ impl CacheAttention<'_> {
             groups.push((k, v, Keys::Own { span, n: part.n }));
         }
         let keys: Vec<Keys> = groups.iter().map(|(.., keys)| *keys).collect();
-        let mask = self.inputs.mask(graph, &part, index, &keys, maker.apart());
-        let heads = |rows: &Tensor, keys: &Keys| Store::heads(graph, rows, self.head_size, keys.n_rows());
-        if maker.kernel == Kernel::Fused {
+        let mask = self.inputs.mask(graph, &part, index, &keys, device);
+        let heads = |rows: &Tensor, keys: &Keys| Store::heads(graph, rows, head_size, keys.n_rows());
+        if kernel == Kernel::Fused {
             let mut first = 0;
             let views: Vec<[Tensor; 3]> = groups
                 .iter()
@@ -258,10 +227,10 @@ impl CacheAttention<'_> {
         }
         match &groups[..] {
             [(k, v, keys)] if has_own => {
-                attention(graph, maker, &own.queries, [&heads(k, keys), &heads(v, keys)], &mask, options)
+                attention(graph, self.plan(layer), &own.queries, [&heads(k, keys), &heads(v, keys)], &mask, options)
             }
             groups => {
-                // In one piece, behind each other: ggml's operations know one tensor only.
+                // In one piece, one after the other: ggml's operations know one tensor only.
                 let joined = |tensor: fn(&(&Tensor, &Tensor, Keys)) -> Tensor| {
                     let parts = groups
                         .iter()
@@ -270,10 +239,10 @@ impl CacheAttention<'_> {
                     let n = all.shape()[1];
                     // What ggml reads of a cache that is not f32.
                     let is_f32 = groups.iter().all(|group| tensor(group).ty() == Type::F32);
-                    Store::heads(graph, &if is_f32 { all } else { graph.cast(&all, Type::F16) }, self.head_size, n)
+                    Store::heads(graph, &if is_f32 { all } else { graph.cast(&all, Type::F16) }, head_size, n)
                 };
                 let (k, v) = (joined(|group| group.0.clone()), joined(|group| group.1.clone()));
-                attention(graph, maker, &own.queries, [&k, &v], &mask, options)
+                attention(graph, self.plan(layer), &own.queries, [&k, &v], &mask, options)
             }
         }
     }
@@ -286,7 +255,6 @@ impl CacheAttention<'_> {
         (index, layer): (usize, usize),
         cache: &LayerCache,
         queries: &Tensor,
-        kept: Span,
         options: &AttentionOptions<'_>,
     ) {
         let Part { n, n_past, n_score, .. } = self.parts[index];
@@ -294,18 +262,17 @@ impl CacheAttention<'_> {
         graph.expand(queries);
         let first_node = graph.n_nodes();
         let n_rows = cache.rows_read(n_past + n);
-        let store = cache.store().expect("room was reserved before the graph is built");
-        let keys = Store::heads(graph, &store.k, self.head_size, n_rows);
-        let apart = self.makers[layer].apart();
+        let keys = Store::heads(graph, &store(cache).k, self.head_size(), n_rows);
+        let LayerPlan { apart, lazy_span, kernel, .. } = *self.plan(layer);
         let stored = Keys::Stored { span: None, n_rows, has_own: true, exact: None };
         let mask = self.inputs.mask(graph, &self.parts[index], index, &[stored], apart);
-        let kept = self.inputs.kept(graph, &self.parts[index], index, kept, n_rows, apart);
+        let kept = self.inputs.kept(graph, &self.parts[index], index, lazy_span, n_rows, apart);
         let mask = graph.rows(&mask, n - n_score, n_score);
         let [head_size, _, heads, _] = queries.shape();
         let [_, token_bytes, head_bytes, _] = queries.strides();
         let first = (n - n_score) * token_bytes;
         let queries = graph.view(queries, [head_size, n_score, heads], [token_bytes, head_bytes], first);
-        let masses = if self.makers[layer].kernel == Kernel::Fused {
+        let masses = if kernel == Kernel::Fused {
             vec![fused_mass(graph, &queries, &keys, &kept, &mask, options)]
         } else {
             masses(graph, &queries, &keys, &kept, &mask, options)
@@ -321,6 +288,11 @@ impl CacheAttention<'_> {
     }
 }
 
+/// The store of a layer whose tokens have room.
+fn store(cache: &LayerCache) -> &Store {
+    cache.store.as_ref().expect("room was reserved before the graph is built")
+}
+
 /// Attention by our own operation. → `[value size, heads, tokens]`
 fn fused(graph: &Graph, queries: &Tensor, segments: &[KvSegment<'_>], options: &AttentionOptions<'_>) -> Tensor {
     let AttentionOptions { scale, softcap, sinks } = *options;
@@ -330,22 +302,22 @@ fn fused(graph: &Graph, queries: &Tensor, segments: &[KvSegment<'_>], options: &
 /// Attention to keys and values in one piece, on the layer's device. → `[head size, heads, tokens]`
 fn attention(
     graph: &Graph,
-    maker: &StoreMaker,
+    plan: &LayerPlan,
     queries: &Tensor,
     [keys, values]: [&Tensor; 2],
     mask: &Tensor,
     options: &AttentionOptions<'_>,
 ) -> Tensor {
     let place = |node: Tensor| {
-        if let Some(device) = maker.apart() {
+        if let Some(device) = plan.apart {
             graph.place(&node, device);
         }
         node
     };
-    if maker.kernel == Kernel::Fused {
+    if plan.kernel == Kernel::Fused {
         return fused(graph, queries, &[KvSegment { k: keys, v: values, mask: Some(mask) }], options);
     }
-    if maker.kernel == Kernel::Flash {
+    if plan.kernel == Kernel::Flash {
         let AttentionOptions { scale, softcap, sinks } = *options;
         // As llama.cpp does it, so that the logits are its own.
         let halved = |rows: &Tensor| if rows.ty() == Type::F32 { graph.cast(rows, Type::F16) } else { rows.clone() };

@@ -1,32 +1,11 @@
 //! A graph's input tensors and what they are filled with before each run.
 
+use super::batch::Part;
 use crate::{
     cache::Span,
     ggml::{Device, Graph, Tensor, Type},
     vocab::Token,
 };
-
-/// The tokens of one sequence in a ubatch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Part {
-    /// Index of its first token in the ubatch.
-    pub first: usize,
-    pub n: usize,
-    /// Tokens of the sequence before these.
-    pub n_past: usize,
-    /// Last tokens of these whose attention is scored; 0 for none.
-    pub n_score: usize,
-    /// Behind the sink, exact stores hold no position before this one.
-    pub exact_from: usize,
-}
-
-impl Part {
-    /// Its scored tokens as a part of their own, at the same place.
-    pub fn scored(self) -> Part {
-        let others = self.n - self.n_score;
-        Part { first: self.first + others, n: self.n_score, n_past: self.n_past + others, n_score: 0, ..self }
-    }
-}
 
 /// Rows of keys that a part's tokens attend to.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -108,7 +87,7 @@ enum Fill {
     KeyPositions { part: usize, keys: Vec<Keys> },
 }
 
-/// Behind every position.
+/// After every position.
 const NOWHERE: f32 = (1u32 << 30) as f32;
 
 /// What a device computes by itself from positions: of the rows of `keys`, for each query that is not among the first
@@ -227,7 +206,7 @@ impl Inputs {
         };
         let n_rows = keys.iter().map(|keys| keys.n_rows()).sum();
         let positions = match keys[..] {
-            // A row's number is its position; what was not written yet is behind every query.
+            // A row's number is its position; what was not written yet is after every query.
             [Keys::Stored { span: None, exact: None, .. } | Keys::All { .. }] => place(graph.arange(n_rows)),
             _ => self.input(graph, Type::F32, &[n_rows], Fill::KeyPositions { part: index, keys: keys.clone() }),
         };
@@ -240,8 +219,8 @@ impl Inputs {
         let Some(Span { n_sink, n_window, .. }) = span else { return later };
         // Not among the newest `n_window`, the query's own counted, and not of the sink.
         let old = place(graph.step(&place(graph.scale_bias(&ahead, -1.0, 0.5 - n_window as f32))));
-        let behind_sink = place(graph.step(&place(graph.scale_bias(&positions, 1.0, 0.5 - n_sink as f32))));
-        place(graph.add(&later, &place(graph.mul(&old, &behind_sink))))
+        let after_sink = place(graph.step(&place(graph.scale_bias(&positions, 1.0, 0.5 - n_sink as f32))));
+        place(graph.add(&later, &place(graph.mul(&old, &after_sink))))
     }
 
     /// Fills every input that the graph really reads.
@@ -403,10 +382,10 @@ mod tests {
                 Keys::Stored { span, n_rows, has_own, exact }
             };
             let in_exact = |has_own| exact.map(|exact| Keys::Exact { span, exact, has_own });
-            let mut behind = vec![stored(n_past, false)];
-            behind.extend(in_exact(false));
-            behind.push(Keys::Own { span, n });
-            prop_assert_eq!(seen(&part, &behind), expected(&part, span));
+            let mut own_apart = vec![stored(n_past, false)];
+            own_apart.extend(in_exact(false));
+            own_apart.push(Keys::Own { span, n });
+            prop_assert_eq!(seen(&part, &own_apart), expected(&part, span));
 
             // Once their own rows are written, rings serve one token; a store that keeps all serves as many as come.
             let part = Part { n: if span.is_some() || exact.is_some() { 1 } else { n }, ..part };

@@ -5,9 +5,8 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::{
-    Error,
-    sequence::rows_of_span,
-    session::{SessionParams, kernel, lazy_format, lazy_span},
+    error::Error,
+    setup::{LayerPlan, SessionParams, kernel},
 };
 use crate::{
     cache::{Format, Span},
@@ -29,7 +28,7 @@ pub struct DevicePlan {
     pub weight_bytes: usize,
     /// Bytes of the caches with no layer lazy.
     pub kv_bytes: usize,
-    /// Bytes of the caches behind a prompt that fills the context. Where the rule decides by the prompt which layers are
+    /// Bytes of the caches after a prompt that fills the context. Where the rule decides by the prompt which layers are
     /// lazy, those of any device are assumed to be as many as their share; `None` where it decides how many, too.
     pub lazy_kv_bytes: Option<usize>,
     /// Memory of the device that is free now.
@@ -50,16 +49,15 @@ impl DevicePlan {
 pub fn plan(path: &Path, model: &ModelParams, session: &SessionParams) -> Result<Vec<DevicePlan>, Error> {
     let Planned { hparams, placement, weights } = Model::plan(path, model)?;
     let n_ctx = if session.n_ctx == 0 { hparams.n_ctx_train } else { session.n_ctx };
-    let scorable = hparams.windows.iter().filter(|window| window.is_none()).count();
+    let scorable = hparams.n_scorable();
     let share = lazy_share(&session.lazy.policy, scorable);
     let mut devices = vec![Device::cpu()];
     devices.extend(placement.devices());
     let plans = devices.into_iter().map(|device| {
         let layers: Vec<usize> = (0..hparams.n_layer).filter(|&layer| placement.layer(layer) == device).collect();
         let kernel = kernel(session, &hparams, device);
-        let rows = |span: Span| n_ctx.min(rows_of_span(span, kernel, device));
-        let caches = layers.iter().map(|&layer| layer_bytes(layer, n_ctx, &rows, &hparams, session));
-        let caches: Vec<[usize; 2]> = caches.collect();
+        let plan = |&layer: &usize| LayerPlan::new(session, &hparams, layer, device, kernel);
+        let caches: Vec<[usize; 2]> = layers.iter().map(|layer| layer_bytes(&plan(layer), n_ctx, &hparams)).collect();
         let lazy_bytes = |share: f64| {
             let bytes = layers.iter().zip(&caches).map(|(layer, [full, lazy])| {
                 let share = match &session.lazy.policy {
@@ -83,23 +81,14 @@ pub fn plan(path: &Path, model: &ModelParams, session: &SessionParams) -> Result
     Ok(plans.collect())
 }
 
-/// Bytes of a layer's cache of `n_ctx` tokens, full and lazy; `rows` says how many rows a span takes.
-fn layer_bytes(
-    layer: usize,
-    n_ctx: usize,
-    rows: &dyn Fn(Span) -> usize,
-    hparams: &Hparams,
-    session: &SessionParams,
-) -> [usize; 2] {
-    let width = hparams.head_size * hparams.n_head_kv;
-    let bytes = |rows: usize, format: Format| rows * (format.k.row_bytes(width) + format.v.row_bytes(width));
-    let active = Format::new(session.type_k, session.type_v, session.kv_rotate);
-    if let Some(n_window) = hparams.windows[layer] {
-        let span = Span { n_sink: 0, n_window, n_slack: session.lazy.n_slack };
-        return [bytes(rows(span), active); 2];
+/// Bytes of a layer's cache of `n_ctx` tokens, full and lazy.
+fn layer_bytes(plan: &LayerPlan, n_ctx: usize, hparams: &Hparams) -> [usize; 2] {
+    let bytes = |rows: usize, format: Format| rows * format.row_bytes(hparams.kv_width());
+    let restricted = |span: Span, format: Format| bytes(n_ctx.min(plan.rows(span)), format);
+    match plan.by_design {
+        Some(span) => [restricted(span, plan.active); 2],
+        None => [bytes(n_ctx, plan.active), restricted(plan.lazy_span, plan.lazy)],
     }
-    let span = lazy_span(&session.lazy, layer);
-    [bytes(n_ctx, active), bytes(rows(span), lazy_format(session, hparams.head_size))]
 }
 
 /// The share of `scorable` layers that becomes lazy, where the rule alone says so.

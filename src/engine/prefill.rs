@@ -10,18 +10,20 @@
 use std::ops::Range;
 
 use super::{
-    Error,
-    attention::Score,
-    inputs::{Inputs, Part},
-    second_look::SecondLook,
-    sequence::{LayerCache, Sequence},
-    session::{BatchEntry, Outputs, Session, compute, piece_ends, single_part},
+    batch::{BatchEntry, Part, pieces},
+    error::Error,
+    executor::Executor,
+    inputs::Inputs,
+    layer::LayerCache,
+    sequence::Sequence,
+    sequences::Sequences,
+    setup::Setup,
+    step::{Step, Stretch},
 };
 use crate::{
     cache::{Format, Lease, Meter},
-    ggml::{self, Context, Device, Graph, Tensor, Type},
-    lazy::{At, Policy, Selector},
-    model::LayerStep,
+    ggml::{Context, Device, Tensor, Type},
+    lazy::{At, Selector},
 };
 
 /// Rows of logits that are computed at once.
@@ -59,265 +61,186 @@ impl Hidden {
     }
 }
 
-/// What [`Session::group_graph`] builds.
-struct GroupGraph {
-    graph: Graph,
-    parts: [Part; 1],
-    /// Rows of the piece that are carried on behind the group.
-    outputs: Vec<i32>,
-    scores: Vec<Score>,
-    looks: Vec<SecondLook>,
+/// Reads a prompt into a sequence, which is emptied before.
+pub(super) fn prefill(
+    setup: &Setup,
+    executor: &mut Executor,
+    sequences: &mut Sequences,
+    entry: &BatchEntry<'_>,
+    progress: &mut dyn FnMut(f32),
+) -> Result<(), Error> {
+    sequences.clear(entry.seq, executor);
+    let mut sequence = Sequence::new(setup);
+    let read = read_layers(setup, executor, &mut sequence, entry, progress);
+    let hidden = read.inspect_err(|_| executor.forget())?;
+    let done = add_output(setup, executor, entry, &hidden);
+    drop(hidden);
+    executor.forget();
+    done?;
+    if entry.prompt_end {
+        let n_rows = executor.logits.len() / setup.model.hparams().n_vocab;
+        sequence.set_mark(entry, n_rows, setup, executor);
+    }
+    sequences.put(entry.seq, Some(sequence), executor);
+    Ok(())
 }
 
-impl Session {
-    pub(super) fn prefill_layer_major(
-        &mut self,
-        entry: &BatchEntry<'_>,
-        progress: &mut dyn FnMut(f32),
-    ) -> Result<(), Error> {
-        self.decode_graph = None;
-        self.sequences.remove(&entry.seq);
-        let mut sequence = self.new_sequence();
-        let done = self.read_layers(entry, &mut sequence, progress);
-        match done {
-            Ok(hidden) => {
-                self.sequences.insert(entry.seq, sequence);
-                let logits = self.output_logits(entry, &hidden);
-                drop(hidden);
-                ggml::release_free_memory();
-                match logits {
-                    Ok(()) if entry.prompt_end => {
-                        self.set_mark(entry, self.logits.len() / self.model.hparams().n_vocab)
-                    }
-                    Ok(()) => {}
-                    Err(_) => self.seq_clear(entry.seq),
-                }
-                logits
-            }
-            Err(error) => Err(error),
+/// The prompt through all layers; what it leaves the last one with.
+fn read_layers(
+    setup: &Setup,
+    executor: &mut Executor,
+    sequence: &mut Sequence,
+    entry: &BatchEntry<'_>,
+    progress: &mut dyn FnMut(f32),
+) -> Result<Vec<Hidden>, Error> {
+    let (params, n_tokens) = (&setup.params, entry.tokens.len());
+    let hparams = setup.model.hparams();
+    let device = |layer: usize| setup.layers[layer].plan.device;
+    let piece = |tokens| Hidden::new(hparams.n_embd, tokens, device(0), &setup.meter);
+    let pieces = pieces(n_tokens, params.n_ubatch, params.lazy.n_queries);
+    let mut hidden = pieces.into_iter().map(piece).collect::<Result<Vec<Hidden>, Error>>()?;
+    let n_score = match params.lazy.at {
+        At::Prefill if setup.scores_end(entry) => setup.n_score(n_tokens, n_tokens, At::Prefill),
+        _ => 0,
+    };
+    let mut selector = setup.selector();
+    for group in setup.groups.iter().cloned() {
+        // Before the layers' scratches are there.
+        hidden.iter_mut().try_for_each(|piece| piece.move_to(device(group.start), &setup.meter))?;
+        let prompt = Prompt { setup, entry, group: group.clone(), hidden: &hidden, n_score };
+        let scores = prompt.read(executor, sequence, &mut |piece| {
+            progress((group.start as f32 + piece * group.len() as f32) / hparams.n_layer as f32);
+        })?;
+        for (index, score) in group.zip(scores) {
+            settle(setup, executor, sequence, (index, score), entry, &mut selector)?;
         }
     }
+    sequence.append(entry.tokens);
+    sequence.place.scored = (n_score, n_tokens);
+    sequence.place.score_next = params.lazy.at == At::Decode && entry.prompt_end;
+    Ok(hidden)
+}
 
-    fn read_layers(
-        &mut self,
-        entry: &BatchEntry<'_>,
+/// Moves a layer's scratch to its final store, and shrinks the layer that becomes lazy now, if any does.
+fn settle(
+    setup: &Setup,
+    executor: &mut Executor,
+    sequence: &mut Sequence,
+    (index, score): (usize, Option<f32>),
+    entry: &BatchEntry<'_>,
+    selector: &mut Selector,
+) -> Result<(), Error> {
+    let n_tokens = entry.tokens.len();
+    sequence.layers[index].score = score.or(sequence.layers[index].score);
+    // The shrinking comes first: it makes room for the final store of this layer. Where this layer is the one, it
+    // shrinks straight from the scratch, so that nothing is quantised twice.
+    if entry.prompt_end {
+        sequence.decide(index, score, n_tokens, selector, setup, executor)?;
+    }
+    sequence.layers[index].keep_scratch(n_tokens, &setup.layers[index], &mut executor.scheduler)?;
+    Ok(())
+}
+
+/// A prompt on its way through a group of layers.
+struct Prompt<'a> {
+    setup: &'a Setup,
+    entry: &'a BatchEntry<'a>,
+    group: Range<usize>,
+    hidden: &'a [Hidden],
+    n_score: usize,
+}
+
+/// A piece of the prompt on its way.
+struct Piece {
+    step: Step,
+    part: [Part; 1],
+    /// Rows of the piece that are carried on after the group.
+    rows: Vec<i32>,
+}
+
+impl Prompt<'_> {
+    /// All pieces through the group, over scratch stores that [`settle`] moves to their final places. The layers' scores,
+    /// when they were asked for.
+    fn read(
+        &self,
+        executor: &mut Executor,
         sequence: &mut Sequence,
-        progress: &mut dyn FnMut(f32),
-    ) -> Result<Vec<Hidden>, Error> {
-        let n_tokens = entry.tokens.len();
-        let n_layer = self.model.hparams().n_layer;
-        let ends = piece_ends(n_tokens, self.params.n_ubatch, self.params.lazy.n_last);
-        let n_embd = self.model.hparams().n_embd;
-        let piece = |tokens| Hidden::new(n_embd, tokens, self.makers[0].device, &self.meter);
-        let mut hidden = pieces(&ends).map(piece).collect::<Result<Vec<Hidden>, Error>>()?;
-        let n_score = match self.params.lazy.at {
-            At::Prefill if self.scores_end(entry) => self.n_score(n_tokens, n_tokens, At::Prefill),
-            _ => 0,
-        };
-        let mut selector = self.selector();
-        for group in self.groups(&sequence.layers) {
-            // Before the layers' scratches are there.
-            hidden.iter_mut().try_for_each(|piece| piece.move_to(self.makers[group.start].device, &self.meter))?;
-            let scores = self.read_group(entry, sequence, group.clone(), &hidden, n_score, &mut |piece| {
-                progress((group.start as f32 + piece * group.len() as f32) / n_layer as f32);
-            })?;
-            for (index, score) in group.zip(scores) {
-                self.settle(entry, sequence, index, score, &mut selector)?;
-            }
-        }
-        sequence.append(entry.tokens);
-        sequence.scored = (n_score, n_tokens);
-        sequence.score_next = self.params.lazy.at == At::Decode && entry.prompt_end;
-        Ok(hidden)
-    }
-
-    /// The layers, in groups that are read together: neighbours on one device.
-    fn groups(&self, layers: &[LayerCache]) -> Vec<Range<usize>> {
-        let n_layer = layers.len();
-        let lazy = &self.params.lazy;
-        let none_shrinks = lazy.policy == Policy::Off || lazy.windowed_prefill();
-        let scratch_stays = none_shrinks && layers.iter().all(|layer| layer.format == Format::F16);
-        let mut groups: Vec<Range<usize>> = Vec::new();
-        for index in 0..n_layer {
-            let maker = &self.makers[index];
-            let at_most = match maker.apart() {
-                None => 1,
-                Some(_) if scratch_stays => n_layer,
-                Some(_) => n_layer / 8,
-            };
-            match groups.last_mut() {
-                Some(group) if group.len() < at_most && self.makers[group.start].device == maker.device => {
-                    group.end = index + 1;
-                }
-                _ => groups.push(index..index + 1),
-            }
-        }
-        groups
-    }
-
-    /// All pieces through a group of layers, over scratch stores that `settle` moves to their final places. The layers'
-    /// scores, when they were asked for.
-    fn read_group(
-        &mut self,
-        entry: &BatchEntry<'_>,
-        sequence: &mut Sequence,
-        group: Range<usize>,
-        hidden: &[Hidden],
-        n_score: usize,
         progress: &mut dyn FnMut(f32),
     ) -> Result<Vec<Option<f32>>, Error> {
-        let n_tokens = entry.tokens.len();
+        let n_tokens = self.entry.tokens.len();
         let layers = &mut sequence.layers;
-        for index in group.clone() {
+        for index in self.group.clone() {
             let layer = &mut layers[index];
-            let scratch = self.makers[index].make(layer.used_rows(n_tokens), layer.span(), Format::F16)?;
+            let scratch = self.setup.layers[index].make(layer.used_rows(n_tokens), layer.span, Format::F16)?;
             layer.put_scratch(scratch);
         }
 
         // The last graphs are the largest. Where memory grew with each, a device would free and take it a hundred times.
-        let maker = &self.makers[group.start];
-        let is_new = group.start == 0 || self.makers[group.start - 1].device != maker.device;
-        if is_new && maker.apart().is_some() {
-            for piece in &hidden[hidden.len().saturating_sub(2)..] {
-                let ready = self.group_graph(entry, layers, &group, piece, n_score, &mut Inputs::default());
-                self.scheduler.alloc(&ready.graph)?;
+        let plan = |index: usize| &self.setup.layers[index].plan;
+        let first = self.group.start;
+        let is_new = first == 0 || plan(first - 1).device != plan(first).device;
+        if is_new && plan(first).apart.is_some() {
+            for hidden in &self.hidden[self.hidden.len().saturating_sub(2)..] {
+                let piece = self.piece(hidden, layers, Inputs::default());
+                executor.scheduler.alloc(&piece.step.graph)?;
             }
         }
-        let mut values = vec![None; group.len()];
+        let mut scores = vec![None; self.group.len()];
         let mut inputs = Inputs::default();
-        for piece in hidden {
+        for hidden in self.hidden {
             // Built while the device computes the piece before.
             inputs.clear();
-            let mut ready = self.group_graph(entry, layers, &group, piece, n_score, &mut inputs);
-            self.scheduler.alloc(&ready.graph)?;
-            inputs.fill(&ready.parts, &entry.tokens[piece.tokens.clone()], &ready.outputs);
-            ready.looks.iter_mut().for_each(SecondLook::fill);
-            if ready.scores.is_empty() {
-                self.scheduler.start(&ready.graph)?;
-            } else {
-                compute(&mut self.scheduler, &ready.graph, &ready.scores, &mut self.score_time)?;
+            let Piece { mut step, part, rows } = self.piece(hidden, layers, inputs);
+            executor.scheduler.alloc(&step.graph)?;
+            let tokens = &self.entry.tokens[hidden.tokens.clone()];
+            for scored in executor.start(&mut step, &part, tokens, &rows)? {
+                scores[scored.layer - first] = Some(scored.value);
             }
-            for score in &ready.scores {
-                values[score.layer - group.start] = Some(score.value());
-            }
-            progress(piece.tokens.end as f32 / n_tokens as f32);
+            inputs = step.inputs;
+            progress(hidden.tokens.end as f32 / n_tokens as f32);
         }
-        self.scheduler.release();
-        Ok(values)
+        // The last graph would keep the scratches.
+        executor.forget();
+        Ok(scores)
     }
 
-    /// A piece of the prompt through a group of layers, whose scratches are there.
-    fn group_graph(
-        &self,
-        entry: &BatchEntry<'_>,
-        layers: &[LayerCache],
-        group: &Range<usize>,
-        Hidden { states, tokens: piece, .. }: &Hidden,
-        n_score: usize,
-        inputs: &mut Inputs,
-    ) -> GroupGraph {
-        let n_layer = self.model.hparams().n_layer;
-        let ends_prompt = piece.end == entry.tokens.len();
-        let n_score = if ends_prompt { n_score.min(piece.len()) } else { 0 };
-        let parts: [Part; 1] = single_part(piece.len(), piece.start, n_score);
-        let graph = self.new_graph(1024 * group.len());
-        let positions = inputs.positions(&graph, piece.len());
+    /// A piece through the group, whose scratches are there.
+    fn piece(&self, Hidden { states, tokens: piece, .. }: &Hidden, layers: &[LayerCache], inputs: Inputs) -> Piece {
+        let n_tokens = self.entry.tokens.len();
+        let n_score = if piece.end == n_tokens { self.n_score.min(piece.len()) } else { 0 };
+        let part = [Part { first: 0, n: piece.len(), n_past: piece.start, n_score, exact_from: 0 }];
         // Of the last layer only the tokens with outputs are carried on; all have their keys and values stored.
-        let first_wanted = match entry.outputs {
-            _ if group.end < n_layer => 0,
-            Outputs::All => 0,
-            Outputs::Last if ends_prompt => piece.len() - 1,
-            _ => piece.len(),
+        let wanted = match self.group.end == self.setup.layers.len() {
+            true => self.entry.outputs.rows(n_tokens).start.clamp(piece.start, piece.end) - piece.start..piece.len(),
+            false => 0..piece.len(),
         };
-        let outputs: Vec<i32> = (first_wanted..piece.len()).map(|row| row as i32).collect();
-        let keep = (first_wanted > 0).then(|| inputs.outputs(&graph, outputs.len().max(1)));
-        let (mut looks, mut looked) = (self.second_looks(&parts), Vec::new());
-        let n_ctx = self.params.n_ctx;
-        let mut behind = match group.start {
-            0 => self.model.architecture().embed(&graph, &inputs.tokens(&graph, piece.len())),
-            _ => states.clone(),
+        let stretch = Stretch {
+            layers: self.group.clone(),
+            parts: &part,
+            caches: &[layers],
+            entering: Some(states).filter(|_| self.group.start > 0),
+            n_wanted: wanted.len(),
         };
-        let mut attention = self.attention(inputs, &parts, vec![layers]);
-        for index in group.clone() {
-            let keep = keep.as_ref().filter(|_| index + 1 == n_layer);
-            let step = LayerStep { index, hidden: &behind, positions: &positions, keep, n_ctx };
-            let result = self.model.architecture().layer(&graph, &step, &mut attention);
-            for look in &mut looks {
-                let whole = Some(&result).filter(|_| keep.is_none());
-                looked.extend(self.look_again(&graph, look, &[layers], index, &behind, whole));
-            }
-            behind = result;
+        let step = self.setup.step(&stretch, inputs);
+        if !wanted.is_empty() {
+            let leaving = step.graph.rows(states, wanted.start, wanted.len());
+            step.graph.expand(&step.graph.copy(&step.hidden, &leaving));
         }
-        let mut scores = attention.scores;
-        scores.extend(looked);
-        if !outputs.is_empty() {
-            graph.expand(&graph.copy(&behind, &graph.rows(states, first_wanted, outputs.len())));
-        }
-        GroupGraph { graph, parts, outputs, scores, looks }
-    }
-
-    /// Moves a layer's scratch to its final store, and shrinks the layer that becomes lazy now, if any does.
-    fn settle(
-        &mut self,
-        entry: &BatchEntry<'_>,
-        sequence: &mut Sequence,
-        index: usize,
-        score: Option<f32>,
-        selector: &mut Selector,
-    ) -> Result<(), Error> {
-        let n_tokens = entry.tokens.len();
-        let format = self.lazy_format;
-        sequence.layers[index].score = score.or(sequence.layers[index].score);
-        let known = entry.prompt_end && selector.is_known_lazy(index);
-        let lazy = match score {
-            Some(score) if entry.prompt_end => selector.scored(index, score),
-            _ => known.then_some(index),
-        };
-        // The shrinking comes first: it makes room for the final store of this layer. Where this layer is the one, it
-        // shrinks straight from the scratch, so that nothing is quantised twice.
-        if let Some(lazy) = lazy {
-            let layer: &mut LayerCache = &mut sequence.layers[lazy];
-            if layer.is_active() {
-                layer.make_lazy(n_tokens, self.spans[lazy], format, &self.makers[lazy], &mut self.scheduler)?;
-            }
-        }
-        sequence.layers[index].keep_scratch(n_tokens, &self.makers[index], &mut self.scheduler)?;
-        Ok(())
-    }
-
-    fn output_logits(&mut self, entry: &BatchEntry<'_>, hidden: &[Hidden]) -> Result<(), Error> {
-        let n_tokens = entry.tokens.len();
-        let n_vocab = self.model.hparams().n_vocab;
-        let first = match entry.outputs {
-            Outputs::None => n_tokens,
-            Outputs::Last => n_tokens - 1,
-            Outputs::All => 0,
-        };
-        for Hidden { states, tokens: piece, .. } in hidden {
-            for start in (first.max(piece.start)..piece.end).step_by(OUTPUT_ROWS) {
-                let n = OUTPUT_ROWS.min(piece.end - start);
-                let graph = self.new_graph(32);
-                let states = graph.rows(states, start - piece.start, n);
-                let logits = self.model.architecture().output(&graph, &states).as_output();
-                graph.expand(&logits);
-                let embeddings = logits.multiplied().filter(|_| self.wants_embeddings).map(Tensor::as_output);
-                self.scheduler.alloc(&graph)?;
-                self.scheduler.compute(&graph)?;
-                let filled = self.logits.len();
-                self.logits.resize(filled + n * n_vocab, 0.0);
-                logits.read(0, &mut self.logits[filled..]);
-                if let Some(embeddings) = embeddings {
-                    self.embeddings.extend(embeddings.to_f32());
-                }
-            }
-        }
-        // The last graph would keep the hidden states.
-        self.scheduler.release();
-        Ok(())
+        Piece { step, part, rows: wanted.map(|row| row as i32).collect() }
     }
 }
 
-fn pieces(ends: &[usize]) -> impl Iterator<Item = Range<usize>> {
-    let starts = std::iter::once(0).chain(ends.iter().copied());
-    starts.zip(ends.iter().copied()).map(|(start, end)| start..end)
+/// Computes the rows of results of what has left the last layer.
+fn add_output(setup: &Setup, executor: &mut Executor, entry: &BatchEntry<'_>, hidden: &[Hidden]) -> Result<(), Error> {
+    let first = entry.outputs.rows(entry.tokens.len()).start;
+    for Hidden { states, tokens: piece, .. } in hidden {
+        for start in (first.max(piece.start)..piece.end).step_by(OUTPUT_ROWS) {
+            let n = OUTPUT_ROWS.min(piece.end - start);
+            let graph = setup.graph(32);
+            let rows = graph.rows(states, start - piece.start, n);
+            let output = setup.output(&graph, &rows, executor.wants_embeddings);
+            executor.run_output(&graph, &output)?;
+        }
+    }
+    Ok(())
 }

@@ -1,6 +1,6 @@
 //! From the policies that need a model's profile to a fixed set of layers.
 
-use super::Error;
+use super::error::Error;
 use crate::{
     lazy::{LazyParams, Policy, Profile, Target},
     model::Model,

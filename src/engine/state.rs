@@ -16,22 +16,24 @@ use std::{
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::{
-    Error,
-    sequence::{LayerCache, Sequence},
-    session::{SeqId, Session},
+    error::Error,
+    layer::{Exact, LayerCache},
+    mark::Place,
+    sequence::Sequence,
+    setup::Setup,
 };
 use crate::{
     cache::{Format, Span},
-    ggml::Type,
-    model::FINGERPRINT_BYTES,
+    ggml::{self, Type},
+    model::{FINGERPRINT_BYTES, Hparams},
     vocab::Token,
 };
 
 const MAGIC: [u8; 8] = *b"SIMLAYER";
 const VERSION: u32 = 2;
 /// Magic, version, length.
-const HEADER_BYTES: usize = 8 + 4 + 8;
-const CHECKSUM_BYTES: usize = 8;
+pub(super) const HEADER_BYTES: usize = 8 + 4 + 8;
+pub(super) const CHECKSUM_BYTES: usize = 8;
 
 /// Why a saved state was refused. Nothing is changed then.
 #[derive(Debug, thiserror::Error)]
@@ -130,7 +132,7 @@ pub(super) struct LayerHeader {
     score: Option<f32>,
     pub span: Option<Span>,
     pub format: Format,
-    /// Behind the sink, the rows are those of no position before this one; 0 while nothing was dropped.
+    /// After the sink, the rows are those of no position before this one; 0 while nothing was dropped.
     pub held_from: usize,
     rows: usize,
     /// What the layer's exact store keeps, where it has one.
@@ -217,10 +219,7 @@ fn read_span(from: &mut Reader<'_>) -> Result<Option<Span>, StateError> {
 /// A state whose header and checksum are right.
 pub(super) struct State<'a> {
     pub kind: Kind,
-    pub n_past: usize,
-    exact_from: usize,
-    score_next: bool,
-    scored: (usize, usize),
+    pub place: Place,
     pub tokens: Vec<Token>,
     /// The layers.
     rest: Reader<'a>,
@@ -234,174 +233,120 @@ pub(super) struct LayerRows<'a> {
     pub exact: &'a [u8],
 }
 
-impl<'a> State<'a> {
-    /// Puts what is not the layers' into a sequence.
-    pub fn settle(&self, sequence: &mut Sequence) {
-        sequence.n_past = self.n_past;
-        (sequence.exact_from, sequence.score_next, sequence.scored) = (self.exact_from, self.score_next, self.scored);
-        sequence.tokens.clone_from(&self.tokens);
-        sequence.behind.clear();
+/// Bytes of a state of a sequence, or of none.
+pub(super) fn bytes(hparams: &Hparams, sequence: Option<&Sequence>, kind: Kind) -> usize {
+    let sizes = 1 + FINGERPRINT_BYTES + 4 + hparams.architecture.len() + 4 * 4;
+    let mut bytes = HEADER_BYTES + sizes + 8 + 8 + 1 + 8 + 8 + CHECKSUM_BYTES;
+    if let Some(sequence) = sequence {
+        let width = hparams.kv_width();
+        let layer = |layer: &LayerCache| {
+            let header = LayerHeader::of(layer, sequence.n_past(), kind);
+            let exact_rows = header.exact.map_or(0, Span::n_rows);
+            let rows = header.rows * header.format.row_bytes(width);
+            LayerHeader::BYTES + rows + exact_rows * header.format.exact().row_bytes(width)
+        };
+        bytes += size_of_val(&sequence.tokens[..]) + sequence.layers.iter().map(layer).sum::<usize>();
     }
-
-    /// The layers' rows, in order, checked against what a model's layers can keep.
-    pub fn layers(&mut self, session: &Session) -> Result<Vec<LayerRows<'a>>, StateError> {
-        let n_layer = session.model.hparams().n_layer;
-        let layers = (0..n_layer).map(|index| session.read_layer(self, index)).collect::<Result<_, _>>()?;
-        if self.rest.rest.is_empty() { Ok(layers) } else { Err(TOO_LONG) }
-    }
+    bytes
 }
 
-impl Session {
-    /// Bytes that [`Session::save_seq`] writes.
-    pub fn seq_state_bytes(&self, seq: SeqId) -> usize {
-        self.state_bytes(seq, Kind::Whole)
+/// Writes a state of a sequence, or of none.
+pub(super) fn save(setup: &Setup, sequence: Option<&Sequence>, kind: Kind, to: &mut dyn Write) -> io::Result<()> {
+    let hparams = setup.model.hparams();
+    let mut to = Writer { to, hash: Xxh3Default::new() };
+    to.bytes(&MAGIC)?;
+    to.u32(VERSION)?;
+    to.u64(bytes(hparams, sequence, kind))?;
+
+    to.u8(u8::from(kind == Kind::Partial))?;
+    to.bytes(setup.model.fingerprint())?;
+    to.u32(hparams.architecture.len() as u32)?;
+    to.bytes(hparams.architecture.as_bytes())?;
+    for size in [hparams.n_layer, hparams.n_embd, hparams.kv_width(), hparams.head_size] {
+        to.u32(size as u32)?;
     }
-
-    pub(super) fn state_bytes(&self, seq: SeqId, kind: Kind) -> usize {
-        HEADER_BYTES + self.body_bytes(seq, kind) + CHECKSUM_BYTES
+    let Place { n_past, exact_from, scored: (n_scored, scored_at), score_next } =
+        sequence.map_or_else(Place::default, |sequence| sequence.place);
+    to.u64(n_past)?;
+    to.u64(exact_from)?;
+    to.u8(u8::from(score_next))?;
+    to.u64(n_scored)?;
+    to.u64(scored_at)?;
+    let tokens = sequence.map_or(&[][..], |sequence| &sequence.tokens);
+    to.bytes(&tokens.iter().flat_map(|token| token.to_le_bytes()).collect::<Vec<u8>>())?;
+    let mut buffer = Vec::new();
+    for layer in sequence.iter().flat_map(|sequence| &sequence.layers) {
+        let header = LayerHeader::of(layer, n_past, kind);
+        header.write(&mut to)?;
+        buffer.clear();
+        if let Some(store) = &layer.store {
+            store.read_rows(&header.ranges(n_past, kind), &mut buffer);
+        }
+        to.bytes(&buffer)?;
+        to.bytes(&layer.exact_rows())?;
     }
+    let checksum = to.hash.digest();
+    to.to.write_all(&checksum.to_le_bytes())
+}
 
-    fn body_bytes(&self, seq: SeqId, kind: Kind) -> usize {
-        let sizes = 1 + FINGERPRINT_BYTES + 4 + self.model.hparams().architecture.len() + 4 * 4;
-        let sizes = sizes + 8 + 8 + 1 + 8 + 8;
-        let Some(sequence) = self.sequences.get(&seq) else { return sizes };
-        let layer = |layer: &LayerCache| {
-            let header = LayerHeader::of(layer, sequence.n_past, kind);
-            let exact_rows = header.exact.map_or(0, Span::n_rows);
-            LayerHeader::BYTES
-                + header.rows * self.row_bytes(header.format)
-                + exact_rows * self.row_bytes(header.format.exact())
-        };
-        sizes + size_of_val(&sequence.tokens[..]) + sequence.layers.iter().map(layer).sum::<usize>()
+/// Bytes of the state at the beginning of `from`, as its header says.
+pub(super) fn length(from: &[u8]) -> Result<usize, StateError> {
+    let mut reader = Reader { rest: from };
+    if reader.array()? != MAGIC {
+        return Err(StateError::Damaged("it does not begin as a state of simlayer does"));
     }
-
-    /// Bytes of a token's key and value in one layer.
-    fn row_bytes(&self, format: Format) -> usize {
-        format.k.row_bytes(self.width) + format.v.row_bytes(self.width)
+    match reader.u32()? {
+        VERSION => {}
+        other => return Err(StateError::Version(other)),
     }
-
-    /// Writes a sequence: its tokens, their keys and values as they are, lazy layers with what they hold, and the scores.
-    /// The logits are not part of it.
-    ///
-    /// # Errors
-    /// When `to` cannot be written.
-    pub fn save_seq(&self, seq: SeqId, to: &mut dyn Write) -> io::Result<()> {
-        self.save_state(seq, Kind::Whole, to)
+    let length = reader.size()?;
+    if length < HEADER_BYTES + CHECKSUM_BYTES || length > from.len() {
+        return Err(StateError::Damaged("its length is not the one that its header gives"));
     }
+    Ok(length)
+}
 
-    pub(super) fn save_state(&self, seq: SeqId, kind: Kind, to: &mut dyn Write) -> io::Result<()> {
-        let hparams = self.model.hparams();
-        let mut to = Writer { to, hash: Xxh3Default::new() };
-        to.bytes(&MAGIC)?;
-        to.u32(VERSION)?;
-        to.u64(self.state_bytes(seq, kind))?;
-
-        to.u8(u8::from(kind == Kind::Partial))?;
-        to.bytes(self.model.fingerprint())?;
-        to.u32(hparams.architecture.len() as u32)?;
-        to.bytes(hparams.architecture.as_bytes())?;
-        for size in [hparams.n_layer, hparams.n_embd, self.width, hparams.head_size] {
-            to.u32(size as u32)?;
-        }
-        let sequence = self.sequences.get(&seq);
-        to.u64(sequence.map_or(0, |sequence| sequence.n_past))?;
-        to.u64(sequence.map_or(0, |sequence| sequence.exact_from))?;
-        to.u8(u8::from(sequence.is_some_and(|sequence| sequence.score_next)))?;
-        let (n_scored, scored_at) = sequence.map_or((0, 0), |sequence| sequence.scored);
-        to.u64(n_scored)?;
-        to.u64(scored_at)?;
-        let tokens = sequence.map_or(&[][..], |sequence| &sequence.tokens);
-        to.bytes(&tokens.iter().flat_map(|token| token.to_le_bytes()).collect::<Vec<u8>>())?;
-        let mut buffer = Vec::new();
-        for (layer, n_past) in sequence.iter().flat_map(|sequence| sequence.layers.iter().map(|l| (l, sequence.n_past)))
-        {
-            let header = LayerHeader::of(layer, n_past, kind);
-            header.write(&mut to)?;
-            buffer.clear();
-            if let Some(store) = &layer.store {
-                store.read_rows(&header.ranges(n_past, kind), &mut buffer);
-            }
-            to.bytes(&buffer)?;
-            to.bytes(&layer.exact_rows())?;
-        }
-        let checksum = to.hash.digest();
-        to.to.write_all(&checksum.to_le_bytes())
+/// The sequence in a whole state, `None` for an empty one, and the state's length.
+pub(super) fn read(setup: &Setup, from: &[u8]) -> Result<(Option<Sequence>, usize), StateError> {
+    let mut state = State::open(setup, from)?;
+    if state.kind == Kind::Partial {
+        return Err(mismatch("it is a checkpoint, which restores the sequence that it was made of only"));
     }
-
-    /// Bytes of the state at the beginning of `from`, as its header says.
-    ///
-    /// # Errors
-    /// When it does not begin with a header, or `from` is shorter than the header says.
-    pub fn state_length(from: &[u8]) -> Result<usize, StateError> {
-        let mut reader = Reader { rest: from };
-        if reader.array()? != MAGIC {
-            return Err(StateError::Damaged("it does not begin as a state of simlayer does"));
-        }
-        match reader.u32()? {
-            VERSION => {}
-            other => return Err(StateError::Version(other)),
-        }
-        let length = reader.size()?;
-        if length < HEADER_BYTES + CHECKSUM_BYTES || length > from.len() {
-            return Err(StateError::Damaged("its length is not the one that its header gives"));
-        }
-        Ok(length)
+    let length = state.length;
+    if state.place.n_past == 0 {
+        return if state.rest.rest.is_empty() { Ok((None, length)) } else { Err(TOO_LONG) };
     }
+    let rows = state.layers(setup)?;
+    let layer = |(index, rows)| layer_of(rows, index, state.place.n_past, setup);
+    let layers = rows.iter().enumerate().map(layer).collect::<Result<_, _>>()?;
+    Ok((Some(Sequence::of(state.place, state.tokens, layers)), length))
+}
 
-    /// Reads what [`Session::save_seq`] wrote into sequence `seq`, whose old tokens are gone then. Returns the bytes
-    /// that the state took; there may be others behind it.
-    ///
-    /// # Errors
-    /// When the state is damaged, of another model or of other cache types, does not fit the context, or memory runs
-    /// out. Nothing is changed then.
-    pub fn load_seq(&mut self, seq: SeqId, from: &[u8]) -> Result<usize, StateError> {
-        let (sequence, length) = self.read_seq(from)?;
-        self.put_seq(seq, sequence);
-        Ok(length)
-    }
+/// The layer of a whole state, in stores of its own.
+fn layer_of(saved: &LayerRows<'_>, index: usize, n_past: usize, setup: &Setup) -> Result<LayerCache, StateError> {
+    let LayerHeader { lazy, score, span, format, held_from, rows, .. } = saved.header;
+    let setup = &setup.layers[index];
+    let mut layer = LayerCache::new(span, lazy, format);
+    (layer.score, layer.held_from) = (score, held_from);
+    let store = setup.make(rows, span, format)?;
+    store.write_rows(&saved.header.ranges(n_past, Kind::Whole), saved.rows);
+    layer.store = Some(store);
+    layer.exact = Exact::new(format, setup)?;
+    layer.put_exact_rows(saved.exact);
+    Ok(layer)
+}
 
-    /// Reads several sequences, as [`Session::load_seq`] does; all sequences that there were are gone then.
-    ///
-    /// # Errors
-    /// As [`Session::load_seq`].
-    pub fn load_seqs(&mut self, states: &[(SeqId, &[u8])]) -> Result<(), StateError> {
-        let mut sequences = Vec::new();
-        for &(seq, from) in states {
-            sequences.push((seq, self.read_seq(from)?.0));
-        }
-        self.clear();
-        for (seq, sequence) in sequences {
-            self.put_seq(seq, sequence);
-        }
-        Ok(())
-    }
-
-    fn put_seq(&mut self, seq: SeqId, sequence: Option<Sequence>) {
-        self.seq_clear(seq);
-        self.sequences.extend(sequence.map(|sequence| (seq, sequence)));
-    }
-
-    /// The sequence in a state, `None` for an empty one, and the state's length.
-    fn read_seq(&mut self, from: &[u8]) -> Result<(Option<Sequence>, usize), StateError> {
-        let mut state = self.open_state(from)?;
-        if state.kind == Kind::Partial {
-            return Err(mismatch("it is a checkpoint, which restores the sequence that it was made of only"));
-        }
-        if state.n_past == 0 {
-            return if state.rest.rest.is_empty() { Ok((None, state.length)) } else { Err(TOO_LONG) };
-        }
-        let layers = state.layers(self)?;
-        let mut sequence = self.new_sequence();
-        state.settle(&mut sequence);
-        for (index, rows) in layers.iter().enumerate() {
-            sequence.layers[index] = self.layer_of(rows, index, state.n_past)?;
-        }
-        Ok((Some(sequence), state.length))
+impl<'a> State<'a> {
+    /// The layers' rows, in order, checked against what a model's layers can keep.
+    pub fn layers(&mut self, setup: &Setup) -> Result<Vec<LayerRows<'a>>, StateError> {
+        let n_layer = setup.layers.len();
+        let layers = (0..n_layer).map(|index| self.layer(setup, index)).collect::<Result<_, _>>()?;
+        if self.rest.rest.is_empty() { Ok(layers) } else { Err(TOO_LONG) }
     }
 
     /// Checks a state's header and checksum.
-    pub(super) fn open_state<'a>(&self, from: &'a [u8]) -> Result<State<'a>, StateError> {
-        let length = Session::state_length(from)?;
+    pub fn open(setup: &Setup, from: &'a [u8]) -> Result<State<'a>, StateError> {
+        let length = length(from)?;
         let (checked, checksum) = from[..length].split_at(length - CHECKSUM_BYTES);
         let mut hash = Xxh3Default::new();
         hash.update(checked);
@@ -412,7 +357,7 @@ impl Session {
         let kind = if reader.flag()? { Kind::Partial } else { Kind::Whole };
         let fingerprint: [u8; FINGERPRINT_BYTES] = reader.array()?;
 
-        let hparams = self.model.hparams();
+        let hparams = setup.model.hparams();
         let n = reader.u32()? as usize;
         let architecture = reader.bytes(n)?;
         if architecture != hparams.architecture.as_bytes() {
@@ -421,7 +366,7 @@ impl Session {
         for (name, size) in [
             ("layers", hparams.n_layer),
             ("embedding length", hparams.n_embd),
-            ("width of keys", self.width),
+            ("width of keys", hparams.kv_width()),
             ("head size", hparams.head_size),
         ] {
             let found = reader.u32()? as usize;
@@ -429,42 +374,43 @@ impl Session {
                 return Err(mismatch(format!("its model has {found} for the {name}, this one {size}")));
             }
         }
-        if fingerprint != *self.model.fingerprint() {
+        if fingerprint != *setup.model.fingerprint() {
             return Err(mismatch("it is of a model of the same shape, but with other weights (or another RoPE)"));
         }
         let n_past = reader.size()?;
-        if n_past > self.params.n_ctx {
-            return Err(mismatch(format!("it holds {n_past} tokens, the context {}", self.params.n_ctx)));
+        if n_past > setup.params.n_ctx {
+            return Err(mismatch(format!("it holds {n_past} tokens, the context {}", setup.params.n_ctx)));
         }
         let exact_from = reader.size()?.min(n_past);
         let score_next = reader.flag()?;
-        let scored = (reader.size()?.min(self.params.n_ctx), reader.size()?.min(n_past));
+        let scored = (reader.size()?.min(setup.params.n_ctx), reader.size()?.min(n_past));
         let bytes = reader.bytes(n_past * size_of::<Token>())?;
         let tokens: Vec<Token> =
             bytes.chunks_exact(4).map(|bytes| bytes.try_into().map_or(-1, Token::from_le_bytes)).collect();
         if tokens.iter().any(|&token| usize::try_from(token).map_or(true, |id| id >= hparams.n_vocab)) {
             return Err(StateError::Damaged("a token is none of the vocabulary"));
         }
-        Ok(State { kind, n_past, exact_from, score_next, scored, tokens, rest: reader, length })
+        let place = Place { n_past, exact_from, scored, score_next };
+        Ok(State { kind, place, tokens, rest: reader, length })
     }
 
-    fn read_layer<'a>(&self, state: &mut State<'a>, index: usize) -> Result<LayerRows<'a>, StateError> {
-        let (kind, n_past, reader) = (state.kind, state.n_past, &mut state.rest);
+    fn layer(&mut self, setup: &Setup, index: usize) -> Result<LayerRows<'a>, StateError> {
+        let (kind, n_past, reader) = (self.kind, self.place.n_past, &mut self.rest);
+        let (hparams, plan) = (setup.model.hparams(), &setup.layers[index].plan);
         let header = LayerHeader::read(reader)?;
         let LayerHeader { lazy, span, format, held_from, rows, exact, .. } = header;
-        let by_design = self.model.hparams().windows[index];
+        let by_design = hparams.windows[index];
         match (lazy, span) {
             (true, Some(_)) if by_design.is_none() => {}
             (false, span) if span.map(|span| (span.n_sink, span.n_window)) == by_design.map(|window| (0, window)) => {}
             _ => return Err(mismatch("what a layer keeps is not what this model's layers can keep")),
         }
-        let types_fit =
-            [format.k, format.v].iter().all(|ty| self.model.hparams().head_size.is_multiple_of(ty.block_size()));
-        if !types_fit || (!self.params.flash_attn && format.v.is_quantized()) {
+        let types_fit = [format.k, format.v].iter().all(|ty| hparams.head_size.is_multiple_of(ty.block_size()));
+        if !types_fit || (!setup.params.flash_attn && format.v.is_quantized()) {
             return Err(mismatch("a layer's cache types cannot be used here"));
         }
-        if !lazy && format != self.active_format {
-            let (found, here) = (format, self.active_format);
+        if !lazy && format != plan.active {
+            let (found, here) = (format, plan.active);
             return Err(mismatch(format!(
                 "its keys and values are {}/{}, the context's {}/{} (or are rotated otherwise)",
                 found.k, found.v, here.k, here.v
@@ -483,158 +429,22 @@ impl Session {
         if !is_held || rows != header.ranges(n_past, kind).iter().map(Range::len).sum::<usize>() {
             return Err(StateError::Damaged("a layer has another number of rows than tokens"));
         }
-        if exact != self.makers[index].exact_span_for(format) {
+        if exact != plan.exact_span_for(format) {
             return Err(mismatch("another number of newest tokens is kept in f16 beside a quantised cache"));
         }
         // Asked before memory is: a length that lies must not allocate.
         let exact_rows = exact.map_or(0, Span::n_rows);
-        let bytes = rows.checked_mul(self.row_bytes(format)).ok_or(StateError::Damaged("it ends too early"))?;
+        let bytes =
+            rows.checked_mul(format.row_bytes(hparams.kv_width())).ok_or(StateError::Damaged("it ends too early"))?;
         let rows = reader.bytes(bytes)?;
-        Ok(LayerRows { header, rows, exact: reader.bytes(exact_rows * self.row_bytes(format.exact()))? })
-    }
-
-    /// The layer of a whole state, in stores of its own.
-    fn layer_of(&self, saved: &LayerRows<'_>, index: usize, n_past: usize) -> Result<LayerCache, StateError> {
-        let LayerHeader { lazy, score, span, format, held_from, rows, .. } = saved.header;
-        let mut layer = LayerCache::new(span, lazy, format);
-        (layer.score, layer.held_from) = (score, held_from);
-        let store = self.makers[index].make(rows, span, format)?;
-        store.write_rows(&saved.header.ranges(n_past, Kind::Whole), saved.rows);
-        layer.store = Some(store);
-        layer.exact = self.makers[index].make_exact(format)?;
-        layer.put_exact_rows(saved.exact);
-        Ok(layer)
+        Ok(LayerRows { header, rows, exact: reader.bytes(exact_rows * format.exact().row_bytes(hparams.kv_width()))? })
     }
 }
 
-const TOO_LONG: StateError = StateError::Damaged("something follows behind its end");
+const TOO_LONG: StateError = StateError::Damaged("something follows after its end");
 
-impl From<crate::ggml::Error> for StateError {
-    fn from(error: crate::ggml::Error) -> StateError {
+impl From<ggml::Error> for StateError {
+    fn from(error: ggml::Error) -> StateError {
         StateError::Engine(error.into())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-    use simlayer_testkit::RandomModel;
-    use xxhash_rust::xxh3::xxh3_64;
-
-    use super::*;
-    use crate::{
-        Model, ModelParams, SessionParams,
-        engine::session::{BatchEntry, Outputs},
-        lazy::Policy,
-    };
-
-    fn session(policy: &str, ty: Type) -> Session {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("m.gguf");
-        RandomModel { n_layer: 3, ..RandomModel::tiny() }.write(&path);
-        let model = Model::load(&path, &ModelParams::default()).unwrap();
-        let mut params = SessionParams { n_ctx: 256, n_threads: 1, type_k: ty, type_v: ty, ..SessionParams::default() };
-        params.lazy.policy = policy.parse::<Policy>().unwrap();
-        (params.lazy.n_sink, params.lazy.n_window) = (2, 16);
-        Session::new(&model, params).unwrap()
-    }
-
-    fn read(session: &mut Session, seq: SeqId, tokens: std::ops::Range<i32>) {
-        let tokens: Vec<i32> = tokens.map(|token| 3 + token % 20).collect();
-        let entry = BatchEntry { seq, tokens: &tokens, outputs: Outputs::Last, prompt_end: tokens.len() > 1 };
-        session.run(&[entry]).unwrap();
-    }
-
-    fn saved(session: &Session, seq: SeqId) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        session.save_seq(seq, &mut bytes).unwrap();
-        assert_eq!(bytes.len(), session.seq_state_bytes(seq));
-        bytes
-    }
-
-    /// Whatever the stores are: the same bytes come back, and the next token's logits are the same to the bit.
-    #[test]
-    fn what_is_saved_comes_back() {
-        for ty in [Type::F16, Type::F32] {
-            for policy in ["off", "layers:1", "budget:0.7"] {
-                let mut session = session(policy, ty);
-                read(&mut session, 0, 0..50);
-                let bytes = saved(&session, 0);
-                assert_eq!(session.load_seq(7, &bytes).unwrap(), bytes.len());
-                assert_eq!(saved(&session, 7), bytes);
-                assert_eq!(session.layers(7), session.layers(0));
-                read(&mut session, 0, 50..51);
-                let expected = session.logits().to_vec();
-                read(&mut session, 7, 50..51);
-                assert_eq!(session.logits(), expected);
-            }
-        }
-    }
-
-    #[test]
-    fn an_empty_sequence_is_a_state_too() {
-        let mut session = session("off", Type::F16);
-        let bytes = saved(&session, 0);
-        read(&mut session, 0, 0..5);
-        session.load_seq(0, &bytes).unwrap();
-        assert_eq!(session.seq_n_past(0), 0);
-    }
-
-    #[test]
-    fn states_that_do_not_fit_are_refused() {
-        let mut one = session("off", Type::F16);
-        read(&mut one, 0, 0..50);
-        let bytes = saved(&one, 0);
-        let mut other = session("off", Type::F32);
-        let error = other.load_seq(0, &bytes).unwrap_err().to_string();
-        assert!(error.contains("f16/f16, the context's f32/f32"), "{error}");
-        let mut long = bytes.clone();
-        long.push(0);
-        assert_eq!(one.load_seq(0, &long).unwrap(), bytes.len());
-        assert!(one.load_seq(0, &bytes[..bytes.len() - 1]).unwrap_err().to_string().contains("its length"));
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(1000))]
-
-        /// Also where the checksum is right, since whoever damages a state may know how to make one.
-        #[test]
-        fn damaged_states_are_refused_or_harmless(
-            changes in prop::collection::vec((0usize..600, any::<u8>()), 1..6),
-            cut in prop::option::of(0usize..4000),
-            fix_checksum: bool,
-        ) {
-            thread_local! {
-                static GOOD: std::cell::RefCell<(Session, Vec<u8>)> = std::cell::RefCell::new({
-                    let mut session = session("layers:1", Type::F16);
-                    read(&mut session, 0, 0..50);
-                    let bytes = saved(&session, 0);
-                    (session, bytes)
-                });
-            }
-            GOOD.with_borrow_mut(|(session, good)| {
-                let mut bad = good.clone();
-                for (at, value) in changes {
-                    // Mostly the headers: of the state, and of the layers behind it.
-                    bad[at] = value;
-                }
-                bad.truncate(cut.unwrap_or(usize::MAX).max(HEADER_BYTES + CHECKSUM_BYTES));
-                if fix_checksum {
-                    let end = bad.len() - CHECKSUM_BYTES;
-                    let length = (bad.len() as u64).to_le_bytes();
-                    bad[12..20].copy_from_slice(&length);
-                    let checksum = xxh3_64(&bad[..end]);
-                    bad[end..].copy_from_slice(&checksum.to_le_bytes());
-                }
-                let n_past = session.seq_n_past(0);
-                match session.load_seq(0, &bad) {
-                    // Then it can be gone on with.
-                    Ok(_) => if session.seq_n_past(0) < 250 { read(session, 0, 0..1) },
-                    Err(_) => assert_eq!(session.seq_n_past(0), n_past),
-                }
-                session.load_seq(0, good).unwrap();
-            });
-            prop_assert!(true);
-        }
     }
 }

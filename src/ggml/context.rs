@@ -306,23 +306,6 @@ impl Tensor {
         self
     }
 
-    /// What a matrix product multiplies: of a node and the nodes that it is made from by its first source, the nearest
-    /// product's right side. `None` when there is no product on the way.
-    pub fn multiplied(&self) -> Option<Tensor> {
-        let mut node = self.raw;
-        loop {
-            // SAFETY: a graph's context keeps the contexts of all its nodes' sources alive (`Context::uses`).
-            let header = unsafe { node.as_ref() };
-            // Of our own operations only the product has two sources.
-            let is_own_product = header.op == sys::GGML_OP_CUSTOM && header.src[2].is_null();
-            if header.op == sys::GGML_OP_MUL_MAT || is_own_product {
-                let raw = NonNull::new(header.src[1])?;
-                return Some(Tensor { raw, context: Arc::clone(&self.context) });
-            }
-            node = NonNull::new(header.src[0])?;
-        }
-    }
-
     /// Whether the tensor has memory of its own or is a view of one that has. An input that nothing in its graph reads
     /// is given none.
     pub fn is_allocated(&self) -> bool {

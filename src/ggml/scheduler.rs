@@ -93,6 +93,16 @@ impl Drop for ThreadPool {
 impl Scheduler {
     /// Starts the devices; the processor is added at the end when it is not among them. `max_nodes` bounds the graphs.
     pub fn new(devices: &[Device], threads: usize, max_nodes: usize) -> Result<Scheduler, Error> {
+        Scheduler::with_abort_flag(devices, threads, max_nodes, Arc::default())
+    }
+
+    /// As [`Scheduler::new`], with a flag that ends computations: see [`Scheduler::abort_flag`].
+    pub fn with_abort_flag(
+        devices: &[Device],
+        threads: usize,
+        max_nodes: usize,
+        flag: Arc<AtomicBool>,
+    ) -> Result<Scheduler, Error> {
         let mut devices = devices.to_vec();
         if !devices.contains(&Device::cpu()) {
             devices.push(Device::cpu());
@@ -101,7 +111,7 @@ impl Scheduler {
             let n = devices.len();
             return Err(Error::Device(format!("number {n} (ggml computes on at most {MAX_DEVICES} at once)")));
         }
-        let abort = Arc::new(Abort { flag: Arc::default(), callback: Mutex::new(None) });
+        let abort = Arc::new(Abort { flag, callback: Mutex::new(None) });
         let mut backends = Vec::new();
         for device in devices {
             // SAFETY: a live device, no parameters.

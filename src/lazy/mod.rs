@@ -16,9 +16,10 @@ pub use selector::Selector;
 pub(crate) use selector::n_active;
 pub use windows::{LayerWindows, ParseWindowsError};
 
+use crate::ggml::Type;
+
 /// What the lazy layers keep, and how they are found. The defaults are the paper's.
 #[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
 pub struct LazyParams {
     pub policy: Policy,
     /// First tokens that a lazy layer keeps. Without any the model breaks; 2 to 4 are enough.
@@ -31,13 +32,16 @@ pub struct LazyParams {
     /// Other windows for single layers.
     pub windows: LayerWindows,
     /// Last prompt tokens whose attention is scored.
-    pub n_last: usize,
+    pub n_queries: usize,
     /// When the score is taken.
     pub at: At,
     /// How the prompt is read; `None` for the policy's own way: windowed when the set is known beforehand.
     pub prefill: Option<PrefillMode>,
     /// A calibrated profile; `None` looks beside the model.
     pub profile: Option<PathBuf>,
+    /// Types of the lazy layers' keys and values; `None` for q4_0, or f16 where the head size does not allow that.
+    pub type_k: Option<Type>,
+    pub type_v: Option<Type>,
 }
 
 impl Default for LazyParams {
@@ -48,10 +52,12 @@ impl Default for LazyParams {
             n_window: 1024,
             n_slack: 256,
             windows: LayerWindows::default(),
-            n_last: 32,
+            n_queries: 32,
             at: At::Prefill,
             prefill: None,
             profile: None,
+            type_k: None,
+            type_v: None,
         }
     }
 }
@@ -81,7 +87,7 @@ impl LazyParams {
 /// When a sequence is scored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum At {
-    /// At the end of the prompt, by its last `n_last` tokens.
+    /// At the end of the prompt, by its last `n_queries` tokens.
     #[default]
     Prefill,
     /// By the first generated token alone (the paper's first version).

@@ -113,7 +113,7 @@ impl fmt::Display for Target {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ProfileError {
-    #[error("there is no profile {path}: make one with `simlayer-run calibrate`, or name one with --lazy-profile")]
+    #[error("there is no profile {path}: make one with `simlayer-run calibrate`, or name the file of one")]
     Missing { path: PathBuf },
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },

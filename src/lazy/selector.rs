@@ -50,6 +50,15 @@ impl Selector {
         matches!(&self.rule, Rule::Set(layers) if layers.contains(&layer))
     }
 
+    /// Takes an active layer's score, or that it has none: then a layer of a fixed set becomes lazy. The answer is that of
+    /// [`Selector::scored`].
+    pub fn decide(&mut self, layer: usize, score: Option<f32>) -> Option<usize> {
+        match score {
+            Some(score) => self.scored(layer, score),
+            None => self.is_known_lazy(layer).then_some(layer),
+        }
+    }
+
     /// Takes the score of an active layer; the answer is the layer that becomes lazy now, if any does. It may be an
     /// earlier one: a budget's queue gives up the layer with the highest score when it overflows. Equal scores give up
     /// the lower layer first.

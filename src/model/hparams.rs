@@ -129,7 +129,17 @@ impl Hparams {
     }
 
     fn f16_kv_bytes_per_layer(&self) -> usize {
-        2 * self.n_head_kv * self.head_size * 2
+        2 * self.kv_width() * 2
+    }
+
+    /// Elements of a token's keys in one layer, and of its values.
+    pub(crate) fn kv_width(&self) -> usize {
+        self.head_size * self.n_head_kv
+    }
+
+    /// Layers that can become lazy: those that are not sliding-window by design.
+    pub(crate) fn n_scorable(&self) -> usize {
+        self.windows.iter().filter(|window| window.is_none()).count()
     }
 }
 

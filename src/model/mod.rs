@@ -71,7 +71,6 @@ pub enum Error {
 
 /// How to load a model.
 #[derive(Debug, Clone)]
-#[non_exhaustive]
 pub struct ModelParams {
     /// Repack weights for the processor's matrix kernels where it has any for their type (llama.cpp's `--repack`).
     /// Repacked weights are a copy; prefill is much faster with them.
@@ -117,11 +116,14 @@ pub(crate) trait Architecture: Send + Sync {
     fn embed(&self, graph: &Graph, ids: &Tensor) -> Tensor;
 
     /// Hidden states `[n_embd, n]` through one layer. With `keep` (i32 row numbers) only those tokens are carried on
-    /// behind the attention: they are all that the output needs of the last layer.
+    /// after the attention: they are all that the output needs of the last layer.
     fn layer(&self, graph: &Graph, step: &LayerStep<'_>, attention: &mut dyn Attention) -> Tensor;
 
-    /// Hidden states `[n_embd, n]` → logits `[n_vocab, n]`.
-    fn output(&self, graph: &Graph, hidden: &Tensor) -> Tensor;
+    /// Hidden states `[n_embd, n]` that leave the last layer → the same after the final norm.
+    fn norm(&self, graph: &Graph, hidden: &Tensor) -> Tensor;
+
+    /// Hidden states `[n_embd, n]` after the final norm → logits `[n_vocab, n]`.
+    fn logits(&self, graph: &Graph, normed: &Tensor) -> Tensor;
 }
 
 /// What a layer's graph is built from.
@@ -136,7 +138,7 @@ pub(crate) struct LayerStep<'a> {
 }
 
 impl LayerStep<'_> {
-    /// The tokens of `[n_embd, n]` that are carried on behind the attention.
+    /// The tokens of `[n_embd, n]` that are carried on after the attention.
     fn kept(&self, graph: &Graph, rows: &Tensor) -> Tensor {
         self.keep.map_or_else(|| rows.clone(), |keep| graph.get_rows(rows, keep))
     }

@@ -55,16 +55,15 @@ pub struct Excerpts<'a> {
 ///
 /// # Errors
 /// [`Error::Params`] when an excerpt's prompt is not longer than sink and window, so that nothing would be dropped, or
-/// when nothing is left to score; else as [`Session::prefill`]. [`Error::Interrupted`] when `watch`ed by an abort flag.
+/// when nothing is left to score; else as [`Session::prefill`]. [`Error::Interrupted`] when `params.abort` is set.
 pub fn calibrate(
     model: &Model,
     params: &SessionParams,
     excerpts: &Excerpts<'_>,
     windows: &[usize],
-    watch: &mut dyn FnMut(&Session),
     progress: &mut dyn FnMut(Stage),
 ) -> Result<Profile, Error> {
-    calibrate_on(model, params, excerpts, windows, &mut Journal::none(), watch, progress)
+    calibrate_on(model, params, excerpts, windows, &mut Journal::none(), progress)
 }
 
 /// As [`calibrate`], without measuring anew what the journal holds, and noting there what is measured.
@@ -77,11 +76,10 @@ pub fn calibrate_on(
     excerpts: &Excerpts<'_>,
     windows: &[usize],
     journal: &mut Journal,
-    watch: &mut dyn FnMut(&Session),
     progress: &mut dyn FnMut(Stage),
 ) -> Result<Profile, Error> {
     let n_layer = model.hparams().n_layer;
-    let mut run = Calibration::start(model, params, excerpts, windows, journal, watch, progress)?;
+    let mut run = Calibration::start(model, params, excerpts, windows, journal, progress)?;
 
     let mut harms = Vec::new();
     for layer in 0..n_layer {
@@ -106,7 +104,7 @@ pub fn calibrate_on(
                 _ => {
                     meter.begin();
                     let (kl, compression) =
-                        measure_cut(model, params, excerpts, prefill, (layers, &own), &base, watch, &mut meter)?;
+                        measure_cut(model, params, excerpts, prefill, (layers, &own), &base, &mut meter)?;
                     journal.note(trial, Found { kl, compression: Some(compression) })?;
                     meter.done(CUTS_STAGE, Step::Cut);
                     (kl, compression)
@@ -182,7 +180,6 @@ impl<'a> Calibration<'a> {
         excerpts: &'a Excerpts<'a>,
         windows: &[usize],
         journal: &'a mut Journal,
-        watch: &mut dyn FnMut(&Session),
         progress: &'a mut dyn FnMut(Stage),
     ) -> Result<Calibration<'a>, Error> {
         let n_layer = model.hparams().n_layer;
@@ -192,7 +189,6 @@ impl<'a> Calibration<'a> {
         // No mass is above 1: the layers are scored, and all stay active.
         params.lazy.policy = Policy::Threshold(Some(1.0));
         let mut session = Session::new(model, params)?;
-        watch(&session);
         let n_excerpts = excerpts.excerpts.len();
         let longest = excerpts.excerpts.iter().map(Vec::len).max().unwrap_or(0);
         let mut steps = planned(n_layer, n_excerpts, n_window, windows);
@@ -242,7 +238,7 @@ impl<'a> Calibration<'a> {
             return Ok(found.kl);
         }
         self.meter.begin();
-        let asked = self.session.lazy_params().0.windows.clone();
+        let asked = self.session.lazy_params().windows.clone();
         if !windows.is_empty() {
             self.session.set_windows(windows.or(&asked))?;
         }
@@ -295,7 +291,7 @@ impl<'a> Calibration<'a> {
     /// Windows for these lazy layers that seem to cost less than one for all, in the layers' order; nothing where none do.
     fn propose_windows(&mut self, layers: &[usize], sizes: &[usize]) -> Result<Vec<usize>, Error> {
         const WHAT: &str = "windows";
-        let window = self.session.lazy_params().0.n_window;
+        let window = self.session.lazy_params().n_window;
         let exchanges = exchanges(layers.len(), window, sizes);
         let nearest_less = exchanges.iter().map(|exchange| exchange.smaller).max();
         let nearest_more = exchanges.iter().map(|exchange| exchange.larger).min();
@@ -340,7 +336,6 @@ fn candidates(lazy: &BTreeSet<usize>, harms: &[f64], gains: &[Option<f64>]) -> V
 
 /// A real run with these layers lazy, from the prompt on, with windows of their own if there are any: divergence and
 /// compression.
-#[expect(clippy::too_many_arguments, reason = "what a run is, what it is compared with, and who is told")]
 fn measure_cut(
     model: &Model,
     params: &SessionParams,
@@ -348,7 +343,6 @@ fn measure_cut(
     prefill: PrefillMode,
     (layers, windows): (&[usize], &LayerWindows),
     base: &Base,
-    watch: &mut dyn FnMut(&Session),
     meter: &mut Meter<'_>,
 ) -> Result<(f64, f64), Error> {
     let mut params = params.clone();
@@ -356,7 +350,6 @@ fn measure_cut(
     params.lazy.windows = windows.or(&params.lazy.windows);
     params.lazy.prefill = Some(prefill);
     let mut session = Session::new(model, params)?;
-    watch(&session);
     let (mut sum, mut n, mut compression) = (0.0, 0, 0.0);
     let n_excerpts = excerpts.excerpts.len();
     for (excerpt, tokens) in excerpts.excerpts.iter().enumerate() {

@@ -43,14 +43,12 @@ pub fn compare(
     params: &SessionParams,
     policies: &[Policy],
     (tokens, n_skip, batch): (&[Token], usize, usize),
-    watch: &mut dyn FnMut(&Session),
     progress: &mut dyn FnMut(f32),
 ) -> Result<Vec<Compared>, Error> {
     let mut base_params = uncompressed(params);
     // No mass is above 1: the layers are scored, and all stay active.
     base_params.lazy.policy = Policy::Threshold(Some(1.0));
     let mut base = Session::new(model, base_params.clone())?;
-    watch(&base);
     let total = policies.len() as f32 + 1.0;
     let mut scorer = Scorer::start(&mut base, tokens, n_skip, batch, &mut |share| progress(0.9 * share / total))?;
     let first_row = scorer.pending().to_vec();
@@ -79,21 +77,19 @@ pub fn compare(
                 Measure::Output => {
                     // Read once more at most: the first run's scores are masses.
                     if by_output.is_none() {
-                        by_output = Some(output_scores(model, &params, &tokens[..n_skip], watch)?);
+                        by_output = Some(output_scores(model, &params, &tokens[..n_skip])?);
                     }
                     own.choose(by_output.as_deref().unwrap_or_default())
                 }
             };
-            base.set_windows(own.lazy_params().0.windows.clone())?;
+            base.set_windows(own.lazy_params().windows.clone())?;
             drop(own);
             base.fork(0, COPY, &lazy)?;
-            watch(&base);
             let mut run = Scorer::resume(&mut base, COPY, tokens, n_skip, batch, first_row.clone());
             tally.score_against(&mut run, &base_rows, &mut |share| progress(at(share)))?;
             (base.layers(COPY), base.seq_n_past(COPY))
         } else {
             let mut own = own;
-            watch(&own);
             let mut run = Scorer::start(&mut own, tokens, n_skip, batch, &mut |share| progress(at(0.9 * share)))?;
             tally.score_against(&mut run, &base_rows, &mut |_| {})?;
             (own.layers(0), own.n_past())
@@ -115,17 +111,11 @@ pub fn compare(
 ///
 /// # Errors
 /// As [`Session::new`] and [`Session::prefill`].
-pub fn output_scores(
-    model: &Model,
-    params: &SessionParams,
-    prompt: &[Token],
-    watch: &mut dyn FnMut(&Session),
-) -> Result<Vec<LayerReport>, Error> {
+pub fn output_scores(model: &Model, params: &SessionParams, prompt: &[Token]) -> Result<Vec<LayerReport>, Error> {
     let mut params = uncompressed(params);
     // A budget of nothing: the layers are scored, and all stay active.
     params.lazy.policy = Policy::Output(0.0);
     let mut session = Session::new(model, params)?;
-    watch(&session);
     session.prefill(prompt)?;
     Ok(session.layers(0))
 }

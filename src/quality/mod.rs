@@ -1,11 +1,11 @@
 //! What shrinking a cache costs: perplexity, divergence from the uncompressed run, and the profile of a model's layers.
 //!
 //! ```no_run
-//! use simlayer::{Model, ModelParams, Session, SessionParams, quality};
+//! use simlayer::{AddBos, Model, ModelParams, Session, SessionParams, Special, quality};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let model = Model::load("model.gguf", &ModelParams::default())?;
-//! let tokens = model.vocab().tokenize(&std::fs::read_to_string("text.txt")?, true, false)?;
+//! let tokens = model.vocab().tokenize(&std::fs::read_to_string("text.txt")?, AddBos::Yes, Special::Text)?;
 //! let params = SessionParams::default();
 //! let mut session = Session::new(&model, params.clone())?;
 //! let mut base = Session::new(&model, quality::uncompressed(&params))?;

@@ -35,6 +35,24 @@ pub struct Vocab {
     raw: Arc<RawVocab>,
 }
 
+/// Whether BOS comes before a text's tokens, and EOS after them, where the model asks for them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AddBos {
+    /// The text is a whole one, or the beginning of one.
+    Yes,
+    /// The text continues another.
+    No,
+}
+
+/// What the names of special tokens ("<|im_end|>") are in a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Special {
+    /// Those tokens: the text is a chat template's.
+    Parse,
+    /// Text like any other: it must not speak for the chat template.
+    Text,
+}
+
 impl Vocab {
     /// Reads the vocabulary of a GGUF file; of a split model, its first file holds it.
     ///
@@ -81,27 +99,21 @@ impl Vocab {
         self.raw.n_tokens()
     }
 
-    /// The tokens of a text. With `add_special` BOS comes first, and EOS last, where the model asks for them. With
-    /// `parse_special` the names of special tokens ("<|im_end|>") become those tokens; leave it off for text that
-    /// must not speak for the chat template.
+    /// The tokens of a text.
     ///
     /// # Errors
     /// [`VocabError::Tokenize`] when the model has no tokenizer or the text is longer than 2 GiB.
-    pub fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<Token>, VocabError> {
-        self.tokenize_bytes(text.as_bytes(), add_special, parse_special)
+    pub fn tokenize(&self, text: &str, add_bos: AddBos, special: Special) -> Result<Vec<Token>, VocabError> {
+        self.tokenize_bytes(text.as_bytes(), add_bos, special)
     }
 
     /// As [`Vocab::tokenize`], for bytes that need not be valid UTF-8.
     ///
     /// # Errors
     /// As [`Vocab::tokenize`].
-    pub fn tokenize_bytes(
-        &self,
-        text: &[u8],
-        add_special: bool,
-        parse_special: bool,
-    ) -> Result<Vec<Token>, VocabError> {
-        self.raw.tokenize(text, add_special, parse_special).map_err(VocabError::Tokenize)
+    pub fn tokenize_bytes(&self, text: &[u8], add_bos: AddBos, special: Special) -> Result<Vec<Token>, VocabError> {
+        let (adds, parses) = (add_bos == AddBos::Yes, special == Special::Parse);
+        self.raw.tokenize(text, adds, parses).map_err(VocabError::Tokenize)
     }
 
     /// The bytes that a token stands for; a token may end inside a UTF-8 character, see [`Utf8Stream`]. Control tokens

@@ -9,7 +9,9 @@ use std::{
     sync::OnceLock,
 };
 
-use simlayer::{BatchEntry, Model, ModelParams, Outputs, Session, SessionParams, Token, ggml::Device, lazy::Policy};
+use simlayer::{
+    AddBos, BatchEntry, Model, ModelParams, Outputs, Session, SessionParams, Special, Token, ggml::Device, lazy::Policy,
+};
 use simlayer_testkit::{UpstreamRef, smollm2_path, workspace_root};
 
 pub fn smollm2() -> Model {
@@ -25,8 +27,7 @@ pub fn steady_smollm2() -> Model {
 /// With `SIMLAYER_TEST_RPC` (servers, `HOST:PORT,…`) weights and caches are on the servers' devices, with
 /// `SIMLAYER_TEST_DEVICE` (names, `Vulkan0,…`) on these.
 pub fn load(path: &Path) -> Model {
-    let mut params = ModelParams::default();
-    params.devices = test_devices();
+    let params = ModelParams { devices: test_devices(), ..ModelParams::default() };
     let wanted = params.devices.clone();
     let model = Model::load(path, &params).unwrap_or_else(|error| panic!("{error}"));
     if let Some(wanted) = wanted {
@@ -91,7 +92,7 @@ pub fn shorter(n: usize) -> usize {
 /// `n` tokens of English prose: the demo's story, from its beginning as often as needed.
 pub fn story(model: &Model, n: usize) -> Vec<Token> {
     let text = std::fs::read_to_string(workspace_root().join("xtask/demo/story.txt")).expect("the story");
-    let tokens = model.vocab().tokenize(&text, true, false).expect("tokens");
+    let tokens = model.vocab().tokenize(&text, AddBos::Yes, Special::Text).expect("tokens");
     tokens.iter().copied().cycle().take(n).collect()
 }
 
@@ -115,8 +116,8 @@ pub fn lazy_f16(policy: &str, n_window: usize) -> SessionParams {
     let mut params = plain();
     params.lazy.policy = policy.parse().expect("a policy");
     params.lazy.n_window = n_window;
-    params.lazy_type_k = Some(simlayer::ggml::Type::F16);
-    params.lazy_type_v = Some(simlayer::ggml::Type::F16);
+    params.lazy.type_k = Some(simlayer::ggml::Type::F16);
+    params.lazy.type_v = Some(simlayer::ggml::Type::F16);
     params
 }
 

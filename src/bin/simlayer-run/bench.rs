@@ -99,7 +99,7 @@ fn measure(run: &Run, model: &Model, test: Test, depth: usize, reps: usize) -> R
     let mut params = run.session.clone();
     params.n_ctx = depth + test.n_tokens();
     let mut session = Session::new(model, params)?;
-    interrupt::watch(session.abort_flag());
+    interrupt::watch();
     let mut tokens = RandomTokens::new(model);
 
     // Warm up: a prompt as long as the test's, or one generated token.

@@ -8,7 +8,7 @@ use std::{
 
 use serde_json::json;
 use simlayer::{
-    Model, SessionParams, Token,
+    AddBos, Model, SessionParams, Special, Token,
     lazy::{Cut, Profile},
     quality::{self, BUILT_IN_TEXT, Excerpts, Journal},
 };
@@ -36,7 +36,7 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
         None => BUILT_IN_TEXT.trim_end().as_bytes().to_vec(),
     };
     let (model, load) = run.load()?;
-    let tokens = model.vocab().tokenize_bytes(&text, true, false)?;
+    let tokens = model.vocab().tokenize_bytes(&text, AddBos::Yes, Special::Text)?;
     let (n_prompt, size, chunks) = extent(args.skip, args.score, args.chunks, tokens.len())?;
     let output = args.output_file.unwrap_or_else(|| Profile::path_beside(&run.model_path));
 
@@ -44,6 +44,7 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
     let excerpts = Excerpts { text: &text, excerpts, n_prompt };
     let start = std::time::Instant::now();
     let mut journal = journal(&output, &model, &run.session, &excerpts);
+    interrupt::watch();
     let progress = Progress::new("the prompt");
     let result = quality::calibrate_on(
         &model,
@@ -51,7 +52,6 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
         &excerpts,
         args.windows.as_deref().unwrap_or_default(),
         &mut journal,
-        &mut |session| interrupt::watch(session.abort_flag()),
         &mut |stage| {
             progress.say(stage.what);
             progress.set_with(stage.share, stage.left);

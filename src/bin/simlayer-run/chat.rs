@@ -7,7 +7,7 @@ use std::{
 
 use rustyline::{Config, Editor, error::ReadlineError, history::MemHistory};
 use simlayer::{
-    Model, Sampler, SamplerParams, Session, Token,
+    AddBos, Model, Sampler, SamplerParams, Session, Special, Token,
     chat::{ChatTemplate, Message},
 };
 
@@ -236,7 +236,7 @@ impl Chat {
         // The model may have spelled its answer with other tokens than the tokenizer would. As long as the text is the
         // same there is nothing to take back.
         if let Some(new) = prompt.strip_prefix(&self.context.text).filter(|new| !new.is_empty() && !known.is_empty()) {
-            return Ok(vocab.tokenize(new, false, true)?);
+            return Ok(vocab.tokenize(new, AddBos::No, Special::Parse)?);
         }
         // Take back what differs. The last token is read again in any case: its logits are needed.
         let keep = common.min(tokens.len().saturating_sub(1));

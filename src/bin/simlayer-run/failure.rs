@@ -55,10 +55,24 @@ pub fn fatal(message: &str) {
 
 impl From<simlayer::Error> for Failure {
     fn from(error: simlayer::Error) -> Failure {
-        match error {
-            simlayer::Error::Interrupted => Failure::Interrupted,
-            error => Failure::run(error),
+        if let simlayer::Error::Interrupted = error {
+            return Failure::Interrupted;
         }
+        match option(&error) {
+            Some(option) => Failure::Run(format!("{option}: {error}")),
+            None => Failure::run(error),
+        }
+    }
+}
+
+/// The option that a library's error is about, which knows nothing of options.
+fn option(error: &simlayer::Error) -> Option<&'static str> {
+    use simlayer::{Error, lazy::ProfileError};
+    match error {
+        Error::Window { .. } => Some("--lazy-windows"),
+        Error::LazyLayer { .. } => Some("--lazy"),
+        Error::Profile(ProfileError::Missing { .. }) => Some("--lazy-profile"),
+        _ => None,
     }
 }
 

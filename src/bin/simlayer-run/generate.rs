@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use serde_json::json;
-use simlayer::{Sampler, Token, Vocab};
+use simlayer::{AddBos, Sampler, Special, Token, Vocab};
 
 use crate::{
     args::GenerateArgs,
@@ -85,7 +85,7 @@ pub fn limit(n_predict: i64) -> Result<Option<u64>, Failure> {
 
 /// The prompt's tokens, special ones included. An empty prompt is the token that begins a text.
 pub fn tokenize(vocab: &Vocab, prompt: &[u8]) -> Result<Vec<Token>, Failure> {
-    let mut tokens = vocab.tokenize_bytes(prompt, true, true)?;
+    let mut tokens = vocab.tokenize_bytes(prompt, AddBos::Yes, Special::Parse)?;
     if tokens.is_empty() {
         let bos = vocab.bos().filter(|_| vocab.adds_bos());
         tokens.push(bos.ok_or_else(|| Failure::run("the prompt is empty"))?);

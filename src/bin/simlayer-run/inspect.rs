@@ -35,12 +35,10 @@ pub fn run(args: InspectArgs) -> Result<(), Failure> {
             let mut params = run.session.clone();
             params.lazy.policy = Policy::Threshold(Some(1.0));
             let mut scoring = Session::new(&model, params)?;
-            interrupt::watch(scoring.abort_flag());
             stream::prefill(&mut scoring, &tokens)?;
             Some(scoring.layers(0).iter().map(|layer| layer.score).collect())
         }
     };
-    interrupt::watch(session.abort_flag());
     stream::prefill(&mut session, &tokens)?;
     let mut layers = session.layers(0);
     for (layer, score) in layers.iter_mut().zip(scores.into_iter().flatten()) {

@@ -5,7 +5,7 @@ use std::{
     io::{self, IsTerminal, StdoutLock, Write},
     process::{self, Command},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, LazyLock,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
@@ -14,8 +14,10 @@ use std::{
 
 use crate::failure::Failure;
 
-static PRESSED: AtomicBool = AtomicBool::new(false);
-static SESSION: Mutex<Option<Arc<AtomicBool>>> = Mutex::new(None);
+/// Whether it came; sessions look at it while they are at work.
+static PRESSED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
+/// Whether a session is there that looks.
+static WATCHED: AtomicBool = AtomicBool::new(false);
 /// Odd while the program waits for a reader or writer.
 static WAITS: AtomicUsize = AtomicUsize::new(0);
 
@@ -27,9 +29,8 @@ pub fn install() -> Result<(), Failure> {
     ctrlc::set_handler(|| {
         // A second one means that the first did not help.
         let again = PRESSED.swap(true, Ordering::SeqCst);
-        match &*SESSION.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some(abort) if !again => abort.store(true, Ordering::SeqCst),
-            _ => end(),
+        if again || !WATCHED.load(Ordering::SeqCst) {
+            end();
         }
         if !again {
             // Without a thread a second Ctrl-C helps.
@@ -96,14 +97,19 @@ fn while_writing<T>(write: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Lets Ctrl-C stop a session, by its abort flag, instead of ending the program.
-pub fn watch(abort: Arc<AtomicBool>) {
-    *SESSION.lock().unwrap_or_else(PoisonError::into_inner) = Some(abort);
+/// The flag that Ctrl-C sets: for sessions' parameters.
+pub fn flag() -> Arc<AtomicBool> {
+    Arc::clone(&PRESSED)
+}
+
+/// Lets Ctrl-C stop the sessions that have [`flag`], instead of ending the program.
+pub fn watch() {
+    WATCHED.store(true, Ordering::SeqCst);
 }
 
 /// Lets Ctrl-C end the program again.
 pub fn unwatch() {
-    *SESSION.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    WATCHED.store(false, Ordering::SeqCst);
 }
 
 pub fn pressed() -> bool {
@@ -112,8 +118,5 @@ pub fn pressed() -> bool {
 
 /// Forgets that Ctrl-C was pressed: the session can work again.
 pub fn reset() {
-    if let Some(abort) = &*SESSION.lock().unwrap_or_else(PoisonError::into_inner) {
-        abort.store(false, Ordering::SeqCst);
-    }
     PRESSED.store(false, Ordering::SeqCst);
 }

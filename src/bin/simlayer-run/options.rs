@@ -10,7 +10,7 @@ use std::{
 use simlayer::{
     KvRotate, Model, ModelParams, SamplerParams, Session, SessionParams,
     ggml::{self, Device, logging::LogLevel},
-    lazy::{At, PrefillMode},
+    lazy::{At, LazyParams, PrefillMode},
     sampling::Mirostat,
 };
 
@@ -35,39 +35,45 @@ impl Run {
         let remote = connect(&args.rpc)?;
         let model = model_params(&args, remote)?;
 
-        let mut session = SessionParams::default();
-        session.n_ctx = args.ctx_size;
-        session.n_ubatch = args.ubatch_size.min(args.batch_size);
-        if let Some(threads) = args.threads {
-            session.n_threads = threads;
-        }
-        session.n_threads_batch = args.threads_batch.unwrap_or(session.n_threads);
-        session.type_k = args.cache_type_k;
-        session.type_v = args.cache_type_v;
-        session.flash_attn = args.flash_attn != FlashAttn::Off;
-        (session.lazy_type_k, session.lazy_type_v) = args.lazy.lazy_type.unzip();
-        if args.lazy.no_kv_rotate {
-            session.kv_rotate = KvRotate::Never;
-        }
-        session.kv_exact = args.lazy.kv_exact;
-        // Only a conversation takes answers back.
-        session.keep_prompt_end = false;
-        session.fused_attention = !args.lazy.ggml_kernels;
-        session.lazy.policy = args.lazy.lazy;
-        session.lazy.profile = args.lazy.lazy_profile;
-        session.lazy.n_sink = args.lazy.lazy_sink;
-        session.lazy.n_window = args.lazy.lazy_window;
-        session.lazy.n_slack = args.lazy.lazy_slack;
-        session.lazy.windows = args.lazy.lazy_windows.unwrap_or_default();
-        session.lazy.n_last = args.lazy.lazy_queries;
-        session.lazy.at = match args.lazy.lazy_at {
-            LazyAt::Prefill => At::Prefill,
-            LazyAt::Decode => At::Decode,
+        let default = SessionParams::default();
+        let n_threads = args.threads.unwrap_or(default.n_threads);
+        let (type_k, type_v) = args.lazy.lazy_type.unzip();
+        let lazy = LazyParams {
+            policy: args.lazy.lazy,
+            profile: args.lazy.lazy_profile,
+            n_sink: args.lazy.lazy_sink,
+            n_window: args.lazy.lazy_window,
+            n_slack: args.lazy.lazy_slack,
+            windows: args.lazy.lazy_windows.unwrap_or_default(),
+            n_queries: args.lazy.lazy_queries,
+            at: match args.lazy.lazy_at {
+                LazyAt::Prefill => At::Prefill,
+                LazyAt::Decode => At::Decode,
+            },
+            prefill: args.lazy.lazy_prefill.map(|prefill| match prefill {
+                LazyPrefill::Full => PrefillMode::Full,
+                LazyPrefill::Window => PrefillMode::Window,
+            }),
+            type_k,
+            type_v,
         };
-        session.lazy.prefill = args.lazy.lazy_prefill.map(|prefill| match prefill {
-            LazyPrefill::Full => PrefillMode::Full,
-            LazyPrefill::Window => PrefillMode::Window,
-        });
+        let session = SessionParams {
+            n_ctx: args.ctx_size,
+            n_ubatch: args.ubatch_size.min(args.batch_size),
+            n_threads,
+            n_threads_batch: args.threads_batch.unwrap_or(n_threads),
+            type_k: args.cache_type_k,
+            type_v: args.cache_type_v,
+            flash_attn: args.flash_attn != FlashAttn::Off,
+            fused_attention: !args.lazy.ggml_kernels,
+            kv_rotate: if args.lazy.no_kv_rotate { KvRotate::Never } else { default.kv_rotate },
+            kv_exact: args.lazy.kv_exact,
+            // Only a conversation takes answers back.
+            keep_prompt_end: false,
+            lazy,
+            abort: Some(interrupt::flag()),
+            ..default
+        };
         Ok(Run { model_path: args.model, model, session, verbose: args.verbose })
     }
 
@@ -81,7 +87,7 @@ impl Run {
     /// A session on the model that Ctrl-C interrupts.
     pub fn session(&self, model: &Model) -> Result<Session, Failure> {
         let session = Session::new(model, self.session.clone())?;
-        interrupt::watch(session.abort_flag());
+        interrupt::watch();
         if self.verbose {
             let threads = (self.session.n_threads, self.session.n_threads_batch);
             eprintln!(

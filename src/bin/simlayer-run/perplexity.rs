@@ -9,7 +9,7 @@ use std::{
 
 use serde_json::{Value, json};
 use simlayer::{
-    Model, Session, Token, Vocab,
+    AddBos, Model, Session, Special, Token, Vocab,
     lazy::Policy,
     quality::{self, Compared, Scorer, Summary, Tally},
 };
@@ -42,7 +42,7 @@ pub fn run(args: PerplexityArgs) -> Result<(), Failure> {
         true => Some(Session::new(&model, quality::uncompressed(&run.session))?),
         false => None,
     };
-    let tokens = model.vocab().tokenize_bytes(&text, true, false)?;
+    let tokens = model.vocab().tokenize_bytes(&text, AddBos::Yes, Special::Text)?;
     let (skip, score) = extent(args.skip, args.score, tokens.len(), session.n_ctx())?;
     let chunks = chunks(model.vocab(), &tokens, skip + score, args.chunks)?;
 
@@ -54,14 +54,10 @@ pub fn run(args: PerplexityArgs) -> Result<(), Failure> {
         // Reading the prompt takes most of the time; with --kl it is read twice.
         let show = |from: f32, part: f32, share: f32| progress.set((i as f32 + from + part * share) / n_chunks);
         let mut base_run = match &mut base {
-            Some(base) => {
-                interrupt::watch(base.abort_flag());
-                Some(Scorer::start(base, chunk, skip, args.score_batch, &mut |share| show(0.0, 0.4, share))?)
-            }
+            Some(base) => Some(Scorer::start(base, chunk, skip, args.score_batch, &mut |share| show(0.0, 0.4, share))?),
             None => None,
         };
         let read = if base_run.is_some() { 0.4 } else { 0.8 };
-        interrupt::watch(session.abort_flag());
         let start = Instant::now();
         let mut scored = Scorer::start(&mut session, chunk, skip, args.score_batch, &mut |share| {
             show(0.8 - read, read, share);
@@ -120,21 +116,18 @@ fn compare(
     args: &Comparison<'_>,
 ) -> Result<(), Failure> {
     let Comparison { rules, plot, json } = *args;
-    let tokens = model.vocab().tokenize_bytes(text, true, false)?;
+    let tokens = model.vocab().tokenize_bytes(text, AddBos::Yes, Special::Text)?;
     let n_ctx = match run.session.n_ctx {
         0 => model.hparams().n_ctx_train,
         n => n,
     };
     let (skip, score) = extent(skip, score, tokens.len(), n_ctx)?;
+    interrupt::watch();
     let progress = Progress::new(format!("{} tokens under {} rules", skip + score, rules.len()));
-    let compared = quality::compare(
-        model,
-        &run.session,
-        rules,
-        (&tokens[..skip + score], skip, batch),
-        &mut |session| interrupt::watch(session.abort_flag()),
-        &mut |share| progress.set(share),
-    )?;
+    let compared =
+        quality::compare(model, &run.session, rules, (&tokens[..skip + score], skip, batch), &mut |share| {
+            progress.set(share)
+        })?;
     drop(progress);
     if let Some(path) = plot {
         plot::write(path, &picture(model, rules, &compared))?;

@@ -61,8 +61,12 @@ impl Architecture for Decoder {
         self.layers[step.index].apply(graph, step, attention)
     }
 
-    fn output(&self, graph: &Graph, hidden: &Tensor) -> Tensor {
-        let logits = self.output.apply(graph, &self.output_norm.apply(graph, hidden));
+    fn norm(&self, graph: &Graph, hidden: &Tensor) -> Tensor {
+        self.output_norm.apply(graph, hidden)
+    }
+
+    fn logits(&self, graph: &Graph, normed: &Tensor) -> Tensor {
+        let logits = self.output.apply(graph, normed);
         let logits = scaled(graph, logits, self.logit_scale);
         match self.logit_softcap {
             Some(cap) => graph.scale(&graph.tanh(&graph.scale(&logits, 1.0 / cap)), cap),

@@ -81,7 +81,7 @@ pub fn run(args: PasskeyArgs) -> Result<(), Failure> {
     let depths = depths(&args.depths)?;
     let (model, _) = run.load()?;
     // A profile's layers and windows, not its name: the file is read once.
-    let settled = Session::new(&model, run.session.clone())?.lazy_params().0.clone();
+    let settled = Session::new(&model, run.session.clone())?.lazy_params().clone();
     let contenders = contenders(&args.compare, &settled, &model);
     let (per_depth, together) = match args.variant {
         Variant::Multi => (PER_DEPTH.min(args.trials), depths.len()),
@@ -217,7 +217,7 @@ fn ask_all(
     let mut base_params = quality::uncompressed(params);
     base_params.lazy.policy = Policy::Threshold(Some(1.0));
     let mut base = Session::new(model, base_params)?;
-    interrupt::watch(base.abort_flag());
+    interrupt::watch();
     base.prefill(&haystack.tokens)?;
     for (index, contender) in contenders.iter().enumerate() {
         let mut own_params = params.clone();
@@ -226,19 +226,14 @@ fn ask_all(
         let mut own = Session::new(model, own_params)?;
         let types = contender.types.unwrap_or((params.type_k, params.type_v));
         let session = if own.reads_windowed() {
-            interrupt::watch(own.abort_flag());
             own.prefill(&haystack.tokens)?;
             own.fork(0, TEXT, &BTreeSet::new())?;
             &mut own
         } else {
             let lazy = match contender.policy.measure() {
                 Measure::Mass => own.choose(&base.layers(0)),
-                Measure::Output => {
-                    let watch = &mut |session: &Session| interrupt::watch(session.abort_flag());
-                    own.choose(&quality::output_scores(model, params, &haystack.tokens, watch)?)
-                }
+                Measure::Output => own.choose(&quality::output_scores(model, params, &haystack.tokens)?),
             };
-            interrupt::watch(base.abort_flag());
             base.set_windows(contender.windows.clone())?;
             base.fork_with(0, TEXT, &lazy, Some(types))?;
             &mut base

@@ -1,6 +1,6 @@
 //! Made-up text with secret numbers in it, as RULER's single- and multi-key needles are: the same for the same seed.
 
-use simlayer::{Error, Token, Vocab, vocab::VocabError};
+use simlayer::{AddBos, Error, Special, Token, Vocab, vocab::VocabError};
 
 const ADJECTIVES: [&str; 24] = [
     "amber", "brass", "cedar", "crimson", "dusty", "early", "foggy", "gentle", "hollow", "ivory", "jagged", "lonely",
@@ -115,8 +115,8 @@ impl Needle {
         let key = &self.key;
         let question =
             format!("\n\nQuestion: What is the secret number of the {key}?\nAnswer: The secret number of the {key} is");
-        let asked = vocab.tokenize(&question, false, false)?;
-        let answered = vocab.tokenize(&format!("{question} {}", self.number), false, false)?;
+        let asked = vocab.tokenize(&question, AddBos::No, Special::Text)?;
+        let answered = vocab.tokenize(&format!("{question} {}", self.number), AddBos::No, Special::Text)?;
         let shared = asked.iter().zip(&answered).take_while(|(a, b)| a == b).count();
         Ok((answered[..shared].to_vec(), answered[shared..].to_vec()))
     }
@@ -154,9 +154,11 @@ pub fn haystack(
         }
     }
     let head = "Here are notes from a small town. Some of them tell a secret number, which you will be asked for.\n\n";
-    let mut tokens = vocab.tokenize(head, true, false)?;
-    let hidden: Vec<Vec<Token>> =
-        needles.iter().map(|needle| vocab.tokenize(&needle.sentence(), false, false)).collect::<Result<_, _>>()?;
+    let mut tokens = vocab.tokenize(head, AddBos::Yes, Special::Text)?;
+    let hidden: Vec<Vec<Token>> = needles
+        .iter()
+        .map(|needle| vocab.tokenize(&needle.sentence(), AddBos::No, Special::Text))
+        .collect::<Result<_, _>>()?;
     let taken = tokens.len() + hidden.iter().map(Vec::len).sum::<usize>();
     let Some(room) = length.checked_sub(taken).filter(|&room| room > 0) else {
         return Err(TextError::Short { length, taken, needles: needles.len() });
@@ -166,7 +168,7 @@ pub fn haystack(
     let mut filled = 0;
     loop {
         let sentence = format!(" {} {} {}.", random.pick(&PEOPLE), random.pick(&ACTS), random.pick(&TIMES));
-        let sentence = vocab.tokenize(&sentence, false, false)?;
+        let sentence = vocab.tokenize(&sentence, AddBos::No, Special::Text)?;
         if filled + sentence.len() > room {
             break;
         }

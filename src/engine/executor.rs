@@ -1,0 +1,168 @@
+//! What computes: devices, the graph that is kept between decode steps, and the rows of results.
+
+use std::time::Duration;
+
+use super::{
+    batch::Part,
+    inputs::Inputs,
+    layer::LayerCache,
+    score::{SCORE_NAME, Score},
+    setup::Setup,
+    step::{Output, Step, Stretch},
+};
+use crate::{
+    cache::Store,
+    ggml::{self, Error, Graph, Scheduler},
+    vocab::Token,
+};
+
+/// What a session computes with, and what came of it.
+pub(super) struct Executor {
+    pub scheduler: Scheduler,
+    /// The last decode step.
+    kept: Option<Kept>,
+    /// Rows of `n_vocab` logits, in the order of the last call's tokens.
+    pub logits: Vec<f32>,
+    /// Rows of `n_embd` for the same tokens: hidden states after the final norm. Empty unless they are wanted.
+    pub embeddings: Vec<f32>,
+    pub wants_embeddings: bool,
+    /// Time that scores took, where it is measured.
+    pub score_time: Option<Duration>,
+}
+
+/// A step that can run again as long as its key stays the same.
+pub(super) struct Kept {
+    key: Key,
+    pub step: Step,
+}
+
+/// What a graph's shape depends on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Key {
+    parts: Vec<Part>,
+    n_outputs: usize,
+    /// For each part and layer: its store, and how many rows attention reads.
+    stores: Vec<(u64, usize)>,
+}
+
+/// A layer's score in one part.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Scored {
+    pub part: usize,
+    pub layer: usize,
+    pub value: f32,
+}
+
+impl Executor {
+    /// Starts the devices of a session.
+    pub fn new(setup: &Setup) -> Result<Executor, Error> {
+        let (params, max_nodes) = (&setup.params, Setup::max_nodes(setup.layers.len()));
+        let abort = params.abort.clone().unwrap_or_default();
+        Ok(Executor {
+            scheduler: Scheduler::with_abort_flag(&setup.model.devices(), params.n_threads, max_nodes, abort)?,
+            kept: None,
+            logits: Vec::new(),
+            embeddings: Vec::new(),
+            wants_embeddings: false,
+            score_time: None,
+        })
+    }
+
+    /// Nothing refers to memory of before from now on: the kept step goes, intermediate results are given up, and what was
+    /// freed goes back to the system. To be called where stores go, before and afterwards.
+    pub fn forget(&mut self) {
+        self.kept = None;
+        self.scheduler.release();
+        ggml::release_free_memory();
+    }
+
+    /// A step through all layers to the output, with memory behind its tensors: the kept one where it serves again.
+    pub fn step(&mut self, setup: &Setup, stretch: &Stretch<'_>) -> Result<Kept, Error> {
+        let key = Key::new(stretch);
+        if let Some(kept) = self.kept.take()
+            && kept.key == key
+            && self.scheduler.can_rerun(&kept.step.graph)
+        {
+            return Ok(kept);
+        }
+        let mut step = setup.step(stretch, Inputs::default());
+        if stretch.n_wanted > 0 {
+            step.add_output(setup, self.wants_embeddings);
+        }
+        self.scheduler.alloc(&step.graph)?;
+        Ok(Kept { key, step })
+    }
+
+    /// Keeps a step for the next call.
+    pub fn keep(&mut self, kept: Kept) {
+        self.kept = Some(kept);
+    }
+
+    /// Fills a step's inputs, computes it, and adds its rows to the results. The layers' scores, in order.
+    pub fn run(
+        &mut self,
+        step: &mut Step,
+        parts: &[Part],
+        tokens: &[Token],
+        rows: &[i32],
+    ) -> Result<Vec<Scored>, Error> {
+        step.fill(parts, tokens, rows);
+        match &mut self.score_time {
+            Some(total) if !step.scores.is_empty() => {
+                *total += self.scheduler.compute_timed(&step.graph, SCORE_NAME)?
+            }
+            _ => self.scheduler.compute(&step.graph)?,
+        }
+        if let Some(output) = &step.output {
+            self.read(output);
+        }
+        let scored = |score: &Score| Scored { part: score.part, layer: score.layer, value: score.value() };
+        Ok(step.scores.iter().map(scored).collect())
+    }
+
+    /// As [`Executor::run`], but where nothing is read of the step devices may still be at it when this returns.
+    pub fn start(
+        &mut self,
+        step: &mut Step,
+        parts: &[Part],
+        tokens: &[Token],
+        rows: &[i32],
+    ) -> Result<Vec<Scored>, Error> {
+        if !step.scores.is_empty() || step.output.is_some() {
+            return self.run(step, parts, tokens, rows);
+        }
+        step.fill(parts, tokens, rows);
+        self.scheduler.start(&step.graph)?;
+        Ok(Vec::new())
+    }
+
+    /// Computes rows of results alone, and adds them.
+    pub fn run_output(&mut self, graph: &Graph, output: &Output) -> Result<(), Error> {
+        self.scheduler.alloc(graph)?;
+        self.scheduler.compute(graph)?;
+        self.read(output);
+        Ok(())
+    }
+
+    fn read(&mut self, Output { logits, embeddings }: &Output) {
+        let start = self.logits.len();
+        self.logits.resize(start + logits.shape().iter().product::<usize>(), 0.0);
+        logits.read(0, &mut self.logits[start..]);
+        if let Some(embeddings) = embeddings {
+            self.embeddings.extend(embeddings.to_f32());
+        }
+    }
+}
+
+impl Key {
+    fn new(stretch: &Stretch<'_>) -> Key {
+        let store = |part: &Part, layer: &LayerCache| {
+            (layer.store.as_ref().map_or(u64::MAX, Store::id), layer.rows_read(part.n_past + part.n))
+        };
+        let caches = stretch.parts.iter().zip(stretch.caches);
+        let stores = caches.flat_map(|(part, layers)| layers.iter().map(move |layer| store(part, layer))).collect();
+        // A step differs from the one before by its positions only, which are inputs.
+        let parts = stretch.parts.iter().map(|part| Part { n_past: 0, exact_from: 0, ..*part }).collect();
+        Key { parts, n_outputs: stretch.n_wanted, stores }
+    }
+}

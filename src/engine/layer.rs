@@ -1,0 +1,331 @@
+//! One layer's cache in a sequence: its stores, and what it keeps.
+
+use std::{fmt, ops::Range, slice};
+
+use serde::Serialize;
+
+use super::setup::{BACK, LayerSetup, ROWS_STEP};
+use crate::{
+    cache::{Format, Move, Span, Store, move_rows},
+    ggml::{Error, Scheduler},
+};
+
+/// One layer's cache in a sequence.
+#[derive(Debug)]
+pub(super) struct LayerCache {
+    pub store: Option<Store>,
+    /// The sink and the newest tokens in f16, beside a quantised store that holds them as well.
+    pub exact: Option<Exact>,
+    /// `None` keeps every position.
+    pub span: Option<Span>,
+    /// After the sink, the ring holds no position before this one; 0 while nothing was dropped.
+    pub held_from: usize,
+    /// Whether the policy made it lazy; a layer that is sliding-window by design has a span and is not lazy.
+    pub lazy: bool,
+    pub score: Option<f32>,
+    pub format: Format,
+}
+
+/// The sink and the newest tokens of a layer in f16, beside its quantised store.
+#[derive(Debug)]
+pub(super) struct Exact {
+    pub store: Store,
+    pub span: Span,
+}
+
+impl Exact {
+    /// The exact store beside a store of this format, where one is due.
+    pub fn new(format: Format, setup: &LayerSetup) -> Result<Option<Exact>, Error> {
+        let Some(span) = setup.plan.exact_span_for(format) else { return Ok(None) };
+        let store = setup.make(span.n_rows(), Some(span), format.exact())?;
+        Ok(Some(Exact { store, span }))
+    }
+
+    fn copy(&self, setup: &LayerSetup, scheduler: &mut Scheduler) -> Result<Exact, Error> {
+        let store = setup.make(self.span.n_rows(), Some(self.span), self.store.format)?;
+        let all = [Move { from: 0..self.span.n_rows(), to: 0 }];
+        move_rows(scheduler, &self.store, &store, &all, &setup.rotations)?;
+        Ok(Exact { store, span: self.span })
+    }
+}
+
+/// What a layer keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LayerKind {
+    /// Everything.
+    Full,
+    /// Sink and window: the policy made it lazy.
+    Lazy,
+    /// A window: it is sliding-window by the model's design.
+    Window,
+}
+
+impl fmt::Display for LayerKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            LayerKind::Full => "full",
+            LayerKind::Lazy => "lazy",
+            LayerKind::Window => "window",
+        })
+    }
+}
+
+/// What is known of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct LayerReport {
+    pub index: usize,
+    /// Its attention mass on sink and window when it was last scored.
+    pub score: Option<f32>,
+    pub lazy: bool,
+    pub kind: LayerKind,
+    /// Recent tokens that it keeps, the newest included; `None` when it keeps all.
+    pub window: Option<usize>,
+    /// Bytes of its buffers.
+    pub kv_bytes: usize,
+}
+
+impl LayerCache {
+    pub fn new(span: Option<Span>, lazy: bool, format: Format) -> LayerCache {
+        LayerCache { store: None, exact: None, span, held_from: 0, lazy, score: None, format }
+    }
+
+    /// The layer in a sequence without tokens: full, unless it is restricted from the first token on.
+    pub fn at_first(setup: &LayerSetup) -> LayerCache {
+        let (span, format) = setup.at_first();
+        LayerCache::new(span, setup.starts_lazy, format)
+    }
+
+    /// Whether the policy may still make it lazy.
+    pub fn is_active(&self) -> bool {
+        self.span.is_none()
+    }
+
+    /// Takes a store that the prompt is read over; [`LayerCache::keep_scratch`] or [`LayerCache::make_lazy`] follows.
+    pub fn put_scratch(&mut self, store: Store) {
+        self.store = Some(store);
+    }
+
+    /// Turns the scratch of `n_past` tokens into the layer's store: as it is where the formats agree, else converted.
+    pub fn keep_scratch(&mut self, n_past: usize, setup: &LayerSetup, scheduler: &mut Scheduler) -> Result<(), Error> {
+        if let Some(scratch) = self.store.take_if(|scratch| scratch.format != self.format) {
+            let store = self.refilled(n_past, &scratch, self.used_rows(n_past), self.format, setup, scheduler)?;
+            self.exact = self.exact_from_store(n_past, &scratch, self.format, setup, scheduler)?;
+            self.store = Some(store);
+        }
+        Ok(())
+    }
+
+    /// A store of `n_rows` rows in a format, with the rows that `store` holds of `n_past` tokens.
+    fn refilled(
+        &self,
+        n_past: usize,
+        store: &Store,
+        n_rows: usize,
+        format: Format,
+        setup: &LayerSetup,
+        scheduler: &mut Scheduler,
+    ) -> Result<Store, Error> {
+        let refilled = setup.make(n_rows, self.span, format)?;
+        let used = self.used_rows(n_past);
+        if used > 0 {
+            move_rows(scheduler, store, &refilled, &[Move { from: 0..used, to: 0 }], &setup.rotations)?;
+        }
+        Ok(refilled)
+    }
+
+    /// The exact store for a new store's format, filled from the store of before.
+    fn exact_from_store(
+        &self,
+        n_past: usize,
+        store: &Store,
+        format: Format,
+        setup: &LayerSetup,
+        scheduler: &mut Scheduler,
+    ) -> Result<Option<Exact>, Error> {
+        let Some(exact) = Exact::new(format, setup)? else { return Ok(None) };
+        let row = |position| self.span.map_or(position, |span| span.row(position));
+        // What a ring has dropped is outside the layer's own span as well: nobody will look for it.
+        let held = |position: &usize| {
+            self.span
+                .is_none_or(|span| *position < span.n_sink || *position >= self.held_from.max(span.held_from(n_past)))
+        };
+        let mut moves: Vec<Move> = Vec::new();
+        for position in exact.span.kept_ranges(n_past).into_iter().flatten().filter(held) {
+            let (from, to) = (row(position), exact.span.row(position));
+            match moves.last_mut() {
+                Some(last) if last.from.end == from && last.to + last.from.len() == to => last.from.end += 1,
+                _ => moves.push(Move { from: from..from + 1, to }),
+            }
+        }
+        move_rows(scheduler, store, &exact.store, &moves, &setup.rotations)?;
+        Ok(Some(exact))
+    }
+
+    pub fn used_rows(&self, n_past: usize) -> usize {
+        self.span.map_or(n_past, |span| span.used_rows(n_past))
+    }
+
+    /// Rows that are read when the sequence has `n_past` tokens: those in use and some more, so that a decode graph
+    /// serves many steps.
+    pub fn rows_read(&self, n_past: usize) -> usize {
+        let allocated = self.store.as_ref().map_or(0, Store::n_rows);
+        self.used_rows(n_past).next_multiple_of(ROWS_STEP).min(allocated)
+    }
+
+    /// Makes room for the rows of `n_past + n` tokens, keeping what is there.
+    pub fn reserve(
+        &mut self,
+        n_past: usize,
+        n: usize,
+        setup: &LayerSetup,
+        scheduler: &mut Scheduler,
+    ) -> Result<(), Error> {
+        let needed = self.used_rows(n_past + n);
+        match &self.store {
+            Some(store) if store.n_rows() >= needed => return Ok(()),
+            None => {
+                self.exact = Exact::new(self.format, setup)?;
+                self.store = Some(setup.make(needed, self.span, self.format)?);
+            }
+            Some(store) => {
+                let rows = Store::rows_with_room(needed).min(setup.n_ctx).max(needed);
+                // Rows are positions as long as a store grows, whatever its span.
+                self.store = Some(self.refilled(n_past, store, rows, self.format, setup, scheduler)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps sink and window only from now on, in the lazy format.
+    pub fn make_lazy(&mut self, n_past: usize, setup: &LayerSetup, scheduler: &mut Scheduler) -> Result<(), Error> {
+        let (span, format) = (setup.plan.lazy_span, setup.plan.lazy);
+        if let Some(store) = &self.store {
+            let exact = match self.exact.take() {
+                Some(exact) if exact.store.format == format.exact() => Some(exact),
+                _ => self.exact_from_store(n_past, store, format, setup, scheduler)?,
+            };
+            self.store = Some(shrunk(store, n_past, span, format, setup, scheduler)?);
+            self.exact = exact;
+        }
+        (self.span, self.format, self.lazy) = (Some(span), format, true);
+        self.held_from = span.held_from(n_past);
+        Ok(())
+    }
+
+    /// A copy of the layer in a sequence of `n_past` tokens, which becomes lazy or keeps what this one keeps, in another
+    /// format where one is given.
+    pub fn copy(
+        &self,
+        n_past: usize,
+        becomes_lazy: bool,
+        format: Option<Format>,
+        setup: &LayerSetup,
+        scheduler: &mut Scheduler,
+    ) -> Result<LayerCache, Error> {
+        let lazy_span = becomes_lazy.then_some(setup.plan.lazy_span);
+        let format = if becomes_lazy { setup.plan.lazy } else { format.unwrap_or(self.format) };
+        let store = match (&self.store, lazy_span) {
+            (None, _) => None,
+            (Some(store), Some(span)) => Some(shrunk(store, n_past, span, format, setup, scheduler)?),
+            (Some(store), None) => {
+                Some(self.refilled(n_past, store, self.used_rows(n_past), format, setup, scheduler)?)
+            }
+        };
+        let exact = match (&self.exact, &self.store) {
+            (Some(exact), _) if exact.store.format == format.exact() => Some(exact.copy(setup, scheduler)?),
+            (_, Some(store)) => self.exact_from_store(n_past, store, format, setup, scheduler)?,
+            (_, None) => None,
+        };
+        let lazy = self.lazy || becomes_lazy;
+        let held_from = lazy_span.map_or(self.held_from, |span| span.held_from(n_past));
+        Ok(LayerCache { store, exact, span: lazy_span.or(self.span), held_from, lazy, score: self.score, format })
+    }
+
+    /// Rows were written up to `end` tokens: a ring has lost what was in them.
+    pub fn wrote(&mut self, end: usize) {
+        if let Some(span) = self.span {
+            self.held_from = self.held_from.max(span.held_from(end));
+        }
+    }
+
+    pub fn report(&self, index: usize) -> LayerReport {
+        let kind = match (self.lazy, self.span) {
+            (true, _) => LayerKind::Lazy,
+            (false, Some(_)) => LayerKind::Window,
+            (false, None) => LayerKind::Full,
+        };
+        let stores = self.store.iter().chain(self.exact.as_ref().map(|exact| &exact.store));
+        let kv_bytes = stores.map(Store::bytes).sum();
+        let window = self.span.map(|span| span.n_window);
+        LayerReport { index, score: self.score, lazy: self.lazy, kind, window, kv_bytes }
+    }
+}
+
+impl LayerCache {
+    pub fn exact_rows(&self) -> Vec<u8> {
+        let Some(exact) = &self.exact else { return Vec::new() };
+        let mut rows = Vec::new();
+        exact.store.read_rows(slice::from_ref(&(0..exact.span.n_rows())), &mut rows);
+        rows
+    }
+
+    pub fn put_exact_rows(&self, rows: &[u8]) {
+        if let Some(exact) = &self.exact {
+            exact.store.write_rows(slice::from_ref(&(0..exact.span.n_rows())), rows);
+        }
+    }
+
+    /// The first position after the sink that a checkpoint of `n` tokens has of the ring.
+    pub fn ring_from(&self, n: usize) -> usize {
+        let Some(span) = self.span else { return 0 };
+        self.held_from.max(n.saturating_sub(span.n_window + BACK)).max(span.n_sink).min(n.max(span.n_sink))
+    }
+
+    /// The sink's rows of `n` tokens, and those of the ring from a position on.
+    pub fn ring_ranges(span: Span, n: usize, from: usize) -> Vec<Range<usize>> {
+        let sink = 0..span.n_sink.min(n);
+        std::iter::once(sink).chain(span.rows(from..n.max(from))).filter(|rows| !rows.is_empty()).collect()
+    }
+
+    /// What must be kept to go on from `n` tokens later, or from a few before: see [`LayerCache::ring_from`].
+    pub fn ring_rows(&self, n: usize) -> (usize, Vec<u8>) {
+        let (Some(span), Some(store)) = (self.span, &self.store) else { return (0, Vec::new()) };
+        let from = self.ring_from(n);
+        let mut rows = Vec::new();
+        store.read_rows(&LayerCache::ring_ranges(span, n, from), &mut rows);
+        (from, rows)
+    }
+
+    /// Puts rows of [`LayerCache::ring_ranges`] back.
+    pub fn put_ring_rows(&mut self, n: usize, from: usize, rows: &[u8]) {
+        let (Some(span), Some(store)) = (self.span, &self.store) else { return };
+        store.write_rows(&LayerCache::ring_ranges(span, n, from), rows);
+        self.held_from = if from <= span.n_sink { 0 } else { from };
+    }
+}
+
+/// The fewest tokens of a sequence that can be gone on from: nothing that the next one sees was dropped. `held_from` says
+/// from where on a layer's ring is held, by the layer's number.
+pub(super) fn resumable(layers: &[LayerCache], held_from: impl Fn(usize, &LayerCache) -> usize) -> usize {
+    let of_layer =
+        |(index, layer): (usize, &LayerCache)| layer.span.map_or(0, |span| span.resumable(held_from(index, layer)));
+    layers.iter().enumerate().map(of_layer).max().unwrap_or(0)
+}
+
+/// A store with the rows of `store` that the span keeps of `n_past` tokens.
+fn shrunk(
+    store: &Store,
+    n_past: usize,
+    span: Span,
+    format: Format,
+    setup: &LayerSetup,
+    scheduler: &mut Scheduler,
+) -> Result<Store, Error> {
+    let shrunk = setup.make(span.used_rows(n_past), Some(span), format)?;
+    let moves: Vec<Move> =
+        span.kept_ranges(n_past).into_iter().map(|range| Move { to: span.row(range.start), from: range }).collect();
+    move_rows(scheduler, store, &shrunk, &moves, &setup.rotations)?;
+    Ok(shrunk)
+}

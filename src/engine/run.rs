@@ -1,0 +1,124 @@
+//! A batch, entry by entry: tokens whose rows are still there are not computed again, a long prompt goes layer by layer,
+//! and everything else ubatch by ubatch.
+
+use std::{collections::BTreeSet, slice};
+
+use super::{
+    batch::{BatchEntry, MAX_PARTS, pieces},
+    error::Error,
+    executor::Executor,
+    prefill::prefill,
+    sequence::Sequence,
+    sequences::Sequences,
+    setup::Setup,
+    ubatch::run_ubatch,
+};
+
+/// Appends tokens to one or more sequences; the executor has their rows afterwards. `progress` is told the share that is
+/// done, from 0 to 1.
+pub(super) fn run(
+    setup: &Setup,
+    executor: &mut Executor,
+    sequences: &mut Sequences,
+    batch: &[BatchEntry<'_>],
+    progress: &mut dyn FnMut(f32),
+) -> Result<(), Error> {
+    check(setup, sequences, batch)?;
+    executor.logits.clear();
+    executor.embeddings.clear();
+    let n_tokens: usize = batch.iter().map(|entry| entry.tokens.len()).sum();
+    let params = &setup.params;
+    let threads = if n_tokens > batch.len() { params.n_threads_batch } else { params.n_threads };
+    executor.scheduler.set_threads(threads)?;
+
+    let total = n_tokens as f32;
+    let mut done = 0;
+    let mut waiting = batch;
+    while let [entry, rest @ ..] = waiting {
+        let n = entry.tokens.len();
+        let again = sequences.get_mut(entry.seq).map_or(0, |sequence| sequence.replay(entry, executor));
+        if again > 0 {
+            if again < n {
+                run_alone(setup, executor, sequences, &entry.piece(again..n), &mut |_| {})?;
+            }
+            done += n;
+            waiting = rest;
+        } else if reads_layer_major(setup, sequences, entry) {
+            let (start, share) = (done as f32 / total, n as f32 / total);
+            prefill(setup, executor, sequences, entry, &mut |part| progress(start + share * part))?;
+            done += n;
+            waiting = rest;
+        } else {
+            // As many entries as fit one ubatch go together; a longer one goes in pieces by itself.
+            let fitting = entries_that_fit(setup, sequences, waiting);
+            let (together, rest) = waiting.split_at(fitting.max(1));
+            if fitting <= 1 {
+                let told = &mut |tokens| progress((done + tokens) as f32 / total);
+                run_alone(setup, executor, sequences, entry, told)?;
+            } else {
+                run_ubatch(setup, executor, sequences, together, true)?;
+            }
+            done += together.iter().map(|entry| entry.tokens.len()).sum::<usize>();
+            waiting = rest;
+        }
+        progress(done as f32 / total);
+    }
+    Ok(())
+}
+
+fn check(setup: &Setup, sequences: &Sequences, batch: &[BatchEntry<'_>]) -> Result<(), Error> {
+    let (n_vocab, n_ctx) = (setup.model.hparams().n_vocab, setup.params.n_ctx);
+    let mut seen = BTreeSet::new();
+    for entry in batch {
+        if entry.tokens.is_empty() {
+            return Err(Error::Empty);
+        }
+        if !seen.insert(entry.seq) {
+            return Err(Error::SequenceTwice(entry.seq));
+        }
+        let is_unknown = |&&token: &&i32| usize::try_from(token).map_or(true, |id| id >= n_vocab);
+        if let Some(&token) = entry.tokens.iter().find(is_unknown) {
+            return Err(Error::Token { token, n_vocab });
+        }
+        let needed = sequences.n_past(entry.seq) + entry.tokens.len();
+        if needed > n_ctx {
+            return Err(Error::ContextFull { needed, n_ctx });
+        }
+    }
+    if batch.is_empty() { Err(Error::Empty) } else { Ok(()) }
+}
+
+/// An entry by itself, in pieces where it does not fit one ubatch. The last piece holds all tokens that are scored.
+fn run_alone(
+    setup: &Setup,
+    executor: &mut Executor,
+    sequences: &mut Sequences,
+    entry: &BatchEntry<'_>,
+    progress: &mut dyn FnMut(usize),
+) -> Result<(), Error> {
+    let (n, params) = (entry.tokens.len(), &setup.params);
+    for range in pieces(n, params.n_ubatch, params.lazy.n_queries) {
+        let end = range.end;
+        run_ubatch(setup, executor, sequences, slice::from_ref(&entry.piece(range)), end == n)?;
+        if end < n {
+            progress(end);
+        }
+    }
+    Ok(())
+}
+
+fn entries_that_fit(setup: &Setup, sequences: &Sequences, batch: &[BatchEntry<'_>]) -> usize {
+    let mut tokens = 0;
+    let fits = |entry: &&BatchEntry<'_>| {
+        tokens += entry.tokens.len();
+        tokens <= setup.params.n_ubatch
+            && !reads_layer_major(setup, sequences, entry)
+            && !sequences.get(entry.seq).is_some_and(Sequence::may_replay)
+    };
+    batch.iter().take(MAX_PARTS).take_while(fits).count()
+}
+
+fn reads_layer_major(setup: &Setup, sequences: &Sequences, entry: &BatchEntry<'_>) -> bool {
+    let params = &setup.params;
+    params.layer_major && sequences.n_past(entry.seq) == 0 && entry.tokens.len() > params.n_ubatch
+}

@@ -1,0 +1,158 @@
+//! The sequences of a session, and what is done with them besides running tokens: copies, cuts, and what they hold.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::RangeInclusive,
+};
+
+use super::{batch::SeqId, error::Error, executor::Executor, layer::LayerCache, sequence::Sequence, setup::Setup};
+use crate::cache::{Format, KvReport};
+
+/// Sequences by their numbers.
+#[derive(Debug, Default)]
+pub(super) struct Sequences(BTreeMap<SeqId, Sequence>);
+
+impl Sequences {
+    pub fn get(&self, seq: SeqId) -> Option<&Sequence> {
+        self.0.get(&seq)
+    }
+
+    pub fn get_mut(&mut self, seq: SeqId) -> Option<&mut Sequence> {
+        self.0.get_mut(&seq)
+    }
+
+    /// The sequence, as one without tokens where there is none yet.
+    pub fn get_or_new(&mut self, seq: SeqId, setup: &Setup) -> &mut Sequence {
+        self.0.entry(seq).or_insert_with(|| Sequence::new(setup))
+    }
+
+    /// The layers' caches of a sequence.
+    pub fn layers(&self, seq: SeqId) -> &[LayerCache] {
+        self.get(seq).map_or(&[], |sequence| &sequence.layers)
+    }
+
+    /// Tokens in a sequence.
+    pub fn n_past(&self, seq: SeqId) -> usize {
+        self.get(seq).map_or(0, Sequence::n_past)
+    }
+
+    /// The sequences that hold tokens.
+    pub fn ids(&self) -> Vec<SeqId> {
+        self.0.iter().filter(|(_, sequence)| sequence.n_past() > 0).map(|(&seq, _)| seq).collect()
+    }
+
+    /// The positions that every layer of a sequence holds without a gap, up to the last one.
+    pub fn held(&self, seq: SeqId) -> Option<RangeInclusive<usize>> {
+        let sequence = self.get(seq).filter(|sequence| sequence.n_past() > 0)?;
+        let first = sequence.layers.iter().map(|layer| layer.held_from).max().unwrap_or(0);
+        Some(first..=sequence.n_past() - 1)
+    }
+
+    /// What the caches take. Lazy and active layers are those of the longest sequence.
+    pub fn report(&self, setup: &Setup) -> KvReport {
+        let hparams = setup.model.hparams();
+        let f16_bytes = self.0.values().map(|sequence| hparams.f16_kv_bytes(sequence.n_past())).sum();
+        let allocated_bytes = setup.meter.now();
+        let longest = self.0.values().max_by_key(|sequence| sequence.n_past());
+        let lazy_layers = longest.map_or(0, |sequence| sequence.layers.iter().filter(|layer| layer.lazy).count());
+        KvReport {
+            context_tokens: self.0.values().map(Sequence::n_past).sum(),
+            f16_bytes,
+            allocated_bytes,
+            peak_bytes: setup.meter.peak(),
+            compression: if allocated_bytes == 0 { 0.0 } else { f16_bytes as f64 / allocated_bytes as f64 },
+            lazy_layers,
+            active_layers: hparams.n_layer - lazy_layers,
+        }
+    }
+
+    /// Takes a sequence away.
+    pub fn clear(&mut self, seq: SeqId, executor: &mut Executor) {
+        self.0.remove(&seq);
+        executor.forget();
+    }
+
+    /// Takes all sequences away.
+    pub fn clear_all(&mut self, executor: &mut Executor) {
+        self.0.clear();
+        executor.forget();
+    }
+
+    /// Takes all sequences away but one.
+    pub fn keep(&mut self, seq: SeqId, executor: &mut Executor) {
+        self.0.retain(|&other, _| other == seq);
+        executor.forget();
+    }
+
+    /// Puts a sequence, or none, where there may be another.
+    pub fn put(&mut self, seq: SeqId, sequence: Option<Sequence>, executor: &mut Executor) {
+        self.clear(seq, executor);
+        self.0.extend(sequence.map(|sequence| (seq, sequence)));
+    }
+
+    /// Keeps the first `n` tokens of a sequence; false, with nothing changed, where that cannot be.
+    pub fn truncate(&mut self, seq: SeqId, n: usize, executor: &mut Executor) -> bool {
+        match self.get_mut(seq) {
+            None => true,
+            Some(_) if n == 0 => {
+                self.clear(seq, executor);
+                true
+            }
+            Some(sequence) => sequence.truncate(n),
+        }
+    }
+
+    /// Whether [`Sequences::truncate`] would succeed.
+    pub fn can_truncate(&self, seq: SeqId, n: usize) -> bool {
+        n == 0 || self.get(seq).is_none_or(|sequence| sequence.can_truncate(n))
+    }
+
+    /// After a failure while `n` tokens were run: a sequence that cannot be gone on with is emptied.
+    pub fn recover(&mut self, seq: SeqId, n: usize, executor: &mut Executor) {
+        if self.get_mut(seq).is_some_and(|sequence| !sequence.recover(n)) {
+            self.clear(seq, executor);
+        }
+    }
+
+    /// Makes sequence `to` a copy of the first `n` tokens of another. False, with nothing changed, when a layer has dropped
+    /// what they need.
+    pub fn copy(
+        &mut self,
+        setup: &Setup,
+        executor: &mut Executor,
+        (from, to): (SeqId, SeqId),
+        n: usize,
+    ) -> Result<bool, Error> {
+        if from == to || !self.can_truncate(from, n) {
+            return Ok(from == to);
+        }
+        let copy = match self.get(from).filter(|_| n > 0) {
+            Some(source) => {
+                let mut copy = source.copy(setup, executor, &BTreeSet::new(), None)?;
+                copy.truncate(n);
+                Some(copy)
+            }
+            None => None,
+        };
+        self.put(to, copy, executor);
+        Ok(true)
+    }
+
+    /// Makes sequence `to`, which is emptied before, a copy of another: see [`Sequence::copy`].
+    pub fn fork(
+        &mut self,
+        setup: &Setup,
+        executor: &mut Executor,
+        (from, to): (SeqId, SeqId),
+        lazy: &BTreeSet<usize>,
+        active: Option<Format>,
+    ) -> Result<(), Error> {
+        self.clear(to, executor);
+        if let Some(source) = self.get(from) {
+            let copy = source.copy(setup, executor, lazy, active)?;
+            self.0.insert(to, copy);
+            executor.forget();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,405 @@
+//! What a session runs by: its parameters, checked, and what follows from them for each layer. It never changes in part:
+//! other parameters are another setup, so that nothing of it can be out of date.
+
+use std::{
+    ops::Range,
+    sync::{Arc, atomic::AtomicBool},
+};
+
+use super::{
+    batch::{BatchEntry, MAX_PARTS},
+    error::Error,
+    profile,
+};
+use crate::{
+    cache::{Format, KvRotate, Meter, Rotations, Span, Store},
+    ggml::{self, Device, Graph, Type},
+    lazy::{At, LazyParams, Policy, Selector, default_threshold},
+    model::{Hparams, Model},
+};
+
+/// Rows that attention reads are rounded up to this many, so that a decode graph serves as many steps (as in llama.cpp).
+pub(super) const ROWS_STEP: usize = 256;
+
+/// Tokens before a prompt's end, or before a checkpoint, from which one can go on as well: servers read the last few
+/// anew.
+pub(super) const BACK: usize = 8;
+
+/// How a session runs. The defaults are llama.cpp's.
+///
+/// ```
+/// use simlayer::{SessionParams, lazy::{LazyParams, Policy}};
+///
+/// let lazy = LazyParams { policy: Policy::Budget(0.5), ..LazyParams::default() };
+/// let params = SessionParams { n_ctx: 4096, lazy, ..SessionParams::default() };
+/// ```
+#[derive(Debug, Clone)]
+pub struct SessionParams {
+    /// Tokens that a sequence can hold; 0 for as many as the model was trained for.
+    pub n_ctx: usize,
+    /// Tokens that are computed at once.
+    pub n_ubatch: usize,
+    /// Threads for decoding.
+    pub n_threads: usize,
+    /// Threads for reading prompts; 0 for as many as for decoding.
+    pub n_threads_batch: usize,
+    /// Types of the active layers' keys and values.
+    pub type_k: Type,
+    pub type_v: Type,
+    /// Attention in one operation, without the matrix of all weights.
+    pub flash_attn: bool,
+    /// Compute attention, and products of quantised weights, with this crate's own kernels, which are
+    /// faster. Off (or without flash attention): with ggml's, whose logits are llama.cpp's bit for bit.
+    pub fused_attention: bool,
+    /// When keys and values are rotated.
+    pub kv_rotate: KvRotate,
+    /// Newest tokens that are kept in f16 as well, with the sink, beside each quantised store: most of what four bits
+    /// lose is lost there (KIVI, arXiv 2402.02750). 0 for none, which is llama.cpp's way. Needs this crate's own
+    /// attention kernel, and is ignored without it.
+    pub kv_exact: usize,
+    /// Keep what is needed to take an answer back and to ask for it again exactly: each prompt's last logits, the newest
+    /// tokens' rows in f16 as they were then, and a long answer's first windows of lazy layers.
+    pub keep_prompt_end: bool,
+    /// Prompts may come in several calls of [`Session::run`](super::Session::run), of which the last is marked as the prompt's end. The ends
+    /// of all are scored then, so that a short last piece does not decide alone.
+    pub split_prompts: bool,
+    /// Read a long prompt layer by layer, so that only one layer's cache is ever uncompressed. Off: ubatch by ubatch.
+    pub layer_major: bool,
+    /// Which layers become lazy.
+    pub lazy: LazyParams,
+    /// A flag that ends the running call with [`Error::Interrupted`] once another thread sets it. It stays set until it is
+    /// taken back. Several sessions can have the same one; `None` for one of the session's own
+    /// ([`Session::abort_flag`](super::Session::abort_flag)).
+    pub abort: Option<Arc<AtomicBool>>,
+}
+
+impl Default for SessionParams {
+    fn default() -> Self {
+        SessionParams {
+            n_ctx: 0,
+            n_ubatch: 512,
+            n_threads: std::thread::available_parallelism().map_or(4, usize::from),
+            n_threads_batch: 0,
+            type_k: Type::F16,
+            type_v: Type::F16,
+            flash_attn: true,
+            fused_attention: true,
+            kv_rotate: KvRotate::default(),
+            kv_exact: 32,
+            keep_prompt_end: true,
+            split_prompts: false,
+            layer_major: true,
+            lazy: LazyParams::default(),
+            abort: None,
+        }
+    }
+}
+
+/// How attention is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kernel {
+    /// Our own operation.
+    Fused,
+    /// ggml's operation.
+    Flash,
+    /// Products and a softmax, with the matrix of all weights between them.
+    Separate,
+}
+
+/// What follows from the parameters for one layer on a device, without any memory of it.
+#[derive(Debug, Clone)]
+pub(super) struct LayerPlan {
+    pub device: Device,
+    /// The device, unless the processor can read its memory.
+    pub apart: Option<Device>,
+    pub kernel: Kernel,
+    /// How the layer keeps its rows, and how it keeps them while it is lazy.
+    pub active: Format,
+    pub lazy: Format,
+    /// What it keeps by the model's own design; `None` for everything.
+    pub by_design: Option<Span>,
+    /// What it keeps while it is lazy.
+    pub lazy_span: Span,
+    /// What its exact store keeps, where it has one: KIVI's residual (arXiv 2402.02750), and the sink.
+    exact_span: Option<Span>,
+    /// Rows are allocated in blocks of this many.
+    pub block: usize,
+    /// The rows of a store with a span are a multiple of this.
+    ring_block: usize,
+}
+
+impl LayerPlan {
+    /// The plan of layer `index` on a device, where attention is computed by `kernel`: see [`kernel`].
+    pub fn new(params: &SessionParams, hparams: &Hparams, index: usize, device: Device, kernel: Kernel) -> LayerPlan {
+        let lazy = &params.lazy;
+        let apart = (!device.buffer_type().is_host()).then_some(device);
+        let exact_span = Span {
+            n_sink: lazy.n_sink,
+            n_window: params.kv_exact,
+            // So that one can go back to just before a prompt's end.
+            n_slack: if params.keep_prompt_end { BACK } else { 0 },
+        };
+        LayerPlan {
+            device,
+            apart,
+            kernel,
+            active: Format::new(params.type_k, params.type_v, params.kv_rotate),
+            lazy: lazy_format(params, hparams.head_size),
+            by_design: hparams.windows[index].map(|n_window| Span { n_sink: 0, n_window, n_slack: lazy.n_slack }),
+            lazy_span: Span { n_sink: lazy.n_sink, n_window: lazy.window(index), n_slack: lazy.n_slack },
+            exact_span: (kernel == Kernel::Fused && params.kv_exact > 0).then_some(exact_span),
+            // ggml's kernels divide their work by the number of rows, and llama.cpp gives them a multiple of 256.
+            block: if kernel == Kernel::Fused { 64 } else { ROWS_STEP },
+            // ggml's flash attention for CUDA takes a slower way where rows are no multiple of 256.
+            ring_block: if kernel == Kernel::Flash && apart.is_some() { ROWS_STEP } else { 1 },
+        }
+    }
+
+    /// Rows that a store of this span has at most.
+    pub fn rows(&self, span: Span) -> usize {
+        span.n_rows().next_multiple_of(self.ring_block)
+    }
+
+    /// What the exact store beside a store of this format keeps, where one is due.
+    pub fn exact_span_for(&self, format: Format) -> Option<Span> {
+        self.exact_span.filter(|_| format.k.is_quantized() || format.v.is_quantized())
+    }
+}
+
+/// A layer's plan, and what its stores are made with.
+#[derive(Debug, Clone)]
+pub(super) struct LayerSetup {
+    pub plan: LayerPlan,
+    /// Whether it is lazy from a sequence's first token on.
+    pub starts_lazy: bool,
+    pub rotations: Arc<Rotations>,
+    /// Elements of a token's keys: head size × KV heads.
+    pub width: usize,
+    /// Rows that a store never needs to exceed.
+    pub n_ctx: usize,
+    meter: Meter,
+}
+
+impl LayerSetup {
+    /// A store of at least `n_rows` rows on the layer's device.
+    pub fn make(&self, n_rows: usize, span: Option<Span>, format: Format) -> Result<Store, ggml::Error> {
+        let memory = self.plan.device.buffer_type();
+        let most_rows = span.map(|span| self.plan.rows(span));
+        Store::new(self.width, n_rows, self.plan.block, most_rows, format, memory, &self.meter)
+    }
+
+    /// What the layer keeps of a sequence from its first token on, and how.
+    pub fn at_first(&self) -> (Option<Span>, Format) {
+        match self.starts_lazy {
+            true => (Some(self.plan.lazy_span), self.plan.lazy),
+            false => (self.plan.by_design, self.plan.active),
+        }
+    }
+}
+
+/// What a session runs by.
+#[derive(Debug)]
+pub(super) struct Setup {
+    pub model: Model,
+    /// Without anything left to be filled in.
+    pub params: SessionParams,
+    pub layers: Vec<LayerSetup>,
+    /// The layers in groups that a long prompt goes through together: neighbours on one device.
+    pub groups: Vec<Range<usize>>,
+    /// Counts the caches' bytes.
+    pub meter: Meter,
+    threshold: f32,
+}
+
+impl Setup {
+    /// Fills in what the parameters leave open, and works out what follows from them.
+    pub fn new(model: &Model, mut params: SessionParams, meter: Meter) -> Result<Setup, Error> {
+        let hparams = model.hparams();
+        if params.n_ctx == 0 {
+            params.n_ctx = hparams.n_ctx_train;
+        }
+        if params.n_threads_batch == 0 {
+            params.n_threads_batch = params.n_threads;
+        }
+        profile::settle(&mut params.lazy, model)?;
+        check(&params, hparams)?;
+        let mut setup = Setup {
+            threshold: default_threshold(&hparams.architecture, model.name(), hparams.rope.freq_base),
+            model: model.clone(),
+            layers: Vec::with_capacity(hparams.n_layer),
+            groups: Vec::new(),
+            meter,
+            params,
+        };
+        for index in 0..hparams.n_layer {
+            let layer = setup.layer(index)?;
+            setup.layers.push(layer);
+        }
+        setup.groups = setup.groups();
+        Ok(setup)
+    }
+
+    /// The setup of layer `index`, those of the layers before it being there.
+    fn layer(&self, index: usize) -> Result<LayerSetup, Error> {
+        let (hparams, params) = (self.model.hparams(), &self.params);
+        let device = self.model.layer_device(index);
+        let neighbour = self.layers.iter().find(|layer| layer.plan.device == device);
+        let (kernel, rotations) = match neighbour {
+            Some(layer) => (layer.plan.kernel, Arc::clone(&layer.rotations)),
+            None => {
+                let rotations = Rotations::new(hparams.head_size, device.buffer_type())?;
+                (kernel(params, hparams, device), Arc::new(rotations))
+            }
+        };
+        let plan = LayerPlan::new(params, hparams, index, device, kernel);
+        let is_known_lazy = params.lazy.windowed_prefill() && self.selector().is_known_lazy(index);
+        Ok(LayerSetup {
+            starts_lazy: is_known_lazy && plan.by_design.is_none(),
+            plan,
+            rotations,
+            width: hparams.kv_width(),
+            n_ctx: params.n_ctx,
+            meter: self.meter.clone(),
+        })
+    }
+
+    fn groups(&self) -> Vec<Range<usize>> {
+        let n_layer = self.layers.len();
+        let lazy = &self.params.lazy;
+        let none_shrinks = lazy.policy == Policy::Off || lazy.windowed_prefill();
+        let scratch_stays = none_shrinks && self.layers.iter().all(|layer| layer.at_first().1 == Format::F16);
+        let mut groups: Vec<Range<usize>> = Vec::new();
+        for (index, layer) in self.layers.iter().enumerate() {
+            let at_most = match layer.plan.apart {
+                None => 1,
+                Some(_) if scratch_stays => n_layer,
+                Some(_) => n_layer / 8,
+            };
+            match groups.last_mut() {
+                Some(group) if group.len() < at_most && self.layers[group.start].plan.device == layer.plan.device => {
+                    group.end = index + 1;
+                }
+                _ => groups.push(index..index + 1),
+            }
+        }
+        groups
+    }
+
+    /// The format of active layers of these types of keys and values.
+    pub fn active_format(&self, type_k: Type, type_v: Type) -> Result<Format, Error> {
+        let params = SessionParams { type_k, type_v, ..self.params.clone() };
+        check(&params, self.model.hparams())?;
+        Ok(Format::new(type_k, type_v, params.kv_rotate))
+    }
+
+    /// The rule for the next prompt of a sequence.
+    pub fn selector(&self) -> Selector {
+        Selector::new(&self.params.lazy.policy, self.threshold, self.model.hparams().n_scorable())
+    }
+
+    /// Last tokens of a prompt of `n` tokens whose attention is to be scored when it ends at `n_past`: none while
+    /// everything is within sink and window, where every layer's score is 1 and says nothing.
+    pub fn n_score(&self, n: usize, n_past: usize, at: At) -> usize {
+        if !self.selector().needs_scores() || n_past <= self.params.lazy.n_kept() {
+            return 0;
+        }
+        match at {
+            At::Prefill => self.params.lazy.n_queries.min(n),
+            At::Decode => 1,
+        }
+    }
+
+    /// Whether an entry's last tokens are scored, when the policy wants scores of prompts.
+    pub fn scores_end(&self, entry: &BatchEntry<'_>) -> bool {
+        entry.prompt_end || (self.params.split_prompts && entry.tokens.len() > 1)
+    }
+
+    /// Nodes that a graph through so many layers has at most: a layer has some 30, a few more for each sequence in a
+    /// batch; scores and rotations add theirs.
+    pub fn max_nodes(n_layers: usize) -> usize {
+        1024 + 64 * n_layers * MAX_PARTS
+    }
+
+    /// A graph for this session's kernels.
+    pub fn graph(&self, max_nodes: usize) -> Graph {
+        let mut graph = Graph::new(max_nodes);
+        graph.use_own_kernels(self.params.flash_attn && self.params.fused_attention);
+        graph
+    }
+}
+
+/// How lazy layers keep their rows: q4_0 where nothing else is asked for and the head size allows it.
+fn lazy_format(params: &SessionParams, head_size: usize) -> Format {
+    let smallest = if head_size.is_multiple_of(Type::Q4_0.block_size()) { Type::Q4_0 } else { Type::F16 };
+    let [k, v] = [params.lazy.type_k, params.lazy.type_v].map(|given| given.unwrap_or(smallest));
+    Format::new(k, v, params.kv_rotate)
+}
+
+/// What computes attention on a device.
+pub(super) fn kernel(params: &SessionParams, hparams: &Hparams, device: Device) -> Kernel {
+    let &Hparams { head_size, n_head, n_head_kv, .. } = hparams;
+    let lazy = lazy_format(params, head_size);
+    let types = [(Type::F16, Type::F16), (params.type_k, params.type_v), (lazy.k, lazy.v)];
+    match params.flash_attn {
+        false => Kernel::Separate,
+        // Our kernel reads tensors by pointer.
+        true if params.fused_attention && device.buffer_type().is_host() => Kernel::Fused,
+        true if device == Device::cpu() => Kernel::Flash,
+        // Where a device lacks a pair of types, the scheduler would move whole caches to the processor and back.
+        true if types.iter().all(|&(k, v)| device.can_attend(head_size, n_head, n_head_kv, k, v)) => Kernel::Flash,
+        true => Kernel::Separate,
+    }
+}
+
+/// Refuses what does not fit together, or does not fit the model.
+fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
+    let &Hparams { head_size, n_layer, .. } = hparams;
+    let wrong = |why: &str| Err(Error::Params(why.to_owned()));
+    if params.n_ubatch == 0 {
+        return wrong("a ubatch of 0 tokens: give at least 1");
+    }
+    if params.n_threads == 0 {
+        return wrong("0 threads: give at least 1");
+    }
+    if params.n_ctx > i32::MAX as usize {
+        return wrong("the context size does not fit 31 bits");
+    }
+    if params.lazy.n_slack > i32::MAX as usize {
+        return wrong("a slack that does not fit 31 bits");
+    }
+    if params.lazy.policy != Policy::Off {
+        if params.lazy.n_window == 0 {
+            return wrong("a lazy window of 0 tokens: it holds the query's own, so give at least 1");
+        }
+        if params.lazy.n_queries == 0 {
+            return wrong("0 lazy queries: the score needs at least 1");
+        }
+    }
+    if let Some((layer, _)) = params.lazy.windows.iter().find(|&(layer, n)| layer >= n_layer || n == 0) {
+        let why = format!("the model has layers 0 to {}, and a window at least 1 token", n_layer - 1);
+        return Err(Error::Window { layer, why });
+    }
+    if let Policy::Layers(layers) = &params.lazy.policy {
+        for &layer in layers {
+            let why = match hparams.windows.get(layer) {
+                Some(None) => continue,
+                Some(Some(window)) => format!("it is sliding-window by design (window {window}); leave it out"),
+                None => format!("the model has layers 0 to {}", n_layer - 1),
+            };
+            return Err(Error::LazyLayer { layer, why });
+        }
+    }
+    let types = [Some(params.type_k), Some(params.type_v), params.lazy.type_k, params.lazy.type_v];
+    for ty in types.into_iter().flatten() {
+        if !Type::CACHE.contains(&ty) {
+            return Err(Error::Params(format!("{ty} is no cache type")));
+        }
+        if !head_size.is_multiple_of(ty.block_size()) {
+            return Err(Error::CacheType { ty, block: ty.block_size(), head_size });
+        }
+    }
+    if !params.flash_attn && params.type_v.is_quantized() {
+        return Err(Error::FlashAttention);
+    }
+    Ok(())
+}
