@@ -4,22 +4,27 @@ use std::{
     error::Error,
     fmt::Write as _,
     path::{Path, PathBuf},
+    sync::{Arc, atomic::AtomicBool},
 };
 
 use simlayer::{
-    BatchEntry, Model, Outputs, Sampler, SamplerParams, SeqId, Session, SessionParams, Token, vocab::Utf8Stream,
+    AddBos, BatchEntry, GenerationEnd, Model, Outputs, Sampler, SamplerParams, SeqId, Session, SessionParams, Special,
+    Token,
+    lazy::{LazyParams, Policy},
 };
 
 pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// Half of the layers become lazy behind a prompt, and keep `n_window` tokens.
-pub fn budget(n_window: usize) -> Result<SessionParams> {
-    let mut params = SessionParams::default();
-    params.n_ctx = 4096;
-    params.n_threads = 2;
-    params.lazy.policy = "budget:0.5".parse()?;
-    params.lazy.n_window = n_window;
-    Ok(params)
+/// Half of the layers become lazy after a prompt, and keep `n_window` tokens.
+pub fn budget(n_window: usize, abort: Option<Arc<AtomicBool>>) -> SessionParams {
+    let lazy = LazyParams { policy: Policy::Budget(0.5), n_window, ..LazyParams::default() };
+    SessionParams { n_ctx: 4096, n_threads: 2, lazy, abort, ..SessionParams::default() }
+}
+
+/// Nothing is ever lazy.
+pub fn plain() -> SessionParams {
+    let lazy = LazyParams { policy: Policy::Off, ..LazyParams::default() };
+    SessionParams { n_threads: 2, lazy, ..SessionParams::default() }
 }
 
 /// The most probable token, always.
@@ -27,38 +32,22 @@ pub fn greedy(model: &Model) -> Result<Sampler> {
     Ok(Sampler::new(model.vocab(), &SamplerParams::greedy())?)
 }
 
-/// Reads a prompt and gives the text that follows to `show` as it comes, up to `stop`, which is not shown.
+/// Gives the text that follows a prompt to `show` as it comes, up to `stop`, which is not shown.
 pub fn stream(
     session: &mut Session,
-    sampler: &mut Sampler,
     prompt: &str,
     stop: &str,
     limit: usize,
     mut show: impl FnMut(&str),
-) -> Result<()> {
-    let vocab = session.model().vocab().clone();
-    let prompt = vocab.tokenize(prompt, true, false)?;
-    let mut token = sampler.sample(session.prefill(&prompt)?)?;
-    let (mut characters, mut held) = (Utf8Stream::default(), String::new());
-    for _ in 0..limit {
-        if vocab.is_eog(token) {
-            break;
-        }
-        held += &characters.push(&vocab.piece(token, false));
-        if let Some(at) = held.find(stop) {
-            show(&held[..at]);
-            return Ok(());
-        }
-        // What may be the beginning of the stop string waits for the rest.
-        let keep = (1..stop.len()).rev().filter(|&n| stop.is_char_boundary(n)).find(|&n| held.ends_with(&stop[..n]));
-        let shown = held.len() - keep.unwrap_or(0);
-        show(&held[..shown]);
-        held.drain(..shown);
-        token = sampler.sample(session.decode(token)?)?;
+) -> Result<Option<GenerationEnd>> {
+    let model = session.model().clone();
+    let prompt = model.vocab().tokenize(prompt, AddBos::Yes, Special::Text)?;
+    let mut sampler = greedy(&model)?;
+    let mut text = session.generate(&mut sampler, &prompt)?.limit(limit).stop_at([stop]);
+    for piece in &mut text {
+        show(&piece?);
     }
-    held += &characters.finish();
-    show(&held);
-    Ok(())
+    Ok(text.end())
 }
 
 /// Reads several prompts in one batch, and continues them together by `n` tokens each.
@@ -88,9 +77,9 @@ pub fn best(logits: &[f32]) -> Token {
 }
 
 /// A table of a sequence's layers.
-pub fn report(session: &Session, seq: SeqId) -> String {
+pub fn report(session: &mut Session, seq: SeqId) -> String {
     let mut text = String::new();
-    for layer in session.layers(seq) {
+    for layer in session.sequence(seq).report() {
         let score = layer.score.map_or("–".to_owned(), |score| format!("{score:.3}"));
         let _ = writeln!(text, "{:>3} {:6} {score:>5} {:>9} bytes", layer.index, layer.kind, layer.kv_bytes);
     }
