@@ -20,12 +20,12 @@ impl Span {
         self.n_sink + self.ring()
     }
 
-    /// Rows of the ring behind the sink.
+    /// Rows of the ring after the sink.
     fn ring(self) -> usize {
         self.n_window + self.n_slack
     }
 
-    /// The first position behind the sink that a store still has after `n_past` tokens were written one after the other;
+    /// The first position after the sink that a store still has after `n_past` tokens were written one after the other;
     /// 0 while nothing was dropped.
     pub fn held_from(self, n_past: usize) -> usize {
         if n_past > self.n_rows() { n_past - self.ring() } else { 0 }
@@ -42,13 +42,13 @@ impl Span {
         key <= query && (key < self.n_sink || key + self.n_window > query)
     }
 
-    /// The row of a position: the sink has rows of its own, the window and the slack are a ring behind it. Until the
+    /// The row of a position: the sink has rows of its own, the window and the slack are a ring after it. Until the
     /// sequence is longer than all of them, that is the position itself.
     pub fn row(self, position: usize) -> usize {
         if position < self.n_sink { position } else { self.n_sink + (position - self.n_sink) % self.ring() }
     }
 
-    /// The rows of positions behind the sink, no more than the ring has, in runs of neighbours.
+    /// The rows of positions after the sink, no more than the ring has, in runs of neighbours.
     pub fn rows(self, positions: Range<usize>) -> Vec<Range<usize>> {
         debug_assert!(positions.start >= self.n_sink && positions.len() <= self.ring());
         if positions.is_empty() {

@@ -76,7 +76,7 @@ impl Executor {
         ggml::release_free_memory();
     }
 
-    /// A step through all layers to the output, with memory behind its tensors: the kept one where it serves again.
+    /// A step through all layers to the output, whose tensors have memory: the kept one where it serves again.
     pub fn step(&mut self, setup: &Setup, stretch: &Stretch<'_>) -> Result<Kept, Error> {
         let key = Key::new(stretch);
         if let Some(kept) = self.kept.take()

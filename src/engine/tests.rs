@@ -1,14 +1,18 @@
-//! States of a session's sequences, saved and read again.
+//! Sessions from the outside: states, settings that change, views of sequences.
 
 use proptest::prelude::*;
 use simlayer_testkit::RandomModel;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::{
-    BatchEntry, Outputs, SeqId, Session, SessionParams,
+    BatchEntry, LayerKind, Outputs, SeqId, SequenceView, Session, SessionParams,
     state::{CHECKSUM_BYTES, HEADER_BYTES},
 };
-use crate::{Model, ModelParams, ggml::Type, lazy::Policy};
+use crate::{
+    Model, ModelParams,
+    ggml::Type,
+    lazy::{LazyParams, Policy},
+};
 
 fn session(policy: &str, ty: Type) -> Session {
     let folder = tempfile::tempdir().unwrap();
@@ -97,7 +101,7 @@ proptest! {
         GOOD.with_borrow_mut(|(session, good)| {
             let mut bad = good.clone();
             for (at, value) in changes {
-                // Mostly the headers: of the state, and of the layers behind it.
+                // Mostly the headers: of the state, and of the layers after it.
                 bad[at] = value;
             }
             bad.truncate(cut.unwrap_or(usize::MAX).max(HEADER_BYTES + CHECKSUM_BYTES));
@@ -118,4 +122,59 @@ proptest! {
         });
         prop_assert!(true);
     }
+}
+
+/// Settings that are changed are those of a session that had them from the beginning, in everything that follows from them.
+#[test]
+fn changed_settings_leave_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.gguf");
+    RandomModel { n_layer: 3, ..RandomModel::tiny() }.write(&path);
+    let model = Model::load(&path, &ModelParams::default()).unwrap();
+    let lazy = LazyParams { n_sink: 7, n_window: 24, n_slack: 4, type_k: Some(Type::F16), ..LazyParams::default() };
+    let lazy = LazyParams { policy: Policy::Layers([0, 2].into()), ..lazy };
+    let before = SessionParams { n_threads: 1, type_k: Type::Q4_0, type_v: Type::Q4_0, ..SessionParams::default() };
+    let after = SessionParams { lazy: lazy.clone(), ..before.clone() };
+    let mut changed = Session::new(&model, before).unwrap();
+    read(&mut changed, 1, 0..60);
+    changed.clear();
+    changed.set_lazy(lazy).unwrap();
+    let mut new = Session::new(&model, after).unwrap();
+    for session in [&mut changed, &mut new] {
+        read(session, 0, 0..60);
+        read(session, 0, 60..61);
+    }
+    assert_eq!(changed.logits(), new.logits());
+    assert_eq!(changed.layers(0), new.layers(0));
+    assert_eq!(saved(&changed, 0), saved(&new, 0));
+}
+
+#[test]
+fn a_view_is_of_its_sequence() {
+    let mut session = session("layers:1", Type::F16);
+    let tokens: Vec<i32> = (0..40).map(|token| 3 + token % 20).collect();
+    let logits = session.sequence(5).prefill(&tokens).unwrap().to_vec();
+    let view = session.sequence(5);
+    assert_eq!((view.id(), view.tokens(), view.len(), view.held()), (5, &tokens[..], 40, Some(0..=39)));
+    let kinds = |view: &SequenceView<'_>| view.report().iter().map(|layer| layer.kind).collect::<Vec<_>>();
+    assert_eq!(kinds(&view), [LayerKind::Full, LayerKind::Lazy, LayerKind::Full]);
+
+    let mut bytes = Vec::new();
+    view.save(&mut bytes).unwrap();
+    let mark = view.checkpoint();
+    session.sequence(5).copy_to(6).unwrap();
+    session.sequence(5).fork(7, &[2].into()).unwrap();
+    assert_eq!(kinds(&session.sequence(7)), [LayerKind::Full, LayerKind::Lazy, LayerKind::Lazy]);
+    let next = session.sequence(5).decode(9).unwrap().to_vec();
+    assert_ne!(next, logits);
+    assert_eq!(session.sequence(6).decode(9).unwrap(), next);
+    assert_eq!(session.sequence(5).restore(&mark).unwrap().n_read, 0);
+    assert_eq!(session.sequence(5).decode(9).unwrap(), next);
+    assert_eq!(session.sequence(8).load(&bytes).unwrap(), bytes.len());
+    assert_eq!(session.sequence(8).decode(9).unwrap(), next);
+
+    assert!(session.sequence(8).truncate(40) && session.sequence(8).len() == 40);
+    session.sequence(8).clear();
+    assert!(session.sequence(8).is_empty() && session.sequence(8).tokens().is_empty());
+    assert_eq!(session.seq_ids(), [5, 6, 7]);
 }

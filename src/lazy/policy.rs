@@ -30,7 +30,7 @@ pub enum Policy {
 pub enum Measure {
     /// The share of attention on what a lazy layer would keep (the paper's).
     Mass,
-    /// 1 − the relative change of the last tokens' hidden states behind the layer, when they see only that.
+    /// 1 − the relative change of the last tokens' hidden states after the layer, when they see only that.
     Output,
 }
 

@@ -1,4 +1,4 @@
-//! `exaone4`: norms behind attention and feed-forward and on each head; the 32B model has a window in three of four
+//! `exaone4`: norms after attention and feed-forward and on each head; the 32B model has a window in three of four
 //! layers, and RoPE in these alone.
 
 use super::{

@@ -81,7 +81,7 @@ pub struct ModelParams {
     pub progress: Option<Progress>,
     /// Devices that layers can be on besides the processor; `None` for all that there are.
     pub devices: Option<Vec<Device>>,
-    /// Last layers that go to devices, the output counting as one behind them; `None` for all.
+    /// Last layers that go to devices, the output counting as one after them; `None` for all.
     pub gpu_layers: Option<usize>,
     /// How the layers are shared out over the devices, in proportions. Empty, or all zero: by their free memory.
     pub tensor_split: Vec<f32>,

@@ -1,4 +1,4 @@
-//! `olmo2`: OLMo 2 and 3: norms behind attention and feed-forward, queries and keys normed over all heads; OLMo 3 has a
+//! `olmo2`: OLMo 2 and 3: norms after attention and feed-forward, queries and keys normed over all heads; OLMo 3 has a
 //! window in three of four layers.
 
 use super::{

@@ -3,7 +3,7 @@
 use super::ModelParams;
 use crate::ggml::{Device, DeviceKind};
 
-/// The devices of a model's layers. As in llama.cpp the last layers go to devices first, one behind the other, and the
+/// The devices of a model's layers. As in llama.cpp the last layers go to devices first, one after the other, and the
 /// output counts as one layer more, the first to go. The embedding stays with the processor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Placement {
@@ -48,7 +48,7 @@ impl Placement {
     }
 }
 
-/// For each layer, and for the output behind them, the index of its device; `None` is the processor. Of `n_layer + 1`
+/// For each layer, and for the output after them, the index of its device; `None` is the processor. Of `n_layer + 1`
 /// the last `n_placed` are shared out in these proportions.
 fn assign(n_layer: usize, n_placed: usize, shares: &[f64]) -> Vec<Option<usize>> {
     let n = n_layer + 1;

@@ -132,7 +132,7 @@ impl SelfAttention {
         }
     }
 
-    /// `[head size × heads, n]` → `[head size, heads, n]`; rows need not lie one behind the other.
+    /// `[head size × heads, n]` → `[head size, heads, n]`; rows need not lie one after the other.
     fn heads(&self, graph: &Graph, rows: &Tensor) -> Tensor {
         let [width, n, ..] = rows.shape();
         let [element_bytes, row_bytes, ..] = rows.strides();

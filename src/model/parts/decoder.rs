@@ -75,7 +75,7 @@ impl Architecture for Decoder {
     }
 }
 
-/// The usual layer: attention, then feed-forward, each with a residual and with norms before it, behind it, or both.
+/// The usual layer: attention, then feed-forward, each with a residual and with norms before it, after it, or both.
 pub(in crate::model) struct Block {
     pub attn_norm: Option<Norm>,
     pub attention: SelfAttention,
@@ -102,7 +102,7 @@ impl Block {
         })
     }
 
-    /// A layer with the norms `post_attention_norm` and `post_ffw_norm` behind attention and feed-forward.
+    /// A layer with the norms `post_attention_norm` and `post_ffw_norm` after attention and feed-forward.
     pub fn post_norm(
         b: &mut Builder<'_>,
         layer: usize,
@@ -116,7 +116,7 @@ impl Block {
         })
     }
 
-    /// A layer with norms before attention and feed-forward and behind them.
+    /// A layer with norms before attention and feed-forward and after them.
     pub fn sandwich(
         b: &mut Builder<'_>,
         layer: usize,

@@ -52,7 +52,7 @@ enum Up {
         up: Linear,
         activation: Activation,
     },
-    /// The gate's rows and behind them those of `up`, in one matrix; activated by silu.
+    /// The gate's rows and after them those of `up`, in one matrix; activated by silu.
     Fused(Linear),
 }
 
