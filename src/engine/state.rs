@@ -406,7 +406,7 @@ impl<'a> State<'a> {
             _ => return Err(mismatch("what a layer keeps is not what this model's layers can keep")),
         }
         let types_fit = [format.k, format.v].iter().all(|ty| hparams.head_size.is_multiple_of(ty.block_size()));
-        if !types_fit || (!setup.params.flash_attn && format.v.is_quantized()) {
+        if !types_fit {
             return Err(mismatch("a layer's cache types cannot be used here"));
         }
         if !lazy && format != plan.active {
