@@ -3,7 +3,7 @@
 
 use super::{
     Attention, Error, LayerStep,
-    parts::{Activation, Builder, Decoder, FeedForward, Gated, Layer, Norm, SelfAttention},
+    parts::{Activation, Builder, Decoder, Gated, Layer, Norm, SelfAttention},
 };
 use crate::ggml::{Graph, Tensor};
 
@@ -31,7 +31,7 @@ pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
 struct Parallel {
     norm: Norm,
     attention: SelfAttention,
-    feed_forward: FeedForward,
+    feed_forward: Gated,
 }
 
 impl Layer for Parallel {

@@ -8,7 +8,7 @@ use super::{
 pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
     // Models without positions say so by this key.
     let has_rope = b.keys.optional_bool("rope.scaling.finetuned")?.unwrap_or(true);
-    build_scaled(b, has_rope, |b, layer| Gated::load(b, layer, Activation::Silu))
+    build_scaled(b, has_rope, |b, layer| Ok(Gated::load(b, layer, Activation::Silu)?.into()))
 }
 
 /// Granite with a feed-forward of its own.

@@ -26,7 +26,7 @@ pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
 /// Gated by silu; in models with experts these, weighed among those that are used.
 pub(super) fn feed_forward(b: &mut Builder<'_>, layer: usize) -> Result<FeedForward, Error> {
     if b.keys.optional_u32("expert_count")?.unwrap_or(0) == 0 {
-        return Gated::load(b, layer, Activation::Silu);
+        return Ok(Gated::load(b, layer, Activation::Silu)?.into());
     }
     let n_ff = b.hparams.n_ff[layer];
     Ok(Experts::load(b, layer, n_ff, Routing::SoftmaxNormalised, Activation::Silu)?.into())

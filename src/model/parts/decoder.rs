@@ -1,15 +1,10 @@
 //! How a layer's parts go together (norms, residuals, scales), and the layers to a model.
 
-use super::{Builder, Error, FeedForward, Linear, Norm, SelfAttention};
+use super::{Builder, Error, FeedForward, Layer, Linear, Norm, SelfAttention};
 use crate::{
     ggml::{Graph, Tensor},
     model::{Architecture, Attention, LayerStep},
 };
-
-/// Hidden states `[n_embd, n]` through one layer; see [`Architecture::layer`].
-pub(in crate::model) trait Layer: Send + Sync {
-    fn apply(&self, graph: &Graph, step: &LayerStep<'_>, attention: &mut dyn Attention) -> Tensor;
-}
 
 /// A whole model: embedding, layers, output.
 pub(in crate::model) struct Decoder {

@@ -1,6 +1,6 @@
 //! Mixtures of experts: how tokens are routed, and what the chosen experts give.
 
-use super::{Activation, Builder, Error, FeedForward, Gated, Linear, linear::ExpertLinear};
+use super::{Activation, Builder, Error, Gated, Linear, linear::ExpertLinear};
 use crate::ggml::{Graph, Tensor};
 
 /// Experts that one token may use: each adds nodes to the graph, and no model comes near.
@@ -127,17 +127,5 @@ impl Experts {
             }
         };
         (ids, graph.reshape(&weights, &[1, self.n_used, n]))
-    }
-}
-
-impl From<Experts> for FeedForward {
-    fn from(experts: Experts) -> FeedForward {
-        FeedForward::Experts(experts)
-    }
-}
-
-impl From<Gated> for FeedForward {
-    fn from(gated: Gated) -> FeedForward {
-        FeedForward::Gated(gated)
     }
 }

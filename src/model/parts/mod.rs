@@ -1,42 +1,23 @@
 //! What architectures are made of. An architecture's file picks the parts that its layers have.
 
 mod attention;
+mod builder;
 mod decoder;
 mod experts;
 mod feed_forward;
+mod gated;
+mod layer;
 mod linear;
 mod norm;
 
 pub(super) use attention::{RopeFactors, SelfAttention, Temperature};
-pub(super) use decoder::{Block, Decoder, Layer};
+pub(super) use builder::Builder;
+pub(super) use decoder::{Block, Decoder};
 pub(super) use experts::{Experts, Routing};
-pub(super) use feed_forward::{Activation, FeedForward, Gated};
+pub(super) use feed_forward::FeedForward;
+pub(super) use gated::{Activation, Gated};
+pub(super) use layer::Layer;
 pub(super) use linear::Linear;
 pub(super) use norm::Norm;
 
-use super::{Error, Hparams, hparams::Keys, weights::Loader};
-
-/// What an architecture is built from: the file's keys and tensors. It may correct the hyper-parameters.
-pub(super) struct Builder<'a> {
-    pub keys: Keys<'a>,
-    pub hparams: Hparams,
-    pub loader: Loader<'a>,
-}
-
-impl Builder<'_> {
-    /// Passes over the layers that predict further tokens: they follow the others and are not run.
-    pub fn ignore_next_token_layers(&mut self) -> Result<(), Error> {
-        let n_next = self.keys.optional_u32("nextn_predict_layers")?.unwrap_or(0) as usize;
-        let n_layer = self.hparams.n_layer;
-        (n_layer..n_layer + n_next).for_each(|layer| self.loader.ignore(format!("blk.{layer}.")));
-        Ok(())
-    }
-
-    /// One layer after the other.
-    pub fn layers<L: Layer + 'static>(
-        &mut self,
-        mut layer: impl FnMut(&mut Self, usize) -> Result<L, Error>,
-    ) -> Result<Vec<Box<dyn Layer>>, Error> {
-        (0..self.hparams.n_layer).map(|i| layer(self, i).map(|layer| Box::new(layer) as Box<dyn Layer>)).collect()
-    }
-}
+use super::Error;

@@ -1,0 +1,63 @@
+//! What the engine runs: an architecture's graphs, layer by layer, and the attention that it brings to them.
+
+use crate::ggml::{Graph, Tensor};
+
+/// An architecture: how its layers' graphs are built. It knows nothing of sequences or caches.
+pub(crate) trait Architecture: Send + Sync {
+    /// Token ids `[n]` (i32) → hidden states `[n_embd, n]`.
+    fn embed(&self, graph: &Graph, ids: &Tensor) -> Tensor;
+
+    /// Hidden states `[n_embd, n]` through one layer. With `keep` (i32 row numbers) only those tokens are carried on
+    /// after the attention: they are all that the output needs of the last layer.
+    fn layer(&self, graph: &Graph, step: &LayerStep<'_>, attention: &mut dyn Attention) -> Tensor;
+
+    /// Hidden states `[n_embd, n]` that leave the last layer → the same after the final norm.
+    fn norm(&self, graph: &Graph, hidden: &Tensor) -> Tensor;
+
+    /// Hidden states `[n_embd, n]` after the final norm → logits `[n_vocab, n]`.
+    fn logits(&self, graph: &Graph, normed: &Tensor) -> Tensor;
+}
+
+/// What a layer's graph is built from.
+pub(crate) struct LayerStep<'a> {
+    pub index: usize,
+    pub hidden: &'a Tensor,
+    /// Positions of the tokens `[n]` (i32).
+    pub positions: &'a Tensor,
+    pub keep: Option<&'a Tensor>,
+    /// Tokens that the sequence may grow to.
+    pub n_ctx: usize,
+}
+
+impl LayerStep<'_> {
+    /// The tokens of `[n_embd, n]` that are carried on after the attention.
+    pub(super) fn kept(&self, graph: &Graph, rows: &Tensor) -> Tensor {
+        self.keep.map_or_else(|| rows.clone(), |keep| graph.get_rows(rows, keep))
+    }
+}
+
+/// Attention over a cache, given by the engine.
+pub(crate) trait Attention {
+    /// `q` `[head size, heads, n]`, `k` and `v` `[head size, KV heads, n]`, RoPE applied → `[head size × heads, n]`.
+    fn attend(
+        &mut self,
+        graph: &Graph,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        options: &AttentionOptions<'_>,
+    ) -> Tensor;
+}
+
+/// How a layer's attention weights come from its queries and keys. Which keys a query sees is the engine's to know
+/// ([`Hparams::windows`](super::Hparams::windows)).
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AttentionOptions<'a> {
+    /// Products of queries and keys are multiplied by this.
+    pub scale: f32,
+    /// `c` bends the scaled products `x` to `c·tanh(x/c)`.
+    pub softcap: Option<f32>,
+    /// A learned logit of each head `[heads]`, f32: it counts in the softmax's sum and has no value.
+    pub sinks: Option<&'a Tensor>,
+}

@@ -1,0 +1,46 @@
+//! How a model is loaded: what a caller may set, and who is told how far loading is.
+
+use std::{fmt, sync::Arc};
+
+use crate::{ggml::Device, gguf::Override};
+
+/// How to load a model.
+#[derive(Debug, Clone)]
+pub struct ModelParams {
+    /// Repack weights for the processor's matrix kernels where it has any for their type (llama.cpp's `--repack`).
+    /// Repacked weights are a copy; prefill is much faster with them.
+    pub repack: bool,
+    /// Values that take the place of the file's keys.
+    pub overrides: Vec<(String, Override)>,
+    /// Told how far loading is.
+    pub progress: Option<Progress>,
+    /// Devices that layers can be on besides the processor; `None` for all that there are.
+    pub devices: Option<Vec<Device>>,
+    /// Last layers that go to devices, the output counting as one after them; `None` for all.
+    pub gpu_layers: Option<usize>,
+    /// How the layers are shared out over the devices, in proportions. Empty, or all zero: by their free memory.
+    pub tensor_split: Vec<f32>,
+}
+
+impl Default for ModelParams {
+    fn default() -> Self {
+        ModelParams {
+            repack: true,
+            overrides: Vec::new(),
+            progress: None,
+            devices: None,
+            gpu_layers: None,
+            tensor_split: Vec::new(),
+        }
+    }
+}
+
+/// A function that is told the share of the weights that is loaded, from 0 to 1, and answers whether to go on.
+#[derive(Clone)]
+pub struct Progress(pub Arc<dyn Fn(f32) -> bool + Send + Sync>);
+
+impl fmt::Debug for Progress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Progress")
+    }
+}

@@ -1,0 +1,29 @@
+//! What an architecture's file is given to build from.
+
+use super::{Error, Layer};
+use crate::model::{Hparams, hparams::Keys, weights::Loader};
+
+/// What an architecture is built from: the file's keys and tensors. It may correct the hyper-parameters.
+pub(in crate::model) struct Builder<'a> {
+    pub keys: Keys<'a>,
+    pub hparams: Hparams,
+    pub loader: Loader<'a>,
+}
+
+impl Builder<'_> {
+    /// Passes over the layers that predict further tokens: they follow the others and are not run.
+    pub fn ignore_next_token_layers(&mut self) -> Result<(), Error> {
+        let n_next = self.keys.optional_u32("nextn_predict_layers")?.unwrap_or(0) as usize;
+        let n_layer = self.hparams.n_layer;
+        (n_layer..n_layer + n_next).for_each(|layer| self.loader.ignore(format!("blk.{layer}.")));
+        Ok(())
+    }
+
+    /// One layer after the other.
+    pub fn layers<L: Layer + 'static>(
+        &mut self,
+        mut layer: impl FnMut(&mut Self, usize) -> Result<L, Error>,
+    ) -> Result<Vec<Box<dyn Layer>>, Error> {
+        (0..self.hparams.n_layer).map(|i| layer(self, i).map(|layer| Box::new(layer) as Box<dyn Layer>)).collect()
+    }
+}
