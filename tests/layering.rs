@@ -13,8 +13,8 @@ use std::{
 
 use proc_macro2::{Delimiter, TokenStream, TokenTree};
 
-/// Folders in which no files import each other in a circle.
-const WITHOUT_CIRCLES: &[&str] = &["src/ggml", "src/engine", "src/model", "ffi/src"];
+/// Folders in which no files import each other in a circle, and how many files and imports are found in them at least.
+const WITHOUT_CIRCLES: &[(&str, usize, usize)] = &[("src", 110, 300), ("ffi/src", 11, 21)];
 
 /// Folders that import nothing of their crate but what lies in them.
 const SELF_CONTAINED: &[&str] = &["src/ggml"];
@@ -325,9 +325,10 @@ impl Tree {
 #[test]
 fn files_do_not_import_each_other_in_a_circle() {
     let tree = Tree::of_repository();
-    for folder in WITHOUT_CIRCLES {
+    for &(folder, n_files, n_imports) in WITHOUT_CIRCLES {
         let edges = tree.edges(folder);
-        assert!(edges.len() > 10 && edges.values().map(BTreeSet::len).sum::<usize>() > 20, "{folder} was not read");
+        let found = (edges.len(), edges.values().map(BTreeSet::len).sum::<usize>());
+        assert!(found.0 >= n_files && found.1 >= n_imports, "{folder} was not read: {found:?}");
         let circles = tree.circles(folder);
         assert!(circles.is_empty(), "circles in {folder}:\n{}", circles.join("\n"));
     }

@@ -7,14 +7,12 @@ use minijinja::{
 };
 use serde_json::Map;
 
-use super::{ChatError, faithful::Conversation, json::to_json};
-
-/// Steps that a template may take; 64 bytes of text count as one. Real templates need some hundreds for a message, so
-/// this is enough for a thousand messages and more, and an endless template stops at once.
-const FUEL: u64 = 1_000_000;
-
-/// Bytes that one unit of fuel pays for.
-pub(super) const BYTES_PER_FUEL: usize = 64;
+use super::{
+    ChatError,
+    faithful::Conversation,
+    fuel::{BYTES_PER_FUEL, FUEL},
+    json::to_json,
+};
 
 /// Values that a hostile template nests are freed recursively: the stack must outlast the fuel. What is not used of it
 /// is never touched.

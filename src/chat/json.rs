@@ -6,7 +6,7 @@ use minijinja::{
     value::{Kwargs, Rest, Serde, ValueKind},
 };
 
-use super::jinja::BYTES_PER_FUEL;
+use super::fuel::BYTES_PER_FUEL;
 
 /// Python gives up at about as many, too.
 const MAX_DEPTH: usize = 500;

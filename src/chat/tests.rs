@@ -1,8 +1,8 @@
 //! Templates written in the manner of the well-known ones, against what those models expect.
 
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
-use super::*;
+use super::{template::conversation, *};
 
 const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}\
     {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";

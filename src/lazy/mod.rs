@@ -3,103 +3,19 @@
 //! A layer's score is the share of attention that the last prompt tokens give to the first `n_sink` tokens and to the
 //! `n_window` most recent ones (SimLayerKV, arXiv 2410.13846, section 3). A layer only ever moves from active to lazy.
 
+mod params;
 mod policy;
+mod prefill;
 mod profile;
 mod selector;
+mod target;
 mod windows;
 
-use std::path::PathBuf;
-
+pub use params::LazyParams;
 pub use policy::{Measure, ParsePolicyError, Policy, default_threshold};
-pub use profile::{CalibrationText, Cut, Identity, Profile, ProfileError, ProfiledLayer, Target};
+pub use prefill::{At, PrefillMode};
+pub use profile::{CalibrationText, Cut, Identity, Profile, ProfileError, ProfiledLayer};
 pub use selector::Selector;
 pub(crate) use selector::n_active;
+pub use target::Target;
 pub use windows::{LayerWindows, ParseWindowsError};
-
-use crate::ggml::Type;
-
-/// What the lazy layers keep, and how they are found. The defaults are the paper's.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LazyParams {
-    pub policy: Policy,
-    /// First tokens that a lazy layer keeps. Without any the model breaks; 2 to 4 are enough.
-    pub n_sink: usize,
-    /// Recent tokens that a lazy layer keeps, the query's own included.
-    pub n_window: usize,
-    /// Tokens that a layer with a window keeps beyond it, without looking at them, so that as many of the newest can be
-    /// taken back and given anew.
-    pub n_slack: usize,
-    /// Other windows for single layers.
-    pub windows: LayerWindows,
-    /// Last prompt tokens whose attention is scored.
-    pub n_queries: usize,
-    /// When the score is taken.
-    pub at: At,
-    /// How the prompt is read; `None` for the policy's own way: windowed when the set is known beforehand.
-    pub prefill: Option<PrefillMode>,
-    /// A calibrated profile; `None` looks beside the model.
-    pub profile: Option<PathBuf>,
-    /// Types of the lazy layers' keys and values; `None` for q4_0, or f16 where the head size does not allow that.
-    pub type_k: Option<Type>,
-    pub type_v: Option<Type>,
-}
-
-impl Default for LazyParams {
-    fn default() -> Self {
-        LazyParams {
-            policy: Policy::Auto,
-            n_sink: 4,
-            n_window: 1024,
-            n_slack: 256,
-            windows: LayerWindows::default(),
-            n_queries: 32,
-            at: At::Prefill,
-            prefill: None,
-            profile: None,
-            type_k: None,
-            type_v: None,
-        }
-    }
-}
-
-impl LazyParams {
-    /// Recent tokens that a layer keeps while it is lazy.
-    pub fn window(&self, layer: usize) -> usize {
-        self.windows.get(layer).unwrap_or(self.n_window)
-    }
-
-    /// A sequence must be longer than this before every lazy layer drops something.
-    pub fn n_kept(&self) -> usize {
-        self.n_sink + self.windows.iter().map(|(_, n_window)| n_window).fold(self.n_window, usize::max)
-    }
-
-    /// Whether layers that are lazy from the start see only sink and window while the prompt is read.
-    pub fn windowed_prefill(&self) -> bool {
-        let known = matches!(self.policy, Policy::Layers(_) | Policy::Profile(_));
-        match self.prefill {
-            Some(PrefillMode::Full) => false,
-            // Nothing is known beforehand under the other policies, so their prefill stays full.
-            Some(PrefillMode::Window) | None => known,
-        }
-    }
-}
-
-/// When a sequence is scored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum At {
-    /// At the end of the prompt, by its last `n_queries` tokens.
-    #[default]
-    Prefill,
-    /// By the first generated token alone (the paper's first version).
-    Decode,
-}
-
-/// What the lazy layers attend to while the prompt is read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum PrefillMode {
-    /// Everything; the cache shrinks when the prompt has been read.
-    Full,
-    /// Sink and window from the first token on.
-    Window,
-}

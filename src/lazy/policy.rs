@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, fmt, ops::RangeInclusive, str::FromStr};
 
-use super::Target;
+use super::target::{DEFAULT_SHARE, Target};
 
 /// The rule that makes layers lazy.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -38,15 +38,6 @@ impl Policy {
     /// What this policy goes by.
     pub fn measure(&self) -> Measure {
         if matches!(self, Policy::Output(_)) { Measure::Output } else { Measure::Mass }
-    }
-}
-
-/// The share of lazy layers in `budget` and `profile` when none is given.
-const DEFAULT_SHARE: f32 = 0.5;
-
-impl Default for Target {
-    fn default() -> Self {
-        Target::Share(DEFAULT_SHARE)
     }
 }
 

@@ -3,13 +3,13 @@
 
 use std::{
     collections::BTreeSet,
-    fmt, fs,
+    fs,
     path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
 
-use super::{LayerWindows, PrefillMode};
+use super::{LayerWindows, PrefillMode, Target, n_active};
 
 /// The version of the file format that this crate writes, and the only one that it reads.
 const VERSION: u32 = 1;
@@ -89,24 +89,6 @@ pub struct Cut {
     /// `kl_mean` with one window for all, where there are `windows`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kl_mean_one_window: Option<f64>,
-}
-
-/// How much of a profile's order becomes lazy.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Target {
-    /// This share of the layers.
-    Share(f32),
-    /// The most layers whose measured divergence is at most this.
-    Kl(f64),
-}
-
-impl fmt::Display for Target {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Target::Share(share) => write!(f, "{share}"),
-            Target::Kl(kl) => write!(f, "kl={kl}"),
-        }
-    }
 }
 
 /// Why a profile cannot be used.
@@ -212,7 +194,7 @@ impl Profile {
         let n_layer = self.order.len();
         match target {
             // As many as a budget of this share makes lazy.
-            Target::Share(share) => n_layer - super::selector::n_active(share, n_layer),
+            Target::Share(share) => n_layer - n_active(share, n_layer),
             Target::Kl(most) => {
                 self.cuts.iter().filter(|cut| cut.kl_mean <= most).map(|cut| cut.lazy).max().unwrap_or(0)
             }

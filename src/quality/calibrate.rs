@@ -12,6 +12,7 @@ use std::collections::BTreeSet;
 use sha2::{Digest, Sha256};
 
 use super::{
+    Excerpts,
     exchange::exchanges,
     journal::{Found, Journal, Trial},
     meter::{Estimate, Meter, Stage, Step, Steps},
@@ -21,11 +22,7 @@ use crate::{
     engine::{BatchEntry, Error, Outputs, SeqId, Session, SessionParams},
     lazy::{CalibrationText, Cut, LayerWindows, Policy, PrefillMode, Profile, ProfiledLayer},
     model::Model,
-    vocab::Token,
 };
-
-/// A text for those who bring none: a story, a table, rules, code, dialogue and questions, which refer to each other.
-pub const BUILT_IN_TEXT: &str = include_str!("calibration.txt");
 
 /// Layers that are tried before one is rescued: half of them by their harm alone, half by what their rescue was worth
 /// when it was tried last.
@@ -38,16 +35,6 @@ const CUTS_STAGE: &str = "cuts, in real runs";
 
 /// The copy of a sequence that is continued.
 const COPY: SeqId = SeqId::MAX;
-
-/// What a calibration is made on.
-#[derive(Debug, Clone)]
-pub struct Excerpts<'a> {
-    /// The text, of which the profile keeps a hash.
-    pub text: &'a [u8],
-    pub excerpts: Vec<Vec<Token>>,
-    /// First tokens of each excerpt, which are read as a prompt. The rest is scored.
-    pub n_prompt: usize,
-}
 
 /// Makes a model's profile. `params` says what lazy layers keep and in which types, and how their prompt will be read
 /// (windowed if it says nothing). With `windows`, each cut's layers may have windows of these sizes in place of

@@ -22,14 +22,16 @@
 
 mod calibrate;
 mod compare;
+mod excerpts;
 mod exchange;
 mod journal;
 mod meter;
 pub mod metrics;
 mod score;
 
-pub use calibrate::{BUILT_IN_TEXT, Excerpts, calibrate, calibrate_on};
+pub use calibrate::{calibrate, calibrate_on};
 pub use compare::{Compared, compare, output_scores};
+pub use excerpts::{BUILT_IN_TEXT, Excerpts};
 pub use journal::Journal;
 pub use meter::Stage;
 pub use score::{Scorer, Summary, Tally, uncompressed};
