@@ -3,7 +3,7 @@
 use minijinja::{
     Environment, Error, ErrorKind, State, Value, context,
     syntax::SyntaxConfig,
-    value::{Kwargs, Rest, Serde},
+    value::{Kwargs, Rest},
 };
 use serde_json::Map;
 
@@ -12,6 +12,7 @@ use super::{
     faithful::Conversation,
     fuel::{BYTES_PER_FUEL, FUEL},
     json::to_json,
+    value,
 };
 
 /// Values that a hostile template nests are freed recursively: the stack must outlast the fuel. What is not used of it
@@ -36,16 +37,16 @@ pub(super) fn render(
         env.set_fuel(Some(FUEL));
         let Conversation { messages, tools, add_generation_prompt } = conversation;
         // Templates ask whether there are tools at all, by `none` or by truth.
-        let tools = if tools.is_empty() { Value::from(()) } else { Value::from(Serde(tools)) };
+        let tools = if tools.is_empty() { Value::from(()) } else { tools.iter().map(value::value).collect() };
         let given = context! {
-            messages => Value::from(Serde(messages)),
+            messages => messages.iter().map(value::object).collect::<Value>(),
             tools,
             add_generation_prompt,
             bos_token => bos,
             eos_token => eos,
             documents => (),
         };
-        let variables = Value::from(Serde(variables));
+        let variables = value::object(variables);
         env.template_from_str(&template)?.render(context! { ..given, ..variables })
     };
     std::thread::scope(|scope| {

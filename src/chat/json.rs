@@ -3,10 +3,10 @@
 
 use minijinja::{
     Error, ErrorKind, State, Value,
-    value::{Kwargs, Rest, Serde, ValueKind},
+    value::{Kwargs, Rest, ValueKind},
 };
 
-use super::fuel::BYTES_PER_FUEL;
+use super::{fuel::BYTES_PER_FUEL, value};
 
 /// Python gives up at about as many, too.
 const MAX_DEPTH: usize = 500;
@@ -37,7 +37,7 @@ pub(super) fn dumps(value: &serde_json::Value) -> String {
     };
     let mut json = Writer { out: String::new(), limit: usize::MAX, options };
     // What serde_json holds can be written, but for values nested too deep.
-    match json.value(&Value::from(Serde(value)), 0) {
+    match json.value(&value::value(value), 0) {
         Ok(()) => json.out,
         Err(_) => value.to_string(),
     }

@@ -11,6 +11,7 @@ mod jinja;
 mod json;
 mod message;
 mod template;
+mod value;
 
 pub use error::ChatError;
 pub use message::Message;
