@@ -43,7 +43,7 @@ fn text_streams_up_to_a_stop_string() {
     let said = |stop: &str, end| {
         let mut session = Session::new(&model, plain()).unwrap();
         let (mut text, mut pieces) = (String::new(), 0);
-        let ended = stream(&mut session, "The sea is", stop, 40, |piece| {
+        let ended = stream(&mut session, "Once upon a time there was a lighthouse, and", stop, 40, |piece| {
             text += piece;
             pieces += 1;
         });
