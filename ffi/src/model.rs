@@ -51,7 +51,7 @@ pub(crate) struct Model {
     n_params: u64,
     pub start_us: i64,
     pub load_us: i64,
-    /// Whether the environment had a policy that makes layers lazy when the model was loaded, or a context has had one.
+    /// Whether a context has had a policy that makes layers lazy.
     lazy: AtomicBool,
 }
 
@@ -68,7 +68,8 @@ impl Model {
     pub fn n_swa(&self) -> usize {
         let windows = self.hparams.iter().flat_map(|hparams| hparams.windows.iter().flatten().copied());
         let by_design = windows.max().unwrap_or(0);
-        by_design.max(usize::from(by_design == 0 && self.lazy.load(Ordering::Relaxed)))
+        let may_be_lazy = || self.lazy.load(Ordering::Relaxed) || LazySettings::from_environment().may_be_lazy();
+        by_design.max(usize::from(by_design == 0 && may_be_lazy()))
     }
 
     fn load(path: &Path, params: &sys::llama_model_params) -> Result<Model> {
@@ -125,7 +126,7 @@ impl Model {
             architecture,
             meta,
             ftype,
-            lazy: AtomicBool::new(LazySettings::from_environment().may_be_lazy()),
+            lazy: AtomicBool::new(false),
             n_bytes,
             n_params,
             start_us,
