@@ -246,6 +246,9 @@ impl Frontends<'_> {
     fn server_many(&self, requests: usize) -> Result<()> {
         let result = self.turns("budget:0.5", 4, &requests.to_string())?;
         ensure!(result["errors"].as_array().is_some_and(Vec::is_empty), "{}", result["errors"]);
+        // Each slot has as many in each quarter.
+        ensure!(requests >= 16, "four quarters at 4 slots are at least 16 requests");
+        ensure!(result["requests"].as_u64() == Some((requests / 16 * 16) as u64), "{} were done", result["requests"]);
         let quarters = result["resident"].as_array().context("turns.py tells of no quarters")?;
         let means: Vec<f64> = quarters
             .iter()

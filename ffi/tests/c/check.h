@@ -5,6 +5,7 @@
 #include "simlayer.h"
 
 #include <math.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -44,6 +45,17 @@ static inline struct llama_context * new_context(struct llama_model * model, uin
     struct llama_context * ctx = llama_init_from_model(model, params);
     CHECK(ctx != NULL);
     return ctx;
+}
+
+// Calls `run` in a thread with little stack, as a frontend's may be, and waits for its end.
+static inline void on_a_small_stack(void * (*run)(void *), void * data) {
+    pthread_attr_t attributes;
+    pthread_t      thread;
+    CHECK(pthread_attr_init(&attributes) == 0);
+    CHECK(pthread_attr_setstacksize(&attributes, 256 << 10) == 0);
+    CHECK(pthread_create(&thread, &attributes, run, data) == 0);
+    CHECK(pthread_join(thread, NULL) == 0);
+    pthread_attr_destroy(&attributes);
 }
 
 // Tokens of a text that is the same in every run.

@@ -3,7 +3,6 @@
 #include "check.h"
 
 #include <limits.h>
-#include <pthread.h>
 #include <stdbool.h>
 
 #define N 10000000
@@ -81,13 +80,7 @@ static void * run(void * data) {
 
 int main(int argc, char ** argv) {
     struct arguments arguments = { argc - 1, argv + 1 };
-    pthread_attr_t   attributes;
-    pthread_t        thread;
-    CHECK(pthread_attr_init(&attributes) == 0);
-    CHECK(pthread_attr_setstacksize(&attributes, 256 << 10) == 0);
-    CHECK(pthread_create(&thread, &attributes, run, &arguments) == 0);
-    CHECK(pthread_join(thread, NULL) == 0);
-    pthread_attr_destroy(&attributes);
+    on_a_small_stack(run, &arguments);
     puts("ok");
     return 0;
 }

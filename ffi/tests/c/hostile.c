@@ -2,8 +2,6 @@
 //   hostile MODEL N    makes N calls in four threads, each with a context of its own, all with what was freed
 #include "check.h"
 
-#include <pthread.h>
-
 static struct llama_model *     model;
 static struct llama_context *   freed_context;
 static struct llama_model *     freed_model;
