@@ -1,6 +1,6 @@
 //! What computes: devices, the graph that is kept between decode steps, and the rows of results.
 
-use std::time::Duration;
+use std::{mem, time::Duration};
 
 use super::{
     batch::Part,
@@ -28,6 +28,12 @@ pub(super) struct Executor {
     pub wants_embeddings: bool,
     /// Time that scores took, where it is measured.
     pub score_time: Option<Duration>,
+}
+
+/// Rows of results, put aside.
+pub(super) struct Results {
+    logits: Vec<f32>,
+    embeddings: Vec<f32>,
 }
 
 /// A step that can run again as long as its key stays the same.
@@ -142,6 +148,18 @@ impl Executor {
         self.scheduler.compute(graph)?;
         self.read(output);
         Ok(())
+    }
+
+    /// Takes the rows of results away, for a run whose rows are another's: [`Executor::put_results`] gives that one's, and
+    /// puts these back.
+    pub fn take_results(&mut self) -> Results {
+        Results { logits: mem::take(&mut self.logits), embeddings: mem::take(&mut self.embeddings) }
+    }
+
+    /// The logits of what was run since [`Executor::take_results`].
+    pub fn put_results(&mut self, results: Results) -> Vec<f32> {
+        self.embeddings = results.embeddings;
+        mem::replace(&mut self.logits, results.logits)
     }
 
     fn read(&mut self, Output { logits, embeddings }: &Output) {

@@ -277,6 +277,32 @@ impl LayerCache {
         }
     }
 
+    fn row_ranges(&self, positions: Range<usize>) -> Vec<Range<usize>> {
+        let Some(span) = self.span else { return vec![positions] };
+        let sink = positions.start.min(span.n_sink)..positions.end.min(span.n_sink);
+        // Of more positions than the ring has rows, the last are in it.
+        let end = positions.end.max(span.n_sink);
+        let first = positions.start.max(span.n_sink).max(end.saturating_sub(span.n_rows() - span.n_sink));
+        let ring = span.rows(first..end);
+        std::iter::once(sink).chain(ring).filter(|rows| !rows.is_empty()).collect()
+    }
+
+    /// The rows in which positions are, or will be.
+    pub fn rows(&self, positions: Range<usize>) -> Vec<u8> {
+        let mut rows = Vec::new();
+        if let Some(store) = &self.store {
+            store.read_rows(&self.row_ranges(positions), &mut rows);
+        }
+        rows
+    }
+
+    /// Puts [`LayerCache::rows`] back.
+    pub fn put_rows(&self, positions: Range<usize>, rows: &[u8]) {
+        if let Some(store) = &self.store {
+            store.write_rows(&self.row_ranges(positions), rows);
+        }
+    }
+
     /// The first position after the sink that a checkpoint of `n` tokens has of the ring.
     pub fn ring_from(&self, n: usize) -> usize {
         let Some(span) = self.span else { return 0 };

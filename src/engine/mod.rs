@@ -9,6 +9,7 @@ mod batch;
 mod checkpoint;
 mod error;
 mod executor;
+mod guard;
 mod inputs;
 mod layer;
 mod mark;

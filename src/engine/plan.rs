@@ -99,6 +99,6 @@ fn lazy_share(policy: &Policy, scorable: usize) -> Option<f64> {
             Some(1.0 - n_active(*share, scorable) as f64 / scorable.max(1) as f64)
         }
         Policy::Layers(layers) => Some(layers.len() as f64 / scorable.max(1) as f64),
-        Policy::Threshold(_) | Policy::Profile(_) | Policy::Auto => None,
+        Policy::Threshold(_) | Policy::Profile(_) | Policy::Kl(_) | Policy::Auto => None,
     }
 }

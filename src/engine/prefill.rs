@@ -78,6 +78,7 @@ pub(super) fn prefill(
     executor.forget();
     done?;
     if entry.prompt_end {
+        sequence.look_before_dropping(setup, executor)?;
         let n_rows = executor.logits.len() / setup.model.hparams().n_vocab;
         sequence.set_mark(entry, n_rows, setup, executor);
     }

@@ -27,6 +27,17 @@ pub(super) struct Sequence {
     cut_off: Vec<Token>,
     /// Where the last prompt ended.
     mark: Option<Mark>,
+    /// What was found when the last tokens were last looked at, before layers became lazy.
+    pub looked: Option<Looked>,
+}
+
+/// What a look before dropping found.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Looked {
+    /// Tokens in the sequence then.
+    pub n_past: usize,
+    /// Mean divergence of the last tokens' logits with the layers that became lazy then, in nats.
+    pub kl: f64,
 }
 
 impl Sequence {
@@ -37,7 +48,7 @@ impl Sequence {
 
     /// A sequence of these tokens, whose rows the layers hold.
     pub fn of(place: Place, tokens: Vec<Token>, layers: Vec<LayerCache>) -> Sequence {
-        Sequence { place, layers, tokens, cut_off: Vec::new(), mark: None }
+        Sequence { place, layers, tokens, cut_off: Vec::new(), mark: None, looked: None }
     }
 
     pub fn n_past(&self) -> usize {
@@ -68,6 +79,7 @@ impl Sequence {
         let mut copy = Sequence::of(self.place, self.tokens.clone(), layers);
         // A mark's rows fit layers that keep what these keep; and a copy has no rows after its last token.
         let is_alike = lazy.is_empty() && active.is_none();
+        copy.looked = self.looked;
         copy.mark = self.mark.clone().filter(|mark| is_alike && mark.place().n_past <= n_past);
         Ok(copy)
     }
@@ -294,16 +306,16 @@ impl Sequence {
         Ok(())
     }
 
-    /// Applies the rule now: to the scores that were taken last, or as its fixed set says. How many layers are lazy then;
-    /// `None` when the rule needs scores and none were taken yet.
-    pub fn decide_now(&mut self, setup: &Setup, executor: &mut Executor) -> Result<Option<usize>, Error> {
+    /// Applies the rule now: to the scores that were taken last, or as its fixed set says. False when the rule needs scores
+    /// and none were taken yet.
+    pub fn decide_now(&mut self, setup: &Setup, executor: &mut Executor) -> Result<bool, Error> {
         let active = || self.layers.iter().enumerate().filter(|(_, layer)| layer.is_active());
         let scores: Vec<(usize, f32)> = active().filter_map(|(index, layer)| Some((index, layer.score?))).collect();
         if setup.selector().needs_scores() && scores.is_empty() && active().next().is_some() {
-            return Ok(None);
+            return Ok(false);
         }
         self.decide_all(&scores, setup, executor)?;
-        Ok(Some(self.layers.iter().filter(|layer| layer.lazy).count()))
+        Ok(true)
     }
 
     /// The one way to a lazy layer: tells the rule of a layer's score, or that it has none, and shrinks the layer that the
@@ -321,12 +333,24 @@ impl Sequence {
         let Some(lazy) = selector.decide(layer, score).filter(|&lazy| self.layers[lazy].is_active()) else {
             return Ok(false);
         };
+        self.make_lazy(lazy, n_past, setup, executor)?;
+        Ok(true)
+    }
+
+    /// Shrinks a layer to what it keeps of `n_past` tokens.
+    pub fn make_lazy(
+        &mut self,
+        layer: usize,
+        n_past: usize,
+        setup: &Setup,
+        executor: &mut Executor,
+    ) -> Result<(), Error> {
         // The old store goes only when no graph refers to it any more.
         executor.forget();
         // The mark knows nothing of the new ring, which has no rows after the last token.
         self.mark = None;
         self.cut_off.clear();
-        self.layers[lazy].make_lazy(n_past, &setup.layers[lazy], &mut executor.scheduler)?;
-        Ok(true)
+        self.layers[layer].make_lazy(n_past, &setup.layers[layer], &mut executor.scheduler)?;
+        Ok(())
     }
 }

@@ -202,7 +202,19 @@ impl Session {
     /// When the sequence has no tokens, or memory runs out.
     pub fn decide_now(&mut self, seq: SeqId) -> Result<Option<usize>, Error> {
         let sequence = self.sequences.get_mut(seq).filter(|sequence| sequence.n_past() > 0);
-        sequence.ok_or(Error::NoSequence(seq))?.decide_now(&self.setup, &mut self.executor)
+        let sequence = sequence.ok_or(Error::NoSequence(seq))?;
+        if !sequence.decide_now(&self.setup, &mut self.executor)? {
+            return Ok(None);
+        }
+        sequence.look_before_dropping(&self.setup, &mut self.executor)?;
+        Ok(Some(sequence.layers.iter().filter(|layer| layer.lazy).count()))
+    }
+
+    /// How far the logits moved when a sequence was last looked at before layers became lazy ([`Policy::Kl`]), with the
+    /// layers that then did: a divergence in nats. `None` where it was not looked at.
+    #[doc(hidden)]
+    pub fn foretold(&self, seq: SeqId) -> Option<f64> {
+        self.sequences.get(seq)?.looked.map(|looked| looked.kl)
     }
 
     /// How lazy layers are found and what they keep.

@@ -206,6 +206,8 @@ pub(super) struct Setup {
     pub layers: Vec<LayerSetup>,
     /// The layers in groups that a long prompt goes through together: neighbours on one device.
     pub groups: Vec<Range<usize>>,
+    /// Layers in the order in which they are to be tried where the policy goes by looks; `None` for that of their scores.
+    pub order: Option<Vec<usize>>,
     /// Counts the caches' bytes.
     pub meter: Meter,
     threshold: f32,
@@ -221,13 +223,14 @@ impl Setup {
         if params.n_threads_batch == 0 {
             params.n_threads_batch = params.n_threads;
         }
-        profile::settle(&mut params.lazy, model)?;
+        let order = profile::settle(&mut params.lazy, model)?;
         check(&params, hparams)?;
         let mut setup = Setup {
             threshold: default_threshold(&hparams.architecture, model.name(), hparams.rope.freq_base),
             model: model.clone(),
             layers: Vec::with_capacity(hparams.n_layer),
             groups: Vec::new(),
+            order,
             meter,
             params,
         };
@@ -328,10 +331,16 @@ impl Setup {
     }
 }
 
-/// How lazy layers keep their rows: q4_0 where nothing else is asked for and the head size allows it.
+/// How lazy layers keep their rows: in four bits where nothing else is asked for and the head size allows it.
 fn lazy_format(params: &SessionParams, head_size: usize) -> Format {
-    let smallest = if head_size.is_multiple_of(Type::Q4_0.block_size()) { Type::Q4_0 } else { Type::F16 };
-    let [k, v] = [params.lazy.type_k, params.lazy.type_v].map(|given| given.unwrap_or(smallest));
+    let fits = head_size.is_multiple_of(Type::Q4_0.block_size());
+    // There are models whose keys four bits ruin: who asks for no harm gets eight.
+    let (k, v) = match &params.lazy.policy {
+        _ if !fits => (Type::F16, Type::F16),
+        Policy::Kl(_) => (Type::Q8_0, Type::Q4_0),
+        _ => (Type::Q4_0, Type::Q4_0),
+    };
+    let (k, v) = (params.lazy.type_k.unwrap_or(k), params.lazy.type_v.unwrap_or(v));
     Format::new(k, v, params.kv_rotate)
 }
 

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     Model, ModelParams,
     ggml::Type,
-    lazy::{LazyParams, Policy},
+    lazy::{LazyParams, Policy, PrefillMode},
 };
 
 fn session(policy: &str, ty: Type) -> Session {
@@ -183,4 +183,76 @@ fn a_view_is_of_its_sequence() {
     session.sequence(8).clear();
     assert!(session.sequence(8).is_empty() && session.sequence(8).tokens().is_empty());
     assert_eq!(session.seq_ids(), [5, 6, 7]);
+}
+
+/// What the next tokens give, the layers' kinds, and the divergence that was foretold.
+fn after_a_prompt(policy: &str, params: &SessionParams) -> (Vec<Vec<f32>>, Vec<LayerKind>, Option<f64>) {
+    let mut session = session_with(policy, params.clone());
+    read(&mut session, 0, 0..150);
+    let mut rows = vec![session.logits().to_vec()];
+    for token in 150..160 {
+        read(&mut session, 0, token..token + 1);
+        rows.push(session.logits().to_vec());
+    }
+    let kinds = session.layers(0).iter().map(|layer| layer.kind).collect();
+    (rows, kinds, session.foretold(0))
+}
+
+/// A look leaves everything as it was: with a bound that no layer meets the logits are those of a run that only scores, and
+/// with one that all meet those of a run with all layers lazy.
+#[test]
+fn looks_leave_no_trace() {
+    for (ty, n_ubatch) in [(Type::F16, 512), (Type::F16, 40), (Type::Q8_0, 512), (Type::Q8_0, 40)] {
+        for layer_major in [true, false] {
+            let params = SessionParams { type_k: ty, type_v: ty, n_ubatch, layer_major, ..SessionParams::default() };
+            let (rows, kinds, foretold) = after_a_prompt("kl:1e-30", &params);
+            let (expected, full, none) = after_a_prompt("threshold:1", &params);
+            assert!(rows == expected, "{ty}, {n_ubatch}");
+            assert_eq!((kinds, foretold, none), (full, Some(0.0), None));
+
+            let (rows, kinds, foretold) = after_a_prompt("kl:1000", &params);
+            let mut full = params.clone();
+            full.lazy.prefill = Some(PrefillMode::Full);
+            let (expected, all, _) = after_a_prompt("layers:0-2", &full);
+            assert!(rows == expected, "{ty}, {n_ubatch}");
+            assert_eq!(kinds, all);
+            assert!(foretold.is_some_and(|kl| kl > 0.0), "{foretold:?}");
+        }
+    }
+}
+
+/// Layers become lazy only as far as the look allows, and a profile's order is tried where there is none of scores.
+#[test]
+fn looks_bound_what_becomes_lazy() {
+    let n_lazy = |bound: f64| {
+        let (_, kinds, foretold) = after_a_prompt(&format!("kl:{bound}"), &SessionParams::default());
+        let foretold = foretold.unwrap();
+        assert!(foretold <= bound, "{foretold} > {bound}");
+        (kinds.iter().filter(|&&kind| kind == LayerKind::Lazy).count(), foretold)
+    };
+    let (all, most) = n_lazy(1000.0);
+    assert_eq!(all, 3);
+    let (fewer, less) = n_lazy(most * 0.99);
+    assert!(fewer < 3 && less < most, "{fewer}: {less} of {most}");
+}
+
+/// A later prompt is looked at again once the sequence is twice as long, with layers that are lazy already.
+#[test]
+fn looks_come_again_when_a_sequence_has_doubled() {
+    let mut session = session("kl:1000", Type::F16);
+    // Within sink and window nothing would be dropped.
+    read(&mut session, 0, 0..15);
+    assert_eq!(session.foretold(0), None);
+    read(&mut session, 0, 15..60);
+    let first = session.foretold(0);
+    assert!(first.is_some());
+    assert!(session.layers(0).iter().all(|layer| layer.lazy));
+
+    // The bound is met by nothing: what is lazy stays so, and a trace of looks would be seen.
+    let run = |policy: &str| {
+        let mut session = session_with(policy, SessionParams::default());
+        [0..60, 60..100, 100..220, 220..221].into_iter().for_each(|tokens| read(&mut session, 0, tokens));
+        session.logits().to_vec()
+    };
+    assert!(run("kl:1e-30") == run("threshold:1"));
 }

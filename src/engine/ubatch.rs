@@ -105,9 +105,12 @@ fn advance(
             n_score > 0
         }
     };
-    match decides || entry.prompt_end {
+    if decides || entry.prompt_end {
         // A fixed set needs no scores.
-        true => sequence.decide_all(if decides { &scores } else { &[] }, setup, executor),
-        false => Ok(()),
+        sequence.decide_all(if decides { &scores } else { &[] }, setup, executor)?;
     }
+    if entry.prompt_end {
+        sequence.look_before_dropping(setup, executor)?;
+    }
+    Ok(())
 }

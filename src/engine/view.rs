@@ -66,6 +66,13 @@ impl SequenceView<'_> {
         self.session.layers(self.seq)
     }
 
+    /// How far the prompt's logits moved with the layers that became lazy, a divergence in nats, where the policy goes by that
+    /// ([`Policy::Kl`](crate::lazy::Policy::Kl)): what the next tokens will about lose. `None` where nothing was measured:
+    /// all is within sink and window.
+    pub fn foretold(&self) -> Option<f64> {
+        self.session.foretold(self.seq)
+    }
+
     /// The positions that every layer still holds, up to the last one; `None` when it has no tokens.
     ///
     /// What lazy layers hold of the sink besides is not counted: the range has no gaps.

@@ -12,7 +12,7 @@ mod target;
 mod windows;
 
 pub use params::LazyParams;
-pub use policy::{Measure, ParsePolicyError, Policy, default_threshold};
+pub use policy::{DEFAULT_KL, Measure, ParsePolicyError, Policy, default_threshold};
 pub use prefill::{At, PrefillMode};
 pub use profile::{CalibrationText, Cut, Identity, Profile, ProfileError, ProfiledLayer};
 pub use selector::Selector;

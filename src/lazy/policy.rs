@@ -20,10 +20,16 @@ pub enum Policy {
     Layers(BTreeSet<usize>),
     /// The layers that the model's profile found least harmful.
     Profile(Target),
-    /// The model's calibrated profile where there is one, else its own threshold.
+    /// The largest set that this prompt would not miss: its last logits, measured with the set lazy, diverge by at most so
+    /// many nats. Sets are beginnings of the profile's order, where the model has a profile, else of the order of scores.
+    Kl(f64),
+    /// As `Kl`, with [`DEFAULT_KL`].
     #[default]
     Auto,
 }
+
+/// The divergence in nats that `kl` allows unless told otherwise.
+pub const DEFAULT_KL: f64 = 0.01;
 
 /// What a layer is scored by. Higher scores are lazier either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,21 +43,23 @@ pub enum Measure {
 impl Policy {
     /// What this policy goes by.
     pub fn measure(&self) -> Measure {
-        if matches!(self, Policy::Output(_)) { Measure::Output } else { Measure::Mass }
+        if matches!(self, Policy::Output(_) | Policy::Kl(_)) { Measure::Output } else { Measure::Mass }
     }
 }
 
 /// Why a `--lazy` argument is not one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParsePolicyError {
-    #[error("\"{0}\" is none of auto, threshold[:τ], budget[:ρ], output[:ρ], profile[:ρ|:kl=X], layers:1,2,…, off")]
+    #[error(
+        "\"{0}\" is none of auto, kl[:X], threshold[:τ], budget[:ρ], output[:ρ], profile[:ρ|:kl=X], layers:1,2,…, off"
+    )]
     Unknown(String),
     #[error("\"{value}\" is no number between 0 and 1 in \"{rule}:{value}\"")]
     Share { rule: String, value: String },
     #[error("\"{0}\" is no layer number in a list like layers:3,5,9-12")]
     Layer(String),
-    #[error("\"{0}\" is no divergence above 0 in \"profile:kl={0}\"")]
-    Kl(String),
+    #[error("\"{value}\" is no divergence above 0 in \"{rule}{value}\"")]
+    Kl { rule: String, value: String },
 }
 
 impl FromStr for Policy {
@@ -66,9 +74,14 @@ impl FromStr for Policy {
             Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
             _ => Err(ParsePolicyError::Share { rule: rule.to_owned(), value: value.to_owned() }),
         };
+        let kl = |rule: &str, value: &str| match value.parse::<f64>() {
+            Ok(most) if most > 0.0 && most.is_finite() => Ok(most),
+            _ => Err(ParsePolicyError::Kl { rule: rule.to_owned(), value: value.to_owned() }),
+        };
         match (rule, value) {
             ("off", None) => Ok(Policy::Off),
             ("auto", None) => Ok(Policy::Auto),
+            ("kl", value) => Ok(Policy::Kl(value.map_or(Ok(DEFAULT_KL), |value| kl("kl:", value))?)),
             ("threshold", value) => Ok(Policy::Threshold(value.map(share).transpose()?)),
             ("budget", value) => Ok(Policy::Budget(value.map_or(Ok(DEFAULT_SHARE), share)?)),
             ("output", value) => Ok(Policy::Output(value.map_or(Ok(DEFAULT_SHARE), share)?)),
@@ -76,10 +89,7 @@ impl FromStr for Policy {
             ("profile", None) => Ok(Policy::Profile(Target::default())),
             ("profile", Some(value)) => match value.strip_prefix("kl=") {
                 None => Ok(Policy::Profile(Target::Share(share(value)?))),
-                Some(kl) => match kl.parse::<f64>() {
-                    Ok(most) if most > 0.0 && most.is_finite() => Ok(Policy::Profile(Target::Kl(most))),
-                    _ => Err(ParsePolicyError::Kl(kl.to_owned())),
-                },
+                Some(value) => Ok(Policy::Profile(Target::Kl(kl("profile:kl=", value)?))),
             },
             _ => Err(ParsePolicyError::Unknown(text.to_owned())),
         }
@@ -112,6 +122,7 @@ impl fmt::Display for Policy {
         match self {
             Policy::Off => f.write_str("off"),
             Policy::Auto => f.write_str("auto"),
+            Policy::Kl(most) => write!(f, "kl:{most}"),
             Policy::Threshold(None) => f.write_str("threshold"),
             Policy::Threshold(Some(threshold)) => write!(f, "threshold:{threshold}"),
             Policy::Budget(share) => write!(f, "budget:{share}"),
@@ -152,6 +163,8 @@ mod tests {
         let parse = |text: &str| text.parse::<Policy>();
         assert_eq!(parse("off"), Ok(Policy::Off));
         assert_eq!(parse("auto"), Ok(Policy::Auto));
+        assert_eq!(parse("kl"), Ok(Policy::Kl(DEFAULT_KL)));
+        assert_eq!(parse("kl:0.02"), Ok(Policy::Kl(0.02)));
         assert_eq!(parse("threshold"), Ok(Policy::Threshold(None)));
         assert_eq!(parse("threshold:0.75"), Ok(Policy::Threshold(Some(0.75))));
         assert_eq!(parse("budget"), Ok(Policy::Budget(0.5)));
@@ -169,6 +182,10 @@ mod tests {
             "of",
             "off:1",
             "auto:",
+            "kl:",
+            "kl:0",
+            "kl:-1",
+            "kl:inf",
             "threshold:",
             "threshold:2",
             "budget:nan",
@@ -194,6 +211,7 @@ mod tests {
         for text in [
             "off",
             "auto",
+            "kl:0.02",
             "threshold",
             "threshold:0.75",
             "budget:0.5",

@@ -27,9 +27,9 @@ impl Selector {
     /// at all, those that already are included.
     pub fn new(policy: &Policy, threshold: f32, n_layers: usize) -> Selector {
         let rule = match policy {
-            Policy::Off => Rule::Nothing,
+            // What goes by looks is decided elsewhere, when the prompt has been read.
+            Policy::Off | Policy::Kl(_) | Policy::Auto => Rule::Nothing,
             Policy::Threshold(given) => Rule::Above(given.unwrap_or(threshold)),
-            Policy::Auto => Rule::Above(threshold),
             Policy::Budget(share) | Policy::Output(share) => {
                 Rule::Queue { active: Vec::new(), n_active: n_active(*share, n_layers) }
             }
@@ -114,7 +114,7 @@ mod tests {
     #[test]
     fn threshold_is_exclusive() {
         assert_eq!(select(&Policy::Threshold(Some(0.5)), &[0.5, 0.51, 0.2, f32::NAN]), [1].into());
-        assert_eq!(select(&Policy::Auto, &[0.95, 0.85]), [0].into());
+        assert_eq!(select(&Policy::Threshold(None), &[0.95, 0.85]), [0].into());
     }
 
     #[test]
@@ -150,7 +150,9 @@ mod tests {
 
         #[test]
         fn off_selects_nothing(scores in prop::collection::vec(0.0f32..1.0, 1..40)) {
-            prop_assert!(select(&Policy::Off, &scores).is_empty());
+            for policy in [Policy::Off, Policy::Kl(0.01), Policy::Auto] {
+                prop_assert!(select(&policy, &scores).is_empty());
+            }
         }
     }
 }

@@ -368,7 +368,7 @@ pub struct CommonArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Lazy layers")]
 pub struct LazyFlags {
-    /// Which layers become lazy: auto, `threshold[:τ]`, `budget[:ρ]`, `output[:ρ]`, `profile[:ρ|:kl=X]`, layers:1,2,... or off
+    /// Which layers become lazy: auto, `kl[:X]`, `threshold[:τ]`, `budget[:ρ]`, `output[:ρ]`, `profile[:ρ|:kl=X]`, layers:1,2,... or off
     #[arg(long, value_name = "RULE", default_value = "auto")]
     pub lazy: Policy,
     /// A profile of the model, made by calibrate [default: MODEL.simlayer.toml beside the model]
@@ -395,7 +395,7 @@ pub struct LazyFlags {
     /// What lazy layers see while the prompt is read [default: window where the layers are known beforehand]
     #[arg(long, value_name = "WHAT")]
     pub lazy_prefill: Option<LazyPrefill>,
-    /// Types of a lazy layer's keys and values: one for both, or K/V [default: q4_0, or f16 where heads are too small]
+    /// Types of a lazy layer's keys and values: one for both, or K/V [default: q4_0, with keys in q8_0 under auto and kl; f16 where heads are too small]
     #[arg(long, value_name = "T|K/V", value_parser = lazy_types)]
     pub lazy_type: Option<(Type, Type)>,
     /// Do not rotate the keys and values of quantised caches

@@ -30,7 +30,7 @@ pub fn run(args: InspectArgs) -> Result<(), Failure> {
     let policy = session.policy().clone();
     // Some rules need no scores; they are of interest all the same.
     let scores: Option<Vec<Option<f32>>> = match policy {
-        Policy::Threshold(_) | Policy::Budget(_) | Policy::Output(_) | Policy::Auto => None,
+        Policy::Threshold(_) | Policy::Budget(_) | Policy::Output(_) | Policy::Kl(_) => None,
         _ => {
             let mut params = run.session.clone();
             params.lazy.policy = Policy::Threshold(Some(1.0));
@@ -111,7 +111,6 @@ fn threshold(policy: &Policy, model: &Model) -> Option<f32> {
     let default = || default_threshold(&hparams.architecture, model.name(), hparams.rope.freq_base);
     match policy {
         Policy::Threshold(given) => Some(given.unwrap_or_else(default)),
-        Policy::Auto => Some(default()),
         _ => None,
     }
 }
