@@ -192,9 +192,10 @@ pub fn text(
 fn variables(random: &mut Random, order: &[usize], n_filler: usize) -> (Vec<Fact>, Vec<Piece>) {
     let name = |(a, b): (usize, usize)| format!("{}_{}", ADJECTIVES[a], ANIMALS[b]);
     let mut names = Drawn::new(keys());
+    let mut numbers = Drawn::new((1_000..10_000).collect::<Vec<_>>());
     let fact = |&depth: &usize| {
         let (first, second) = (name(names.next(random)), name(names.next(random)));
-        let number = 1_000 + random.below(9_000);
+        let number = numbers.next(random);
         Fact {
             depth,
             told: piece(format!("{first} = {number}\n")),
@@ -206,13 +207,14 @@ fn variables(random: &mut Random, order: &[usize], n_filler: usize) -> (Vec<Fact
         }
     };
     let facts: Vec<Fact> = order.iter().map(fact).collect();
-    // Their names are not given to others.
+    // Their names and numbers are not given to others.
     names.all.clone_from(&names.left);
+    let others = numbers.left;
     let filler = (0..n_filler).map(|_| {
         let line = match random.below(4) {
-            0 => format!("{} = {}\n", name(names.next(random)), 1_000 + random.below(9_000)),
+            0 => format!("{} = {}\n", name(names.next(random)), random.pick(&others)),
             1 => format!("counter += {}\n", 1 + random.below(99)),
-            2 => format!("seen[{}] = {}\n", random.below(1_000), 1_000 + random.below(9_000)),
+            2 => format!("seen[{}] = {}\n", random.below(1_000), random.pick(&others)),
             _ => format!("log(\"{}\")\n", sentence(random)),
         };
         piece(line)
@@ -349,5 +351,121 @@ impl Writer<'_> {
             Some(template) => Ok(template.tokenize(vocab, &text)?),
             None => Ok(vocab.tokenize(&text, AddBos::Yes, Special::Text)?),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use simlayer::ModelParams;
+    use simlayer_testkit::{RandomModel, Vocabulary, smollm2_path};
+
+    use super::*;
+
+    const TASKS: [Variant; 3] = [Variant::Variables, Variant::Definition, Variant::Turns];
+    const DEPTHS: [f64; 3] = [0.0, 0.5, 1.0];
+
+    fn load(path: &std::path::Path) -> Model {
+        Model::load(path, &ModelParams::default()).unwrap()
+    }
+
+    fn make(model: &Model, variant: Variant, seed: u64, length: usize) -> Text {
+        text(model, variant, &mut Random::new(seed), length, &DEPTHS, (4, 3)).unwrap()
+    }
+
+    fn shown(model: &Model, tokens: &[Token]) -> String {
+        model.vocab().detokenize(tokens, true).unwrap()
+    }
+
+    /// On a model with a chat template, and on one without.
+    fn each(check: impl Fn(&Model, Variant)) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("plain.gguf");
+        RandomModel { vocabulary: Vocabulary::Bpe, ..RandomModel::default() }.write(&path);
+        for model in [load(&smollm2_path()), load(&path)] {
+            TASKS.iter().for_each(|&variant| check(&model, variant));
+        }
+    }
+
+    #[test]
+    fn a_text_is_its_seeds() {
+        each(|model, variant| {
+            let tokens = |seed| {
+                let text = make(model, variant, seed, 2_500);
+                let asks: Vec<_> = text.asks.into_iter().map(|ask| (ask.question, ask.answer)).collect();
+                (text.prompt, asks)
+            };
+            assert_eq!(tokens(1), tokens(1), "{variant:?}");
+            assert_ne!(tokens(1), tokens(2), "{variant:?}");
+        });
+    }
+
+    #[test]
+    fn a_text_is_as_long_as_asked_for() {
+        each(|model, variant| {
+            // The longest piece of filler, in this model's tokens.
+            let most = if model.chat_template().unwrap().is_some() { 70 } else { 250 };
+            for length in [2_500, 6_000] {
+                let text = make(model, variant, 3, length);
+                let whole = text.asks.iter().map(|ask| text.prompt.len() + ask.question.len() + ask.answer.len());
+                let longest = whole.max().unwrap();
+                assert!((length - most..=length).contains(&longest), "{variant:?}: {longest} of {length}");
+            }
+            let short = text(model, variant, &mut Random::new(3), 100, &DEPTHS, (4, 3));
+            assert!(matches!(short, Err(TextError::Short { .. })), "{variant:?}: {short:?}");
+        });
+    }
+
+    #[test]
+    fn answers_are_in_the_text_once() {
+        each(|model, variant| {
+            let text = make(model, variant, 5, 4_000);
+            assert_eq!(text.asks.iter().map(|ask| ask.depth).collect::<Vec<_>>(), [0, 0, 0, 1, 1, 1, 2, 2, 2]);
+            let prompt = shown(model, &text.prompt);
+            let mut places: Vec<Vec<f64>> = vec![Vec::new(); 3];
+            for ask in &text.asks {
+                let answer = shown(model, &ask.answer);
+                assert!(answer.trim_start().len() >= 4, "{answer}");
+                let found: Vec<usize> = prompt.match_indices(answer.trim_start()).map(|(at, _)| at).collect();
+                assert_eq!(found.len(), 1, "{variant:?}: {answer} in {prompt}");
+                places[ask.depth].push(found[0] as f64 / prompt.len() as f64);
+                let question = shown(model, &ask.question);
+                assert!(!question.contains(answer.trim()), "{variant:?}: {question}");
+                assert!(question.contains('?'), "{variant:?}: {question}");
+            }
+            let near = |depth: usize, from: f64, to: f64| {
+                let places = &places[depth];
+                assert!(places.iter().all(|place| (from..to).contains(place)), "{variant:?}, {depth}: {places:?}");
+            };
+            near(0, 0.0, 0.2);
+            near(1, 0.35, 0.65);
+            near(2, 0.8, 1.0);
+        });
+    }
+
+    #[test]
+    fn a_question_in_the_prompt_is_the_same_text() {
+        each(|model, variant| {
+            let apart = make(model, variant, 7, 2_500);
+            let asks = apart.asks.clone();
+            let whole: Vec<Vec<Token>> = asks.iter().map(|ask| [&apart.prompt[..], &ask.question].concat()).collect();
+            let texts = apart.asked_at_once();
+            assert_eq!(texts.len(), asks.len());
+            for ((text, ask), whole) in texts.iter().zip(&asks).zip(whole) {
+                assert_eq!(text.prompt, whole);
+                assert!(text.asks[0].question.is_empty());
+                assert_eq!((text.asks.len(), &text.asks[0].answer), (1, &ask.answer));
+            }
+        });
+    }
+
+    #[test]
+    fn a_chat_template_is_used() {
+        let model = load(&smollm2_path());
+        let text = make(&model, Variant::Turns, 9, 2_500);
+        let prompt = shown(&model, &text.prompt);
+        let turns = prompt.matches("<|im_start|>user").count();
+        assert!(turns > 20 && turns == prompt.matches("<|im_start|>assistant").count() + 1, "{prompt}");
+        let question = shown(&model, &text.asks[0].question);
+        assert!(question.contains("<|im_start|>assistant\nYour friend"), "{question}");
     }
 }

@@ -92,7 +92,7 @@ impl Random {
         (self.next() % n.max(1) as u64) as usize
     }
 
-    pub fn pick<'a>(&mut self, words: &[&'a str]) -> &'a str {
+    pub fn pick<T: Copy>(&mut self, words: &[T]) -> T {
         words[self.below(words.len())]
     }
 }
