@@ -201,9 +201,12 @@ fn variables(random: &mut Random, order: &[usize], n_filler: usize) -> (Vec<Fact
             told: piece(format!("{first} = {number}\n")),
             followed: Some(piece(format!("{second} = {first}\n"))),
             used: None,
-            question: format!("Which number does print({second}) print at the end of this program?"),
-            lead: format!("print({second}) prints"),
-            answer: format!(" {number}"),
+            question: format!(
+                "What is the value of {second}? Follow it to its number, as in: b = a, a = 5. Now the same for {second}."
+            ),
+            // Small models follow a chain only if they may write it down.
+            lead: format!("{second} ="),
+            answer: format!(" {first}, {first} = {number}"),
         }
     };
     let facts: Vec<Fact> = order.iter().map(fact).collect();
@@ -423,13 +426,22 @@ mod tests {
             let prompt = shown(model, &text.prompt);
             let mut places: Vec<Vec<f64>> = vec![Vec::new(); 3];
             for ask in &text.asks {
-                let answer = shown(model, &ask.answer);
-                assert!(answer.trim_start().len() >= 4, "{answer}");
-                let found: Vec<usize> = prompt.match_indices(answer.trim_start()).map(|(at, _)| at).collect();
+                let mut answer = shown(model, &ask.answer);
+                if variant == Variant::Variables {
+                    // The step to the other name stands elsewhere.
+                    let (step, number) = answer.split_once(" = ").unwrap();
+                    let (first, again) = step.split_once(',').unwrap();
+                    assert_eq!(first.trim(), again.trim());
+                    assert!(prompt.contains(&format!("= {}\n", first.trim())), "{step}");
+                    answer = number.to_owned();
+                }
+                let answer = answer.trim();
+                assert!(answer.len() >= 4, "{answer}");
+                let found: Vec<usize> = prompt.match_indices(answer).map(|(at, _)| at).collect();
                 assert_eq!(found.len(), 1, "{variant:?}: {answer} in {prompt}");
                 places[ask.depth].push(found[0] as f64 / prompt.len() as f64);
                 let question = shown(model, &ask.question);
-                assert!(!question.contains(answer.trim()), "{variant:?}: {question}");
+                assert!(!question.contains(answer), "{variant:?}: {question}");
                 assert!(question.contains('?'), "{variant:?}: {question}");
             }
             let near = |depth: usize, from: f64, to: f64| {
