@@ -139,13 +139,43 @@ fn comparing_is_running_each_rule() {
     for (run, rule) in compared["runs"].as_array().expect("runs").iter().zip(rules) {
         let alone = json(&[&["perplexity", "--lazy", rule, "--kl"], &common[..]].concat());
         assert_eq!(run["lazy_layers"], alone["lazy_layers"], "{rule}");
-        for key in ["tokens_scored", "perplexity", "kl_mean", "same_top"] {
+        for key in ["tokens_scored", "perplexity", "kl_mean", "kl_p999", "same_top"] {
             assert_eq!(number(run, key), number(&alone, key), "{rule}: {key}");
         }
         assert_eq!(run["kv_bytes"], alone["kv"]["allocated_bytes"], "{rule}");
         let lazy = run["lazy_layers"].as_array().map(Vec::len);
         assert_eq!(lazy == Some(0), rule == "off", "{rule} makes {lazy:?} layers lazy");
     }
+}
+
+/// Types beside a rule are those of a run of its own, whose prompt is read layer by layer; so is a rule that decides by
+/// itself.
+#[test]
+fn a_rule_has_types_of_its_own() {
+    let common = ["-f", &story(), "--skip", "600", "--score", "16", "--lazy-window", "64", "--json"];
+    let rules = [
+        ("off@q8_0/q4_0", "off", "q8_0", "q4_0"),
+        ("budget:0.5@q8_0", "budget:0.5", "q8_0", "q8_0"),
+        ("auto", "auto", "f16", "f16"),
+        ("output:0.5@f16/q8_0", "output:0.5", "f16", "q8_0"),
+    ];
+    let compare: Vec<&str> = rules.iter().flat_map(|(rule, ..)| ["--compare", rule]).collect();
+    let compared = json(&[&["perplexity"], &common[..], &compare].concat());
+    for (run, (name, rule, type_k, type_v)) in compared["runs"].as_array().expect("runs").iter().zip(rules) {
+        assert_eq!(run["lazy"], name);
+        let types = ["--lazy", rule, "-ctk", type_k, "-ctv", type_v, "--kl"];
+        let alone = json(&[&["perplexity"], &types[..], &common[..]].concat());
+        assert_eq!(run["lazy_layers"], alone["lazy_layers"], "{name}");
+        for key in ["perplexity", "kl_mean", "kl_p999", "same_top"] {
+            assert_eq!(number(run, key), number(&alone, key), "{name}: {key}");
+        }
+        assert!(number(run, "kl_p999") >= number(run, "kl_mean"), "{run}");
+        assert!(number(run, "kl_p999") <= number(run, "kl_max"), "{run}");
+        assert_eq!(run["kv_bytes"], alone["kv"]["allocated_bytes"], "{name}");
+    }
+    let wrong = run_on(&smollm2_path(), &[&["perplexity"], &common[..], &["--compare", "off@q9"]].concat());
+    let stderr = String::from_utf8_lossy(&wrong.stderr);
+    assert!(!wrong.status.success() && stderr.contains("q9") && stderr.contains("q8_0"), "{stderr}");
 }
 
 const CALIBRATE: [&str; 8] = ["--skip", "200", "--score", "40", "--chunks", "2", "--lazy-window", "64"];
@@ -450,6 +480,41 @@ fn a_single_needle_is_asked_for_in_a_text_of_its_own() {
     let ran = json(&[&["passkey", "--lazy", "off"], &arguments[..]].concat());
     assert_eq!((number(&ran["cells"][0], "trials"), ran["runs"].as_array().map(Vec::len)), (2.0, Some(1)));
     assert_eq!(ran["variant"], "single");
+}
+
+#[test]
+fn tasks_are_asked_of_each_rule() {
+    let common = ["--depths", "0,100", "--trials", "1", "--lazy-window", "64", "--json"];
+    let rules = ["--compare", "off", "--compare", "budget:1@q8_0"];
+    for (variant, ask) in
+        [("variables", "after"), ("definition", "after"), ("turns", "after"), ("turns", "prompt"), ("multi", "prompt")]
+    {
+        let own = ["--variant", variant, "--ask", ask, "--lengths", "800"];
+        let ran = json(&[&["passkey"], &common[..], &own, &rules].concat());
+        assert_eq!((&ran["variant"], &ran["ask"]), (&variant.into(), &ask.into()));
+        let runs = ran["runs"].as_array().expect("runs");
+        let names: Vec<&str> = runs.iter().filter_map(|run| run["name"].as_str()).collect();
+        assert_eq!(names, ["off", "budget:1@q8_0"]);
+        // The first is the run's own, and as the full cache nothing is lost.
+        assert_eq!((&ran["cells"], &ran["accuracy"]), (&runs[0]["cells"], &runs[0]["accuracy"]));
+        let full = &ran["full"];
+        for key in ["found", "trials", "answer_nll", "kl_mean", "log_prob", "kv_bytes", "compression"] {
+            assert_eq!(number(full, key), number(&runs[0], key), "{variant}: {key}");
+        }
+        assert_eq!((number(full, "trials"), number(full, "kl_mean")), (2.0, 0.0));
+        assert_eq!(number(full, "answer_nll"), -number(full, "log_prob"));
+        for run in runs {
+            let cells = run["cells"].as_array().expect("cells");
+            let correct: f64 = cells.iter().map(|cell| number(cell, "correct")).sum();
+            assert_eq!((cells.len(), correct), (2, number(run, "found")), "{variant}");
+            assert_eq!((number(&cells[1], "length"), number(&cells[1], "depth")), (800.0, 100.0));
+        }
+        // What is told first is out of every layer's sight.
+        assert!(number(&runs[1]["cells"][0], "kl_mean") > 0.01, "{variant}: {ran}");
+        let [nll, lost] = [full, &runs[1]].map(|run| -number(&run["cells"][0], "log_prob"));
+        assert!(lost > nll + 0.2, "{variant}, {ask}: {lost} against {nll}");
+        assert!(number(&runs[1], "compression") > number(full, "compression"), "{variant}");
+    }
 }
 
 #[test]

@@ -49,9 +49,26 @@ pub fn mean_and_stderr(values: &[f64]) -> (f64, f64) {
     (mean, (squares / (n - 1.0) / n).sqrt())
 }
 
+/// The smallest of the values that a share of `share` of them does not exceed; not a number where there are none.
+pub fn quantile(values: &[f64], share: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (share * sorted.len() as f64).ceil() as usize;
+    sorted.get(rank.saturating_sub(1).min(sorted.len().saturating_sub(1))).copied().unwrap_or(f64::NAN)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn quantiles_are_values() {
+        let values: Vec<f64> = (0..2000).map(|i| f64::from((i * 7 + 3) % 2000)).collect();
+        assert_eq!(quantile(&values, 0.999), 1997.0);
+        assert_eq!((quantile(&values, 0.0), quantile(&values, 0.5), quantile(&values, 1.0)), (0.0, 999.0, 1999.0));
+        assert_eq!(quantile(&[3.0, 1.0, 2.0], 0.999), 3.0);
+        assert!(quantile(&[], 0.5).is_nan());
+    }
 
     #[test]
     fn by_hand() {

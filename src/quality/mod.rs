@@ -22,16 +22,20 @@
 
 mod calibrate;
 mod compare;
+mod contender;
 mod excerpts;
 mod exchange;
 mod journal;
 mod meter;
 pub mod metrics;
+mod reading;
 mod score;
 
 pub use calibrate::{calibrate, calibrate_on};
-pub use compare::{Compared, compare, output_scores};
+pub use compare::{Compared, compare};
+pub use contender::{Contender, ParseContenderError};
 pub use excerpts::{BUILT_IN_TEXT, Excerpts};
 pub use journal::Journal;
 pub use meter::Stage;
+pub use reading::{Held, Reading};
 pub use score::{Scorer, Summary, Tally, uncompressed};

@@ -127,6 +127,9 @@ pub struct Summary {
     /// Its standard error.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kl_stderr: Option<f64>,
+    /// What 99.9 % of the tokens' divergences do not exceed: of fewer than a thousand tokens, the largest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl_p999: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kl_max: Option<f64>,
     /// Share of tokens at which both runs find the same token most probable.
@@ -206,6 +209,7 @@ impl Tally {
             base_perplexity: compared.map(|_| metrics::mean_and_stderr(&self.base_nlls).0.exp()),
             kl_mean: compared.map(|(mean, _)| mean),
             kl_stderr: compared.map(|(_, stderr)| stderr),
+            kl_p999: compared.map(|_| metrics::quantile(&self.kls, 0.999)),
             kl_max: compared.map(|_| self.kls.iter().copied().fold(f64::MIN, f64::max)),
             same_top: compared.map(|_| self.same_top as f64 / self.kls.len() as f64),
         }

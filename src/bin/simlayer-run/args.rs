@@ -1,11 +1,12 @@
 //! The command line as it is typed. Names and meanings are llama.cpp's where it has the option.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, str::FromStr};
 
 use clap::{ArgAction, Args, Subcommand, ValueEnum};
 use simlayer::{
     ggml::Type,
     lazy::{LayerWindows, Policy},
+    quality::{Contender, ParseContenderError},
 };
 
 use crate::build::LONG_VERSION;
@@ -185,10 +186,10 @@ pub struct PerplexityArgs {
     /// Compare with the uncompressed run: KL divergence, and how often both prefer the same token
     #[arg(help_heading = "Text", long)]
     pub kl: bool,
-    /// Score the text under this rule instead of --lazy, with --kl; may be given several times, and the uncompressed
-    /// run is made once
+    /// Score the text under this rule instead of --lazy, with --kl; RULE@K/V has these types in active layers
+    /// (off@q8_0/q4_0); may be given several times, and the uncompressed run is made once
     #[arg(help_heading = "Text", long, value_name = "RULE", action = ArgAction::Append, conflicts_with = "chunks")]
-    pub compare: Vec<Policy>,
+    pub compare: Vec<Contender>,
     /// Draw what --compare measured into a file (.svg or .png): memory and divergence
     #[arg(help_heading = "Output", long, value_name = "FILE", requires = "compare")]
     pub plot: Option<PathBuf>,
@@ -203,7 +204,7 @@ pub struct PasskeyArgs {
     /// Lengths of the texts, in tokens
     #[arg(help_heading = "Needles", long, value_name = "N,...", value_delimiter = ',', default_value = "1024,2048,4096", value_parser = positive)]
     pub lengths: Vec<usize>,
-    /// Where the numbers are hidden, in percent of the text
+    /// Where the answers are hidden, in percent of the text
     #[arg(
         help_heading = "Needles",
         long,
@@ -212,18 +213,24 @@ pub struct PasskeyArgs {
         default_value = "0,25,50,75,100"
     )]
     pub depths: Vec<f64>,
-    /// Numbers asked for at each length and depth
+    /// Answers asked for at each length and depth
     #[arg(help_heading = "Needles", long, value_name = "N", default_value_t = 20, value_parser = positive)]
     pub trials: usize,
-    /// One number in a text, or many with different keys
+    /// What is hidden: one number in a text, or many with different keys; variables of a program, made-up words, facts told
+    /// in a conversation
     #[arg(help_heading = "Needles", long, value_name = "KIND", default_value = "multi")]
     pub variant: Variant,
+    /// When the questions come: after the text was read and layers became lazy, or as the end of the prompt
+    #[arg(help_heading = "Needles", long, value_name = "WHEN", default_value = "after")]
+    pub ask: AskWhen,
     /// Seed of the made-up text
     #[arg(help_heading = "Needles", short, long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
-    /// Also run with the full cache, with all layers lazy (StreamingLLM), and with q4_0 in all layers
-    #[arg(help_heading = "Needles", long)]
-    pub compare: bool,
+    /// Also run with the full cache, with all layers lazy (StreamingLLM), and with q4_0 in all layers; with RULE, or
+    /// RULE@K/V (off@q8_0/q4_0), run under that instead of --lazy, may be given several times
+    #[arg(help_heading = "Needles", long, value_name = "RULE", action = ArgAction::Append, num_args = 0..=1,
+          default_missing_value = "")]
+    pub compare: Vec<Compare>,
     /// Draw heat maps into a file (.svg or .png)
     #[arg(help_heading = "Output", long, value_name = "FILE")]
     pub plot: Option<PathBuf>,
@@ -235,6 +242,9 @@ pub struct PasskeyArgs {
 pub enum Variant {
     Single,
     Multi,
+    Variables,
+    Definition,
+    Turns,
 }
 
 impl Variant {
@@ -242,6 +252,44 @@ impl Variant {
         match self {
             Variant::Single => "single",
             Variant::Multi => "multi",
+            Variant::Variables => "variables",
+            Variant::Definition => "definition",
+            Variant::Turns => "turns",
+        }
+    }
+}
+
+/// When a text's questions are asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AskWhen {
+    After,
+    Prompt,
+}
+
+impl AskWhen {
+    pub fn name(self) -> &'static str {
+        match self {
+            AskWhen::After => "after",
+            AskWhen::Prompt => "prompt",
+        }
+    }
+}
+
+/// What `passkey` compares with.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Compare {
+    /// `--compare` alone.
+    Usual,
+    Rule(Contender),
+}
+
+impl FromStr for Compare {
+    type Err = ParseContenderError;
+
+    fn from_str(text: &str) -> Result<Compare, ParseContenderError> {
+        match text {
+            "" => Ok(Compare::Usual),
+            rule => rule.parse().map(Compare::Rule),
         }
     }
 }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use simlayer::{
     AddBos, Model, Session, Special, Token, Vocab,
     lazy::Policy,
-    quality::{self, Compared, Scorer, Summary, Tally},
+    quality::{self, Compared, Contender, Scorer, Summary, Tally},
 };
 
 use crate::{
@@ -99,7 +99,7 @@ pub fn run(args: PerplexityArgs) -> Result<(), Failure> {
 
 /// What is compared, and how it is shown.
 struct Comparison<'a> {
-    rules: &'a [Policy],
+    rules: &'a [Contender],
     plot: Option<&'a Path>,
     json: bool,
 }
@@ -146,14 +146,15 @@ fn compare(
     let width = compared.iter().map(|run| run.lazy.len()).max().unwrap_or(0).max(4);
     writeln!(
         out,
-        "{:width$} {:>5} {:>12} {:>6} {:>11} {:>9} {:>9} {:>9}",
-        "rule", "lazy", "KV bytes", "×", "perplexity", "KL", "±", "same top"
+        "{:width$} {:>5} {:>12} {:>6} {:>11} {:>9} {:>9} {:>9} {:>9}",
+        "rule", "lazy", "KV bytes", "×", "perplexity", "KL", "±", "99.9 %", "same top"
     )?;
     for run in &compared {
-        let (kl, stderr) = (run.summary.kl_mean.unwrap_or(0.0), run.summary.kl_stderr.unwrap_or(0.0));
+        let Summary { kl_mean, kl_stderr, kl_p999, .. } = run.summary;
+        let [kl, stderr, p999] = [kl_mean, kl_stderr, kl_p999].map(|value| value.unwrap_or(0.0));
         writeln!(
             out,
-            "{:width$} {:>5} {:>12} {:>6} {:>11.4} {kl:>9.5} {stderr:>9.5} {:>7.2} %",
+            "{:width$} {:>5} {:>12} {:>6} {:>11.4} {kl:>9.5} {stderr:>9.5} {p999:>9.4} {:>7.2} %",
             run.lazy,
             run.lazy_layers.len(),
             run.kv_bytes,
@@ -166,8 +167,8 @@ fn compare(
 }
 
 /// Memory and loss against τ where thresholds were compared, else loss against memory, with a line for each kind of rule.
-fn picture(model: &Model, rules: &[Policy], compared: &[Compared]) -> Lines {
-    let parameter = |rule: &Policy| match rule {
+fn picture(model: &Model, rules: &[Contender], compared: &[Compared]) -> Lines {
+    let parameter = |rule: &Contender| match &rule.policy {
         Policy::Threshold(Some(threshold)) => Some(f64::from(*threshold)),
         _ => None,
     };
@@ -219,8 +220,10 @@ fn print(out: &mut impl Write, summary: &Summary) -> io::Result<()> {
     if let Some(base) = summary.base_perplexity {
         writeln!(out, "uncompressed   {base:.4} ({:+.2} %)", (perplexity / base - 1.0) * 100.0)?;
     }
-    if let (Some(mean), Some(stderr), Some(max)) = (summary.kl_mean, summary.kl_stderr, summary.kl_max) {
-        writeln!(out, "KL divergence  {mean:.6} ± {stderr:.6}, at most {max:.4}")?;
+    if let (Some(mean), Some(stderr)) = (summary.kl_mean, summary.kl_stderr)
+        && let (Some(p999), Some(max)) = (summary.kl_p999, summary.kl_max)
+    {
+        writeln!(out, "KL divergence  {mean:.6} ± {stderr:.6}, 99.9 % at most {p999:.4}, all at most {max:.4}")?;
     }
     if let Some(same) = summary.same_top {
         writeln!(out, "same top token {:.2} %", same * 100.0)?;

@@ -1,13 +1,14 @@
 //! Made-up text with secret numbers in it, as RULER's single- and multi-key needles are: the same for the same seed.
+//! [`super::tasks`] has texts of other kinds.
 
-use simlayer::{AddBos, Error, Special, Token, Vocab, vocab::VocabError};
+use simlayer::{AddBos, Special, Token, Vocab, chat::ChatError, model, vocab::VocabError};
 
-const ADJECTIVES: [&str; 24] = [
+pub const ADJECTIVES: [&str; 24] = [
     "amber", "brass", "cedar", "crimson", "dusty", "early", "foggy", "gentle", "hollow", "ivory", "jagged", "lonely",
     "marble", "narrow", "orange", "patient", "quiet", "russet", "silver", "tangled", "upper", "velvet", "winter",
     "young",
 ];
-const ANIMALS: [&str; 24] = [
+pub const ANIMALS: [&str; 24] = [
     "badger", "bison", "crane", "donkey", "eagle", "ferret", "goose", "hare", "heron", "ibis", "jackal", "lizard",
     "magpie", "newt", "otter", "panther", "quail", "raven", "seal", "swan", "tiger", "viper", "walrus", "zebra",
 ];
@@ -87,20 +88,49 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    fn below(&mut self, n: usize) -> usize {
+    pub fn below(&mut self, n: usize) -> usize {
         (self.next() % n.max(1) as u64) as usize
     }
 
-    fn pick<'a>(&mut self, words: &[&'a str]) -> &'a str {
+    pub fn pick<T: Copy>(&mut self, words: &[T]) -> T {
         words[self.below(words.len())]
+    }
+}
+
+/// A text that is read, and what is asked of it.
+#[derive(Debug)]
+pub struct Text {
+    pub prompt: Vec<Token>,
+    pub asks: Vec<Ask>,
+}
+
+/// A question, and what it is answered with.
+#[derive(Debug, Clone)]
+pub struct Ask {
+    /// Index of the depth at which the answer is hidden.
+    pub depth: usize,
+    /// What is read after the prompt, the beginning of the answer's sentence included; nothing where it is in the prompt.
+    pub question: Vec<Token>,
+    pub answer: Vec<Token>,
+}
+
+impl Text {
+    /// One text for each question, which has it in its prompt.
+    pub fn asked_at_once(self) -> Vec<Text> {
+        let Text { prompt, asks } = self;
+        let with = |ask: Ask| Text {
+            prompt: [&prompt[..], &ask.question].concat(),
+            asks: vec![Ask { question: Vec::new(), ..ask }],
+        };
+        asks.into_iter().map(with).collect()
     }
 }
 
 /// A secret number, where it is hidden, and how it is asked for.
 #[derive(Debug, Clone)]
-pub struct Needle {
+struct Needle {
     /// Index of its depth.
-    pub depth: usize,
+    depth: usize,
     key: String,
     number: String,
 }
@@ -111,37 +141,35 @@ impl Needle {
     }
 
     /// The tokens of the question and of its answer.
-    pub fn question(&self, vocab: &Vocab) -> Result<(Vec<Token>, Vec<Token>), VocabError> {
+    fn ask(&self, vocab: &Vocab) -> Result<Ask, VocabError> {
         let key = &self.key;
         let question =
             format!("\n\nQuestion: What is the secret number of the {key}?\nAnswer: The secret number of the {key} is");
         let asked = vocab.tokenize(&question, AddBos::No, Special::Text)?;
         let answered = vocab.tokenize(&format!("{question} {}", self.number), AddBos::No, Special::Text)?;
-        let shared = asked.iter().zip(&answered).take_while(|(a, b)| a == b).count();
-        Ok((answered[..shared].to_vec(), answered[shared..].to_vec()))
+        let shared = n_shared(&asked, &answered);
+        Ok(Ask { depth: self.depth, question: answered[..shared].to_vec(), answer: answered[shared..].to_vec() })
     }
 }
 
-/// A text with needles in it.
-#[derive(Debug)]
-pub struct Haystack {
-    pub tokens: Vec<Token>,
-    pub needles: Vec<Needle>,
+/// How many tokens both begin with.
+pub fn n_shared(a: &[Token], b: &[Token]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
-/// Makes a text of at most `length` tokens, and hardly less, with `per_depth` needles at each of `depths` (0 to 1).
+/// Makes a text of at most `length` tokens, and hardly less, with `per_depth` needles at each of `depths` (0 to 1),
+/// of which the first `asked` are asked for.
 ///
 /// # Errors
 /// When the needles alone are longer than the text.
-pub fn haystack(
+pub fn needles(
     vocab: &Vocab,
     random: &mut Random,
     length: usize,
     depths: &[f64],
-    per_depth: usize,
-) -> Result<Haystack, TextError> {
-    let mut keys: Vec<(usize, usize)> =
-        (0..ADJECTIVES.len()).flat_map(|a| (0..ANIMALS.len()).map(move |b| (a, b))).collect();
+    (per_depth, asked): (usize, usize),
+) -> Result<Text, TextError> {
+    let mut keys = keys();
     let mut needles = Vec::new();
     for depth in 0..depths.len() {
         for _ in 0..per_depth {
@@ -167,7 +195,7 @@ pub fn haystack(
     let mut filler: Vec<Vec<Token>> = Vec::new();
     let mut filled = 0;
     loop {
-        let sentence = format!(" {} {} {}.", random.pick(&PEOPLE), random.pick(&ACTS), random.pick(&TIMES));
+        let sentence = format!(" {}", sentence(random));
         let sentence = vocab.tokenize(&sentence, AddBos::No, Special::Text)?;
         if filled + sentence.len() > room {
             break;
@@ -176,14 +204,9 @@ pub fn haystack(
         filler.push(sentence);
     }
 
-    // Needles of one depth stand in neighbouring gaps between sentences.
     let mut gaps: Vec<Vec<usize>> = vec![Vec::new(); filler.len() + 1];
     for (i, needle) in needles.iter().enumerate() {
-        let nth = i % per_depth;
-        let gap = depths[needle.depth] * filler.len() as f64;
-        let shift = nth as f64 - (per_depth - 1) as f64 * depths[needle.depth];
-        let gap = (gap + shift).round().clamp(0.0, filler.len() as f64) as usize;
-        gaps[gap].push(i);
+        gaps[gap(depths[needle.depth], i % per_depth, per_depth, filler.len())].push(i);
     }
     for (gap, inside) in gaps.iter().enumerate() {
         for &needle in inside {
@@ -193,17 +216,41 @@ pub fn haystack(
             tokens.extend(sentence);
         }
     }
-    Ok(Haystack { tokens, needles })
+    let is_asked = |(i, _): &(usize, &Needle)| i % per_depth < asked;
+    let asked = needles.iter().enumerate().filter(is_asked);
+    let asks = asked.map(|(_, needle)| needle.ask(vocab)).collect::<Result<_, _>>()?;
+    Ok(Text { prompt: tokens, asks })
+}
+
+/// Pairs of an adjective and an animal.
+pub fn keys() -> Vec<(usize, usize)> {
+    (0..ADJECTIVES.len()).flat_map(|a| (0..ANIMALS.len()).map(move |b| (a, b))).collect()
+}
+
+/// A sentence that tells nothing of importance.
+pub fn sentence(random: &mut Random) -> String {
+    format!("{} {} {}.", random.pick(&PEOPLE), random.pick(&ACTS), random.pick(&TIMES))
+}
+
+/// The gap between `n` pieces of filler, from 0 to `n`, for the `nth` of `per_depth` facts at one depth: they stand in
+/// neighbouring ones.
+pub fn gap(depth: f64, nth: usize, per_depth: usize, n: usize) -> usize {
+    let shift = nth as f64 - (per_depth - 1) as f64 * depth;
+    (depth * n as f64 + shift).round().clamp(0.0, n as f64) as usize
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum TextError {
     #[error("{needles} needles take {taken} tokens, which a text of {length} does not hold: give longer --lengths")]
     Short { length: usize, taken: usize, needles: usize },
+    #[error("the model's chat template does not write the question \"{0}\" as it is")]
+    Question(String),
+    #[error(transparent)]
+    Chat(#[from] ChatError),
     #[error(transparent)]
     Vocab(#[from] VocabError),
     #[error(transparent)]
-    Engine(#[from] Error),
+    Model(#[from] model::Error),
 }
 
 #[cfg(test)]
