@@ -2,20 +2,25 @@
 
 use super::error::Error;
 use crate::{
-    lazy::{LazyParams, Policy, Profile, Target},
+    ggml::logging,
+    lazy::{LazyParams, Policy, Profile, ProfileError, Target},
     model::Model,
 };
 
-/// Replaces `profile` by the layers that it names, and `auto` too where the model has a profile.
+/// Replaces `profile` by the layers that it names, and `auto` too where the model's profile is known.
 pub(super) fn settle(lazy: &mut LazyParams, model: &Model) -> Result<(), Error> {
-    let path = lazy.profile.clone().unwrap_or_else(|| Profile::path_beside(model.path()));
     let target = match lazy.policy {
         Policy::Profile(target) => target,
-        Policy::Auto if lazy.profile.is_some() || path.is_file() => Target::default(),
+        Policy::Auto => Target::default(),
         _ => return Ok(()),
     };
-    let profile = Profile::read(&path)?;
-    profile.check_model(&model.identity()?, &path)?;
+    let skipped = &mut |error: ProfileError| logging::warn(&format!("skipped: {error}"));
+    let (source, profile) = match Profile::find(lazy.profile.as_deref(), model.path(), model.identity(), skipped)? {
+        Some(found) => found,
+        None if lazy.policy == Policy::Auto => return Ok(()),
+        None => return Err(ProfileError::none_known(model.path(), model.identity()).into()),
+    };
+    logging::info(&format!("lazy layers by profile {source}"));
     lazy.policy = Policy::Layers(profile.lazy_layers(target));
     // Its windows were chosen in place of this one; whoever wants another for all layers does not want them.
     if lazy.n_window == profile.n_window {
