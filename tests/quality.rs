@@ -7,7 +7,9 @@ use std::{
 };
 
 use serde_json::Value;
-use simlayer_testkit::{Logits, RandomModel, UpstreamRef, metrics::log_softmax, smollm2_path, workspace_root};
+use simlayer_testkit::{
+    Logits, RandomModel, UpstreamRef, WeightType, metrics::log_softmax, smollm2_path, workspace_root,
+};
 
 /// Runs a command on a model with one thread and gives its JSON.
 fn json_of(model: &Path, args: &[&str]) -> Value {
@@ -20,10 +22,16 @@ fn json_of(model: &Path, args: &[&str]) -> Value {
 }
 
 fn run_on(model: &Path, args: &[&str]) -> Output {
+    program(model, args).output().expect("it runs")
+}
+
+/// The program with one thread, whose user has a folder of profiles beside the model's file.
+fn program(model: &Path, args: &[&str]) -> Command {
     let (command, args) = args.split_first().expect("a command");
     let mut program = Command::new(env!("CARGO_BIN_EXE_simlayer-run"));
     program.arg(command).arg("-m").arg(model).args(["-t", "1"]).args(args);
-    program.output().expect("it runs")
+    program.env("SIMLAYER_PROFILES", model.with_file_name("profiles"));
+    program
 }
 
 fn json(args: &[&str]) -> Value {
@@ -124,9 +132,12 @@ fn too_short_a_text_is_refused() {
 /// A random model of some layers, in a folder of its own.
 fn random_model(folder: &Path, seed: u64) -> std::path::PathBuf {
     let path = folder.join(format!("random-{seed}.gguf"));
-    RandomModel { seed, n_layer: 6, n_embd: 64, n_head: 2, n_head_kv: 1, n_ff: 64, ..RandomModel::default() }
-        .write(&path);
+    random(seed).write(&path);
     path
+}
+
+fn random(seed: u64) -> RandomModel {
+    RandomModel { seed, n_layer: 6, n_embd: 64, n_head: 2, n_head_kv: 1, n_ff: 64, ..RandomModel::default() }
 }
 
 /// A run is compared with one of its own: the copy of the uncompressed run's cache gives the same.
@@ -213,7 +224,7 @@ fn a_calibrated_profile_is_used() {
     assert!(cuts.iter().all(|cut| number(cut, "kl_mean") > 0.0 && number(cut, "compression") >= 1.0));
     assert!(number(last, "compression") > number(&cuts[0], "compression"));
 
-    // `profile`, and `auto` where the profile lies beside the model, make the beginning of the order lazy.
+    // `profile`, and `auto` where the model's profile is known, make the beginning of the order lazy.
     let lazy = |options: &[&str]| {
         let arguments =
             ["perplexity", "-f", &story(), "--skip", "200", "--score", "8", "--lazy-window", "64", "--json"];
@@ -233,13 +244,69 @@ fn a_calibrated_profile_is_used() {
     assert_eq!(lazy(&["--lazy", "profile:kl=1e-12"]), beginning(0));
 
     // A profile of another model is refused, and so is a file that is none.
+    let profile = first["file"].as_str().expect("a path").to_owned();
+    let kept = std::fs::read(&profile).expect("the profile");
     let other = random_model(folder.path(), 2);
-    let profile = folder.path().join("random-1.simlayer.toml").to_string_lossy().into_owned();
     let message = failure(&other, &["perplexity", "-f", &story(), "--lazy-profile", &profile]);
     assert!(message.contains(&profile) && message.contains("another model"), "{message}");
-    std::fs::write(&profile, "version = 1\n").expect("written");
+    let beside = folder.path().join("random-1.simlayer.toml");
+    std::fs::write(&beside, "version = 1\n").expect("written");
     let message = failure(&model, &["perplexity", "-f", &story()]);
-    assert!(message.contains(&profile) && message.contains("is no profile"), "{message}");
+    assert!(message.contains("random-1.simlayer.toml") && message.contains("is no profile"), "{message}");
+    std::fs::remove_file(&beside).expect("removed");
+
+    // In the user's folder such files disturb nobody: not the model's profile, nor another model.
+    std::fs::write(folder.path().join("profiles/a.simlayer.toml"), "version = 1\n").expect("written");
+    assert_eq!(lazy(&[]), beginning(3));
+    std::fs::write(&profile, "no toml").expect("written");
+    let run = ["perplexity", "-f", &story(), "--skip", "200", "--score", "8", "--lazy-window", "64", "--verbose"];
+    for model in [&model, &other] {
+        let run = run_on(model, &run);
+        let said = String::from_utf8_lossy(&run.stderr);
+        assert!(run.status.success(), "{said}");
+        for damaged in ["a.simlayer.toml is no profile", &format!("{profile} is no profile")] {
+            assert!(
+                said.lines().any(|line| line.starts_with("simlayer: skipped: ") && line.contains(damaged)),
+                "{said}"
+            );
+        }
+    }
+    let message = failure(&model, &["perplexity", "-f", &story(), "--lazy", "profile"]);
+    let folder = folder.path().join("profiles").display().to_string();
+    for part in ["--lazy: no profile of", "random-1.simlayer.toml", &folder, "built in", "simlayer-run calibrate"] {
+        assert!(message.contains(part), "{part}: {message}");
+    }
+    std::fs::write(&profile, kept).expect("written");
+    assert_eq!(lazy(&["--lazy", "profile"]), beginning(3));
+}
+
+/// A profile is its model's, whatever the file is called, wherever it lies and however it is quantised.
+#[test]
+fn a_profile_serves_every_quantisation() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let model = random_model(folder.path(), 1);
+    let calibrated = json_of(&model, &[&["calibrate", "-f", &story(), "--json"], &CALIBRATE[..]].concat());
+    let file = calibrated["file"].as_str().expect("a path");
+    assert_eq!(Path::new(file).parent(), Some(&*folder.path().join("profiles")));
+    let order: Vec<usize> = serde_json::from_value(calibrated["order"].clone()).expect("an order");
+    let elsewhere = folder.path().join("elsewhere");
+    std::fs::create_dir(&elsewhere).expect("made");
+    let lazy = |model: &Path| {
+        let run = ["perplexity", "-f", &story(), "--skip", "200", "--score", "8", "--lazy-window", "64", "--json"];
+        let run = program(model, &run).env("SIMLAYER_PROFILES", folder.path().join("profiles")).output();
+        let run = run.expect("it runs");
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        let json: Value = serde_json::from_slice(&run.stdout).expect("JSON");
+        serde_json::from_value::<Vec<usize>>(json["lazy_layers"].clone()).expect("layers")
+    };
+    let mut expected = order[..3].to_vec();
+    expected.sort_unstable();
+    let quantised = RandomModel { weight_type: WeightType::Q8_0, ..random(1) };
+    quantised.write(elsewhere.join("q8.gguf"));
+    assert_eq!(lazy(&elsewhere.join("q8.gguf")), expected);
+    // Another model finds none: `auto` goes by its threshold, which these layers' masses do not reach.
+    random(2).write(elsewhere.join("other.gguf"));
+    assert!(lazy(&elsewhere.join("other.gguf")).is_empty());
 }
 
 /// An interrupted calibration keeps what it has measured, and the next one goes on from there to the same profile.
@@ -265,8 +332,7 @@ fn an_interrupted_calibration_goes_on() {
     let args = calibrate("own.toml", "64");
     let part = folder.path().join("own.toml.part");
     let measured = || std::fs::read_to_string(&part).map_or(0, |text| text.lines().count().saturating_sub(1));
-    let mut program = Command::new(env!("CARGO_BIN_EXE_simlayer-run"));
-    program.arg(&args[0]).arg("-m").arg(&model).args(["-t", "1"]).args(&args[1..]);
+    let mut program = program(&model, &args.iter().map(String::as_str).collect::<Vec<_>>());
     let mut child = program.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("it runs");
     while measured() < 4 {
         assert!(child.try_wait().expect("a child").is_none(), "it ended before it could be interrupted");
@@ -349,7 +415,9 @@ fn a_prompt_that_fits_the_window_cannot_be_calibrated_on() {
     let message =
         failure(&model, &["calibrate", "-f", &story(), "--skip", "60", "--score", "20", "--lazy-window", "64"]);
     assert!(message.contains("would drop nothing"), "{message}");
-    assert_eq!(std::fs::read_dir(folder.path()).expect("the folder").count(), 1, "only the model");
+    let files = |folder: &Path| std::fs::read_dir(folder).expect("the folder").count();
+    let profiles = folder.path().join("profiles");
+    assert_eq!((files(folder.path()), files(&profiles)), (2, 0), "only the model and the user's folder");
 }
 
 /// The numbers that a picture shows, as text.
@@ -518,12 +586,15 @@ fn tasks_are_asked_of_each_rule() {
 }
 
 #[test]
-fn the_profile_in_the_repository_is_smollm2s() {
+fn smollm2s_profile_is_built_in() {
+    let arguments = ["perplexity", "-f", &story(), "--skip", "64", "--score", "2", "--json"];
+    let run = |options: &[&str]| json(&[&arguments[..], options].concat())["lazy_layers"].clone();
     let profile = workspace_root().join("profiles/SmolLM2-135M-Instruct.Q4_1.simlayer.toml");
-    let profile = profile.to_str().expect("UTF-8");
-    let arguments = ["perplexity", "-f", &story(), "--skip", "64", "--score", "2", "--json", "--lazy", "profile:0.8"];
-    let run = json(&[&arguments[..], &["--lazy-profile", profile]].concat());
-    assert_eq!(run["lazy_layers"].as_array().map(Vec::len), Some(24));
+    let named = run(&["--lazy", "profile:0.8", "--lazy-profile", profile.to_str().expect("UTF-8")]);
+    assert_eq!(run(&["--lazy", "profile:0.8"]), named);
+    assert_eq!(named.as_array().map(Vec::len), Some(24));
     // Layer 18 looks very lazy, and does by far the most harm.
-    assert!(run["lazy_layers"].as_array().is_some_and(|layers| !layers.contains(&18.into())));
+    assert!(named.as_array().is_some_and(|layers| !layers.contains(&18.into())));
+    // Under `auto` the prompt decides, and nothing of this one would be dropped.
+    assert_eq!(run(&[]).as_array().map(Vec::len), Some(0));
 }

@@ -8,7 +8,9 @@
 // up by environment variables, which are read when a context is made:
 //
 //   SIMLAYER_LAZY       auto, kl[:X], threshold[:t], budget[:r], output[:r], profile[:r|:kl=X], layers:1,2,9-12, off
-//   SIMLAYER_PROFILE    the model's profile, which simlayer-run calibrate makes; else MODEL.simlayer.toml beside it
+//   SIMLAYER_PROFILE    the model's profile, which simlayer-run calibrate makes; else MODEL.simlayer.toml beside it, else
+//                       the one in the folder that SIMLAYER_PROFILES names (~/.local/share/simlayer/profiles), else the
+//                       one built in
 //   SIMLAYER_SINK       first tokens that a lazy layer keeps
 //   SIMLAYER_WINDOW     recent tokens that a lazy layer keeps
 //   SIMLAYER_WINDOWS    other windows for single layers, such as 3=256,9-12=2048

@@ -1,24 +1,12 @@
 //! Messages, through llama.cpp's log callback, and the last error of each thread.
 
-use std::{cell::RefCell, collections::BTreeSet, ffi::CString, ptr, sync::Mutex};
+use std::{cell::RefCell, collections::BTreeSet, ffi::CString, sync::Mutex};
 
 use ggml_sys as sys;
+use simlayer::ggml::logging;
 
 thread_local! {
     static LAST_ERROR: RefCell<CString> = RefCell::default();
-}
-
-fn write(level: sys::ggml_log_level, text: &str) {
-    let bytes: Vec<u8> = text.bytes().filter(|&byte| byte != 0).chain([b'\n']).collect();
-    let Ok(text) = CString::new(bytes) else { return };
-    let (mut callback, mut data) = (None, ptr::null_mut());
-    // SAFETY: both pointers are to live locals; the callback is one that the program has set, to be called with its data.
-    unsafe {
-        sys::llama_log_get(&mut callback, &mut data);
-        if let Some(callback) = callback {
-            callback(level, text.as_ptr(), data);
-        }
-    }
 }
 
 pub(crate) fn error(function: &str, why: &str) {
@@ -26,15 +14,15 @@ pub(crate) fn error(function: &str, why: &str) {
     if let Ok(text) = CString::new(text) {
         LAST_ERROR.with(|last| *last.borrow_mut() = text);
     }
-    write(sys::GGML_LOG_LEVEL_ERROR, &format!("{function}: {why}"));
+    logging::log(sys::GGML_LOG_LEVEL_ERROR, &format!("{function}: {why}"));
 }
 
 pub(crate) fn warn(function: &str, what: &str) {
-    write(sys::GGML_LOG_LEVEL_WARN, &format!("{function}: {what}"));
+    logging::log(sys::GGML_LOG_LEVEL_WARN, &format!("{function}: {what}"));
 }
 
 pub(crate) fn info(function: &str, what: &str) {
-    write(sys::GGML_LOG_LEVEL_INFO, &format!("{function}: {what}"));
+    logging::log(sys::GGML_LOG_LEVEL_INFO, &format!("{function}: {what}"));
 }
 
 /// A warning that is given once in the process's life.

@@ -2,25 +2,38 @@
 
 use super::error::Error;
 use crate::{
-    lazy::{DEFAULT_KL, LazyParams, Policy, Profile},
+    ggml::logging,
+    lazy::{DEFAULT_KL, LazyParams, Policy, Profile, ProfileError},
     model::Model,
 };
 
 /// Replaces `profile` by the layers that it names, and `auto` by the rule that it stands for. The profile's order, where
-/// the rule goes by looks and the model has a profile.
+/// the rule goes by looks: of the model's profile under `auto`, where it is known, of one that is named under `kl`.
 pub(super) fn settle(lazy: &mut LazyParams, model: &Model) -> Result<Option<Vec<usize>>, Error> {
-    if lazy.policy == Policy::Auto {
+    let policy = lazy.policy.clone();
+    if policy == Policy::Auto {
         lazy.policy = Policy::Kl(DEFAULT_KL);
     }
-    let path = lazy.profile.clone().unwrap_or_else(|| Profile::path_beside(model.path()));
-    let target = match lazy.policy {
-        Policy::Profile(target) => Some(target),
-        Policy::Kl(_) if lazy.profile.is_some() || path.is_file() => None,
-        _ => return Ok(None),
+    let is_looked_for = match policy {
+        Policy::Profile(_) | Policy::Auto => true,
+        Policy::Kl(_) => lazy.profile.is_some(),
+        _ => false,
     };
-    let profile = Profile::read(&path)?;
-    profile.check_model(&model.identity()?, &path)?;
-    let Some(target) = target else { return Ok(Some(profile.order)) };
+    if !is_looked_for {
+        return Ok(None);
+    }
+    let skipped = &mut |error: ProfileError| logging::warn(&format!("skipped: {error}"));
+    let found = Profile::find(lazy.profile.as_deref(), model.path(), model.identity(), skipped)?;
+    let Policy::Profile(target) = policy else {
+        return Ok(found.map(|(source, profile)| {
+            logging::info(&format!("lazy layers in the order of profile {source}"));
+            profile.order
+        }));
+    };
+    let Some((source, profile)) = found else {
+        return Err(ProfileError::none_known(model.path(), model.identity()).into());
+    };
+    logging::info(&format!("lazy layers by profile {source}"));
     lazy.policy = Policy::Layers(profile.lazy_layers(target));
     // Its windows were chosen in place of this one; whoever wants another for all layers does not want them.
     if lazy.n_window == profile.n_window {

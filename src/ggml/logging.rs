@@ -3,7 +3,7 @@
 //! Loading a model keeps their messages off stderr, unless [`set_log`] has asked for them.
 
 use std::{
-    ffi::{CStr, c_char, c_void},
+    ffi::{CStr, CString, c_char, c_void},
     io::Write,
     sync::{
         Once,
@@ -54,6 +54,29 @@ pub(super) fn silence_logs() {
 #[doc(hidden)]
 pub fn keep_logs() {
     LOG_HANDLER.call_once(|| ());
+}
+
+/// Says something in the log that ggml and llama.cpp write to, wherever that goes.
+#[doc(hidden)]
+pub fn log(level: sys::ggml_log_level, text: &str) {
+    let bytes: Vec<u8> = text.bytes().filter(|&byte| byte != 0).chain([b'\n']).collect();
+    let Ok(text) = CString::new(bytes) else { return };
+    let (mut callback, mut data) = (None, std::ptr::null_mut());
+    // SAFETY: both pointers are to live locals; the callback is one that was set to be called with its data.
+    unsafe {
+        sys::llama_log_get(&mut callback, &mut data);
+        if let Some(callback) = callback {
+            callback(level, text.as_ptr(), data);
+        }
+    }
+}
+
+pub(crate) fn warn(text: &str) {
+    log(sys::GGML_LOG_LEVEL_WARN, &format!("simlayer: {text}"));
+}
+
+pub(crate) fn info(text: &str) {
+    log(sys::GGML_LOG_LEVEL_INFO, &format!("simlayer: {text}"));
 }
 
 unsafe extern "C" fn on_log(level: sys::ggml_log_level, text: *const c_char, _: *mut c_void) {

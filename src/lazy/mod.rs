@@ -3,6 +3,7 @@
 //! A layer's score is the share of attention that the last prompt tokens give to the first `n_sink` tokens and to the
 //! `n_window` most recent ones (SimLayerKV, arXiv 2410.13846, section 3). A layer only ever moves from active to lazy.
 
+mod known;
 mod params;
 mod policy;
 mod prefill;
@@ -11,6 +12,7 @@ mod selector;
 mod target;
 mod windows;
 
+pub use known::{ProfileSource, profile_folder};
 pub use params::LazyParams;
 pub use policy::{DEFAULT_KL, Measure, ParsePolicyError, Policy, default_threshold};
 pub use prefill::{At, PrefillMode};

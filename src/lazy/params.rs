@@ -24,7 +24,7 @@ pub struct LazyParams {
     pub at: At,
     /// How the prompt is read; `None` for the policy's own way: windowed when the set is known beforehand.
     pub prefill: Option<PrefillMode>,
-    /// A calibrated profile; `None` looks beside the model.
+    /// A calibrated profile's file; `None` looks for the model's as [`super::Profile::find`] does.
     pub profile: Option<PathBuf>,
     /// Types of the lazy layers' keys and values; `None` for q4_0, or f16 where the head size does not allow that.
     pub type_k: Option<Type>,

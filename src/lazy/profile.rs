@@ -1,5 +1,5 @@
 //! A model's profile: its layers in the order in which they can become lazy with the least harm, as a calibration found
-//! it. It lies beside the model: `model.gguf` → `model.simlayer.toml`.
+//! it.
 
 use std::{
     collections::BTreeSet,
@@ -97,6 +97,12 @@ pub struct Cut {
 pub enum ProfileError {
     #[error("there is no profile {path}: make one with `simlayer-run calibrate`, or name the file of one")]
     Missing { path: PathBuf },
+    #[error(
+        "no profile of {model} is known: there is no {beside}, {}, and none is built in; make one with `simlayer-run \
+         calibrate`, or name the file of one",
+        none_in(.folder.as_deref())
+    )]
+    NoneKnown { model: String, beside: PathBuf, folder: Option<PathBuf> },
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },
     #[error("{path} is no profile: {why}")]
@@ -105,12 +111,34 @@ pub enum ProfileError {
     OtherModel { path: PathBuf, what: &'static str, profiled: String, here: String },
 }
 
-impl Profile {
-    /// The profile's place beside its model.
-    pub fn path_beside(model: &Path) -> PathBuf {
-        model.with_extension("simlayer.toml")
+fn none_in(folder: Option<&Path>) -> String {
+    match folder {
+        Some(folder) => format!("none of it in {}", folder.display()),
+        None => "no folder of profiles".to_owned(),
+    }
+}
+
+impl Identity {
+    /// Whether both are of one model, whatever its files call it.
+    pub fn is_of(&self, other: &Identity) -> bool {
+        self.difference(other).is_none()
     }
 
+    /// The first fact in which they differ, and what it is in each.
+    fn difference(&self, other: &Identity) -> Option<(&'static str, String, String)> {
+        let facts = [
+            ("the architecture", self.architecture.clone(), other.architecture.clone()),
+            ("the number of layers", self.n_layer.to_string(), other.n_layer.to_string()),
+            ("the embedding length", self.n_embd.to_string(), other.n_embd.to_string()),
+            ("the number of heads", self.n_head.to_string(), other.n_head.to_string()),
+            ("the number of KV heads", self.n_head_kv.to_string(), other.n_head_kv.to_string()),
+            ("the hash of the norms' weights", self.norms_sha256.clone(), other.norms_sha256.clone()),
+        ];
+        facts.into_iter().find(|(_, own, others)| own != others)
+    }
+}
+
+impl Profile {
     /// Reads and checks a profile.
     ///
     /// # Errors
@@ -120,9 +148,13 @@ impl Profile {
             std::io::ErrorKind::NotFound => ProfileError::Missing { path: path.to_owned() },
             _ => ProfileError::Io { path: path.to_owned(), source },
         })?;
-        let wrong = |why: String| ProfileError::Syntax { path: path.to_owned(), why };
-        let profile: Profile = toml::from_str(&text).map_err(|error| wrong(error.to_string().trim_end().to_owned()))?;
-        profile.check().map_err(wrong)?;
+        Profile::parse(&text).map_err(|why| ProfileError::Syntax { path: path.to_owned(), why })
+    }
+
+    /// A checked profile, or why the text is none.
+    pub(super) fn parse(text: &str) -> Result<Profile, String> {
+        let profile: Profile = toml::from_str(text).map_err(|error| error.to_string().trim_end().to_owned())?;
+        profile.check()?;
         Ok(profile)
     }
 
@@ -159,16 +191,7 @@ impl Profile {
     /// # Errors
     /// [`ProfileError::OtherModel`].
     pub fn check_model(&self, model: &Identity, path: &Path) -> Result<(), ProfileError> {
-        let (there, here) = (&self.model, model);
-        let facts = [
-            ("the architecture", there.architecture.clone(), here.architecture.clone()),
-            ("the number of layers", there.n_layer.to_string(), here.n_layer.to_string()),
-            ("the embedding length", there.n_embd.to_string(), here.n_embd.to_string()),
-            ("the number of heads", there.n_head.to_string(), here.n_head.to_string()),
-            ("the number of KV heads", there.n_head_kv.to_string(), here.n_head_kv.to_string()),
-            ("the hash of the norms' weights", there.norms_sha256.clone(), here.norms_sha256.clone()),
-        ];
-        match facts.into_iter().find(|(_, there, here)| there != here) {
+        match self.model.difference(model) {
             Some((what, profiled, here)) => {
                 Err(ProfileError::OtherModel { path: path.to_owned(), what, profiled, here })
             }
@@ -307,10 +330,5 @@ mod tests {
         assert!(message.contains("another model") && message.contains("ab") && message.contains("ef"), "{message}");
         let message = profile().check_model(&Identity { n_layer: 3, ..model }, path).unwrap_err().to_string();
         assert!(message.contains("number of layers is 4 there, and 3 in this model"), "{message}");
-    }
-
-    #[test]
-    fn lies_beside_the_model() {
-        assert_eq!(Profile::path_beside(Path::new("a/b.Q4_1.gguf")), Path::new("a/b.Q4_1.simlayer.toml"));
     }
 }

@@ -41,6 +41,7 @@ struct Inner {
     weight_bytes: usize,
     placement: Placement,
     fingerprint: [u8; FINGERPRINT_BYTES],
+    identity: Identity,
 }
 
 impl Model {
@@ -80,8 +81,19 @@ impl Model {
         };
         let path = path.to_owned();
         let fingerprint = identity::fingerprint(&file, &hparams);
-        let inner =
-            Inner { path, hparams, architecture, vocab, name, chat_template, weight_bytes, placement, fingerprint };
+        let identity = identity::identity(&file, &hparams, name.as_deref());
+        let inner = Inner {
+            path,
+            hparams,
+            architecture,
+            vocab,
+            name,
+            chat_template,
+            weight_bytes,
+            placement,
+            fingerprint,
+            identity,
+        };
         Ok(Model { inner: Arc::new(inner) })
     }
 
@@ -146,12 +158,8 @@ impl Model {
     }
 
     /// What tells this model from others, whatever its quantisation: for profiles.
-    ///
-    /// # Errors
-    /// When the file cannot be read any more.
-    pub fn identity(&self) -> Result<Identity, Error> {
-        let file = Gguf::open(self.path())?;
-        Ok(identity::identity(&file, self.hparams(), self.name()))
+    pub fn identity(&self) -> &Identity {
+        &self.inner.identity
     }
 
     /// What tells these weights from any others.

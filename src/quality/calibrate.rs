@@ -112,7 +112,7 @@ pub fn calibrate_on(
         n_window: params.lazy.n_window,
         prefill,
         order,
-        model: model.identity()?,
+        model: model.identity().clone(),
         text: CalibrationText {
             sha256: Sha256::digest(excerpts.text).iter().map(|byte| format!("{byte:02x}")).collect(),
             n_prompt: excerpts.n_prompt,

@@ -49,7 +49,7 @@ struct Line {
 #[derive(Serialize)]
 struct Header<'a> {
     calibration: u32,
-    model: Identity,
+    model: &'a Identity,
     weight_bytes: usize,
     text_sha256: String,
     n_prompt: usize,
@@ -76,8 +76,7 @@ impl Journal {
     /// Goes on from the file, if it is of a calibration with the same model, parameters and excerpts; else it begins one.
     ///
     /// # Errors
-    /// [`Error::Profile`] when the file can be neither read nor made, [`Error::Model`] when the model's file cannot be
-    /// read any more.
+    /// [`Error::Profile`] when the file can be neither read nor made.
     pub fn open(path: &Path, model: &Model, params: &SessionParams, excerpts: &Excerpts<'_>) -> Result<Journal, Error> {
         let header = header(model, params, excerpts)?;
         let wrong = |source| Error::Profile(ProfileError::Io { path: path.to_owned(), source });
@@ -171,7 +170,7 @@ fn header(model: &Model, params: &SessionParams, excerpts: &Excerpts<'_>) -> Res
     params.lazy.profile = None;
     let header = Header {
         calibration: 1,
-        model: model.identity()?,
+        model: model.identity(),
         weight_bytes: model.weight_bytes(),
         text_sha256: Sha256::digest(excerpts.text).iter().map(|byte| format!("{byte:02x}")).collect(),
         n_prompt: excerpts.n_prompt,

@@ -314,7 +314,8 @@ pub struct CalibrateArgs {
     #[arg(help_heading = "Text", long, value_name = "N,...", value_delimiter = ',', num_args = 0..=1,
           default_missing_value = "256,512,1024,2048", value_parser = positive)]
     pub windows: Option<Vec<usize>>,
-    /// Where to write the profile [default: MODEL.simlayer.toml beside the model]
+    /// Where to write the profile [default: a file of its own in the user's folder of profiles, which $SIMLAYER_PROFILES
+    /// names]
     #[arg(help_heading = "Output", short = 'o', long = "output", value_name = "FILE")]
     pub output_file: Option<PathBuf>,
     #[command(flatten)]
@@ -419,7 +420,8 @@ pub struct LazyFlags {
     /// Which layers become lazy: auto, `kl[:X]`, `threshold[:τ]`, `budget[:ρ]`, `output[:ρ]`, `profile[:ρ|:kl=X]`, layers:1,2,... or off
     #[arg(long, value_name = "RULE", default_value = "auto")]
     pub lazy: Policy,
-    /// A profile of the model, made by calibrate [default: MODEL.simlayer.toml beside the model]
+    /// A profile of the model, made by calibrate [default: MODEL.simlayer.toml beside the model, else the model's in the
+    /// user's folder of profiles, which $SIMLAYER_PROFILES names, else the one built in]
     #[arg(long, value_name = "FILE")]
     pub lazy_profile: Option<PathBuf>,
     /// First tokens that a lazy layer keeps

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    fs,
     io::{self, Write},
     path::{Path, PathBuf},
 };
@@ -38,7 +39,10 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
     let (model, load) = run.load()?;
     let tokens = model.vocab().tokenize_bytes(&text, AddBos::Yes, Special::Text)?;
     let (n_prompt, size, chunks) = extent(args.skip, args.score, args.chunks, tokens.len())?;
-    let output = args.output_file.unwrap_or_else(|| Profile::path_beside(&run.model_path));
+    let output = match args.output_file {
+        Some(path) => path,
+        None => users_place(&run.model_path, &model)?,
+    };
 
     let excerpts: Vec<Vec<Token>> = tokens.chunks_exact(size).take(chunks).map(<[Token]>::to_vec).collect();
     let excerpts = Excerpts { text: &text, excerpts, n_prompt };
@@ -92,7 +96,20 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
     }
     out.flush()?;
     eprintln!("{} written in {:.0} s", output.display(), took.as_secs_f64());
+    let beside = Profile::path_beside(&run.model_path);
+    if beside.is_file() && beside != output {
+        eprintln!("{} lies beside the model, and is taken before it", beside.display());
+    }
     Ok(())
+}
+
+/// The model's place in the user's folder of profiles, which is made.
+fn users_place(model_path: &Path, model: &Model) -> Result<PathBuf, Failure> {
+    let path = Profile::path_for(model_path, model.identity());
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).map_err(|error| Failure::run(format!("{}: {error}", folder.display())))?;
+    }
+    Ok(path)
 }
 
 /// Where measurements are kept until the profile is written.

@@ -70,7 +70,7 @@ fn option(error: &simlayer::Error) -> Option<&'static str> {
     use simlayer::{Error, lazy::ProfileError};
     match error {
         Error::Window { .. } => Some("--lazy-windows"),
-        Error::LazyLayer { .. } => Some("--lazy"),
+        Error::LazyLayer { .. } | Error::Profile(ProfileError::NoneKnown { .. }) => Some("--lazy"),
         Error::Profile(ProfileError::Missing { .. }) => Some("--lazy-profile"),
         _ => None,
     }
