@@ -598,3 +598,23 @@ fn smollm2s_profile_is_built_in() {
     // Under `auto` the prompt decides, and nothing of this one would be dropped.
     assert_eq!(run(&[]).as_array().map(Vec::len), Some(0));
 }
+
+/// What becomes lazy grows with the divergence that is allowed, and that is what was foretold.
+#[test]
+fn what_a_prompt_would_miss_stays() {
+    let common =
+        ["perplexity", "-f", &story(), "--skip", "700", "--score", "32", "--lazy-window", "64", "--kl", "--json"];
+    let run = |rule: &str| json(&[&common[..], &["--lazy", rule]].concat());
+    let n_lazy = |run: &Value| run["lazy_layers"].as_array().map_or(0, Vec::len);
+    let strict = run("kl:1e-9");
+    assert_eq!((n_lazy(&strict), number(&strict, "kl_mean")), (0, 0.0));
+    assert_eq!(number(&strict["kv"], "foretold_kl"), 0.0);
+    let loose = run("kl:100");
+    assert_eq!(n_lazy(&loose), 30);
+    let some = run("kl:0.02");
+    assert!((1..30).contains(&n_lazy(&some)), "{some}");
+    let foretold = number(&some["kv"], "foretold_kl");
+    assert!(foretold > 0.0 && foretold <= 0.02, "{foretold}");
+    assert!(number(&loose["kv"], "foretold_kl") > 0.02, "{loose}");
+    assert!(number(&some, "kl_mean") < number(&loose, "kl_mean"), "{some} {loose}");
+}

@@ -29,4 +29,7 @@ pub struct KvReport {
     pub compression: f64,
     pub lazy_layers: usize,
     pub active_layers: usize,
+    /// How far the prompt's logits moved with the lazy layers, in nats, where the policy goes by that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub foretold_kl: Option<f64>,
 }

@@ -63,6 +63,7 @@ impl Sequences {
             compression: if allocated_bytes == 0 { 0.0 } else { f16_bytes as f64 / allocated_bytes as f64 },
             lazy_layers,
             active_layers: hparams.n_layer - lazy_layers,
+            foretold_kl: longest.and_then(|sequence| sequence.looked).map(|looked| looked.kl),
         }
     }
 

@@ -72,9 +72,10 @@ pub fn run(args: InspectArgs) -> Result<(), Failure> {
         eprintln!("the prompt is within sink and window: nothing would be dropped, so no layer is scored");
     }
     eprintln!(
-        "{policy}: {} of {} layers lazy, KV cache {} for {} tokens (full f16: {}, {})",
+        "{policy}: {} of {} layers lazy{}, KV cache {} for {} tokens (full f16: {}, {})",
         kv.lazy_layers,
         layers.len(),
+        report::foretold(&kv),
         HumanBytes(kv.allocated_bytes as u64),
         kv.context_tokens,
         HumanBytes(kv.f16_bytes as u64),

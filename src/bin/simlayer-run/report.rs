@@ -37,7 +37,18 @@ pub fn print(timings: &Timings, kv: &KvReport) {
         bytes(kv.f16_bytes),
         compression(kv.compression),
     );
-    eprintln!("layers   {} lazy, {} active", kv.lazy_layers, kv.active_layers);
+    eprintln!("layers   {} lazy, {} active{}", kv.lazy_layers, kv.active_layers, foretold(kv));
+}
+
+/// What was measured before layers became lazy, where it was.
+pub fn foretold(kv: &KvReport) -> String {
+    match kv.foretold_kl {
+        None => String::new(),
+        Some(_) if kv.lazy_layers == 0 => {
+            " (no set of layers was found whose rows this prompt would not miss)".to_owned()
+        }
+        Some(kl) => format!(" (foretold divergence {kl:.4})"),
+    }
 }
 
 /// How many times smaller a cache is, if it is: of a few tokens, it has room for more than they need.
