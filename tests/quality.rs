@@ -224,7 +224,7 @@ fn a_calibrated_profile_is_used() {
     assert!(cuts.iter().all(|cut| number(cut, "kl_mean") > 0.0 && number(cut, "compression") >= 1.0));
     assert!(number(last, "compression") > number(&cuts[0], "compression"));
 
-    // `profile`, and `auto` where the model's profile is known, make the beginning of the order lazy.
+    // `profile` makes the beginning of the order lazy, and so does `auto`, as far as the prompt would not miss it.
     let lazy = |options: &[&str]| {
         let arguments =
             ["perplexity", "-f", &story(), "--skip", "200", "--score", "8", "--lazy-window", "64", "--json"];
@@ -236,8 +236,10 @@ fn a_calibrated_profile_is_used() {
         layers.sort_unstable();
         layers
     };
-    assert_eq!(lazy(&[]), beginning(3));
     assert_eq!(lazy(&["--lazy", "profile"]), beginning(3));
+    let auto = lazy(&[]);
+    assert_eq!(auto, beginning(auto.len()));
+    assert_eq!(lazy(&["--lazy", "kl:100", "--lazy-profile", first["file"].as_str().expect("a path")]), beginning(6));
     assert_eq!(lazy(&["--lazy", "profile:0.67"]), beginning(4));
     let most = (number(last, "kl_mean") * 2.0).to_string();
     assert_eq!(lazy(&["--lazy", &format!("profile:kl={most}")]), beginning(6));
@@ -257,7 +259,7 @@ fn a_calibrated_profile_is_used() {
 
     // In the user's folder such files disturb nobody: not the model's profile, nor another model.
     std::fs::write(folder.path().join("profiles/a.simlayer.toml"), "version = 1\n").expect("written");
-    assert_eq!(lazy(&[]), beginning(3));
+    assert_eq!(lazy(&["--lazy", "profile"]), beginning(3));
     std::fs::write(&profile, "no toml").expect("written");
     let run = ["perplexity", "-f", &story(), "--skip", "200", "--score", "8", "--lazy-window", "64", "--verbose"];
     for model in [&model, &other] {
@@ -291,10 +293,13 @@ fn a_profile_serves_every_quantisation() {
     let order: Vec<usize> = serde_json::from_value(calibrated["order"].clone()).expect("an order");
     let elsewhere = folder.path().join("elsewhere");
     std::fs::create_dir(&elsewhere).expect("made");
-    let lazy = |model: &Path| {
+    let run = |model: &Path| {
         let run = ["perplexity", "-f", &story(), "--skip", "200", "--score", "8", "--lazy-window", "64", "--json"];
-        let run = program(model, &run).env("SIMLAYER_PROFILES", folder.path().join("profiles")).output();
-        let run = run.expect("it runs");
+        let run = [&run[..], &["--lazy", "profile"]].concat();
+        program(model, &run).env("SIMLAYER_PROFILES", folder.path().join("profiles")).output().expect("it runs")
+    };
+    let lazy = |model: &Path| {
+        let run = run(model);
         assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
         let json: Value = serde_json::from_slice(&run.stdout).expect("JSON");
         serde_json::from_value::<Vec<usize>>(json["lazy_layers"].clone()).expect("layers")
@@ -304,9 +309,11 @@ fn a_profile_serves_every_quantisation() {
     let quantised = RandomModel { weight_type: WeightType::Q8_0, ..random(1) };
     quantised.write(elsewhere.join("q8.gguf"));
     assert_eq!(lazy(&elsewhere.join("q8.gguf")), expected);
-    // Another model finds none: `auto` goes by its threshold, which these layers' masses do not reach.
+    // Another model finds none.
     random(2).write(elsewhere.join("other.gguf"));
-    assert!(lazy(&elsewhere.join("other.gguf")).is_empty());
+    let run = run(&elsewhere.join("other.gguf"));
+    let said = String::from_utf8_lossy(&run.stderr);
+    assert!(!run.status.success() && said.contains("no profile of"), "{said}");
 }
 
 /// An interrupted calibration keeps what it has measured, and the next one goes on from there to the same profile.
@@ -610,7 +617,8 @@ fn what_a_prompt_would_miss_stays() {
     assert_eq!((n_lazy(&strict), number(&strict, "kl_mean")), (0, 0.0));
     assert_eq!(number(&strict["kv"], "foretold_kl"), 0.0);
     let loose = run("kl:100");
-    assert_eq!(n_lazy(&loose), 30);
+    // Four sets are tried, each half way to all.
+    assert_eq!(n_lazy(&loose), 29);
     let some = run("kl:0.02");
     assert!((1..30).contains(&n_lazy(&some)), "{some}");
     let foretold = number(&some["kv"], "foretold_kl");

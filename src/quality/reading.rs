@@ -5,6 +5,7 @@ use std::{collections::BTreeSet, fmt};
 use super::{Contender, Scorer, uncompressed};
 use crate::{
     engine::{Error, LayerReport, SeqId, Session, SessionParams},
+    ggml::Type,
     lazy::{At, Measure, Policy},
     model::Model,
     vocab::Token,
@@ -71,7 +72,8 @@ impl<'a> Reading<'a> {
     /// done, from 0 to 1.
     ///
     /// A rule that reads its prompt with full attention and goes by scores, or is a fixed set, gets a copy of the
-    /// uncompressed cache, shrunk as it says. Any other reads the prompt itself.
+    /// uncompressed cache, shrunk as it says. Any other reads the prompt itself, and so does a budget with types of its own:
+    /// a layer that it gives up later than the next ones is quantised twice then.
     ///
     /// # Errors
     /// As [`Session::new`] and [`Session::prefill`].
@@ -80,7 +82,8 @@ impl<'a> Reading<'a> {
         params.lazy.policy = contender.policy.clone();
         (params.type_k, params.type_v) = contender.types.unwrap_or((params.type_k, params.type_v));
         let mut own = Session::new(self.model, params.clone())?;
-        if !is_copied(&contender.policy) || own.reads_windowed() || params.lazy.at != At::Prefill {
+        let is_f16 = (params.type_k, params.type_v) == (Type::F16, Type::F16);
+        if !is_copied(&contender.policy, is_f16) || own.reads_windowed() || params.lazy.at != At::Prefill {
             let row = own.prefill_with(self.prompt, progress)?.to_vec();
             return Ok(Held { session: Kept::Own(Box::new(own)), seq: 0, row });
         }
@@ -102,9 +105,12 @@ impl<'a> Reading<'a> {
 }
 
 /// Whether [`Session::choose`] says of a rule all that it does at a prompt's end.
-fn is_copied(policy: &Policy) -> bool {
-    let by_scores = matches!(policy, Policy::Off | Policy::Threshold(_) | Policy::Budget(_) | Policy::Output(_));
-    by_scores || matches!(policy, Policy::Layers(_) | Policy::Profile(_))
+fn is_copied(policy: &Policy, is_f16: bool) -> bool {
+    match policy {
+        Policy::Off | Policy::Threshold(_) | Policy::Layers(_) | Policy::Profile(_) => true,
+        Policy::Budget(_) | Policy::Output(_) => is_f16,
+        _ => false,
+    }
 }
 
 /// A prompt's layers with the scores that the policy `output` goes by, read uncompressed.
