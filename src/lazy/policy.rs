@@ -29,7 +29,7 @@ pub enum Policy {
 }
 
 /// The divergence in nats that `kl` allows unless told otherwise.
-pub const DEFAULT_KL: f64 = 0.01;
+pub const DEFAULT_KL: f64 = 0.008;
 
 /// What a layer is scored by. Higher scores are lazier either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
