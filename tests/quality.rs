@@ -224,7 +224,7 @@ fn a_calibrated_profile_is_used() {
     assert!(cuts.iter().all(|cut| number(cut, "kl_mean") > 0.0 && number(cut, "compression") >= 1.0));
     assert!(number(last, "compression") > number(&cuts[0], "compression"));
 
-    // `profile` makes the beginning of the order lazy, and so does `auto`, as far as the prompt would not miss it.
+    // `profile` makes the beginning of the order lazy, and so does a rule that looks, as far as the prompt would not miss it.
     let lazy = |options: &[&str]| {
         let arguments =
             ["perplexity", "-f", &story(), "--skip", "200", "--score", "8", "--lazy-window", "64", "--json"];
@@ -237,9 +237,10 @@ fn a_calibrated_profile_is_used() {
         layers
     };
     assert_eq!(lazy(&["--lazy", "profile"]), beginning(3));
-    let auto = lazy(&[]);
+    let named = ["--lazy-profile", first["file"].as_str().expect("a path")];
+    let auto = lazy(&named);
     assert_eq!(auto, beginning(auto.len()));
-    assert_eq!(lazy(&["--lazy", "kl:100", "--lazy-profile", first["file"].as_str().expect("a path")]), beginning(6));
+    assert_eq!(lazy(&[&["--lazy", "kl:100"], &named[..]].concat()), beginning(6));
     assert_eq!(lazy(&["--lazy", "profile:0.67"]), beginning(4));
     let most = (number(last, "kl_mean") * 2.0).to_string();
     assert_eq!(lazy(&["--lazy", &format!("profile:kl={most}")]), beginning(6));

@@ -129,7 +129,7 @@ impl Sequence {
         Ok(())
     }
 
-    /// The layers that may become lazy, the most promising first: in the order of the model's profile where it has one,
+    /// The layers that may become lazy, the most promising first: in the order of a profile where one is named,
     /// else by how little the probe's hidden states change when a layer alone is lazy.
     fn proposed(&self, setup: &Setup, scores: &[Scored]) -> Vec<usize> {
         let active = |layer: usize| self.layers[layer].is_active();

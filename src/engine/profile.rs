@@ -7,16 +7,17 @@ use crate::{
     model::Model,
 };
 
-/// Replaces `profile` by the layers that it names, and `auto` by the rule that it stands for. The profile's order, where
-/// the rule goes by looks: of the model's profile under `auto`, where it is known, of one that is named under `kl`.
+/// Replaces `profile` by the layers that it names, and `auto` by the rule that it stands for. The order of a profile that is
+/// named, where the rule goes by looks.
 pub(super) fn settle(lazy: &mut LazyParams, model: &Model) -> Result<Option<Vec<usize>>, Error> {
     let policy = lazy.policy.clone();
     if policy == Policy::Auto {
         lazy.policy = Policy::Kl(DEFAULT_KL);
     }
     let is_looked_for = match policy {
-        Policy::Profile(_) | Policy::Auto => true,
-        Policy::Kl(_) => lazy.profile.is_some(),
+        Policy::Profile(_) => true,
+        // A look's own order goes further, on every prompt that was tried with both (docs/quality.md).
+        Policy::Kl(_) | Policy::Auto => lazy.profile.is_some(),
         _ => false,
     };
     if !is_looked_for {

@@ -206,7 +206,7 @@ pub(super) struct Setup {
     pub layers: Vec<LayerSetup>,
     /// The layers in groups that a long prompt goes through together: neighbours on one device.
     pub groups: Vec<Range<usize>>,
-    /// Layers in the order in which they are to be tried where the policy goes by looks; `None` for that of their scores.
+    /// Layers in the order in which they are to be tried where the policy goes by looks; `None` for that of a probe.
     pub order: Option<Vec<usize>>,
     /// Counts the caches' bytes.
     pub meter: Meter,

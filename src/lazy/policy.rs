@@ -21,7 +21,8 @@ pub enum Policy {
     /// The layers that the model's profile found least harmful.
     Profile(Target),
     /// The largest set that this prompt would not miss: its last logits, measured with the set lazy, diverge by at most so
-    /// many nats. Sets are beginnings of the profile's order, where the model has a profile, else of the order of scores.
+    /// many nats. Sets are beginnings of an order: of how little a probe's hidden states change with
+    /// a layer alone lazy, or of the profile that [`LazyParams::profile`](super::LazyParams::profile) names.
     Kl(f64),
     /// As `Kl`, with [`DEFAULT_KL`].
     #[default]
