@@ -96,7 +96,7 @@ fn conversations(model: &Model, policies: &[&str]) -> impl Iterator<Item = (Sess
 #[test]
 fn an_answer_taken_back_comes_again() {
     let model = smollm2();
-    for (params, script, name) in conversations(&model, &["budget:0.5", "layers:2-25", "threshold:0.8"]) {
+    for (params, script, name) in conversations(&model, &["budget:0.5", "layers:2-25", "threshold:0.8", "kl:0.3"]) {
         let straight = script.straight(&model, &params);
         let mut session = session(&model, params);
         for (turn, prompt) in script.prompts.iter().enumerate() {
