@@ -254,7 +254,7 @@ fn a_calibrated_profile_is_used() {
     assert!(message.contains(&profile) && message.contains("another model"), "{message}");
     let beside = folder.path().join("random-1.simlayer.toml");
     std::fs::write(&beside, "version = 1\n").expect("written");
-    let message = failure(&model, &["perplexity", "-f", &story()]);
+    let message = failure(&model, &["perplexity", "-f", &story(), "--lazy", "profile"]);
     assert!(message.contains("random-1.simlayer.toml") && message.contains("is no profile"), "{message}");
     std::fs::remove_file(&beside).expect("removed");
 
@@ -264,9 +264,11 @@ fn a_calibrated_profile_is_used() {
     std::fs::write(&profile, "no toml").expect("written");
     let run = ["perplexity", "-f", &story(), "--skip", "200", "--score", "8", "--lazy-window", "64", "--verbose"];
     for model in [&model, &other] {
-        let run = run_on(model, &run);
+        // Only who asks for a profile misses it.
+        assert!(run_on(model, &run).status.success());
+        let run = run_on(model, &[&run[..], &["--lazy", "profile"]].concat());
         let said = String::from_utf8_lossy(&run.stderr);
-        assert!(run.status.success(), "{said}");
+        assert!(!run.status.success(), "{said}");
         for damaged in ["a.simlayer.toml is no profile", &format!("{profile} is no profile")] {
             assert!(
                 said.lines().any(|line| line.starts_with("simlayer: skipped: ") && line.contains(damaged)),
