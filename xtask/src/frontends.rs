@@ -183,7 +183,9 @@ impl Frontends<'_> {
         let tool = self.tool("llama-server", true)?;
         let mut script = self.script("turns.py");
         script.env("LD_LIBRARY_PATH", &self.lib).env("SIMLAYER_LAZY", rule);
-        script.env("SIMLAYER_PROFILE", root().join("profiles/SmolLM2-135M-Instruct.Q4_1.simlayer.toml"));
+        if rule.starts_with("profile") {
+            script.env("SIMLAYER_PROFILE", root().join("profiles/SmolLM2-135M-Instruct.Q4_1.simlayer.toml"));
+        }
         script.arg(long_text()?).arg(slots.to_string()).arg(what).arg(tool.get_program()).args(tool.get_args());
         serde_json::from_str(&sh::output(&mut script)?).context("turns.py wrote no JSON")
     }
@@ -434,7 +436,7 @@ impl Frontends<'_> {
 }
 
 /// Rules for lazy layers that conversations are held under.
-const RULES: [&str; 3] = ["budget:0.5", "profile:0.8", "threshold"];
+const RULES: [&str; 4] = ["auto", "budget:0.5", "profile:0.8", "threshold"];
 
 /// Tokens that a turn may read beyond the first, and a regenerated answer.
 const MOST_READ: u64 = 64;
