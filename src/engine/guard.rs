@@ -133,11 +133,11 @@ impl Sequence {
     /// The layers that may become lazy, the most promising first: in the order of a profile where one is named,
     /// else by how little the probe's hidden states change when a layer alone is lazy.
     fn proposed(&self, setup: &Setup, scores: &[Scored]) -> Vec<usize> {
-        let active = |layer: usize| self.layers[layer].is_active();
         if let Some(order) = &setup.order {
-            return order.iter().copied().filter(|&layer| active(layer)).collect();
+            return order.iter().copied().filter(|&layer| self.layers[layer].is_active()).collect();
         }
-        let mut scores: Vec<&Scored> = scores.iter().filter(|scored| active(scored.layer)).collect();
+        // Only active layers have scores.
+        let mut scores: Vec<&Scored> = scores.iter().collect();
         scores.sort_by(|a, b| b.value.total_cmp(&a.value));
         scores.into_iter().map(|scored| scored.layer).collect()
     }
@@ -199,8 +199,10 @@ impl Sequence {
             restricted.push(cache);
         }
         let written = start..probe.end();
-        let rows: Vec<(Vec<u8>, Vec<u8>)> =
-            self.layers.iter().map(|layer| (layer.rows(written.clone()), layer.exact_rows())).collect();
+        // Of the others: the candidates' own caches are put aside.
+        let stays = (0..self.layers.len()).filter(|index| !lazy.contains(index));
+        let save = |index: usize| (index, self.layers[index].rows(written.clone()), self.layers[index].exact_rows());
+        let saved: Vec<(usize, Vec<u8>, Vec<u8>)> = stays.map(save).collect();
         let mut exchange = |layers: &mut [LayerCache]| {
             lazy.iter().zip(&mut restricted).for_each(|(&index, cache)| mem::swap(&mut layers[index], cache));
         };
@@ -210,9 +212,9 @@ impl Sequence {
         // The graph refers to caches that go.
         executor.forget();
         exchange(&mut self.layers);
-        for (layer, (rows, exact)) in self.layers.iter().zip(&rows) {
-            layer.put_rows(written.clone(), rows);
-            layer.put_exact_rows(exact);
+        for (index, rows, exact) in &saved {
+            self.layers[*index].put_rows(written.clone(), rows);
+            self.layers[*index].put_exact_rows(exact);
         }
         found
     }
@@ -227,9 +229,7 @@ impl Sequence {
     ) -> Result<(Vec<f32>, Vec<Scored>), Error> {
         let (n_past, n) = (probe.start, probe.tokens.len());
         // The exact stores hold the newest tokens, and the probe goes back before them.
-        let exact = self.layers.iter().filter_map(|layer| layer.exact.as_ref());
-        let lost = exact.map(|exact| exact.span.held_from(self.n_past())).max().unwrap_or(0);
-        let exact_from = self.place.exact_from.max(lost).min(n_past);
+        let exact_from = self.exact_from(n_past, self.n_past());
         let parts = [Part { first: 0, n, n_past, n_score, exact_from }];
         let caches: [&[LayerCache]; 1] = [&self.layers];
         let layers = 0..setup.layers.len();

@@ -174,12 +174,18 @@ impl Sequence {
         let mut cut_off = self.tokens.split_off(n_past);
         cut_off.append(&mut self.cut_off);
         self.cut_off = cut_off;
-        let exact = self.layers.iter().find_map(|layer| layer.exact.as_ref());
-        let lost = exact.map_or(0, |exact| exact.span.held_from(end));
-        self.place.exact_from = self.place.exact_from.max(lost).min(n_past);
+        self.place.exact_from = self.exact_from(n_past, end);
         if self.place.scored.1 > n_past {
             self.place.scored = (0, 0);
         }
+    }
+
+    /// From where on exact stores hold positions for whoever goes on from the first `n` tokens, when rows were written up to
+    /// `end`: their rings have lost what was before.
+    pub fn exact_from(&self, n: usize, end: usize) -> usize {
+        let exact = self.layers.iter().find_map(|layer| layer.exact.as_ref());
+        let lost = exact.map_or(0, |exact| exact.span.held_from(end));
+        self.place.exact_from.max(lost).min(n)
     }
 
     /// After a failure while `n` tokens were run: what was written after the last token is never read, but a ring may have
