@@ -24,6 +24,7 @@ mod calibrate;
 mod compare;
 mod excerpts;
 mod exchange;
+mod items;
 mod journal;
 mod meter;
 pub mod metrics;
@@ -31,7 +32,7 @@ mod score;
 
 pub use calibrate::{calibrate, calibrate_on};
 pub use compare::{Compared, compare, output_scores};
-pub use excerpts::{BUILT_IN_TEXT, Excerpts};
+pub use excerpts::{BUILT_IN_TEXTS, Excerpt, Excerpts, ExcerptsError, Extent};
 pub use journal::Journal;
 pub use meter::Stage;
 pub use score::{Scorer, Summary, Tally, uncompressed};
