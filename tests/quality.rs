@@ -7,6 +7,10 @@ use std::{
 };
 
 use serde_json::Value;
+use simlayer::{
+    AddBos, Special, Token, Vocab,
+    quality::{self, Excerpts, Extent},
+};
 use simlayer_testkit::{
     Logits, RandomModel, UpstreamRef, WeightType, metrics::log_softmax, smollm2_path, workspace_root,
 };
@@ -189,7 +193,8 @@ fn a_rule_has_types_of_its_own() {
     assert!(!wrong.status.success() && stderr.contains("q9") && stderr.contains("q8_0"), "{stderr}");
 }
 
-const CALIBRATE: [&str; 8] = ["--skip", "200", "--score", "40", "--chunks", "2", "--lazy-window", "64"];
+const CALIBRATE: [&str; 10] =
+    ["--skip", "200", "--score", "40", "--chunks", "2", "--lazy-window", "64", "--questions", "0"];
 
 #[test]
 fn a_calibrated_profile_is_used() {
@@ -283,6 +288,64 @@ fn a_calibrated_profile_is_used() {
     }
     std::fs::write(&profile, kept).expect("written");
     assert_eq!(lazy(&["--lazy", "profile"]), beginning(3));
+}
+
+/// Half of each prompt is notes with questions about them; the harm to their answers is measured beside the text's.
+#[test]
+fn answers_are_calibrated_on() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let model = random_model(folder.path(), 1);
+    let story_path = story();
+    let calibrate = |questions: &str| {
+        let options = ["--skip", "1600", "--score", "30", "--chunks", "1", "--lazy-window", "64", "--json"];
+        json_of(&model, &[&["calibrate", "-f", &story_path, "--questions", questions][..], &options].concat())
+    };
+    let with = calibrate("4");
+    assert!(with["text"]["n_answer"].as_u64().is_some_and(|n| n > 4), "{with}");
+    for measured in [&with["layers"], &with["cuts"]] {
+        for one in measured.as_array().expect("a list") {
+            let nll = if one.get("lazy").is_some() { "nll_mean" } else { "harm_nll" };
+            assert!(number(one, nll).abs() > 0.0, "{one}");
+        }
+    }
+    let profile = std::fs::read_to_string(with["file"].as_str().expect("a path")).expect("the profile");
+    assert!(profile.contains("version = 2") && profile.contains("harm_nll"), "{profile}");
+    let without = calibrate("0");
+    assert_eq!(without["text"]["n_answer"], 0);
+    assert!(without["layers"][0].get("harm_nll").is_none() && without["cuts"][0].get("nll_mean").is_none());
+}
+
+#[test]
+fn what_is_asked_for_is_far_back_in_the_prompt() {
+    let vocab = Vocab::load(&smollm2_path()).expect("the vocabulary");
+    let texts = quality::BUILT_IN_TEXTS.map(|text| text.trim_end().as_bytes());
+    let extent = Extent { n_prompt: 6_000, n_score: 100, n_excerpts: 1, n_questions: 8 };
+    let composed = Excerpts::compose(&vocab, &texts, extent).expect("excerpts");
+    assert_eq!(composed, Excerpts::compose(&vocab, &texts, extent).expect("excerpts"), "the same every time");
+    assert_eq!((composed.excerpts.len(), composed.n_prompt), (2, 6_000));
+    let said = |tokens: &[Token]| {
+        let bytes: Vec<u8> = tokens.iter().flat_map(|&token| vocab.piece(token, false)).collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    for (excerpt, text) in composed.excerpts.iter().zip(texts) {
+        let text = vocab.tokenize_bytes(text, AddBos::Yes, Special::Text).expect("tokens");
+        assert_eq!((excerpt.prompt.len(), excerpt.n_text), (6_000, 100));
+        // The text begins the prompt, ends it with more than a window, and goes on after it.
+        let n_read = text.len().min(3_100) - 100;
+        let (head, tail) = text[..n_read].split_at(n_read / 2);
+        assert!(excerpt.prompt.starts_with(head) && excerpt.prompt.ends_with(tail) && tail.len() > 1_024);
+        assert_eq!(excerpt.rest[..100], text[n_read..n_read + 100]);
+        let notes = said(&excerpt.prompt[head.len()..6_000 - tail.len()]);
+        let around = said(&[head, tail].concat());
+        assert_eq!(excerpt.answers.len(), 8);
+        for at in &excerpt.answers {
+            let answer = said(&excerpt.rest[at.clone()]);
+            let answer = answer.trim();
+            assert!(answer.len() > 3 && notes.contains(answer) && !around.contains(answer), "{answer}");
+        }
+    }
+    let short = Excerpts::compose(&vocab, &[b"A few words."], extent).expect_err("too short").to_string();
+    assert!(short.contains("too few"), "{short}");
 }
 
 /// A profile is its model's, whatever the file is called, wherever it lies and however it is quantised.

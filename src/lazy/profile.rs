@@ -11,8 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{LayerWindows, PrefillMode, Target, n_active};
 
-/// The version of the file format that this crate writes, and the only one that it reads.
-const VERSION: u32 = 1;
+/// The version of the file format that this crate writes. It reads the one before as well, which knew nothing of answers.
+const VERSION: u32 = 2;
+const OLDEST_VERSION: u32 = 1;
 
 /// Windows that make sense.
 const WINDOWS: std::ops::RangeInclusive<usize> = 1..=i32::MAX as usize;
@@ -56,11 +57,15 @@ pub struct Identity {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CalibrationText {
+    /// Of all tokens; in version 1 of the text.
     pub sha256: String,
     /// Tokens of each excerpt that were read as a prompt, and next tokens that were scored.
     pub n_prompt: usize,
     pub n_score: usize,
     pub excerpts: usize,
+    /// Tokens of answers about notes in the prompts.
+    #[serde(default)]
+    pub n_answer: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -69,6 +74,9 @@ pub struct ProfiledLayer {
     pub index: usize,
     /// KL divergence from the uncompressed run, in nats, when this layer alone is lazy.
     pub harm_kl: f64,
+    /// The mean rise of an answer token's negative log-likelihood, in nats, when this layer alone is lazy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub harm_nll: Option<f64>,
     /// Attention mass on sink and window: what the paper's rules go by.
     pub mass: f32,
 }
@@ -80,6 +88,9 @@ pub struct Cut {
     /// How many layers are lazy.
     pub lazy: usize,
     pub kl_mean: f64,
+    /// The mean rise of an answer token's negative log-likelihood.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nll_mean: Option<f64>,
     /// Uncompressed f16 cache over the cache of that run.
     pub compression: f64,
     /// The windows of these layers, in the order's order, where they were found to be better than one window for all
@@ -167,8 +178,8 @@ impl Profile {
     }
 
     fn check(&self) -> Result<(), String> {
-        if self.version != VERSION {
-            return Err(format!("version {} is unknown, only {VERSION} is supported", self.version));
+        if !(OLDEST_VERSION..=VERSION).contains(&self.version) {
+            return Err(format!("version {} is unknown, the newest that is known is {VERSION}", self.version));
         }
         let n_layer = self.model.n_layer;
         let listed: BTreeSet<usize> = self.order.iter().copied().collect();
@@ -235,7 +246,14 @@ mod tests {
     use super::*;
 
     fn profile() -> Profile {
-        let cut = |lazy, kl_mean| Cut { lazy, kl_mean, compression: 1.5, windows: vec![], kl_mean_one_window: None };
+        let cut = |lazy, kl_mean| Cut {
+            lazy,
+            kl_mean,
+            nll_mean: None,
+            compression: 1.5,
+            windows: vec![],
+            kl_mean_one_window: None,
+        };
         Profile {
             version: VERSION,
             n_sink: 4,
@@ -251,8 +269,8 @@ mod tests {
                 n_head_kv: 2,
                 norms_sha256: "ab".into(),
             },
-            text: CalibrationText { sha256: "cd".into(), n_prompt: 100, n_score: 10, excerpts: 1 },
-            layers: (0..4).map(|index| ProfiledLayer { index, harm_kl: 0.1, mass: 0.5 }).collect(),
+            text: CalibrationText { sha256: "cd".into(), n_prompt: 100, n_score: 10, excerpts: 1, n_answer: 7 },
+            layers: (0..4).map(|index| ProfiledLayer { index, harm_kl: 0.1, harm_nll: Some(0.2), mass: 0.5 }).collect(),
             cuts: vec![cut(1, 0.001), cut(2, 0.01), cut(4, 0.1)],
         }
     }
@@ -305,7 +323,7 @@ mod tests {
             profile.write(&path).unwrap();
             Profile::read(&path).unwrap_err().to_string()
         };
-        assert!(message(&|profile| profile.version = 2).contains("version 2 is unknown"));
+        assert!(message(&|profile| profile.version = 3).contains("version 3 is unknown"));
         assert!(message(&|profile| profile.order = vec![0, 1, 1, 3]).contains("each of the 4 layers once"));
         assert!(message(&|profile| profile.order = vec![0, 1, 2]).contains("each of the 4 layers once"));
         assert!(message(&|profile| profile.cuts[0].windows = vec![8, 8]).contains("not as many windows"));

@@ -1,18 +1,18 @@
 //! Finds out which layers a model can spare: the order of a [`Profile`].
 //!
 //! The prompt of each excerpt is read once, uncompressed. Its cache is then copied with other layers lazy each time, and
-//! a continuation is run over the copy in one batch: that is cheap. So each layer's harm is measured alone. Then, from
+//! a continuation is run over the copy in one batch: that is cheap. Harm is what happens to a text's next tokens, by
+//! divergence, and to answers about notes far back in the prompt, by their likelihood: texts seldom need what is far back,
+//! and a layer that fetches it does its harm there. So each layer's harm is measured alone. Then, from
 //! all layers lazy, the layer whose rescue helps most becomes active, again and again: what a layer does can be done by
 //! another, so harms do not add up, and are measured again as the set changes. Where few layers are lazy, the harms of
 //! single layers serve. Where windows of their own are asked for, each cut's layers exchange rows of their caches. At last
-//! the cuts of the order are measured in real runs, in the way in which they will be used.
+//! the cuts of the order are measured in real runs on the first excerpt, in the way in which they will be used.
 
-use std::collections::BTreeSet;
-
-use sha2::{Digest, Sha256};
+use std::{collections::BTreeSet, ops::Range};
 
 use super::{
-    Excerpts,
+    Excerpt, Excerpts,
     exchange::exchanges,
     journal::{Found, Journal, Trial},
     meter::{Estimate, Meter, Stage, Step, Steps},
@@ -29,7 +29,7 @@ use crate::{
 const CANDIDATES: usize = 4;
 
 /// Shares of lazy layers whose cost is measured in a real run.
-const CUTS: [f64; 6] = [0.25, 0.4, 0.5, 0.65, 0.8, 1.0];
+const CUTS: [f64; 4] = [0.25, 0.5, 0.75, 1.0];
 
 const CUTS_STAGE: &str = "cuts, in real runs";
 
@@ -46,7 +46,7 @@ const COPY: SeqId = SeqId::MAX;
 pub fn calibrate(
     model: &Model,
     params: &SessionParams,
-    excerpts: &Excerpts<'_>,
+    excerpts: &Excerpts,
     windows: &[usize],
     progress: &mut dyn FnMut(Stage),
 ) -> Result<Profile, Error> {
@@ -60,7 +60,7 @@ pub fn calibrate(
 pub fn calibrate_on(
     model: &Model,
     params: &SessionParams,
-    excerpts: &Excerpts<'_>,
+    excerpts: &Excerpts,
     windows: &[usize],
     journal: &mut Journal,
     progress: &mut dyn FnMut(Stage),
@@ -68,10 +68,7 @@ pub fn calibrate_on(
     let n_layer = model.hparams().n_layer;
     let mut run = Calibration::start(model, params, excerpts, windows, journal, progress)?;
 
-    let mut harms = Vec::new();
-    for layer in 0..n_layer {
-        harms.push(run.kl("one layer at a time", &BTreeSet::from([layer]), &LayerWindows::default())?);
-    }
+    let harms = run.harms()?;
     let order = run.order(&harms)?;
     let masses = run.masses.clone();
     let prefill = params.lazy.prefill.unwrap_or(PrefillMode::Window);
@@ -81,23 +78,30 @@ pub fn calibrate_on(
     }
     let mut cuts = Vec::new();
     let Calibration { base, mut meter, journal, .. } = run;
+    let first = excerpts.excerpts.iter().zip(&base).next().ok_or(Error::Empty)?;
     for (lazy, proposed) in cut_sizes(n_layer).into_iter().zip(proposals) {
         let mut measure = |windows: &[usize]| {
             let layers = &order[..lazy];
             let own: LayerWindows = layers.iter().copied().zip(windows.iter().copied()).collect();
             let trial = Trial { lazy: layers.to_vec(), windows: own.to_string(), cut: true };
-            let (kl_mean, compression) = match journal.find(&trial) {
-                Some(Found { kl, compression: Some(compression) }) => (kl, compression),
-                _ => {
+            let found = match journal.find(&trial) {
+                Some(found) => found,
+                None => {
                     meter.begin();
-                    let (kl, compression) =
-                        measure_cut(model, params, excerpts, prefill, (layers, &own), &base, &mut meter)?;
-                    journal.note(trial, Found { kl, compression: Some(compression) })?;
+                    let found = measure_cut(model, params, first, prefill, (layers, &own), &mut meter)?;
+                    journal.note(trial, found)?;
                     meter.done(CUTS_STAGE, Step::Cut);
-                    (kl, compression)
+                    found
                 }
             };
-            Ok::<_, Error>(Cut { lazy, kl_mean, compression, windows: windows.to_vec(), kl_mean_one_window: None })
+            Ok::<_, Error>(Cut {
+                lazy,
+                kl_mean: found.kl,
+                nll_mean: found.nll,
+                compression: found.compression.unwrap_or(1.0),
+                windows: windows.to_vec(),
+                kl_mean_one_window: None,
+            })
         };
         let cut = measure(&[])?;
         let other = if proposed.is_empty() { None } else { Some(measure(&proposed)?) };
@@ -114,16 +118,17 @@ pub fn calibrate_on(
         order,
         model: model.identity().clone(),
         text: CalibrationText {
-            sha256: Sha256::digest(excerpts.text).iter().map(|byte| format!("{byte:02x}")).collect(),
+            sha256: excerpts.sha256(),
             n_prompt: excerpts.n_prompt,
-            n_score: excerpts.excerpts.iter().map(|tokens| tokens.len() - excerpts.n_prompt).max().unwrap_or(0),
+            n_score: excerpts.excerpts.iter().map(|excerpt| excerpt.n_text).max().unwrap_or(0),
             excerpts: excerpts.excerpts.len(),
+            n_answer: excerpts.n_answer(),
         },
         layers: harms
             .iter()
             .zip(masses)
             .enumerate()
-            .map(|(index, (&harm_kl, mass))| ProfiledLayer { index, harm_kl, mass })
+            .map(|(index, (harm, mass))| ProfiledLayer { index, harm_kl: harm.kl, harm_nll: harm.nll, mass })
             .collect(),
         cuts,
     })
@@ -134,26 +139,78 @@ fn cut_sizes(n_layer: usize) -> Vec<usize> {
     sizes.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
-/// The rows of logits of the uncompressed run, with the [`metrics::log_sum_exp`] of each.
+/// What the uncompressed run says of one excerpt's rest.
 struct Base {
-    rows: Vec<Vec<f32>>,
-    sums: Vec<Vec<f64>>,
-    n_vocab: usize,
+    /// The rows of logits of the text's tokens, with the [`metrics::log_sum_exp`] of each.
+    rows: Vec<f32>,
+    sums: Vec<f64>,
+    /// The sum of the negative log-likelihoods of its answers' tokens.
+    nll: f64,
 }
 
 impl Base {
-    /// Sum over the rows of one excerpt of their divergence, and how many they are.
-    fn kl(&self, excerpt: usize, rows: &[f32]) -> (f64, usize) {
-        let base = self.rows[excerpt].chunks_exact(self.n_vocab).zip(&self.sums[excerpt]);
-        let kls = base.zip(rows.chunks_exact(self.n_vocab)).map(|((base, &sum), row)| metrics::kl_with(base, sum, row));
-        (kls.sum(), self.sums[excerpt].len())
+    fn new(excerpt: &Excerpt, rows: &[f32]) -> Base {
+        let n_vocab = rows.len() / excerpt.rest.len().max(1);
+        let text = &rows[..excerpt.n_text * n_vocab];
+        let sums = text.chunks_exact(n_vocab).map(metrics::log_sum_exp).collect();
+        Base { rows: text.to_vec(), sums, nll: answers_nll(excerpt, rows) }
+    }
+
+    /// What other rows than these cost.
+    fn compare(&self, excerpt: &Excerpt, rows: &[f32], sum: &mut Sum) {
+        let n_vocab = rows.len() / excerpt.rest.len().max(1);
+        let base = self.rows.chunks_exact(n_vocab).zip(&self.sums);
+        let kls = base.zip(rows.chunks_exact(n_vocab)).map(|((base, &sum), row)| metrics::kl_with(base, sum, row));
+        sum.kl += kls.sum::<f64>();
+        sum.n_kl += self.sums.len();
+        sum.nll += answers_nll(excerpt, rows) - self.nll;
+        sum.n_nll += excerpt.answers.iter().map(Range::len).sum::<usize>();
+    }
+}
+
+/// Sum of the negative log-likelihoods of an excerpt's answers; the row of one token predicts the next.
+fn answers_nll(excerpt: &Excerpt, rows: &[f32]) -> f64 {
+    let n_vocab = rows.len() / excerpt.rest.len().max(1);
+    let row = |index: usize| &rows[index * n_vocab..(index + 1) * n_vocab];
+    let tokens = excerpt.answers.iter().cloned().flatten();
+    tokens.map(|token| metrics::nll(row(token - 1), excerpt.rest[token])).sum()
+}
+
+/// The harm of several excerpts.
+#[derive(Debug, Default)]
+struct Sum {
+    kl: f64,
+    n_kl: usize,
+    nll: f64,
+    n_nll: usize,
+}
+
+impl Sum {
+    fn found(&self, compression: Option<f64>) -> Found {
+        let nll = (self.n_nll > 0).then(|| self.nll / self.n_nll as f64);
+        Found { kl: self.kl / self.n_kl as f64, nll, compression }
+    }
+}
+
+/// The harm with all layers lazy, by which other harms are measured.
+#[derive(Debug, Clone, Copy)]
+struct Scale(Found);
+
+impl Scale {
+    /// The harm to texts and the harm to answers, each as a share of what it is with all layers lazy. Answers count where
+    /// they are any worse then: a model that knows none of them has nothing to lose.
+    fn of(&self, found: Found) -> f64 {
+        let share = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 0.0 };
+        let nll = found.nll.zip(self.0.nll).map_or(0.0, |(part, whole)| share(part, whole));
+        share(found.kl, self.0.kl) + nll
     }
 }
 
 struct Calibration<'a> {
     session: Session,
-    excerpts: &'a Excerpts<'a>,
-    base: Base,
+    excerpts: &'a Excerpts,
+    /// Of each excerpt.
+    base: Vec<Base>,
     /// Each layer's attention mass, over all excerpts.
     masses: Vec<f32>,
     meter: Meter<'a>,
@@ -164,7 +221,7 @@ impl<'a> Calibration<'a> {
     fn start(
         model: &Model,
         params: &SessionParams,
-        excerpts: &'a Excerpts<'a>,
+        excerpts: &'a Excerpts,
         windows: &[usize],
         journal: &'a mut Journal,
         progress: &'a mut dyn FnMut(Stage),
@@ -177,96 +234,102 @@ impl<'a> Calibration<'a> {
         params.lazy.policy = Policy::Threshold(Some(1.0));
         let mut session = Session::new(model, params)?;
         let n_excerpts = excerpts.excerpts.len();
-        let longest = excerpts.excerpts.iter().map(Vec::len).max().unwrap_or(0);
+        let longest = excerpts.excerpts.iter().map(|excerpt| excerpt.rest.len()).max().unwrap_or(0);
         let mut steps = planned(n_layer, n_excerpts, n_window, windows);
         for trial in journal.trials() {
             steps.remove(if trial.cut { Step::Cut } else { set(trial.lazy.len(), n_layer) });
         }
-        let estimate = Estimate::new(steps, n_excerpts, excerpts.n_prompt, longest - excerpts.n_prompt);
+        let estimate = Estimate::new(steps, n_excerpts, excerpts.n_prompt, longest);
         let mut meter = Meter::new(estimate, progress);
         let mut masses = vec![0.0; n_layer];
-        for (seq, tokens) in (0..).zip(&excerpts.excerpts) {
-            let prompt = &tokens[..excerpts.n_prompt];
-            let entry = BatchEntry { seq, tokens: prompt, outputs: Outputs::None, prompt_end: true };
+        for (seq, excerpt) in (0..).zip(&excerpts.excerpts) {
+            let entry = BatchEntry { seq, tokens: &excerpt.prompt, outputs: Outputs::None, prompt_end: true };
             session.run_with(&[entry], &mut |share| meter.part("the prompt", Step::Prompt, share))?;
             meter.done("the prompt", Step::Prompt);
             for (mass, layer) in masses.iter_mut().zip(session.layers(seq)) {
                 *mass += layer.score.unwrap_or(1.0) / n_excerpts as f32;
             }
         }
-        let n_vocab = model.hparams().n_vocab;
-        let base = Base { rows: Vec::new(), sums: Vec::new(), n_vocab };
-        let mut run = Calibration { session, excerpts, base, masses, meter, journal };
-        for excerpt in 0..n_excerpts {
-            let rows = run.rows(excerpt, &BTreeSet::new())?;
-            run.base.sums.push(rows.chunks_exact(n_vocab).map(metrics::log_sum_exp).collect());
-            run.base.rows.push(rows);
+        let mut run = Calibration { session, excerpts, base: Vec::new(), masses, meter, journal };
+        for (index, excerpt) in excerpts.excerpts.iter().enumerate() {
+            run.continue_copy(index, &BTreeSet::new())?;
+            run.base.push(Base::new(excerpt, run.session.logits()));
+            run.session.seq_clear(COPY);
             run.meter.done("the uncompressed run", Step::Base);
         }
         Ok(run)
     }
 
-    /// The rows of an excerpt's continuation when these layers are lazy.
-    fn rows(&mut self, excerpt: usize, lazy: &BTreeSet<usize>) -> Result<Vec<f32>, Error> {
+    /// Runs an excerpt's rest over a copy of its prompt's cache in which these layers are lazy. The rows are the session's.
+    fn continue_copy(&mut self, excerpt: usize, lazy: &BTreeSet<usize>) -> Result<(), Error> {
         let seq = SeqId::try_from(excerpt).unwrap_or(COPY);
         self.session.fork(seq, COPY, lazy)?;
-        let tokens = &self.excerpts.excerpts[excerpt][self.excerpts.n_prompt..];
-        let entry = BatchEntry { seq: COPY, tokens, outputs: Outputs::All, prompt_end: false };
-        self.session.run(&[entry])?;
-        let rows = self.session.logits().to_vec();
-        self.session.seq_clear(COPY);
-        Ok(rows)
+        let tokens = &self.excerpts.excerpts[excerpt].rest;
+        self.session.run(&[BatchEntry { seq: COPY, tokens, outputs: Outputs::All, prompt_end: false }])
     }
 
-    /// Mean divergence over all excerpts when these layers are lazy, and some have windows of their own.
-    fn kl(&mut self, what: &'static str, lazy: &BTreeSet<usize>, windows: &LayerWindows) -> Result<f64, Error> {
+    /// The harm when these layers are lazy, and some have windows of their own.
+    fn harm(&mut self, what: &'static str, lazy: &BTreeSet<usize>, windows: &LayerWindows) -> Result<Found, Error> {
         let trial = Trial { lazy: lazy.iter().copied().collect(), windows: windows.to_string(), cut: false };
         if let Some(found) = self.journal.find(&trial) {
-            return Ok(found.kl);
+            return Ok(found);
         }
         self.meter.begin();
         let asked = self.session.lazy_params().windows.clone();
         if !windows.is_empty() {
             self.session.set_windows(windows.or(&asked))?;
         }
-        let (mut sum, mut n) = (0.0, 0);
-        for excerpt in 0..self.excerpts.excerpts.len() {
-            let rows = self.rows(excerpt, lazy)?;
-            let (kl, rows) = self.base.kl(excerpt, &rows);
-            sum += kl;
-            n += rows;
+        let mut sum = Sum::default();
+        for (index, excerpt) in self.excerpts.excerpts.iter().enumerate() {
+            self.continue_copy(index, lazy)?;
+            self.base[index].compare(excerpt, self.session.logits(), &mut sum);
+            self.session.seq_clear(COPY);
         }
         if !windows.is_empty() {
             self.session.set_windows(asked)?;
         }
-        let kl = sum / n as f64;
-        self.journal.note(trial, Found { kl, compression: None })?;
+        let found = sum.found(None);
+        self.journal.note(trial, found)?;
         self.meter.done(what, set(lazy.len(), self.masses.len()));
-        Ok(kl)
+        Ok(found)
+    }
+
+    /// Each layer's harm when it alone is lazy.
+    fn harms(&mut self) -> Result<Vec<Found>, Error> {
+        let alone = |layer| BTreeSet::from([layer]);
+        (0..self.masses.len())
+            .map(|layer| self.harm("one layer at a time", &alone(layer), &LayerWindows::default()))
+            .collect()
+    }
+
+    fn scale(&mut self) -> Result<Scale, Error> {
+        let all = (0..self.masses.len()).collect();
+        self.harm("all layers", &all, &LayerWindows::default()).map(Scale)
     }
 
     /// All layers, the least harmful first.
-    fn order(&mut self, harms: &[f64]) -> Result<Vec<usize>, Error> {
-        const WHAT: &str = "growing sets";
+    fn order(&mut self, harms: &[Found]) -> Result<Vec<usize>, Error> {
+        let scale = self.scale()?;
+        let harms: Vec<f64> = harms.iter().map(|&harm| scale.of(harm)).collect();
         let mut lazy: BTreeSet<usize> = (0..harms.len()).collect();
-        let mut kl = self.kl(WHAT, &lazy, &LayerWindows::default())?;
+        let mut harm = scale.of(scale.0);
         // What a layer's rescue was worth when it was tried last.
         let mut gains: Vec<Option<f64>> = vec![None; harms.len()];
         let mut rescued = Vec::new();
         while lazy.len() > harms.len() / 2 {
             let mut best: Option<(f64, usize)> = None;
-            for layer in candidates(&lazy, harms, &gains) {
+            for layer in candidates(&lazy, &harms, &gains) {
                 lazy.remove(&layer);
-                let with_it = self.kl(WHAT, &lazy, &LayerWindows::default())?;
+                let with_it = scale.of(self.harm("growing sets", &lazy, &LayerWindows::default())?);
                 lazy.insert(layer);
-                gains[layer] = Some(kl - with_it);
+                gains[layer] = Some(harm - with_it);
                 if best.is_none_or(|(least, _)| with_it < least) {
                     best = Some((with_it, layer));
                 }
             }
             let Some((with_it, layer)) = best else { break };
             lazy.remove(&layer);
-            kl = with_it;
+            harm = with_it;
             rescued.push(layer);
         }
         let mut order: Vec<usize> = lazy.into_iter().collect();
@@ -283,8 +346,9 @@ impl<'a> Calibration<'a> {
         let nearest_less = exchanges.iter().map(|exchange| exchange.smaller).max();
         let nearest_more = exchanges.iter().map(|exchange| exchange.larger).min();
         let (Some(less), Some(more)) = (nearest_less, nearest_more) else { return Ok(Vec::new()) };
+        let scale = self.scale()?;
         let set: BTreeSet<usize> = layers.iter().copied().collect();
-        let mut loss = |windows: LayerWindows| self.kl(WHAT, &set, &windows);
+        let mut loss = |windows: LayerWindows| self.harm(WHAT, &set, &windows).map(|found| scale.of(found));
         let mut losses = |size: usize| {
             layers.iter().map(|&layer| loss([(layer, size)].into_iter().collect())).collect::<Result<Vec<f64>, _>>()
         };
@@ -292,9 +356,9 @@ impl<'a> Calibration<'a> {
         let mut best = (loss(LayerWindows::default())?, Vec::new());
         for exchange in exchanges {
             let windows = exchange.windows(window, &with_less, &with_more);
-            let kl = loss(layers.iter().copied().zip(windows.iter().copied()).collect())?;
-            if kl < best.0 {
-                best = (kl, windows);
+            let harm = loss(layers.iter().copied().zip(windows.iter().copied()).collect())?;
+            if harm < best.0 {
+                best = (harm, windows);
             }
         }
         Ok(best.1)
@@ -321,44 +385,39 @@ fn candidates(lazy: &BTreeSet<usize>, harms: &[f64], gains: &[Option<f64>]) -> V
     chosen
 }
 
-/// A real run with these layers lazy, from the prompt on, with windows of their own if there are any: divergence and
-/// compression.
+/// A real run with these layers lazy, from an excerpt's prompt on, with windows of their own if there are any.
 fn measure_cut(
     model: &Model,
     params: &SessionParams,
-    excerpts: &Excerpts<'_>,
+    (excerpt, base): (&Excerpt, &Base),
     prefill: PrefillMode,
     (layers, windows): (&[usize], &LayerWindows),
-    base: &Base,
     meter: &mut Meter<'_>,
-) -> Result<(f64, f64), Error> {
+) -> Result<Found, Error> {
     let mut params = params.clone();
     params.lazy.policy = Policy::Layers(layers.iter().copied().collect());
     params.lazy.windows = windows.or(&params.lazy.windows);
     params.lazy.prefill = Some(prefill);
     let mut session = Session::new(model, params)?;
-    let (mut sum, mut n, mut compression) = (0.0, 0, 0.0);
-    let n_excerpts = excerpts.excerpts.len();
-    for (excerpt, tokens) in excerpts.excerpts.iter().enumerate() {
-        session.clear();
-        let (prompt, scored) = tokens.split_at(excerpts.n_prompt);
-        let entry = BatchEntry { seq: 0, tokens: prompt, outputs: Outputs::None, prompt_end: true };
-        session.run_with(&[entry], &mut |share| {
-            meter.part(CUTS_STAGE, Step::Cut, (excerpt as f32 + 0.8 * share) / n_excerpts as f32);
-        })?;
-        session.run(&[BatchEntry { seq: 0, tokens: scored, outputs: Outputs::All, prompt_end: false }])?;
-        let (kl, rows) = base.kl(excerpt, session.logits());
-        sum += kl;
-        n += rows;
-        compression += session.kv().compression / n_excerpts as f64;
-    }
-    Ok((sum / n as f64, compression))
+    let entry = BatchEntry { seq: 0, tokens: &excerpt.prompt, outputs: Outputs::None, prompt_end: true };
+    session.run_with(&[entry], &mut |share| meter.part(CUTS_STAGE, Step::Cut, 0.9 * share))?;
+    session.run(&[BatchEntry { seq: 0, tokens: &excerpt.rest, outputs: Outputs::All, prompt_end: false }])?;
+    let mut sum = Sum::default();
+    base.compare(excerpt, session.logits(), &mut sum);
+    Ok(sum.found(Some(session.kv().compression)))
 }
 
-fn check(params: &SessionParams, excerpts: &Excerpts<'_>) -> Result<(), Error> {
+fn check(params: &SessionParams, excerpts: &Excerpts) -> Result<(), Error> {
     let n_kept = params.lazy.n_kept();
-    if excerpts.excerpts.is_empty() || excerpts.excerpts.iter().any(|tokens| tokens.len() <= excerpts.n_prompt) {
-        return Err(Error::Params("nothing is left of an excerpt to score: its prompt takes all of it".to_owned()));
+    if excerpts.excerpts.is_empty() || excerpts.excerpts.iter().any(|excerpt| excerpt.n_text == 0) {
+        return Err(Error::Params("nothing of an excerpt is scored".to_owned()));
+    }
+    let outside = |excerpt: &Excerpt| {
+        let n = excerpt.rest.len();
+        excerpt.prompt.is_empty() || excerpt.n_text > n || excerpt.answers.iter().any(|at| at.start == 0 || at.end > n)
+    };
+    if excerpts.excerpts.iter().any(outside) {
+        return Err(Error::Params("an excerpt without a prompt, or with answers outside of it".to_owned()));
     }
     if excerpts.n_prompt <= n_kept {
         return Err(Error::Params(format!(
@@ -413,7 +472,7 @@ mod tests {
 
     #[test]
     fn cuts_of_any_model() {
-        assert_eq!(cut_sizes(30), [8, 12, 15, 20, 24, 30]);
+        assert_eq!(cut_sizes(30), [8, 15, 23, 30]);
         assert_eq!(cut_sizes(1), [1]);
         assert_eq!(cut_sizes(2), [1, 2]);
     }

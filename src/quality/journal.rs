@@ -8,7 +8,6 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use super::Excerpts;
 use crate::{
@@ -17,7 +16,7 @@ use crate::{
     model::Model,
 };
 
-/// What was measured: the divergence with these layers lazy, which have these windows of their own.
+/// What was measured: the harm with these layers lazy, which have these windows of their own.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) struct Trial {
     pub lazy: Vec<usize>,
@@ -30,7 +29,11 @@ pub(super) struct Trial {
 
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub(super) struct Found {
+    /// Mean divergence after a token of the texts.
     pub kl: f64,
+    /// Mean rise of an answer token's negative log-likelihood, where there are answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nll: Option<f64>,
     /// Of cuts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compression: Option<f64>,
@@ -53,7 +56,7 @@ struct Header<'a> {
     weight_bytes: usize,
     text_sha256: String,
     n_prompt: usize,
-    excerpts: Vec<usize>,
+    n_text: Vec<usize>,
     params: &'a str,
 }
 
@@ -77,7 +80,7 @@ impl Journal {
     ///
     /// # Errors
     /// [`Error::Profile`] when the file can be neither read nor made.
-    pub fn open(path: &Path, model: &Model, params: &SessionParams, excerpts: &Excerpts<'_>) -> Result<Journal, Error> {
+    pub fn open(path: &Path, model: &Model, params: &SessionParams, excerpts: &Excerpts) -> Result<Journal, Error> {
         let header = header(model, params, excerpts)?;
         let wrong = |source| Error::Profile(ProfileError::Io { path: path.to_owned(), source });
         let before = match fs::read_to_string(path) {
@@ -154,7 +157,10 @@ impl Journal {
 fn read(lines: &str) -> HashMap<Trial, Found> {
     let lines = lines.split_inclusive('\n').filter(|line| line.ends_with('\n'));
     let lines = lines.filter_map(|line| serde_json::from_str::<Line>(line).ok());
-    lines.filter(|line| line.found.kl.is_finite()).map(|line| (line.trial, line.found)).collect()
+    lines
+        .filter(|line| line.found.kl.is_finite() && line.found.nll.is_none_or(f64::is_finite))
+        .map(|line| (line.trial, line.found))
+        .collect()
 }
 
 fn line(trial: &Trial, found: &Found) -> Result<String, Error> {
@@ -162,19 +168,19 @@ fn line(trial: &Trial, found: &Found) -> Result<String, Error> {
     line.map(|line| line + "\n").map_err(|error| Error::Params(error.to_string()))
 }
 
-fn header(model: &Model, params: &SessionParams, excerpts: &Excerpts<'_>) -> Result<String, Error> {
+fn header(model: &Model, params: &SessionParams, excerpts: &Excerpts) -> Result<String, Error> {
     let mut params = params.clone();
     // Neither changes what is measured: threads do not, and the layers are chosen by the calibration.
     (params.n_threads, params.n_threads_batch, params.n_ctx) = (0, 0, 0);
     params.lazy.policy = Policy::Off;
     params.lazy.profile = None;
     let header = Header {
-        calibration: 1,
+        calibration: 2,
         model: model.identity(),
         weight_bytes: model.weight_bytes(),
-        text_sha256: Sha256::digest(excerpts.text).iter().map(|byte| format!("{byte:02x}")).collect(),
+        text_sha256: excerpts.sha256(),
         n_prompt: excerpts.n_prompt,
-        excerpts: excerpts.excerpts.iter().map(Vec::len).collect(),
+        n_text: excerpts.excerpts.iter().map(|excerpt| excerpt.n_text).collect(),
         params: &format!("{params:?}"),
     };
     serde_json::to_string(&header).map_err(|error| Error::Params(error.to_string()))
@@ -187,9 +193,9 @@ mod tests {
     #[test]
     fn what_is_noted_is_read_again() {
         let trial = Trial { lazy: vec![3, 0], windows: "3=256".to_owned(), cut: true };
-        let found = Found { kl: 0.1 + 0.2, compression: Some(1.0 / 3.0) };
+        let found = Found { kl: 0.1 + 0.2, nll: Some(-1.0 / 7.0), compression: Some(1.0 / 3.0) };
         let set = Trial { lazy: vec![1], windows: String::new(), cut: false };
-        let kl = Found { kl: 5e-324, compression: None };
+        let kl = Found { kl: 5e-324, nll: None, compression: None };
         let text = line(&trial, &found).unwrap() + &line(&set, &kl).unwrap();
         let known = read(&text);
         assert_eq!((known.len(), known[&trial], known[&set]), (2, found, kl));

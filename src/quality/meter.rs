@@ -15,7 +15,7 @@ pub(super) enum Step {
     Base,
     /// The continuations of all excerpts, with this share of the layers active.
     Set { active: f64 },
-    /// All excerpts from the prompt on, with lazy layers.
+    /// The first excerpt from the prompt on, with lazy layers.
     Cut,
 }
 
@@ -148,7 +148,7 @@ impl Estimate {
         // A continuation's tokens see the whole prompt and give logits, so each takes somewhat longer than a prompt's.
         let (set, slope) = self.sets.fit().unwrap_or((1.2 * self.score_share * prompt * self.n_excerpts, 0.0));
         // Half lazy and read with windows, a prompt is read somewhat faster.
-        let cut = begun(Step::Cut, self.cut.get()).unwrap_or(0.8 * prompt * self.n_excerpts + set + slope / 2.0);
+        let cut = begun(Step::Cut, self.cut.get()).unwrap_or(0.8 * prompt + (set + slope / 2.0) / self.n_excerpts);
         let left = self.left.prompts * prompt
             + self.left.bases * (set + slope) / self.n_excerpts
             + self.left.sets * set
@@ -232,7 +232,7 @@ mod tests {
         steps.extend(vec![active(1); n]);
         steps.push(active(n));
         steps.extend((1..=n / 2).flat_map(|rescued| [active(n - rescued); 4]));
-        steps.extend([Step::Cut; 6]);
+        steps.extend([Step::Cut; 4]);
         steps
     }
 
@@ -240,8 +240,7 @@ mod tests {
     /// steps relate; and it does not grow.
     #[test]
     fn the_time_left_holds() {
-        for (prompt, lazy_set, full_set, cut) in
-            [(10.0, 2.0, 4.0, 36.0), (4.0, 8.0, 8.0, 20.0), (60.0, 3.0, 20.0, 150.0)]
+        for (prompt, lazy_set, full_set, cut) in [(10.0, 2.0, 4.0, 9.0), (4.0, 8.0, 8.0, 5.0), (60.0, 3.0, 20.0, 38.0)]
         {
             let time = |step: Step| match step {
                 Step::Prompt => prompt,

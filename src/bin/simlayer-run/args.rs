@@ -301,15 +301,18 @@ pub struct CalibrateArgs {
     /// A text of some thousand tokens, of the kind that the model will read; - for stdin [default: a built-in one]
     #[arg(help_heading = "Text", short, long, value_name = "FILE")]
     pub file: Option<PathBuf>,
-    /// Tokens of each excerpt that are read as a prompt [default: 3000, or what a short text has]
+    /// Tokens of each excerpt's prompt: text, and notes that fill it [default: 8000, or what the context holds]
     #[arg(help_heading = "Text", long, value_name = "K", value_parser = positive)]
     pub skip: Option<usize>,
-    /// Next tokens, on which harm is measured [default: 384]
+    /// The text's next tokens, on which harm is measured [default: 160]
     #[arg(help_heading = "Text", long, value_name = "N", value_parser = positive)]
     pub score: Option<usize>,
-    /// Excerpts of K + N tokens to take from the text [default: as many as it has, at most 4]
+    /// Excerpts to take from the text [default: 2 of a long text]
     #[arg(help_heading = "Text", long, value_name = "N", value_parser = positive)]
     pub chunks: Option<usize>,
+    /// Questions about notes in each prompt, on whose answers harm is measured, too; 0 reads the text alone
+    #[arg(help_heading = "Text", long, value_name = "N", default_value_t = 8)]
+    pub questions: usize,
     /// Also look for windows of their own for the lazy layers, where these cost less at equal memory
     #[arg(help_heading = "Text", long, value_name = "N,...", value_delimiter = ',', num_args = 0..=1,
           default_missing_value = "256,512,1024,2048", value_parser = positive)]

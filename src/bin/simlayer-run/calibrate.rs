@@ -9,9 +9,9 @@ use std::{
 
 use serde_json::json;
 use simlayer::{
-    AddBos, Model, SessionParams, Special, Token,
+    AddBos, Model, SessionParams, Special,
     lazy::{Cut, Profile},
-    quality::{self, BUILT_IN_TEXT, Excerpts, Journal},
+    quality::{self, BUILT_IN_TEXTS, Excerpts, Extent, Journal},
 };
 
 use crate::{
@@ -23,29 +23,36 @@ use crate::{
     report,
 };
 
-/// Tokens that are scored of each excerpt, when nothing is said.
-const N_SCORE: usize = 384;
-/// Longer prompts are cut into excerpts, when nothing is said.
-const N_PROMPT: usize = 3_000;
-/// Excerpts that are taken at most, when nothing is said.
-const MAX_CHUNKS: usize = 4;
+/// Tokens of the text that are scored in each excerpt, when nothing is said.
+const N_SCORE: usize = 160;
+/// Tokens of a prompt, when nothing is said and the context holds them.
+const N_PROMPT: usize = 8_000;
+/// Excerpts of a text, when nothing is said and it is as long.
+const MAX_CHUNKS: usize = 2;
+/// What a question and its answer take of the context, at most.
+const QUESTION: usize = 80;
 
 pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
     let run = Run::settle(args.common)?;
-    let text = match &args.file {
-        Some(path) => options::text(path)?,
-        None => BUILT_IN_TEXT.trim_end().as_bytes().to_vec(),
+    let own = args.file.as_deref().map(options::text).transpose()?;
+    let texts: Vec<&[u8]> = match &own {
+        Some(text) => vec![text],
+        None => BUILT_IN_TEXTS.iter().map(|text| text.trim_end().as_bytes()).collect(),
     };
     let (model, load) = run.load()?;
-    let tokens = model.vocab().tokenize_bytes(&text, AddBos::Yes, Special::Text)?;
-    let (n_prompt, size, chunks) = extent(args.skip, args.score, args.chunks, tokens.len())?;
+    let n_ctx = if run.session.n_ctx == 0 { model.hparams().n_ctx_train } else { run.session.n_ctx };
+    let mut lengths = Vec::new();
+    for text in &texts {
+        lengths.push(model.vocab().tokenize_bytes(text, AddBos::Yes, Special::Text)?.len());
+    }
+    let shortest = lengths.into_iter().min().unwrap_or(0);
+    let extent = extent((args.skip, args.score, args.chunks), args.questions, shortest, n_ctx);
+    let excerpts = Excerpts::compose(model.vocab(), &texts, extent)?;
     let output = match args.output_file {
         Some(path) => path,
         None => users_place(&run.model_path, &model)?,
     };
 
-    let excerpts: Vec<Vec<Token>> = tokens.chunks_exact(size).take(chunks).map(<[Token]>::to_vec).collect();
-    let excerpts = Excerpts { text: &text, excerpts, n_prompt };
     let start = std::time::Instant::now();
     let mut journal = journal(&output, &model, &run.session, &excerpts);
     interrupt::watch();
@@ -119,7 +126,7 @@ fn part(output: &Path) -> PathBuf {
     name.into()
 }
 
-fn journal(output: &Path, model: &Model, params: &SessionParams, excerpts: &Excerpts<'_>) -> Journal {
+fn journal(output: &Path, model: &Model, params: &SessionParams, excerpts: &Excerpts) -> Journal {
     // What goes to a pipe or a device has no place beside it.
     if output.exists() && !output.is_file() {
         return Journal::none();
@@ -143,16 +150,18 @@ fn journal(output: &Path, model: &Model, params: &SessionParams, excerpts: &Exce
 
 fn print(out: &mut impl Write, profile: &Profile) -> io::Result<()> {
     writeln!(out, "layers, the least harmful first:")?;
-    writeln!(out, "{:>5} {:>10} {:>7}", "layer", "harm (KL)", "mass")?;
+    writeln!(out, "{:>5} {:>10} {:>10} {:>7}", "layer", "harm (KL)", "answers", "mass")?;
     for &index in &profile.order {
         if let Some(layer) = profile.layers.iter().find(|layer| layer.index == index) {
-            writeln!(out, "{index:>5} {:>10.5} {:>7.3}", layer.harm_kl, layer.mass)?;
+            let answers = nats(layer.harm_nll);
+            writeln!(out, "{index:>5} {:>10.5} {answers:>10} {:>7.3}", layer.harm_kl, layer.mass)?;
         }
     }
     writeln!(out, "\nwhat can be had:")?;
-    writeln!(out, "{:>5} {:>10} {:>12}", "lazy", "KL", "compression")?;
+    writeln!(out, "{:>5} {:>10} {:>10} {:>12}", "lazy", "KL", "answers", "compression")?;
     for cut in &profile.cuts {
-        write!(out, "{:>5} {:>10.5} {:>10} ×", cut.lazy, cut.kl_mean, report::times(cut.compression))?;
+        let (answers, times) = (nats(cut.nll_mean), report::times(cut.compression));
+        write!(out, "{:>5} {:>10.5} {answers:>10} {times:>10} ×", cut.lazy, cut.kl_mean)?;
         if let Some(one) = cut.kl_mean_one_window {
             write!(out, "   {} (KL {one:.5} with one window)", windows(cut))?;
         }
@@ -174,6 +183,11 @@ fn print(out: &mut impl Write, profile: &Profile) -> io::Result<()> {
     Ok(())
 }
 
+/// The rise of answers' negative log-likelihood, where there are answers.
+fn nats(rise: Option<f64>) -> String {
+    rise.map_or(String::new(), |nats| format!("{nats:+.4}"))
+}
+
 /// How many layers of a cut have which window.
 fn windows(cut: &Cut) -> String {
     let sizes: BTreeSet<usize> = cut.windows.iter().copied().collect();
@@ -182,25 +196,18 @@ fn windows(cut: &Cut) -> String {
     format!("windows {}", counts.join(", "))
 }
 
-/// Tokens of an excerpt's prompt, of an excerpt, and the number of excerpts.
-fn extent(
-    skip: Option<usize>,
-    score: Option<usize>,
-    chunks: Option<usize>,
-    n: usize,
-) -> Result<(usize, usize, usize), Failure> {
-    let score = score.unwrap_or(N_SCORE.min(n / 4));
-    let skip = skip.unwrap_or((n / chunks.unwrap_or(1)).saturating_sub(score).min(N_PROMPT));
-    let size = skip + score;
-    let whole = n / size.max(1);
-    let wanted = chunks.unwrap_or(whole.min(MAX_CHUNKS)).max(1);
-    if skip == 0 || score == 0 || wanted > whole {
-        return Err(Failure::run(format!(
-            "the text has {n} tokens, too few for {wanted} excerpts of {skip} and {score}: give a longer one, or other \
-             --skip, --score and --chunks"
-        )));
-    }
-    Ok((skip, size, wanted))
+/// What is read of a text of `n` tokens in a context of `n_ctx`, where prompt, score and excerpts may be asked for.
+fn extent(asked: (Option<usize>, Option<usize>, Option<usize>), n_questions: usize, n: usize, n_ctx: usize) -> Extent {
+    let (skip, score, chunks) = asked;
+    let n_score = score.unwrap_or(N_SCORE.min(n / 4));
+    let room = n_ctx.saturating_sub(n_score + QUESTION * n_questions).min(N_PROMPT);
+    let n_prompt = skip.unwrap_or(match n_questions {
+        0 => (n / chunks.unwrap_or(1)).saturating_sub(n_score).min(room),
+        _ => room,
+    });
+    let text = if n_questions == 0 { n_prompt } else { n_prompt / 2 };
+    let n_excerpts = chunks.unwrap_or((n / (text + n_score).max(1)).clamp(1, MAX_CHUNKS));
+    Extent { n_prompt, n_score, n_excerpts, n_questions }
 }
 
 #[cfg(test)]
@@ -208,13 +215,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn excerpts() {
-        let extent = |skip, score, chunks, n| extent(skip, score, chunks, n).ok();
-        assert_eq!(extent(None, None, None, 2_965), Some((2_581, 2_965, 1)));
-        assert_eq!(extent(None, None, None, 20_000), Some((3_000, 3_384, 4)));
-        assert_eq!(extent(None, None, Some(2), 2_000), Some((616, 1_000, 2)));
-        assert_eq!(extent(Some(100), Some(20), None, 250), Some((100, 120, 2)));
-        assert_eq!(extent(Some(100), Some(20), Some(3), 250), None);
-        assert_eq!(extent(None, None, None, 3), None);
+    fn extents() {
+        let extent = |asked, n_questions, n| {
+            let Extent { n_prompt, n_score, n_excerpts, .. } = extent(asked, n_questions, n, 8_192);
+            (n_prompt, n_score, n_excerpts)
+        };
+        // A prompt is half notes, so that a short text does; without questions it is the text alone.
+        assert_eq!(extent((None, None, None), 4, 2_965), (7_712, 160, 1));
+        assert_eq!(extent((None, None, None), 4, 20_000), (7_712, 160, 2));
+        assert_eq!(extent((None, None, None), 0, 2_965), (2_805, 160, 1));
+        assert_eq!(extent((None, None, None), 0, 20_000), (8_000, 160, 2));
+        assert_eq!(extent((None, None, Some(2)), 0, 2_000), (840, 160, 2));
+        assert_eq!(extent((Some(100), Some(20), None), 0, 250), (100, 20, 2));
+        assert_eq!(extent((Some(100), Some(20), Some(3)), 8, 250), (100, 20, 3));
     }
 }

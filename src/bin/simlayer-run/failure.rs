@@ -107,5 +107,6 @@ failed_while_running!(
     simlayer::vocab::VocabError,
     simlayer::sampling::SamplingError,
     simlayer::chat::ChatError,
+    simlayer::quality::ExcerptsError,
     serde_json::Error
 );
