@@ -16,6 +16,8 @@
 //   SIMLAYER_WINDOWS    other windows for single layers, such as 3=256,9-12=2048
 //   SIMLAYER_QUERIES    last prompt tokens whose attention is scored
 //   SIMLAYER_LAZY_TYPE  type of the lazy layers, T or K/V, such as q4_0 or q8_0/q4_0
+//   SIMLAYER_KEYS       auto: keys of active layers are q8_0, whatever the program asks for, and become q4_0 at a prompt's
+//                       end in layers that lose nothing by it which the prompt would miss
 //   SIMLAYER_AT         prefill or decode
 //   SIMLAYER_PREFILL    full or window
 //
@@ -63,6 +65,7 @@ struct simlayer_params {
     uint32_t n_queries;     // last prompt tokens whose attention is scored
     int32_t  at;            // enum simlayer_at
     int32_t  prefill;       // enum simlayer_prefill
+    int32_t  narrow_keys;   // 1: as SIMLAYER_KEYS=auto, for keys of the context's type
 };
 
 // What a context without settings has: rule "off", and the paper's sink, window and queries. 0, or negative.

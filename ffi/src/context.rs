@@ -264,7 +264,10 @@ fn start(
     };
     let with = |settings: LazySettings| {
         let mut session = session.clone();
-        if settings.lazy.policy == Policy::Off {
+        if settings.lazy.narrow_keys {
+            session.type_k = Type::Q8_0;
+        }
+        if settings.lazy.policy == Policy::Off && !settings.lazy.narrow_keys {
             // The answers are llama.cpp's, bit for bit: its kernel, and no exact copies.
             session.fused_attention = false;
             session.kv_exact = 0;

@@ -158,7 +158,11 @@ fn layouts() -> Layouts {
         l,
         llama_opt_params { n_ctx_train, param_filter, param_filter_ud, get_opt_pars, get_opt_pars_ud, optimizer_type }
     );
-    layout!(l, Params, simlayer_params { size, lazy, lazy_type, n_sink, n_window, n_queries, at, prefill });
+    layout!(
+        l,
+        Params,
+        simlayer_params { size, lazy, lazy_type, n_sink, n_window, n_queries, at, prefill, narrow_keys }
+    );
     layout!(l, Layer, simlayer_layer { index, kind, has_score, score, bytes });
     layout!(
         l,

@@ -43,6 +43,13 @@ impl LazySettings {
         read("SIMLAYER_LAZY_TYPE", |text| {
             parse_types(text).map(|(k, v)| (lazy.type_k, lazy.type_v) = (Some(k), Some(v)))
         });
+        read("SIMLAYER_KEYS", |text| match text {
+            "auto" => {
+                lazy.narrow_keys = true;
+                Ok(())
+            }
+            _ => Err("it must be auto".to_owned()),
+        });
         settings
     }
 }

@@ -29,6 +29,7 @@ pub(crate) struct Params {
     pub n_queries: u32,
     pub at: i32,
     pub prefill: i32,
+    pub narrow_keys: i32,
 }
 
 /// `struct simlayer_layer`.
@@ -122,6 +123,7 @@ fn to_c(lazy: &LazyParams) -> Result<Params> {
             Some(PrefillMode::Full) => 1,
             Some(PrefillMode::Window) => 2,
         },
+        narrow_keys: i32::from(lazy.narrow_keys),
     })
 }
 
@@ -154,6 +156,7 @@ fn from_c(params: &Params, was: &LazyParams) -> Result<LazyParams> {
         },
     };
     (lazy.type_k, lazy.type_v) = types.unzip();
+    lazy.narrow_keys = params.narrow_keys != 0;
     Ok(lazy)
 }
 

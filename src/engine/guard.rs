@@ -8,11 +8,15 @@
 //! what would be dropped are run after them, as if the text repeated them. Whoever still finds a piece far back knows how
 //! it goes on; the logits move where that is lost. Pieces are chosen that cannot be known otherwise: with tokens that are
 //! rare in the text, and not among those that are kept.
+//!
+//! Keys of fewer bits are tried in the same way ([`LazyParams::narrow_keys`]): there
+//! are models, and layers, whose keys four bits ruin.
 
 use std::{
     collections::{HashMap, HashSet},
     mem,
     ops::Range,
+    thread,
 };
 
 use super::{
@@ -21,11 +25,13 @@ use super::{
     executor::{Executor, Scored},
     layer::{LayerCache, resumable},
     sequence::{Looked, Sequence},
-    setup::Setup,
+    setup::{LayerSetup, Setup},
     step::Stretch,
 };
 use crate::{
-    lazy::{LazyParams, Policy},
+    cache::{Format, Move, Store, move_rows},
+    ggml::Type,
+    lazy::{DEFAULT_KL, LazyParams, Policy},
     quality::metrics::{kl_with, log_sum_exp},
     vocab::Token,
 };
@@ -46,9 +52,18 @@ const UNCOUNTED: usize = 4;
 /// How much more repeated pieces may diverge than the last tokens.
 const REPEATED_MORE: f64 = 5.0;
 
-/// Sets that are tried, besides the run that they are compared with. All of it takes 7 % of the time of a prompt of 7,500
-/// tokens.
+/// Sets that are tried, besides the run that they are compared with.
 const MOST_SETS: usize = 4;
+
+/// By how much the logarithm of the divergence is taken to grow from no layer to all: where to look next. On
+/// SmolLM2-135M and Qwen2.5-Coder-0.5B it grows by 3.6 and 5.3.
+const GROWTH: f64 = 4.5;
+
+/// After a set that cannot go, at least this part of it is left out, of the layers that are not known to be able to.
+const STEP_DOWN: usize = 4;
+
+/// Rows that the order of keys is found by, of each layer.
+const KEY_ROWS: usize = 256;
 
 /// What is run over other caches.
 #[derive(Debug)]
@@ -56,8 +71,8 @@ struct Probe {
     /// Position of the first token.
     start: usize,
     tokens: Vec<Token>,
-    /// Which of them are the sequence's own last ones.
-    last: Range<usize>,
+    /// How many of them, the first ones, are the sequence's own last ones: all of these count.
+    n_last: usize,
     /// Which of the others count.
     repeated: Vec<usize>,
 }
@@ -66,7 +81,7 @@ impl Probe {
     /// The last `n_last` of these tokens, and what is repeated after them.
     fn new(tokens: &[Token], n_last: usize, n_room: usize, lazy: &LazyParams) -> Probe {
         let start = tokens.len() - n_last;
-        let mut probe = Probe { start, tokens: tokens[start..].to_vec(), last: 0..n_last, repeated: Vec::new() };
+        let mut probe = Probe { start, tokens: tokens[start..].to_vec(), n_last, repeated: Vec::new() };
         for piece in telling_pieces(tokens, lazy) {
             if probe.tokens.len() + piece.len() <= n_room {
                 let first = probe.tokens.len();
@@ -105,29 +120,157 @@ fn telling_pieces(tokens: &[Token], lazy: &LazyParams) -> Vec<Range<usize>> {
     parts.filter_map(best).collect()
 }
 
+/// What is tried on layers.
+#[derive(Debug, Clone, Copy)]
+enum Change {
+    /// They become lazy.
+    Lazy,
+    /// Their keys become narrow.
+    Narrow,
+}
+
+/// The probe's logits as they are, and how far others are from them.
+struct Base<'a> {
+    probe: &'a Probe,
+    n_vocab: usize,
+    n_threads: usize,
+    rows: Vec<f32>,
+    /// The [`log_sum_exp`] of each row.
+    sums: Vec<f64>,
+}
+
+impl Base<'_> {
+    /// Mean divergence on the last tokens, or on the repeated ones, of which more is bearable: the larger.
+    fn divergence(&self, rows: &[f32]) -> f64 {
+        let n_each = self.sums.len().div_ceil(self.n_threads.max(1));
+        let kls = |(index, rows): (usize, &[f32])| {
+            let kl = |(at, row): (usize, &[f32])| {
+                kl_with(&self.rows[at * self.n_vocab..(at + 1) * self.n_vocab], self.sums[at], row)
+            };
+            (index * n_each..).zip(rows.chunks_exact(self.n_vocab)).map(kl).collect()
+        };
+        let parts = rows.chunks(n_each * self.n_vocab).enumerate();
+        let kls: Vec<f64> = thread::scope(|scope| {
+            let running: Vec<_> = parts.map(|part| scope.spawn(move || -> Vec<f64> { kls(part) })).collect();
+            running.into_iter().flat_map(|part| part.join().unwrap_or_default()).collect()
+        });
+        let (last, repeated) = kls.split_at(self.probe.n_last.min(kls.len()));
+        let mean = |kls: &[f64]| kls.iter().sum::<f64>() / kls.len().max(1) as f64;
+        if kls.len() < self.sums.len() { f64::NAN } else { mean(last).max(mean(repeated) / REPEATED_MORE) }
+    }
+}
+
+/// Where a search for the most layers that can go stands.
+#[derive(Debug, Clone, Copy)]
+struct Search {
+    /// So many can go, with this divergence; and so many cannot.
+    can: (usize, f64),
+    cannot: usize,
+    /// Layers that there are.
+    n: usize,
+}
+
+impl Search {
+    fn new(n: usize) -> Search {
+        Search { can: (0, 0.0), cannot: n + 1, n }
+    }
+
+    /// How many to try after `tried`, which diverged by so much, or at first; `None` when it is known.
+    fn next(&self, tried: Option<(usize, f64)>, most: f64) -> Option<usize> {
+        let (least, most_layers) = (self.can.0 + 1, self.cannot - 1);
+        let next = match tried {
+            Some((n, kl)) if kl > 0.0 && kl.is_finite() => {
+                let more = (most / kl).ln() / GROWTH * self.n as f64;
+                let next = (n as f64 + more).floor().max(0.0) as usize;
+                // Divergences are noisy: a step down is to leave what failed behind.
+                if kl > most { next.min(n - (n - self.can.0).div_ceil(STEP_DOWN)) } else { next }
+            }
+            _ => (least + most_layers).div_ceil(2),
+        };
+        (least <= most_layers).then(|| next.clamp(least, most_layers))
+    }
+
+    fn note(&mut self, n: usize, kl: f64, most: f64) {
+        // A divergence that is no number (a broken model) is none that is small.
+        if kl <= most { self.can = (n, kl) } else { self.cannot = n }
+    }
+}
+
 impl Sequence {
-    /// Makes layers lazy where the policy goes by looks: the largest beginning of the proposed order whose look diverges
-    /// by no more than the policy allows. Of a sequence that has not grown to twice its length since the last look, none.
+    /// Makes layers lazy where the policy goes by looks, and keys narrow where that is asked for: the largest beginning of
+    /// the proposed order whose look diverges by no more than is allowed. Of a sequence that has not grown to twice its
+    /// length since the last look, none.
     pub fn look_before_dropping(&mut self, setup: &Setup, executor: &mut Executor) -> Result<(), Error> {
-        let Policy::Kl(most) = setup.params.lazy.policy else { return Ok(()) };
+        let params = &setup.params;
+        let most_lazy = match params.lazy.policy {
+            Policy::Kl(most) => Some(most),
+            _ if params.lazy.narrow_keys => None,
+            _ => return Ok(()),
+        };
         let n_past = self.n_past();
         let is_early = self.looked.is_some_and(|looked| n_past < 2 * looked.n_past);
         let is_lazy = self.layers.iter().all(|layer| !layer.is_active());
         let held = n_past.saturating_sub(resumable(&self.layers, |_, layer| layer.held_from));
-        let n_room = setup.params.n_ubatch;
+        let n_room = params.n_ubatch;
         let n_last = N_LAST.min(held).min(n_room);
-        if is_early || is_lazy || n_last < FEWEST_LAST || n_past <= setup.params.lazy.n_kept() {
+        if is_early || is_lazy || n_last < FEWEST_LAST || n_past <= params.lazy.n_kept() {
             return Ok(());
         }
         // The repeated pieces lie in the context for a moment.
-        let n_room = n_room.min(n_last + setup.params.n_ctx - n_past);
-        let probe = Probe::new(&self.tokens, n_last, n_room, &setup.params.lazy);
-        let (lazy, kl) = self.largest(&probe, most, setup, executor)?;
-        for layer in lazy {
-            self.make_lazy(layer, n_past, setup, executor)?;
+        let n_room = n_room.min(n_last + params.n_ctx - n_past);
+        let probe = Probe::new(&self.tokens, n_last, n_room, &params.lazy);
+        let (rows, scores) = self.look(&[], Change::Lazy, &probe, setup, executor)?;
+        let n_vocab = setup.model.hparams().n_vocab;
+        let sums = rows.chunks_exact(n_vocab).map(log_sum_exp).collect();
+        let base = Base { probe: &probe, n_vocab, n_threads: params.n_threads_batch, rows, sums };
+        let mut kl = 0.0;
+        if let Some(most) = most_lazy {
+            for scored in &scores {
+                self.layers[scored.layer].score = Some(scored.value);
+            }
+            let order = self.proposed(setup, &scores);
+            let n_first = order.len().div_ceil(2);
+            let found = self.largest(&order, n_first, Change::Lazy, &base, most, setup, executor)?;
+            for &layer in &order[..found.0] {
+                self.make_lazy(layer, n_past, setup, executor)?;
+            }
+            kl = found.1;
+        }
+        if params.lazy.narrow_keys {
+            kl = self.narrow_keys(&base, kl + most_lazy.unwrap_or(DEFAULT_KL), setup, executor)?;
         }
         self.looked = Some(Looked { n_past, kl });
         Ok(())
+    }
+
+    /// Narrows the keys of the active layers that can have it, and says how far the logits are from the base then.
+    fn narrow_keys(
+        &mut self,
+        base: &Base<'_>,
+        most: f64,
+        setup: &Setup,
+        executor: &mut Executor,
+    ) -> Result<f64, Error> {
+        let n_past = self.n_past();
+        let mut losses = Vec::new();
+        for (index, (layer, setup)) in self.layers.iter().zip(&setup.layers).enumerate() {
+            if let Some(narrow) = setup.plan.narrow.filter(|&narrow| layer.is_active() && layer.format != narrow) {
+                losses.push((key_loss(layer, n_past, narrow, setup, executor)?, index));
+            }
+        }
+        losses.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let order: Vec<usize> = losses.into_iter().map(|(_, layer)| layer).collect();
+        let (n, kl) = self.largest(&order, order.len(), Change::Narrow, base, most, setup, executor)?;
+        executor.forget();
+        for &index in &order[..n] {
+            // No rows after the last token are copied, and the mark's are of another format.
+            self.forget_cut_off();
+            let setup = &setup.layers[index];
+            let narrow = self.layers[index].copy(n_past, false, setup.plan.narrow, setup, &mut executor.scheduler)?;
+            self.layers[index] = narrow;
+        }
+        executor.forget();
+        Ok(kl)
     }
 
     /// The layers that may become lazy, the most promising first: in the order of a profile where one is named,
@@ -142,73 +285,66 @@ impl Sequence {
         scores.into_iter().map(|scored| scored.layer).collect()
     }
 
-    /// The layers that can go, and the divergence that was measured with them.
+    /// How many of these layers, the first ones, can change, and the divergence that was measured with them.
+    #[expect(clippy::too_many_arguments, reason = "what is searched, how, and with what")]
     fn largest(
         &mut self,
-        probe: &Probe,
+        order: &[usize],
+        n_first: usize,
+        change: Change,
+        base: &Base<'_>,
         most: f64,
         setup: &Setup,
         executor: &mut Executor,
-    ) -> Result<(Vec<usize>, f64), Error> {
-        let n_vocab = setup.model.hparams().n_vocab;
-        let (base, scores) = self.look(&[], probe, setup, executor)?;
-        for scored in &scores {
-            self.layers[scored.layer].score = Some(scored.value);
-        }
-        let mut order = self.proposed(setup, &scores);
-        let sums: Vec<f64> = base.chunks_exact(n_vocab).map(log_sum_exp).collect();
-        let divergence = |rows: &[f32]| {
-            let row = |at: usize| at * n_vocab..(at + 1) * n_vocab;
-            let kl = |at: usize| kl_with(&base[row(at)], sums[at], &rows[row(at)]);
-            let mean = |at: &[usize]| at.iter().map(|&at| kl(at)).sum::<f64>() / at.len().max(1) as f64;
-            let last: Vec<usize> = probe.last.clone().collect();
-            mean(&last).max(mean(&probe.repeated) / REPEATED_MORE)
-        };
-        // Those that can go, and those that cannot.
-        let (mut can, mut cannot, mut kl) = (0_usize, order.len() + 1, 0.0);
+    ) -> Result<(usize, f64), Error> {
+        let mut search = Search::new(order.len());
+        let mut tried = None;
         for _ in 0..MOST_SETS {
-            let middle = can.midpoint(cannot);
-            if middle == can {
-                break;
-            }
-            let (rows, _) = self.look(&order[..middle], probe, setup, executor)?;
-            let found = divergence(&rows);
-            // A divergence that is no number (a broken model) is none that is small.
-            if found <= most { (can, kl) = (middle, found) } else { cannot = middle }
+            let next = if tried.is_none() { Some(n_first) } else { search.next(tried, most) };
+            let Some(n) = next.filter(|&n| n > 0) else { break };
+            let (rows, _) = self.look(&order[..n], change, base.probe, setup, executor)?;
+            let kl = base.divergence(&rows);
+            search.note(n, kl, most);
+            tried = Some((n, kl));
         }
-        order.truncate(can);
-        Ok((order, kl))
+        Ok(search.can)
     }
 
-    /// Rows of logits of the probe as they would be with these layers lazy; without any, layers' scores as well where they
-    /// are wanted for an order.
+    /// Rows of logits of the probe as they would be with these layers changed; without any, layers' scores as well where
+    /// they are wanted for an order.
     fn look(
         &mut self,
-        lazy: &[usize],
+        changed: &[usize],
+        change: Change,
         probe: &Probe,
         setup: &Setup,
         executor: &mut Executor,
     ) -> Result<(Vec<f32>, Vec<Scored>), Error> {
         let (start, n) = (probe.start, probe.tokens.len());
         self.reserve(probe.end() - self.n_past(), setup, executor)?;
-        let mut restricted = Vec::new();
-        for &index in lazy {
+        let mut others = Vec::new();
+        for &index in changed {
             let (layer, scheduler) = (&setup.layers[index], &mut executor.scheduler);
-            let mut cache = self.layers[index].copy(start, true, None, layer, scheduler)?;
+            let (is_lazy, format) = match change {
+                Change::Lazy => (true, None),
+                Change::Narrow => (false, layer.plan.narrow),
+            };
+            let mut cache = self.layers[index].copy(start, is_lazy, format, layer, scheduler)?;
             cache.reserve(start, n, layer, scheduler)?;
-            restricted.push(cache);
+            others.push(cache);
         }
         let written = start..probe.end();
         // Of the others: the candidates' own caches are put aside.
-        let stays = (0..self.layers.len()).filter(|index| !lazy.contains(index));
+        let stays = (0..self.layers.len()).filter(|index| !changed.contains(index));
         let save = |index: usize| (index, self.layers[index].rows(written.clone()), self.layers[index].exact_rows());
         let saved: Vec<(usize, Vec<u8>, Vec<u8>)> = stays.map(save).collect();
         let mut exchange = |layers: &mut [LayerCache]| {
-            lazy.iter().zip(&mut restricted).for_each(|(&index, cache)| mem::swap(&mut layers[index], cache));
+            changed.iter().zip(&mut others).for_each(|(&index, cache)| mem::swap(&mut layers[index], cache));
         };
         exchange(&mut self.layers);
-        let n_score = if lazy.is_empty() && setup.order.is_none() { n } else { 0 };
-        let found = self.run_probe(probe, n_score, setup, executor);
+        let is_scored =
+            changed.is_empty() && setup.order.is_none() && matches!(setup.params.lazy.policy, Policy::Kl(_));
+        let found = self.run_probe(probe, if is_scored { n } else { 0 }, setup, executor);
         // The graph refers to caches that go.
         executor.forget();
         exchange(&mut self.layers);
@@ -219,7 +355,8 @@ impl Sequence {
         found
     }
 
-    /// Runs the probe over whatever the layers hold now: the logits of all its tokens, and scores of the last `n_score`.
+    /// Runs the probe over whatever the layers hold now: the logits of the tokens that count, and scores of the last
+    /// `n_score`.
     fn run_probe(
         &self,
         probe: &Probe,
@@ -233,8 +370,8 @@ impl Sequence {
         let parts = [Part { first: 0, n, n_past, n_score, exact_from }];
         let caches: [&[LayerCache]; 1] = [&self.layers];
         let layers = 0..setup.layers.len();
-        let stretch = Stretch { layers, parts: &parts, caches: &caches, entering: None, n_wanted: n };
-        let rows: Vec<i32> = (0..n as i32).collect();
+        let rows: Vec<i32> = (0..probe.n_last).chain(probe.repeated.iter().copied()).map(|row| row as i32).collect();
+        let stretch = Stretch { layers, parts: &parts, caches: &caches, entering: None, n_wanted: rows.len() };
         let results = executor.take_results();
         let step = executor.step(setup, &stretch);
         let ran = step.and_then(|mut ready| executor.run(&mut ready.step, &parts, &probe.tokens, &rows));
@@ -243,9 +380,78 @@ impl Sequence {
     }
 }
 
+/// How much of what tells a layer's keys from each other is lost in another format: the keys' mean is in every product
+/// of a query, and changes no weight. Of the first rows.
+fn key_loss(
+    layer: &LayerCache,
+    n_past: usize,
+    format: Format,
+    setup: &LayerSetup,
+    executor: &mut Executor,
+) -> Result<f64, Error> {
+    let Some(store) = &layer.store else { return Ok(0.0) };
+    let n_rows = layer.used_rows(n_past).min(KEY_ROWS);
+    let keys = |format: Format, executor: &mut Executor| {
+        let few = setup.make(n_rows, None, format)?;
+        move_rows(&mut executor.scheduler, store, &few, &[Move { from: 0..n_rows, to: 0 }], &setup.rotations)?;
+        // Both have the wider store's rotation.
+        let turned = Format { k: Type::F32, v: Type::F32, ..store.format };
+        let wide: Store = setup.make(n_rows, None, turned)?;
+        move_rows(&mut executor.scheduler, &few, &wide, &[Move { from: 0..n_rows, to: 0 }], &setup.rotations)?;
+        let mut keys = wide.k.to_f32();
+        keys.truncate(n_rows * setup.width);
+        Ok::<_, Error>(keys)
+    };
+    let (before, after) = (keys(store.format, executor)?, keys(format, executor)?);
+    let square = |x: f64| x * x;
+    let lost: f64 = before.iter().zip(&after).map(|(a, b)| square(f64::from(a - b))).sum();
+    let spread = |channel: usize| {
+        let values = || before.iter().skip(channel).step_by(setup.width).map(|&x| f64::from(x));
+        let mean = values().sum::<f64>() / n_rows.max(1) as f64;
+        values().map(|x| square(x - mean)).sum::<f64>()
+    };
+    let told: f64 = (0..setup.width).map(spread).sum();
+    Ok(if told > 0.0 { lost / told } else { f64::INFINITY })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// How many of `n` can go where so many diverge by as much, and which were tried.
+    fn search(n: usize, kl: impl Fn(usize) -> f64, most: f64) -> (usize, Vec<usize>) {
+        let (mut search, mut tried, mut all) = (Search::new(n), None, Vec::new());
+        while all.len() < MOST_SETS {
+            let Some(next) = (if tried.is_none() { Some(n.div_ceil(2)) } else { search.next(tried, most) }) else {
+                break;
+            };
+            search.note(next, kl(next), most);
+            tried = Some((next, kl(next)));
+            all.push(next);
+        }
+        (search.can.0, all)
+    }
+
+    #[test]
+    fn a_search_goes_where_the_bound_is() {
+        assert_eq!(search(30, |_| 1e-9, 0.01).0, 30);
+        assert_eq!(search(30, |_| 0.0, 0.01), (29, vec![15, 23, 27, 29]));
+        assert_eq!(search(30, |_| f64::NAN, 0.01).0, 0);
+        assert_eq!(search(1, |_| 1.0, 0.01), (0, vec![1]));
+        for sharp in 1..24 {
+            let (can, tried) = search(24, |n| if n <= sharp { 1e-3 } else { 1e-1 }, 0.01);
+            assert!(can <= sharp && tried.len() <= MOST_SETS, "{sharp}: {can} of {tried:?}");
+            assert!(can > 0 || sharp < 4, "{sharp}: {can} of {tried:?}");
+        }
+        // As the divergence grows on real models: near the bound after four looks.
+        for slope in [3.6, 5.3] {
+            for at in 6..20 {
+                let kl = |n: usize| 0.008 * (slope * (n as f64 - f64::from(at)) / 24.0).exp();
+                let (can, tried) = search(24, kl, 0.008);
+                assert!(can <= at as usize && can + 2 >= at as usize, "{slope}, {at}: {can} of {tried:?}");
+            }
+        }
+    }
 
     fn lazy() -> LazyParams {
         LazyParams { n_sink: 4, n_window: 100, ..LazyParams::default() }
@@ -274,7 +480,7 @@ mod tests {
     fn a_probe_is_the_last_tokens_and_what_is_repeated() {
         let tokens: Vec<Token> = (0..300).collect();
         let probe = Probe::new(&tokens, 32, 512, &lazy());
-        assert_eq!((probe.start, probe.last.clone(), probe.end()), (268, 0..32, 268 + 32 + 2 * PIECE));
+        assert_eq!((probe.start, probe.n_last, probe.end()), (268, 32, 268 + 32 + 2 * PIECE));
         assert_eq!(probe.tokens[..32], tokens[268..]);
         assert_eq!(probe.repeated.len(), 2 * (PIECE - UNCOUNTED - 1));
         for &at in &probe.repeated {

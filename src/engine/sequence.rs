@@ -343,6 +343,13 @@ impl Sequence {
         Ok(true)
     }
 
+    /// Where a layer's store is another from now on: neither can the last prompt's end be gone back to, nor have tokens
+    /// that were cut off their rows.
+    pub fn forget_cut_off(&mut self) {
+        self.mark = None;
+        self.cut_off.clear();
+    }
+
     /// Shrinks a layer to what it keeps of `n_past` tokens.
     pub fn make_lazy(
         &mut self,
@@ -354,8 +361,7 @@ impl Sequence {
         // The old store goes only when no graph refers to it any more.
         executor.forget();
         // The mark knows nothing of the new ring, which has no rows after the last token.
-        self.mark = None;
-        self.cut_off.clear();
+        self.forget_cut_off();
         self.layers[layer].make_lazy(n_past, &setup.layers[layer], &mut executor.scheduler)?;
         Ok(())
     }

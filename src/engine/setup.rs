@@ -116,6 +116,8 @@ pub(super) struct LayerPlan {
     /// How the layer keeps its rows, and how it keeps them while it is lazy.
     pub active: Format,
     pub lazy: Format,
+    /// How it keeps them once its keys are narrow, where they may become so.
+    pub narrow: Option<Format>,
     /// What it keeps by the model's own design; `None` for everything.
     pub by_design: Option<Span>,
     /// What it keeps while it is lazy.
@@ -145,6 +147,7 @@ impl LayerPlan {
             kernel,
             active: Format::new(params.type_k, params.type_v, params.kv_rotate),
             lazy: lazy_format(params, hparams.head_size),
+            narrow: narrow_format(params, hparams.head_size).filter(|_| hparams.windows[index].is_none()),
             by_design: hparams.windows[index].map(|n_window| Span { n_sink: 0, n_window, n_slack: lazy.n_slack }),
             lazy_span: Span { n_sink: lazy.n_sink, n_window: lazy.window(index), n_slack: lazy.n_slack },
             exact_span: (kernel == Kernel::Fused && params.kv_exact > 0).then_some(exact_span),
@@ -344,11 +347,21 @@ fn lazy_format(params: &SessionParams, head_size: usize) -> Format {
     Format::new(k, v, params.kv_rotate)
 }
 
+/// How active layers keep their rows once their keys are narrow: in four bits, where they have more and the head size
+/// allows it.
+fn narrow_format(params: &SessionParams, head_size: usize) -> Option<Format> {
+    let block = Type::Q4_0.block_size();
+    let is_narrower = params.type_k.row_bytes(block) > Type::Q4_0.row_bytes(block);
+    let is_due = params.lazy.narrow_keys && is_narrower && head_size.is_multiple_of(block);
+    is_due.then(|| Format::new(Type::Q4_0, params.type_v, params.kv_rotate))
+}
+
 /// What computes attention on a device.
 pub(super) fn kernel(params: &SessionParams, hparams: &Hparams, device: Device) -> Kernel {
     let &Hparams { head_size, n_head, n_head_kv, .. } = hparams;
     let lazy = lazy_format(params, head_size);
-    let types = [(Type::F16, Type::F16), (params.type_k, params.type_v), (lazy.k, lazy.v)];
+    let narrow = narrow_format(params, head_size).map_or((lazy.k, lazy.v), |narrow| (narrow.k, narrow.v));
+    let types = [(Type::F16, Type::F16), (params.type_k, params.type_v), (lazy.k, lazy.v), narrow];
     match params.flash_attn {
         false => Kernel::Separate,
         // Our kernel reads tensors by pointer.

@@ -409,7 +409,7 @@ impl<'a> State<'a> {
         if !types_fit {
             return Err(mismatch("a layer's cache types cannot be used here"));
         }
-        if !lazy && format != plan.active {
+        if !lazy && format != plan.active && Some(format) != plan.narrow {
             let (found, here) = (format, plan.active);
             return Err(mismatch(format!(
                 "its keys and values are {}/{}, the context's {}/{} (or are rotated otherwise)",

@@ -1,5 +1,7 @@
 //! Sessions from the outside: states, settings that change, views of sequences.
 
+use std::collections::BTreeSet;
+
 use proptest::prelude::*;
 use simlayer_testkit::RandomModel;
 use xxhash_rust::xxh3::xxh3_64;
@@ -11,7 +13,7 @@ use super::{
 use crate::{
     Model, ModelParams,
     ggml::Type,
-    lazy::{LazyParams, Policy, PrefillMode},
+    lazy::{DEFAULT_KL, LazyParams, Policy, PrefillMode},
 };
 
 fn session(policy: &str, ty: Type) -> Session {
@@ -255,4 +257,43 @@ fn looks_come_again_when_a_sequence_has_doubled() {
         session.logits().to_vec()
     };
     assert!(run("kl:1e-30") == run("threshold:1"));
+}
+
+/// Keys that four bits do not hurt become narrow, and then everything is as in a copy with such keys; where the bound
+/// forbids it, everything is as it was. States have them as they are.
+#[test]
+fn keys_become_narrow_where_they_may() {
+    let started = |policy: &str, narrow_keys: bool| {
+        let lazy = LazyParams { narrow_keys, ..LazyParams::default() };
+        let params = SessionParams { type_k: Type::Q8_0, type_v: Type::Q4_0, lazy, ..SessionParams::default() };
+        let mut session = session_with(policy, params);
+        read(&mut session, 0, 0..150);
+        session
+    };
+    let go_on = |session: &mut Session, seq| {
+        let rows = (150..160).map(|token| {
+            read(session, seq, token..token + 1);
+            session.logits().to_vec()
+        });
+        rows.collect::<Vec<_>>()
+    };
+    // The bound of `kl` is that of keys as well; it is larger than what four bits cost here.
+    let policy = "layers:0-1";
+    let (mut wide, mut narrow) = (started(policy, false), started(policy, true));
+    let bytes = |session: &Session, seq| session.layers(seq).iter().map(|layer| layer.kv_bytes).collect::<Vec<_>>();
+    assert!(bytes(&narrow, 0)[2] < bytes(&wide, 0)[2], "{:?} {:?}", bytes(&narrow, 0), bytes(&wide, 0));
+    assert!(narrow.foretold(0).is_some_and(|kl| kl > 0.0 && kl < DEFAULT_KL), "{:?}", narrow.foretold(0));
+    wide.fork_with(0, 1, &BTreeSet::new(), Some((Type::Q4_0, Type::Q4_0))).unwrap();
+    let state = saved(&narrow, 0);
+    let rows = go_on(&mut narrow, 0);
+    assert!(rows == go_on(&mut wide, 1));
+    assert!(rows != go_on(&mut wide, 0));
+
+    assert!(wide.load_seq(2, &state).is_err());
+    narrow.load_seq(2, &state).unwrap();
+    assert!(rows == go_on(&mut narrow, 2));
+
+    let (mut wide, mut kept) = (started("kl:1e-30", false), started("kl:1e-30", true));
+    assert_eq!((bytes(&kept, 0), kept.foretold(0)), (bytes(&wide, 0), Some(0.0)));
+    assert!(go_on(&mut kept, 0) == go_on(&mut wide, 0));
 }

@@ -31,7 +31,8 @@ macro_rules! built_in {
     };
 }
 
-const BUILT_IN: &[BuiltIn] = built_in!["SmolLM2-135M-Instruct.Q4_1.simlayer.toml"];
+const BUILT_IN: &[BuiltIn] =
+    built_in!["qwen2.5-coder-0.5b-instruct-q4_k_m.simlayer.toml", "SmolLM2-135M-Instruct.Q4_1.simlayer.toml",];
 
 /// Where a profile was found.
 #[derive(Debug, Clone, PartialEq, Eq)]

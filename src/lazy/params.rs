@@ -26,6 +26,10 @@ pub struct LazyParams {
     pub prefill: Option<PrefillMode>,
     /// A calibrated profile's file; `None` looks for the model's as [`super::Profile::find`] does.
     pub profile: Option<PathBuf>,
+    /// At a prompt's end the keys of those active layers go to `q4_0` that lose nothing by it which this prompt would miss,
+    /// as a look foretells ([`Policy::Kl`]; by [`DEFAULT_KL`](super::DEFAULT_KL) under other policies). For keys of more
+    /// bits, such as `q8_0`.
+    pub narrow_keys: bool,
     /// Types of the lazy layers' keys and values; `None` for q4_0, or f16 where the head size does not allow that.
     pub type_k: Option<Type>,
     pub type_v: Option<Type>,
@@ -43,6 +47,7 @@ impl Default for LazyParams {
             at: At::Prefill,
             prefill: None,
             profile: None,
+            narrow_keys: false,
             type_k: None,
             type_v: None,
         }

@@ -80,10 +80,16 @@ impl<'a> Reading<'a> {
     pub fn under(&mut self, contender: &Contender, progress: &mut dyn FnMut(f32)) -> Result<Held<'_>, Error> {
         let mut params = self.params.clone();
         params.lazy.policy = contender.policy.clone();
-        (params.type_k, params.type_v) = contender.types.unwrap_or((params.type_k, params.type_v));
+        if let Some(types) = contender.types {
+            ((params.type_k, params.type_v), params.lazy.narrow_keys) = (types, contender.narrow_keys);
+        }
         let mut own = Session::new(self.model, params.clone())?;
         let is_f16 = (params.type_k, params.type_v) == (Type::F16, Type::F16);
-        if !is_copied(&contender.policy, is_f16) || own.reads_windowed() || params.lazy.at != At::Prefill {
+        if params.lazy.narrow_keys
+            || !is_copied(&contender.policy, is_f16)
+            || own.reads_windowed()
+            || params.lazy.at != At::Prefill
+        {
             let row = own.prefill_with(self.prompt, progress)?.to_vec();
             return Ok(Held { session: Kept::Own(Box::new(own)), seq: 0, row });
         }

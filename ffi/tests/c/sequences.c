@@ -212,6 +212,34 @@ static void test_lazy(struct llama_model * model) {
     llama_free(ctx);
 }
 
+// SIMLAYER_KEYS is for whatever type the program asks for; a value that makes no sense is as none.
+static void test_keys(struct llama_model * model) {
+    uint64_t     bytes[3];
+    const char * values[3] = { "", "never", "auto" };
+    for (int i = 0; i < 3; i++) {
+        setenv("SIMLAYER_KEYS", values[i], 1);
+        struct llama_context * ctx = new_context(model, 256, 1);
+        unsetenv("SIMLAYER_KEYS");
+        struct simlayer_params params;
+        params.size = sizeof(params);
+        CHECK(simlayer_get_params(ctx, &params) == 0 && params.narrow_keys == (i == 2));
+        // Below sink and window nothing is looked at.
+        params.n_window = 32;
+        CHECK(simlayer_set_params(ctx, &params) == 0);
+        decode_text(ctx, 0, 200, 0);
+        struct simlayer_memory memory;
+        memory.size = sizeof(memory);
+        CHECK(simlayer_get_memory(ctx, &memory) == 0 && memory.lazy_layers == 0 && memory.tokens == 200);
+        bytes[i] = memory.allocated_bytes;
+        params.narrow_keys = 0;
+        CHECK(simlayer_set_params(ctx, &params) == 0 && simlayer_get_params(ctx, &params) == 0);
+        CHECK(params.narrow_keys == 0);
+        decode_text(ctx, 200, 210, 0);
+        llama_free(ctx);
+    }
+    CHECK(bytes[0] == bytes[1] && bytes[2] < bytes[0]);
+}
+
 static void test_embeddings(struct llama_model * model) {
     struct llama_context_params params = llama_context_default_params();
     params.n_ctx = 256;
@@ -322,6 +350,7 @@ int main(int argc, char ** argv) {
     test_batches(model);
     test_editing(model);
     test_lazy(model);
+    test_keys(model);
     test_embeddings(model);
     test_callbacks(model, argv[1]);
     llama_model_free(model);

@@ -403,9 +403,10 @@ pub struct CommonArgs {
     /// Flash attention (-fa)
     #[arg(long, value_name = "on|off|auto", num_args = 0..=1, default_value = "auto", default_missing_value = "on", value_parser = flash_attn, hide_possible_values = true)]
     pub flash_attn: FlashAttn,
-    /// Type of the keys in the cache, in active layers (-ctk)
-    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
-    pub cache_type_k: Type,
+    /// Type of the keys in the cache, in active layers (-ctk); auto: q8_0, and q4_0 in layers that lose nothing by it, as
+    /// found at the prompt's end [default: f16, and auto where the values are quantised]
+    #[arg(long, value_name = "TYPE", value_parser = key_type)]
+    pub cache_type_k: Option<KeyType>,
     /// Type of the values in the cache, in active layers (-ctv)
     #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
     pub cache_type_v: Type,
@@ -414,6 +415,13 @@ pub struct CommonArgs {
     pub verbose: bool,
     #[command(flatten)]
     pub lazy: LazyFlags,
+}
+
+/// What the keys are kept in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyType {
+    Auto,
+    Of(Type),
 }
 
 /// Which layers become lazy, and what they keep.
@@ -632,6 +640,10 @@ fn flash_attn(text: &str) -> Result<FlashAttn, String> {
         "auto" | "-1" => Ok(FlashAttn::Auto),
         _ => Err("it must be on, off or auto".to_owned()),
     }
+}
+
+fn key_type(text: &str) -> Result<KeyType, String> {
+    if text == "auto" { Ok(KeyType::Auto) } else { cache_type(text).map(KeyType::Of) }
 }
 
 fn cache_type(text: &str) -> Result<Type, String> {

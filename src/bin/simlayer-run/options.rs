@@ -9,13 +9,13 @@ use std::{
 
 use simlayer::{
     KvRotate, Model, ModelParams, SamplerParams, Session, SessionParams,
-    ggml::{self, Device, logging::LogLevel},
+    ggml::{self, Device, Type, logging::LogLevel},
     lazy::{At, LazyParams, PrefillMode},
     sampling::Mirostat,
 };
 
 use crate::{
-    args::{CommonArgs, FlashAttn, GpuLayers, LazyAt, LazyPrefill, PromptArgs, SamplingArgs},
+    args::{CommonArgs, FlashAttn, GpuLayers, KeyType, LazyAt, LazyPrefill, PromptArgs, SamplingArgs},
     failure::Failure,
     interrupt,
 };
@@ -38,6 +38,12 @@ impl Run {
         let default = SessionParams::default();
         let n_threads = args.threads.unwrap_or(default.n_threads);
         let (type_k, type_v) = args.lazy.lazy_type.unzip();
+        let (key_type, narrow_keys) = match args.cache_type_k {
+            Some(KeyType::Of(ty)) => (ty, false),
+            Some(KeyType::Auto) => (Type::Q8_0, true),
+            None if args.cache_type_v.is_quantized() => (Type::Q8_0, true),
+            None => (Type::F16, false),
+        };
         let lazy = LazyParams {
             policy: args.lazy.lazy,
             profile: args.lazy.lazy_profile,
@@ -54,6 +60,7 @@ impl Run {
                 LazyPrefill::Full => PrefillMode::Full,
                 LazyPrefill::Window => PrefillMode::Window,
             }),
+            narrow_keys,
             type_k,
             type_v,
         };
@@ -62,7 +69,7 @@ impl Run {
             n_ubatch: args.ubatch_size.min(args.batch_size),
             n_threads,
             n_threads_batch: args.threads_batch.unwrap_or(n_threads),
-            type_k: args.cache_type_k,
+            type_k: key_type,
             type_v: args.cache_type_v,
             flash_attn: args.flash_attn != FlashAttn::Off,
             fused_attention: !args.lazy.ggml_kernels,

@@ -61,8 +61,18 @@ pub struct Args {
 }
 
 /// Types alone, what is chosen without asking, the paper's rules, ours, and all layers lazy as StreamingLLM has it.
-const RULES: [&str; 8] =
-    ["off@q8_0/q4_0", "off@q4_0", "auto", "threshold", "budget:0.5", "output:0.5", "profile:0.5", "budget:1"];
+const RULES: [&str; 10] = [
+    "off@q8_0/q4_0",
+    "off@q4_0",
+    "off@auto/q4_0",
+    "auto",
+    "auto@auto/q4_0",
+    "threshold",
+    "budget:0.5",
+    "output:0.5",
+    "profile:0.5",
+    "budget:1",
+];
 
 /// Tasks, by the name of their variant.
 const TASKS: [&str; 4] = ["multi", "variables", "definition", "turns"];

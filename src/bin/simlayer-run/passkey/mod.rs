@@ -239,8 +239,9 @@ fn contenders(
         // Layers that are sliding-window by design cannot be lazy.
         let lazy = model.hparams().windows.iter().enumerate().filter(|(_, window)| window.is_none());
         let lazy = Policy::Layers(lazy.map(|(layer, _)| layer).collect());
-        let other =
-            |name: &str, policy: Policy, types| (Outcome::new(name, policy.to_string()), Contender { policy, types });
+        let other = |name: &str, policy: Policy, types| {
+            (Outcome::new(name, policy.to_string()), Contender { policy, types, narrow_keys: false })
+        };
         all.insert(0, other(FULL, Policy::Off, Some((Type::F16, Type::F16))));
         all.insert(2, other("StreamingLLM", lazy, None));
         all.insert(3, other("all q4_0", Policy::Off, Some((Type::Q4_0, Type::Q4_0))));
