@@ -1,0 +1,78 @@
+//! How weights are stored: a type is a small file here, and a line in `kernel`.
+//!
+//! A kernel sees rows as steps of 64 or 256 elements, in groups of 32 or 16 that share a scale. An element is its number
+//! less the offset, times the scale, plus the minimum.
+
+mod legacy;
+mod q4_k;
+mod q5_k;
+mod q6_k;
+
+use std::arch::x86_64::*;
+
+pub(super) use self::{
+    legacy::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0},
+    q4_k::Q4_K,
+    q5_k::Q5_K,
+    q6_k::Q6_K,
+};
+
+/// A type of weights. Its functions need AVX2 with FMA and F16C, those with 512 bits AVX-512 F, BW, DQ and VL too.
+pub(super) trait Format {
+    /// Elements of a step: 64, where blocks are 32 elements, or 256.
+    const STEP: usize;
+    /// Bytes of a step.
+    const BYTES: usize;
+    /// Elements that share a scale: 32, or 16.
+    const GROUP: usize = 32;
+    /// Bits of a number: 4, 5, 6 or 8. They have no sign.
+    const BITS: u32;
+    /// What numbers are larger by than what they stand for.
+    const OFFSET: i32 = 0;
+    /// Whether groups have a minimum beside the scale.
+    const HAS_MIN: bool = false;
+
+    /// The 32 numbers of part `part` of a step, in their order.
+    ///
+    /// # Safety
+    /// The step exists and has the part; the processor has the features.
+    unsafe fn unpack(step: *const u8, part: usize) -> __m256i;
+
+    /// The 64 numbers of the parts `2 × pair` and the next.
+    ///
+    /// # Safety
+    /// As [`Format::unpack`].
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c,fma")]
+    unsafe fn unpack_pair(step: *const u8, pair: usize) -> __m512i {
+        // SAFETY: as the caller says.
+        let [low, high] = unsafe { [Self::unpack(step, 2 * pair), Self::unpack(step, 2 * pair + 1)] };
+        _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
+    }
+
+    /// The scales and minima of a step's groups.
+    ///
+    /// # Safety
+    /// As [`Format::unpack`].
+    unsafe fn scales(step: *const u8) -> Scales;
+}
+
+/// Scales of a step's groups in their order, zeros behind them; minima (of at most eight groups) likewise.
+#[derive(Clone, Copy)]
+pub(super) struct Scales {
+    pub scales: [__m256; 2],
+    pub minima: __m256,
+}
+
+/// 16 bytes → 32 numbers of half a byte: the lower halves, then the upper ones.
+///
+/// # Safety
+/// Good for 16 bytes; the processor has the features.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn half_bytes(from: *const u8) -> __m256i {
+    // SAFETY: as the caller says.
+    let low = unsafe { _mm_loadu_si128(from.cast()) };
+    let both = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(low), _mm_srli_epi16::<4>(low));
+    _mm256_and_si256(both, _mm256_set1_epi8(15))
+}
