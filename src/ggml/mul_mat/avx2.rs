@@ -47,13 +47,15 @@ impl Kernels for Avx2 {
         SCRATCH.with_borrow_mut(work);
     }
 
-    unsafe fn multiply_row<F: Format>(product: &Product, input: &Input, row: usize) {
-        // SAFETY: as the caller says.
-        unsafe {
-            match product.n {
-                1 => multiply_row::<F, 1>(product, input, row),
-                2 => multiply_row::<F, 2>(product, input, row),
-                _ => multiply_row::<F, 3>(product, input, row),
+    unsafe fn multiply_rows<F: Format>(product: &Product, input: &Input) {
+        for row in product.rows.clone() {
+            // SAFETY: as the caller says.
+            unsafe {
+                match product.n {
+                    1 => multiply_row::<F, 1>(product, input, row),
+                    2 => multiply_row::<F, 2>(product, input, row),
+                    _ => multiply_row::<F, 3>(product, input, row),
+                }
             }
         }
     }
@@ -111,7 +113,7 @@ fn sums_of_two<F: Format>(numbers: __m256i, x: __m256i) -> __m256i {
 /// parts, so that an addition need not wait for the one before.
 ///
 /// # Safety
-/// As [`Kernels::multiply_row`].
+/// As [`Kernels::multiply_rows`].
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn multiply_row<F: Format, const N: usize>(product: &Product, input: &Input, row: usize) {

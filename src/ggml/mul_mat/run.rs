@@ -19,22 +19,22 @@ pub(super) trait Kernels {
     /// This thread's scratch memory. It grows to what the largest product needs, and stays.
     fn with_scratch(work: impl FnOnce(&mut Scratch<Self::Panel>));
 
-    /// Multiplies row `row` with all vectors of `input`, fewer than [`Product::MIN_PANEL`].
+    /// Multiplies the product's rows with all vectors of `input`, fewer than [`Product::MIN_PANEL`].
     ///
     /// # Safety
     /// The pointers of the product are good for what its fields say; the processor has the features.
-    unsafe fn multiply_row<F: Format>(product: &Product, input: &Input, row: usize);
+    unsafe fn multiply_rows<F: Format>(product: &Product, input: &Input);
 
     /// Unpacks, of the rows from `row` on, the elements that `slice` says. Behind the last row it comes again.
     ///
     /// # Safety
-    /// As [`Kernels::multiply_row`]; there is a panel for each block.
+    /// As [`Kernels::multiply_rows`]; there is a panel for each block.
     unsafe fn fill<F: Format>(product: &Product, row: usize, slice: Slice, panels: &mut [Self::Panel]);
 
     /// Multiplies the rows from `row` on, `panels.len() / blocks` panels of them, with the vectors of a slice.
     ///
     /// # Safety
-    /// As [`Kernels::multiply_row`]; panels and input are those of the slice.
+    /// As [`Kernels::multiply_rows`]; panels and input are those of the slice.
     unsafe fn multiply<F: Format>(product: &Product, row: usize, slice: Slice, panels: &[Self::Panel], input: &Input);
 }
 
@@ -70,9 +70,7 @@ pub(super) unsafe fn run<K: Kernels, F: Format>(product: &Product) {
         unsafe {
             if product.n < Product::MIN_PANEL {
                 scratch.input.quantize::<F>(product, 0, product.n, 0, product.k);
-                for row in product.rows.clone() {
-                    K::multiply_row::<F>(product, &scratch.input, row);
-                }
+                K::multiply_rows::<F>(product, &scratch.input);
             } else {
                 multiply_slices::<K, F>(product, scratch);
             }

@@ -43,13 +43,13 @@ impl Kernels for Vnni {
         SCRATCH.with_borrow_mut(work);
     }
 
-    unsafe fn multiply_row<F: Format>(product: &Product, input: &Input, row: usize) {
+    unsafe fn multiply_rows<F: Format>(product: &Product, input: &Input) {
         // SAFETY: as the caller says.
         unsafe {
             match product.n {
-                1 => multiply_row::<F, 1>(product, input, row),
-                2 => multiply_row::<F, 2>(product, input, row),
-                _ => multiply_row::<F, 3>(product, input, row),
+                1 => multiply_rows::<F, 1>(product, input),
+                2 => multiply_rows::<F, 2>(product, input),
+                _ => multiply_rows::<F, 3>(product, input),
             }
         }
     }
@@ -80,10 +80,118 @@ impl Kernels for Vnni {
     }
 }
 
+/// Multiplies all rows with `N` vectors, four at a time where blocks are short: then their scales are unpacked together.
+///
+/// # Safety
+/// As [`Kernels::multiply_rows`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
+unsafe fn multiply_rows<F: Format, const N: usize>(product: &Product, input: &Input) {
+    let mut row = product.rows.start;
+    // SAFETY: as the caller says.
+    unsafe {
+        while F::STEP == 64 && row + 4 <= product.rows.end {
+            multiply_four_rows::<F, N>(product, input, row);
+            row += 4;
+        }
+        for row in row..product.rows.end {
+            multiply_row::<F, N>(product, input, row);
+        }
+    }
+}
+
+/// Multiplies four rows with `N` vectors. A vector's result does not depend on `N`.
+///
+/// # Safety
+/// As [`Kernels::multiply_rows`]; steps are 64 elements.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
+unsafe fn multiply_four_rows<F: Format, const N: usize>(product: &Product, input: &Input, row: usize) {
+    let mut sums = [[_mm512_setzero_ps(); 4]; N];
+    let mut minima = [_mm512_setzero_ps(); N];
+    // SAFETY: rows are `k` elements; so are the vectors.
+    unsafe {
+        let mut vectors = [input.vector(0); N];
+        for i in 1..N {
+            vectors[i] = input.vector(i);
+        }
+        let weights = product.row(row);
+        for s in 0..product.k / 64 {
+            let first = weights.add(s * F::BYTES);
+            let mut steps = [first; 4];
+            for r in 1..4 {
+                steps[r] = first.add(r * product.row_bytes);
+            }
+            let scales = F::scales_of_four_rows(steps);
+            let mut factors = [_mm512_setzero_ps(); N];
+            for i in 0..N {
+                let of_vector =
+                    _mm512_castpd_ps(_mm512_set1_pd(vectors[i].scales.add(2 * s).cast::<f64>().read_unaligned()));
+                let sums = _mm512_castpd_ps(_mm512_set1_pd(vectors[i].sums.add(2 * s).cast::<f64>().read_unaligned()));
+                if F::HAS_MIN {
+                    // Beside each scale is the minimum.
+                    factors[i] = _mm512_mul_ps(scales, _mm512_unpacklo_ps(of_vector, of_vector));
+                    let sums = _mm512_unpacklo_ps(_mm512_setzero_ps(), sums);
+                    minima[i] = _mm512_fmadd_ps(scales, sums, minima[i]);
+                } else {
+                    factors[i] = _mm512_mul_ps(scales, of_vector);
+                    minima[i] = _mm512_fmadd_ps(scales, sums, minima[i]);
+                }
+            }
+            for r in 0..4 {
+                // What comes in some rows is asked for now.
+                _mm_prefetch::<_MM_HINT_T0>(steps[r].wrapping_add(4 * product.row_bytes).cast());
+                let numbers = F::unpack_pair(steps[r], 0);
+                let lane = if F::HAS_MIN { 4 * r as i32 } else { 2 * r as i32 };
+                let (a, b) = (lane, if F::HAS_MIN { lane + 2 } else { lane + 1 });
+                let lanes = _mm512_set_epi32(b, b, b, b, b, b, b, b, a, a, a, a, a, a, a, a);
+                for i in 0..N {
+                    let x = _mm512_loadu_si512(vectors[i].numbers.add(64 * s).cast());
+                    let dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), numbers, x));
+                    sums[i][r] = _mm512_fmadd_ps(dot, _mm512_permutexvar_ps(lanes, factors[i]), sums[i][r]);
+                }
+            }
+        }
+        for i in 0..N {
+            let sums = sums_of_lanes(sums[i]);
+            // Of rows: fours of lanes, or the first twos.
+            let minima = if F::HAS_MIN {
+                minima[i]
+            } else {
+                let twos = _mm512_set_epi32(8, 8, 7, 6, 8, 8, 5, 4, 8, 8, 3, 2, 8, 8, 1, 0);
+                _mm512_mul_ps(_mm512_permutexvar_ps(twos, minima[i]), _mm512_set1_ps(-F::OFFSET as f32))
+            };
+            let [a, b] = [_mm512_castps512_ps128(minima), _mm512_extractf32x4_ps::<1>(minima)];
+            let [c, d] = [_mm512_extractf32x4_ps::<2>(minima), _mm512_extractf32x4_ps::<3>(minima)];
+            _mm_storeu_ps(product.results(i).add(row), _mm_add_ps(sums, sums_of_fours(a, b, c, d)));
+        }
+    }
+}
+
+/// The sum of each register's lanes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
+fn sums_of_lanes(x: [__m512; 4]) -> __m128 {
+    let mut fours = [_mm_setzero_ps(); 4];
+    for r in 0..4 {
+        let eight = _mm256_add_ps(_mm512_castps512_ps256(x[r]), _mm512_extractf32x8_ps::<1>(x[r]));
+        fours[r] = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+    }
+    sums_of_fours(fours[0], fours[1], fours[2], fours[3])
+}
+
+/// The sum of each register's lanes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
+fn sums_of_fours(a: __m128, b: __m128, c: __m128, d: __m128) -> __m128 {
+    let ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
+    let cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+    _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab))
+}
+
 /// Multiplies a row with `N` vectors. A vector's result does not depend on `N`.
 ///
 /// # Safety
-/// As [`Kernels::multiply_row`].
+/// As [`Kernels::multiply_rows`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
 unsafe fn multiply_row<F: Format, const N: usize>(product: &Product, input: &Input, row: usize) {

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Format, Scales, half_bytes};
+use super::{Format, Scales, half_bytes, two_halves, two_words};
 
 pub struct Q4_0;
 pub struct Q4_1;
@@ -10,24 +10,12 @@ pub struct Q5_0;
 pub struct Q5_1;
 pub struct Q8_0;
 
-/// The words at `first` and, in the upper half, `second`.
-///
-/// # Safety
-/// Both are good for four bytes.
-#[inline(always)]
-unsafe fn two_words(first: *const u8, second: *const u8) -> u64 {
-    // SAFETY: as the caller says.
-    let (first, second) = unsafe { (first.cast::<u32>().read_unaligned(), second.cast::<u32>().read_unaligned()) };
-    u64::from(first) | u64::from(second) << 32
-}
-
 /// The scales of two blocks, each of which begins with its own.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn two_scales(first: *const u8, second: *const u8) -> Scales {
-    // SAFETY: both are good for two bytes.
-    let (first, second) = unsafe { (first.cast::<u16>().read_unaligned(), second.cast::<u16>().read_unaligned()) };
-    let halves = _mm_cvtsi32_si128((u32::from(first) | u32::from(second) << 16) as i32);
+    // SAFETY: as the caller says.
+    let halves = _mm_cvtsi32_si128(unsafe { two_halves(first, second) } as i32);
     Scales { scales: [_mm256_zextps128_ps256(_mm_cvtph_ps(halves)), _mm256_setzero_ps()], minima: _mm256_setzero_ps() }
 }
 
@@ -70,7 +58,7 @@ fn fifth_bits(bits: u32) -> __m256i {
 unsafe fn add_fifth_bits(numbers: __m512i, first: *const u8, second: *const u8) -> __m512i {
     // SAFETY: as the caller says.
     let set = unsafe { two_words(first, second) };
-    _mm512_mask_add_epi8(numbers, set, numbers, _mm512_set1_epi8(16))
+    _mm512_or_si512(numbers, _mm512_maskz_mov_epi8(set, _mm512_set1_epi8(16)))
 }
 
 impl Format for Q4_0 {

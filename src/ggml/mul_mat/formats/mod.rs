@@ -55,6 +55,30 @@ pub(super) trait Format {
     /// # Safety
     /// As [`Format::unpack`].
     unsafe fn scales(step: *const u8) -> Scales;
+
+    /// The scales of a step of four rows, row by row, each with its minimum behind it where there is one; zeros behind all.
+    /// As it stands it is for steps of two blocks that begin with them.
+    ///
+    /// # Safety
+    /// As [`Format::unpack`], for each of the steps.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c,fma")]
+    unsafe fn scales_of_four_rows(steps: [*const u8; 4]) -> __m512 {
+        // SAFETY: as the caller says.
+        unsafe {
+            if Self::HAS_MIN {
+                let both = |step: *const u8| two_words(step, step.add(Self::BYTES / 2)) as i64;
+                let first = _mm_set_epi64x(both(steps[1]), both(steps[0]));
+                let second = _mm_set_epi64x(both(steps[3]), both(steps[2]));
+                _mm512_cvtph_ps(_mm256_set_m128i(second, first))
+            } else {
+                let both = |step: *const u8| u64::from(two_halves(step, step.add(Self::BYTES / 2)));
+                let first = both(steps[0]) | both(steps[1]) << 32;
+                let second = both(steps[2]) | both(steps[3]) << 32;
+                _mm512_zextps256_ps512(_mm256_cvtph_ps(_mm_set_epi64x(second as i64, first as i64)))
+            }
+        }
+    }
 }
 
 /// Scales of a step's groups in their order, zeros behind them; minima (of at most eight groups) likewise.
@@ -62,6 +86,28 @@ pub(super) trait Format {
 pub(super) struct Scales {
     pub scales: [__m256; 2],
     pub minima: __m256,
+}
+
+/// The half words at `first` and, in the upper half, `second`.
+///
+/// # Safety
+/// Both are good for two bytes.
+#[inline(always)]
+unsafe fn two_halves(first: *const u8, second: *const u8) -> u32 {
+    // SAFETY: as the caller says.
+    let (first, second) = unsafe { (first.cast::<u16>().read_unaligned(), second.cast::<u16>().read_unaligned()) };
+    u32::from(first) | u32::from(second) << 16
+}
+
+/// The words at `first` and, in the upper half, `second`.
+///
+/// # Safety
+/// Both are good for four bytes.
+#[inline(always)]
+unsafe fn two_words(first: *const u8, second: *const u8) -> u64 {
+    // SAFETY: as the caller says.
+    let (first, second) = unsafe { (first.cast::<u32>().read_unaligned(), second.cast::<u32>().read_unaligned()) };
+    u64::from(first) | u64::from(second) << 32
 }
 
 /// 16 bytes → 32 numbers of half a byte: the lower halves, then the upper ones.

@@ -43,7 +43,7 @@ impl Format for Q5_K {
         let low = _mm512_set1_epi8((1u8 << (2 * pair)) as i8);
         let bits = _mm512_mask_add_epi8(low, 0xffff_ffff_0000_0000, low, low);
         let set = _mm512_test_epi8_mask(fifth, bits);
-        _mm512_mask_add_epi8(numbers, set, numbers, _mm512_set1_epi8(16))
+        _mm512_or_si512(numbers, _mm512_maskz_mov_epi8(set, _mm512_set1_epi8(16)))
     }
 
     #[inline]
