@@ -12,10 +12,10 @@
 use std::{arch::x86_64::*, cell::RefCell};
 
 use super::{
-    formats::Format,
+    formats::{Format, Layout, Q4_Kx8, q4_k_x8},
     input::{BLOCK, Input},
     product::Product,
-    run::{Kernels, Scratch, Slice},
+    run::{Isa, Kernels, Scratch, Slice},
     simd::sum_of_lanes,
 };
 
@@ -37,7 +37,7 @@ thread_local! {
         RefCell::new(Scratch { input: Input::default(), panels: Vec::new() });
 }
 
-impl Kernels for Avx2 {
+impl Isa for Avx2 {
     type Panel = Panel;
     const EMPTY: Panel = Panel { numbers: [[0; 32]; 8], scales: [[0.0; 8]; 2], minima: [0.0; 8] };
     const ROWS: usize = 8;
@@ -47,25 +47,7 @@ impl Kernels for Avx2 {
         SCRATCH.with_borrow_mut(work);
     }
 
-    unsafe fn multiply_rows<F: Format>(product: &Product, input: &Input) {
-        for row in product.rows.clone() {
-            // SAFETY: as the caller says.
-            unsafe {
-                match product.n {
-                    1 => multiply_row::<F, 1>(product, input, row),
-                    2 => multiply_row::<F, 2>(product, input, row),
-                    _ => multiply_row::<F, 3>(product, input, row),
-                }
-            }
-        }
-    }
-
-    unsafe fn fill<F: Format>(product: &Product, row: usize, slice: Slice, panels: &mut [Panel]) {
-        // SAFETY: as the caller says.
-        unsafe { fill::<F>(product, row, slice, panels) }
-    }
-
-    unsafe fn multiply<F: Format>(product: &Product, row: usize, slice: Slice, panels: &[Panel], input: &Input) {
+    unsafe fn multiply<F: Layout>(product: &Product, row: usize, slice: Slice, panels: &[Panel], input: &Input) {
         let mut done = 0;
         while done < slice.n {
             // SAFETY: as the caller says.
@@ -81,8 +63,152 @@ impl Kernels for Avx2 {
     }
 }
 
+impl<F: Format> Kernels<F> for Avx2 {
+    unsafe fn multiply_rows(product: &Product, input: &Input) {
+        for row in product.rows.clone() {
+            // SAFETY: as the caller says.
+            unsafe {
+                match product.n {
+                    1 => multiply_row::<F, 1>(product, input, row),
+                    2 => multiply_row::<F, 2>(product, input, row),
+                    _ => multiply_row::<F, 3>(product, input, row),
+                }
+            }
+        }
+    }
+
+    unsafe fn fill(product: &Product, row: usize, slice: Slice, panels: &mut [Panel]) {
+        // SAFETY: as the caller says.
+        unsafe { fill::<F>(product, row, slice, panels) }
+    }
+}
+
+impl Kernels<Q4_Kx8> for Avx2 {
+    unsafe fn multiply_rows(product: &Product, input: &Input) {
+        for row in product.rows.clone().step_by(q4_k_x8::ROWS) {
+            // SAFETY: as the caller says; rows are a multiple of eight, threads' shares too.
+            unsafe {
+                match product.n {
+                    1 => multiply_q4_k_x8::<1>(product, input, row),
+                    2 => multiply_q4_k_x8::<2>(product, input, row),
+                    _ => multiply_q4_k_x8::<3>(product, input, row),
+                }
+            }
+        }
+    }
+
+    unsafe fn fill(product: &Product, row: usize, slice: Slice, panels: &mut [Panel]) {
+        // SAFETY: as the caller says.
+        unsafe { fill_q4_k_x8(product, row, slice, panels) }
+    }
+}
+
+/// Multiplies eight rows with `N` vectors: two lanes a row, four rows in a register.
+///
+/// # Safety
+/// As [`Kernels::multiply_rows`].
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn multiply_q4_k_x8<const N: usize>(product: &Product, input: &Input, row: usize) {
+    let (fifteen, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
+    let twice = [_mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3), _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7)];
+    let mut sums = [[_mm256_setzero_ps(); 2]; N];
+    let mut minima = [_mm256_setzero_ps(); N];
+    // SAFETY: rows are `k` elements; so are the vectors.
+    unsafe {
+        let mut vectors = [input.vector(0); N];
+        for i in 1..N {
+            vectors[i] = input.vector(i);
+        }
+        let weights = product.row(row);
+        for s in 0..product.k / 256 {
+            let block = weights.add(s * q4_k_x8::BYTES);
+            for pair in 0..4 {
+                // By vector, group and half of the rows: sums of two, of at most 2 × 15 × 127, four of which fit together.
+                let mut pairs = [[[_mm256_setzero_si256(); 2]; 2]; N];
+                for c in 4 * pair..4 * pair + 4 {
+                    let from = block.add(q4_k_x8::NUMBERS + 64 * c);
+                    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(2048).cast());
+                    for h in 0..2 {
+                        let both = _mm256_loadu_si256(from.add(32 * h).cast());
+                        let upper = _mm256_and_si256(_mm256_srli_epi16::<4>(both), fifteen);
+                        let numbers = [_mm256_and_si256(both, fifteen), upper];
+                        for i in 0..N {
+                            for g in 0..2 {
+                                let at = s * 256 + (2 * pair + g) * 32 + c % 4 * 8;
+                                let x = vectors[i].numbers.add(at).cast::<i64>().read_unaligned();
+                                let two = _mm256_maddubs_epi16(numbers[g], _mm256_set1_epi64x(x));
+                                pairs[i][g][h] = _mm256_add_epi16(pairs[i][g][h], two);
+                            }
+                        }
+                    }
+                }
+                for g in 0..2 {
+                    let group = 2 * pair + g;
+                    let (scales, of_rows) = q4_k_x8::scales_of_rows(block, group);
+                    for i in 0..N {
+                        let factors =
+                            _mm256_mul_ps(scales, _mm256_broadcast_ss(&*vectors[i].scales.add(s * 8 + group)));
+                        for h in 0..2 {
+                            let dot = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs[i][g][h], ones));
+                            let factor = _mm256_permutevar8x32_ps(factors, twice[h]);
+                            sums[i][h] = _mm256_fmadd_ps(dot, factor, sums[i][h]);
+                        }
+                        let sum = _mm256_broadcast_ss(&*vectors[i].sums.add(s * 8 + group));
+                        minima[i] = _mm256_fmadd_ps(of_rows, sum, minima[i]);
+                    }
+                }
+            }
+        }
+        for i in 0..N {
+            // Rows 0, 1, 4, 5 and 2, 3, 6, 7.
+            let sum = _mm256_castps_pd(_mm256_hadd_ps(sums[i][0], sums[i][1]));
+            let sum = _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(sum));
+            _mm256_storeu_ps(product.results(i).add(row), _mm256_add_ps(sum, minima[i]));
+        }
+    }
+}
+
+/// See [`Kernels::fill`].
+///
+/// # Safety
+/// As there.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn fill_q4_k_x8(product: &Product, row: usize, slice: Slice, panels: &mut [Panel]) {
+    let fifteen = _mm256_set1_epi8(15);
+    // SAFETY: rows have the slice's elements, and there is a panel for each of its blocks.
+    unsafe {
+        let rows = product.row(row);
+        for (s, panels) in panels.chunks_exact_mut(8).enumerate() {
+            let block = rows.add((slice.from / 256 + s) * q4_k_x8::BYTES);
+            for (g, panel) in panels.iter_mut().enumerate() {
+                let (scales, minima) = q4_k_x8::scales_of_rows(block, g);
+                _mm256_store_ps(panel.scales[0].as_mut_ptr(), scales);
+                _mm256_store_ps(panel.minima.as_mut_ptr(), minima);
+            }
+            for c in 0..16 {
+                let from = block.add(q4_k_x8::NUMBERS + 64 * c);
+                let mut a = _mm256_loadu_si256(from.cast());
+                let mut b = _mm256_loadu_si256(from.add(32).cast());
+                for g in 0..2 {
+                    let x = _mm256_castsi256_ps(_mm256_and_si256(a, fifteen));
+                    let y = _mm256_castsi256_ps(_mm256_and_si256(b, fifteen));
+                    // Of each row's eight bytes the first four, and the last; rows 0, 1, 4, 5 and 2, 3, 6, 7.
+                    let first = _mm256_castps_si256(_mm256_shuffle_ps::<0b10_00_10_00>(x, y));
+                    let last = _mm256_castps_si256(_mm256_shuffle_ps::<0b11_01_11_01>(x, y));
+                    let numbers = &mut panels[c / 4 * 2 + g].numbers[c % 4 * 2..];
+                    let first = _mm256_permute4x64_epi64::<0b11_01_10_00>(first);
+                    let last = _mm256_permute4x64_epi64::<0b11_01_10_00>(last);
+                    _mm256_store_si256(numbers[0].as_mut_ptr().cast(), first);
+                    _mm256_store_si256(numbers[1].as_mut_ptr().cast(), last);
+                    (a, b) = (_mm256_srli_epi16::<4>(a), _mm256_srli_epi16::<4>(b));
+                }
+            }
+        }
+    }
+}
+
 /// Whether the kernels take numbers with their sign.
-const fn is_signed<F: Format>() -> bool {
+const fn is_signed<F: Layout>() -> bool {
     F::BITS == 8
 }
 
@@ -101,7 +227,7 @@ unsafe fn unpack<F: Format>(step: *const u8, part: usize) -> __m256i {
 /// Products of numbers, in sums of two.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn sums_of_two<F: Format>(numbers: __m256i, x: __m256i) -> __m256i {
+fn sums_of_two<F: Layout>(numbers: __m256i, x: __m256i) -> __m256i {
     if is_signed::<F>() {
         _mm256_maddubs_epi16(_mm256_abs_epi8(numbers), _mm256_sign_epi8(x, numbers))
     } else {
@@ -256,10 +382,10 @@ fn transpose(rows: [__m256i; 8]) -> [__m256i; 8] {
 /// Returns `N`.
 ///
 /// # Safety
-/// As [`Kernels::multiply`].
+/// As [`Isa::multiply`].
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn multiply<F: Format, const N: usize>(
+unsafe fn multiply<F: Layout, const N: usize>(
     product: &Product,
     row: usize,
     slice: Slice,

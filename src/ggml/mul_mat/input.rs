@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 
 use super::{
-    formats::Format,
+    formats::Layout,
     product::Product,
     simd::{max_of_lanes, sum_of_lanes},
 };
@@ -46,7 +46,7 @@ impl Input {
     /// # Safety
     /// They exist, `len` is a multiple of a step; the processor has the features.
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub unsafe fn quantize<F: Format>(&mut self, product: &Product, first: usize, n: usize, from: usize, len: usize) {
+    pub unsafe fn quantize<F: Layout>(&mut self, product: &Product, first: usize, n: usize, from: usize, len: usize) {
         let (blocks, groups) = (len / BLOCK, len / F::GROUP);
         (self.len, self.group) = (len, F::GROUP);
         if self.numbers.len() < n * len {
@@ -111,7 +111,7 @@ impl Vector {
     /// The vector has the step; the processor has the features.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub unsafe fn scales_of_step<F: Format>(self, at: usize) -> __m256 {
+    pub unsafe fn scales_of_step<F: Layout>(self, at: usize) -> __m256 {
         // SAFETY: as the caller says.
         unsafe {
             let scales = self.scales.add(at / BLOCK);
@@ -129,7 +129,7 @@ impl Vector {
     /// As [`Vector::scales_of_step`].
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub unsafe fn sums_of_step<F: Format>(self, at: usize, part: usize) -> __m256 {
+    pub unsafe fn sums_of_step<F: Layout>(self, at: usize, part: usize) -> __m256 {
         // SAFETY: as the caller says.
         unsafe {
             let sums = self.sums.add(at / F::GROUP + 8 * part);

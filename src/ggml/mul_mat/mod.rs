@@ -44,19 +44,25 @@ struct Kernel {
     step: usize,
 }
 
-/// The kernel for weights of this type with these features; `None` where ggml's is used.
+/// The kernel for weights of this type, as in a file or as ggml repacks them, with these features; `None` where ggml's is used.
 #[cfg(target_arch = "x86_64")]
-fn kernel(ty: Type, features: Features) -> Option<Kernel> {
-    use self::{formats::*, run::run};
-    fn of<F: Format>(features: Features) -> Option<Kernel> {
+fn kernel(ty: Type, is_repacked: bool, features: Features) -> Option<Kernel> {
+    use self::{avx2::Avx2, formats::*, run::Kernels, run::run, vnni::Vnni};
+    fn of<F: Layout>(features: Features) -> Option<Kernel>
+    where
+        Avx2: Kernels<F>,
+        Vnni: Kernels<F>,
+    {
         let run: Run = match features {
             Features::Portable => return None,
-            Features::Avx2 | Features::Avx512 => run::<avx2::Avx2, F>,
-            Features::Avx512Vnni => run::<vnni::Vnni, F>,
+            Features::Avx2 | Features::Avx512 => run::<Avx2, F>,
+            Features::Avx512Vnni => run::<Vnni, F>,
         };
         Some(Kernel { run, step: F::STEP })
     }
     match ty {
+        Type::Q4_K if is_repacked => of::<Q4_Kx8>(features),
+        _ if is_repacked => None,
         Type::Q4_0 => of::<Q4_0>(features),
         Type::Q4_1 => of::<Q4_1>(features),
         Type::Q5_0 => of::<Q5_0>(features),
@@ -69,9 +75,9 @@ fn kernel(ty: Type, features: Features) -> Option<Kernel> {
     }
 }
 
-/// The kernel for weights of this type with these features; `None` where ggml's is used.
+/// The kernel for weights of this type, as in a file or as ggml repacks them, with these features; `None` where ggml's is used.
 #[cfg(not(target_arch = "x86_64"))]
-fn kernel(_: Type, _: Features) -> Option<Kernel> {
+fn kernel(_: Type, _: bool, _: Features) -> Option<Kernel> {
     None
 }
 
@@ -79,12 +85,13 @@ fn kernel(_: Type, _: Features) -> Option<Kernel> {
 pub(super) fn applies(weight: &Tensor, input: &Tensor, features: Features) -> bool {
     let ([k, n_rows, w2, w3], [_, n, i2, i3]) = (weight.shape(), input.shape());
     let is_plain = [w2, w3, i2, i3] == [1; 4] && input.ty() == Type::F32 && input.strides()[0] == size_of::<f32>();
-    kernel(weight.ty(), features).is_some_and(|kernel| k.is_multiple_of(kernel.step))
+    let is_repacked = weight.is_repacked();
+    kernel(weight.ty(), is_repacked, features).is_some_and(|kernel| k.is_multiple_of(kernel.step))
         && is_plain
         && n > 0
         && n_rows > 0
         && k > 0
-        && weight.is_host()
+        && (is_repacked || weight.is_host())
 }
 
 /// Adds the node of `weight [k, rows] × input [k, n]` → `[rows, n]` to the context `raw`.
@@ -98,7 +105,8 @@ pub(super) unsafe fn add(
     features: Features,
 ) -> *mut sys::ggml_tensor {
     let mut sources = [weight.raw(), input.raw()];
-    let run = kernel(weight.ty(), features).map_or(std::ptr::null_mut(), |kernel| kernel.run as *mut c_void);
+    let run = kernel(weight.ty(), weight.is_repacked(), features)
+        .map_or(std::ptr::null_mut(), |kernel| kernel.run as *mut c_void);
     // SAFETY: as the caller says; what the callback is given is the function that it takes it for.
     unsafe {
         sys::ggml_custom_4d(

@@ -1,13 +1,13 @@
 //! The order in which a thread's share is worked through.
 
 use super::{
-    formats::Format,
+    formats::Layout,
     input::{BLOCK, Input},
     product::Product,
 };
 
-/// The kernels of one instruction set.
-pub(super) trait Kernels {
+/// An instruction set that there are kernels for.
+pub(super) trait Isa {
     /// A block of as many rows as a panel has, whose lanes are rows.
     type Panel: Copy;
     const EMPTY: Self::Panel;
@@ -19,23 +19,26 @@ pub(super) trait Kernels {
     /// This thread's scratch memory. It grows to what the largest product needs, and stays.
     fn with_scratch(work: impl FnOnce(&mut Scratch<Self::Panel>));
 
-    /// Multiplies the product's rows with all vectors of `input`, fewer than [`Product::MIN_PANEL`].
-    ///
-    /// # Safety
-    /// The pointers of the product are good for what its fields say; the processor has the features.
-    unsafe fn multiply_rows<F: Format>(product: &Product, input: &Input);
-
-    /// Unpacks, of the rows from `row` on, the elements that `slice` says. Behind the last row it comes again.
-    ///
-    /// # Safety
-    /// As [`Kernels::multiply_rows`]; there is a panel for each block.
-    unsafe fn fill<F: Format>(product: &Product, row: usize, slice: Slice, panels: &mut [Self::Panel]);
-
     /// Multiplies the rows from `row` on, `panels.len() / blocks` panels of them, with the vectors of a slice.
     ///
     /// # Safety
     /// As [`Kernels::multiply_rows`]; panels and input are those of the slice.
-    unsafe fn multiply<F: Format>(product: &Product, row: usize, slice: Slice, panels: &[Self::Panel], input: &Input);
+    unsafe fn multiply<F: Layout>(product: &Product, row: usize, slice: Slice, panels: &[Self::Panel], input: &Input);
+}
+
+/// Kernels for a type of weights.
+pub(super) trait Kernels<F: Layout>: Isa {
+    /// Multiplies the product's rows with all vectors of `input`, fewer than [`Product::MIN_PANEL`].
+    ///
+    /// # Safety
+    /// The pointers of the product are good for what its fields say; the processor has the features.
+    unsafe fn multiply_rows(product: &Product, input: &Input);
+
+    /// Unpacks, of the rows from `row` on, the elements that `slice` says. Behind the last rows some come again.
+    ///
+    /// # Safety
+    /// As [`Kernels::multiply_rows`]; there is a panel for each block.
+    unsafe fn fill(product: &Product, row: usize, slice: Slice, panels: &mut [Self::Panel]);
 }
 
 pub(super) struct Scratch<P> {
@@ -64,13 +67,13 @@ const SLICE_ELEMENTS: usize = 384 << 10;
 
 /// # Safety
 /// The pointers are good for what the fields say; the processor has the features.
-pub(super) unsafe fn run<K: Kernels, F: Format>(product: &Product) {
+pub(super) unsafe fn run<K: Kernels<F>, F: Layout>(product: &Product) {
     K::with_scratch(|scratch| {
         // SAFETY: as the caller says.
         unsafe {
             if product.n < Product::MIN_PANEL {
                 scratch.input.quantize::<F>(product, 0, product.n, 0, product.k);
-                K::multiply_rows::<F>(product, &scratch.input);
+                K::multiply_rows(product, &scratch.input);
             } else {
                 multiply_slices::<K, F>(product, scratch);
             }
@@ -80,7 +83,7 @@ pub(super) unsafe fn run<K: Kernels, F: Format>(product: &Product) {
 
 /// # Safety
 /// As [`run`].
-unsafe fn multiply_slices<K: Kernels, F: Format>(product: &Product, scratch: &mut Scratch<K::Panel>) {
+unsafe fn multiply_slices<K: Kernels<F>, F: Layout>(product: &Product, scratch: &mut Scratch<K::Panel>) {
     let len = SLICE_LEN.min(product.k);
     let slices = product.n.div_ceil(SLICE_ELEMENTS / len);
     let n = product.n.div_ceil(slices);
@@ -98,7 +101,7 @@ unsafe fn multiply_slices<K: Kernels, F: Format>(product: &Product, scratch: &mu
                     let panels = (product.rows.end - row).div_ceil(K::ROWS).min(K::PANELS);
                     let panels = &mut scratch.panels[..panels * blocks];
                     for (i, panels) in panels.chunks_exact_mut(blocks).enumerate() {
-                        K::fill::<F>(product, row + i * K::ROWS, slice, panels);
+                        K::fill(product, row + i * K::ROWS, slice, panels);
                     }
                     K::multiply::<F>(product, row, slice, panels, &scratch.input);
                 }

@@ -9,10 +9,10 @@
 use std::{arch::x86_64::*, cell::RefCell};
 
 use super::{
-    formats::Format,
+    formats::{Format, Layout, Q4_Kx8, q4_k_x8},
     input::{BLOCK, Input},
     product::Product,
-    run::{Kernels, Scratch, Slice},
+    run::{Isa, Kernels, Scratch, Slice},
 };
 
 pub(super) struct Vnni;
@@ -33,7 +33,7 @@ thread_local! {
         RefCell::new(Scratch { input: Input::default(), panels: Vec::new() });
 }
 
-impl Kernels for Vnni {
+impl Isa for Vnni {
     type Panel = Panel;
     const EMPTY: Panel = Panel { numbers: [[0; 64]; 8], scales: [[0.0; 16]; 2], minima: [0.0; 16] };
     const ROWS: usize = 16;
@@ -43,23 +43,7 @@ impl Kernels for Vnni {
         SCRATCH.with_borrow_mut(work);
     }
 
-    unsafe fn multiply_rows<F: Format>(product: &Product, input: &Input) {
-        // SAFETY: as the caller says.
-        unsafe {
-            match product.n {
-                1 => multiply_rows::<F, 1>(product, input),
-                2 => multiply_rows::<F, 2>(product, input),
-                _ => multiply_rows::<F, 3>(product, input),
-            }
-        }
-    }
-
-    unsafe fn fill<F: Format>(product: &Product, row: usize, slice: Slice, panels: &mut [Panel]) {
-        // SAFETY: as the caller says.
-        unsafe { fill::<F>(product, row, slice, panels) }
-    }
-
-    unsafe fn multiply<F: Format>(product: &Product, row: usize, slice: Slice, panels: &[Panel], input: &Input) {
+    unsafe fn multiply<F: Layout>(product: &Product, row: usize, slice: Slice, panels: &[Panel], input: &Input) {
         let two = panels.len() > slice.len / BLOCK;
         let mut done = 0;
         while done < slice.n {
@@ -76,6 +60,140 @@ impl Kernels for Vnni {
                     (false, _) => multiply::<F, 1, 4>(product, row, slice, panels, input, done),
                 }
             };
+        }
+    }
+}
+
+impl<F: Format> Kernels<F> for Vnni {
+    unsafe fn multiply_rows(product: &Product, input: &Input) {
+        // SAFETY: as the caller says.
+        unsafe {
+            match product.n {
+                1 => multiply_rows::<F, 1>(product, input),
+                2 => multiply_rows::<F, 2>(product, input),
+                _ => multiply_rows::<F, 3>(product, input),
+            }
+        }
+    }
+
+    unsafe fn fill(product: &Product, row: usize, slice: Slice, panels: &mut [Panel]) {
+        // SAFETY: as the caller says.
+        unsafe { fill::<F>(product, row, slice, panels) }
+    }
+}
+
+impl Kernels<Q4_Kx8> for Vnni {
+    unsafe fn multiply_rows(product: &Product, input: &Input) {
+        for row in product.rows.clone().step_by(q4_k_x8::ROWS) {
+            // SAFETY: as the caller says; rows are a multiple of eight, threads' shares too.
+            unsafe {
+                match product.n {
+                    1 => multiply_q4_k_x8::<1>(product, input, row),
+                    2 => multiply_q4_k_x8::<2>(product, input, row),
+                    _ => multiply_q4_k_x8::<3>(product, input, row),
+                }
+            }
+        }
+    }
+
+    unsafe fn fill(product: &Product, row: usize, slice: Slice, panels: &mut [Panel]) {
+        // SAFETY: as the caller says.
+        unsafe { fill_q4_k_x8(product, row, slice, panels) }
+    }
+}
+
+/// Multiplies eight rows with `N` vectors: two lanes a row, for eight of a row's numbers each.
+///
+/// # Safety
+/// As [`Kernels::multiply_rows`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
+unsafe fn multiply_q4_k_x8<const N: usize>(product: &Product, input: &Input, row: usize) {
+    let (fifteen, twice) = (_mm512_set1_epi8(15), _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0));
+    let mut sums = [[_mm512_setzero_ps(); 2]; N];
+    let mut minima = [_mm256_setzero_ps(); N];
+    // SAFETY: rows are `k` elements; so are the vectors.
+    unsafe {
+        let mut vectors = [input.vector(0); N];
+        for i in 1..N {
+            vectors[i] = input.vector(i);
+        }
+        let weights = product.row(row);
+        for s in 0..product.k / 256 {
+            let block = weights.add(s * q4_k_x8::BYTES);
+            for pair in 0..4 {
+                let mut dots = [[_mm512_setzero_si512(); 2]; N];
+                for c in 4 * pair..4 * pair + 4 {
+                    let from = block.add(q4_k_x8::NUMBERS + 64 * c);
+                    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(2048).cast());
+                    let both = _mm512_loadu_si512(from.cast());
+                    let numbers =
+                        [_mm512_and_si512(both, fifteen), _mm512_and_si512(_mm512_srli_epi16::<4>(both), fifteen)];
+                    for i in 0..N {
+                        for g in 0..2 {
+                            let at = s * 256 + (2 * pair + g) * 32 + c % 4 * 8;
+                            let x = _mm512_set1_epi64(vectors[i].numbers.add(at).cast::<i64>().read_unaligned());
+                            dots[i][g] = _mm512_dpbusd_epi32(dots[i][g], numbers[g], x);
+                        }
+                    }
+                }
+                for g in 0..2 {
+                    let group = 2 * pair + g;
+                    let (scales, of_rows) = q4_k_x8::scales_of_rows(block, group);
+                    let scales = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(scales));
+                    for i in 0..N {
+                        let factor = _mm512_mul_ps(scales, _mm512_set1_ps(*vectors[i].scales.add(s * 8 + group)));
+                        sums[i][g] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[i][g]), factor, sums[i][g]);
+                        let sum = _mm256_set1_ps(*vectors[i].sums.add(s * 8 + group));
+                        minima[i] = _mm256_fmadd_ps(of_rows, sum, minima[i]);
+                    }
+                }
+            }
+        }
+        for i in 0..N {
+            let sum = _mm512_add_ps(sums[i][0], sums[i][1]);
+            let sum = _mm512_add_ps(sum, _mm512_movehdup_ps(sum));
+            let even = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 12, 10, 8, 6, 4, 2, 0);
+            let sum = _mm512_castps512_ps256(_mm512_permutexvar_ps(even, sum));
+            _mm256_storeu_ps(product.results(i).add(row), _mm256_add_ps(sum, minima[i]));
+        }
+    }
+}
+
+/// See [`Kernels::fill`].
+///
+/// # Safety
+/// As there.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
+unsafe fn fill_q4_k_x8(product: &Product, row: usize, slice: Slice, panels: &mut [Panel]) {
+    let fifteen = _mm512_set1_epi8(15);
+    // Of each row's eight bytes the first four, and the last.
+    let first = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    let last = _mm512_or_si512(first, _mm512_set1_epi32(1));
+    // SAFETY: rows have the slice's elements, and there is a panel for each of its blocks.
+    unsafe {
+        let next = if row + q4_k_x8::ROWS < product.rows.end { row + q4_k_x8::ROWS } else { row };
+        let (rows, next) = (product.row(row), product.row(next));
+        for (s, panels) in panels.chunks_exact_mut(8).enumerate() {
+            let at = (slice.from / 256 + s) * q4_k_x8::BYTES;
+            let blocks = [rows.add(at), next.add(at)];
+            for (g, panel) in panels.iter_mut().enumerate() {
+                for h in 0..2 {
+                    let (scales, minima) = q4_k_x8::scales_of_rows(blocks[h], g);
+                    _mm256_storeu_ps(panel.scales[0].as_mut_ptr().add(8 * h), scales);
+                    _mm256_storeu_ps(panel.minima.as_mut_ptr().add(8 * h), minima);
+                }
+            }
+            for c in 0..16 {
+                let mut a = _mm512_loadu_si512(blocks[0].add(q4_k_x8::NUMBERS + 64 * c).cast());
+                let mut b = _mm512_loadu_si512(blocks[1].add(q4_k_x8::NUMBERS + 64 * c).cast());
+                for g in 0..2 {
+                    let (x, y) = (_mm512_and_si512(a, fifteen), _mm512_and_si512(b, fifteen));
+                    let numbers = &mut panels[c / 4 * 2 + g].numbers[c % 4 * 2..];
+                    _mm512_store_si512(numbers[0].as_mut_ptr().cast(), _mm512_permutex2var_epi32(x, first, y));
+                    _mm512_store_si512(numbers[1].as_mut_ptr().cast(), _mm512_permutex2var_epi32(x, last, y));
+                    (a, b) = (_mm512_srli_epi16::<4>(a), _mm512_srli_epi16::<4>(b));
+                }
+            }
         }
     }
 }
@@ -338,10 +456,10 @@ fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
 /// Returns `N`.
 ///
 /// # Safety
-/// As [`Kernels::multiply`].
+/// As [`Isa::multiply`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
-unsafe fn multiply<F: Format, const P: usize, const N: usize>(
+unsafe fn multiply<F: Layout, const P: usize, const N: usize>(
     product: &Product,
     row: usize,
     slice: Slice,

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Format, Scales, half_bytes, two_halves, two_words};
+use super::{Format, Layout, Scales, half_bytes, two_halves, two_words};
 
 pub struct Q4_0;
 pub struct Q4_1;
@@ -61,11 +61,14 @@ unsafe fn add_fifth_bits(numbers: __m512i, first: *const u8, second: *const u8) 
     _mm512_or_si512(numbers, _mm512_maskz_mov_epi8(set, _mm512_set1_epi8(16)))
 }
 
-impl Format for Q4_0 {
+impl Layout for Q4_0 {
     const STEP: usize = 64;
-    const BYTES: usize = 2 * 18;
     const BITS: u32 = 4;
     const OFFSET: i32 = 8;
+}
+
+impl Format for Q4_0 {
+    const BYTES: usize = 2 * 18;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -89,11 +92,14 @@ impl Format for Q4_0 {
     }
 }
 
-impl Format for Q4_1 {
+impl Layout for Q4_1 {
     const STEP: usize = 64;
-    const BYTES: usize = 2 * 20;
     const BITS: u32 = 4;
     const HAS_MIN: bool = true;
+}
+
+impl Format for Q4_1 {
+    const BYTES: usize = 2 * 20;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -117,11 +123,14 @@ impl Format for Q4_1 {
     }
 }
 
-impl Format for Q5_0 {
+impl Layout for Q5_0 {
     const STEP: usize = 64;
-    const BYTES: usize = 2 * 22;
     const BITS: u32 = 5;
     const OFFSET: i32 = 16;
+}
+
+impl Format for Q5_0 {
+    const BYTES: usize = 2 * 22;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -148,11 +157,14 @@ impl Format for Q5_0 {
     }
 }
 
-impl Format for Q5_1 {
+impl Layout for Q5_1 {
     const STEP: usize = 64;
-    const BYTES: usize = 2 * 24;
     const BITS: u32 = 5;
     const HAS_MIN: bool = true;
+}
+
+impl Format for Q5_1 {
+    const BYTES: usize = 2 * 24;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -180,11 +192,14 @@ impl Format for Q5_1 {
 }
 
 /// Stored with a sign; the offset takes it away.
-impl Format for Q8_0 {
+impl Layout for Q8_0 {
     const STEP: usize = 64;
-    const BYTES: usize = 2 * 34;
     const BITS: u32 = 8;
     const OFFSET: i32 = 128;
+}
+
+impl Format for Q8_0 {
+    const BYTES: usize = 2 * 34;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]

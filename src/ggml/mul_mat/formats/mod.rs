@@ -1,10 +1,11 @@
 //! How weights are stored: a type is a small file here, and a line in `kernel`.
 //!
 //! A kernel sees rows as steps of 64 or 256 elements, in groups of 32 or 16 that share a scale. An element is its number
-//! less the offset, times the scale, plus the minimum.
+//! less the offset, times the scale, plus the minimum. `q4_k_x8` is as ggml repacks q4_K: eight rows together.
 
 mod legacy;
 mod q4_k;
+pub(super) mod q4_k_x8;
 mod q5_k;
 mod q6_k;
 
@@ -13,16 +14,15 @@ use std::arch::x86_64::*;
 pub(super) use self::{
     legacy::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0},
     q4_k::Q4_K,
+    q4_k_x8::Q4_Kx8,
     q5_k::Q5_K,
     q6_k::Q6_K,
 };
 
-/// A type of weights. Its functions need AVX2 with FMA and F16C, those with 512 bits AVX-512 F, BW, DQ and VL too.
-pub(super) trait Format {
+/// What kernels must know of a type whose weights they have unpacked.
+pub(super) trait Layout {
     /// Elements of a step: 64, where blocks are 32 elements, or 256.
     const STEP: usize;
-    /// Bytes of a step.
-    const BYTES: usize;
     /// Elements that share a scale: 32, or 16.
     const GROUP: usize = 32;
     /// Bits of a number: 4, 5, 6 or 8. They have no sign.
@@ -31,6 +31,13 @@ pub(super) trait Format {
     const OFFSET: i32 = 0;
     /// Whether groups have a minimum beside the scale.
     const HAS_MIN: bool = false;
+}
+
+/// A type of weights that are stored row by row. Its functions need AVX2 with FMA and F16C, those with 512 bits AVX-512 F,
+/// BW, DQ and VL too.
+pub(super) trait Format: Layout {
+    /// Bytes of a step.
+    const BYTES: usize;
 
     /// The 32 numbers of part `part` of a step, in their order.
     ///

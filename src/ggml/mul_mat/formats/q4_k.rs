@@ -2,10 +2,27 @@
 
 use std::arch::x86_64::*;
 
-use super::{Format, Scales};
+use super::{Format, Layout, Scales};
 
 #[allow(non_camel_case_types, reason = "the type's name")]
 pub struct Q4_K;
+
+/// Eight scales and eight minima of six bits, in twelve bytes.
+///
+/// # Safety
+/// Good for 12 bytes; the processor has the features.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn six_bits(from: *const u8) -> (__m256, __m256) {
+    // SAFETY: as the caller says.
+    let [a, b, c] = unsafe { from.cast::<[u32; 3]>().read_unaligned() };
+    // Four bytes each: the first four scales, the first four minima, and the last of both, whose upper bits are with
+    // the first's.
+    let low = |x: u32| u64::from(x & 0x3f3f_3f3f);
+    let high = |four: u32, two: u32| u64::from(four & 0x0f0f_0f0f | two >> 2 & 0x3030_3030) << 32;
+    let floats = |bytes: u64| _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes as i64)));
+    (floats(low(a) | high(c, a)), floats(low(b) | high(c >> 4, b)))
+}
 
 /// The scales and minima that a block of q4_K or q5_K begins with: two in f16 and twelve bytes.
 ///
@@ -15,27 +32,23 @@ pub struct Q4_K;
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn six_bit_scales(block: *const u8) -> Scales {
     // SAFETY: as the caller says.
-    let [both, a, b, c] = unsafe { block.cast::<[u32; 4]>().read_unaligned() };
-    // Four bytes each: the first four scales, the first four minima, and the last of both, whose upper bits are with
-    // the first's.
-    let low = |x: u32| u64::from(x & 0x3f3f_3f3f);
-    let high = |four: u32, two: u32| u64::from(four & 0x0f0f_0f0f | two >> 2 & 0x3030_3030) << 32;
-    let scales = low(a) | high(c, a);
-    let minima = low(b) | high(c >> 4, b);
-    let floats = |bytes: u64| _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes as i64)));
-    let factors = _mm_cvtph_ps(_mm_cvtsi32_si128(both as i32));
+    let (both, (scales, minima)) = unsafe { (block.cast::<i32>().read_unaligned(), six_bits(block.add(4))) };
+    let factors = _mm_cvtph_ps(_mm_cvtsi32_si128(both));
     let minus = _mm_xor_ps(_mm_movehdup_ps(factors), _mm_set1_ps(-0.0));
     Scales {
-        scales: [_mm256_mul_ps(floats(scales), _mm256_broadcastss_ps(factors)), _mm256_setzero_ps()],
-        minima: _mm256_mul_ps(floats(minima), _mm256_broadcastss_ps(minus)),
+        scales: [_mm256_mul_ps(scales, _mm256_broadcastss_ps(factors)), _mm256_setzero_ps()],
+        minima: _mm256_mul_ps(minima, _mm256_broadcastss_ps(minus)),
     }
 }
 
-impl Format for Q4_K {
+impl Layout for Q4_K {
     const STEP: usize = 256;
-    const BYTES: usize = 144;
     const BITS: u32 = 4;
     const HAS_MIN: bool = true;
+}
+
+impl Format for Q4_K {
+    const BYTES: usize = 144;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]

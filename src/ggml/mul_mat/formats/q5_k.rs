@@ -2,16 +2,19 @@
 
 use std::arch::x86_64::*;
 
-use super::{Format, Scales, q4_k::six_bit_scales};
+use super::{Format, Layout, Scales, q4_k::six_bit_scales};
 
 #[allow(non_camel_case_types, reason = "the type's name")]
 pub struct Q5_K;
 
-impl Format for Q5_K {
+impl Layout for Q5_K {
     const STEP: usize = 256;
-    const BYTES: usize = 176;
     const BITS: u32 = 5;
     const HAS_MIN: bool = true;
+}
+
+impl Format for Q5_K {
+    const BYTES: usize = 176;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]

@@ -2,17 +2,20 @@
 
 use std::arch::x86_64::*;
 
-use super::{Format, Scales};
+use super::{Format, Layout, Scales};
 
 #[allow(non_camel_case_types, reason = "the type's name")]
 pub struct Q6_K;
 
-impl Format for Q6_K {
+impl Layout for Q6_K {
     const STEP: usize = 256;
-    const BYTES: usize = 210;
     const GROUP: usize = 16;
     const BITS: u32 = 6;
     const OFFSET: i32 = 32;
+}
+
+impl Format for Q6_K {
+    const BYTES: usize = 210;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
