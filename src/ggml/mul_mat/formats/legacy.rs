@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Format, Layout, Scales, half_bytes, two_halves, two_words};
+use super::format::{Format, Layout, Scales, half_bytes, two_halves, two_words};
 
 pub struct Q4_0;
 pub struct Q4_1;

@@ -6,7 +6,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Layout, q4_k::six_bits};
+use super::{format::Layout, q4_k::six_bits};
 
 #[allow(non_camel_case_types, reason = "the type's name")]
 pub struct Q4_Kx8;

@@ -2,7 +2,10 @@
 
 use std::arch::x86_64::*;
 
-use super::{Format, Layout, Scales, q4_k::six_bit_scales};
+use super::{
+    format::{Format, Layout, Scales},
+    q4_k::six_bit_scales,
+};
 
 #[allow(non_camel_case_types, reason = "the type's name")]
 pub struct Q5_K;

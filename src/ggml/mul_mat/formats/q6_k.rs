@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Format, Layout, Scales};
+use super::format::{Format, Layout, Scales};
 
 #[allow(non_camel_case_types, reason = "the type's name")]
 pub struct Q6_K;
