@@ -3,7 +3,7 @@
 use std::{
     any::Any,
     cell::Cell,
-    ffi::{CString, c_void},
+    ffi::{CStr, CString, c_void},
     fmt,
     marker::PhantomData,
     ptr::NonNull,
@@ -317,6 +317,18 @@ impl Tensor {
         let buffer = self.header().buffer;
         // SAFETY: a buffer in a header lives as long as the tensor's context.
         self.is_allocated() && !buffer.is_null() && unsafe { sys::ggml_backend_buffer_is_host(buffer) }
+    }
+
+    /// Whether the tensor's data lies as ggml's own kernels for this processor want it, rows together: memory of the
+    /// processor that can be read by pointer, too.
+    pub(super) fn is_repacked(&self) -> bool {
+        let buffer = self.header().buffer;
+        if !self.is_allocated() || buffer.is_null() {
+            return false;
+        }
+        // SAFETY: a buffer in a header lives as long as the tensor's context; its type and the name are ggml's for good.
+        let name = unsafe { CStr::from_ptr(sys::ggml_backend_buft_name(sys::ggml_backend_buffer_get_type(buffer))) };
+        name == c"CPU_REPACK"
     }
 
     fn check(&self, offset: usize, len: usize) {

@@ -233,16 +233,13 @@ impl Scheduler {
         if self.has_devices() {
             // Its own buffers may be exchanged for larger ones.
             note_freed_device_memory();
-            for (tensor, device) in graph.placed().iter() {
-                if let Some(backend) = self.backends.iter().find(|backend| backend.device == *device) {
-                    // SAFETY: live handles; the tensor is one of this graph.
-                    unsafe {
-                        sys::ggml_backend_sched_set_tensor_backend(
-                            self.raw.as_ptr(),
-                            tensor.raw(),
-                            backend.raw.as_ptr(),
-                        );
-                    }
+        }
+        // With the processor alone, too: it does not say that it can run our products of weights that ggml repacked.
+        for (tensor, device) in graph.placed().iter() {
+            if let Some(backend) = self.backends.iter().find(|backend| backend.device == *device) {
+                // SAFETY: live handles; the tensor is one of this graph.
+                unsafe {
+                    sys::ggml_backend_sched_set_tensor_backend(self.raw.as_ptr(), tensor.raw(), backend.raw.as_ptr());
                 }
             }
         }

@@ -2,21 +2,8 @@
 
 use std::ops::Range;
 
-use ggml_sys as sys;
-
-/// Rows are shared out to threads in groups of so many: the AVX2 kernel takes that many at once.
-pub(super) const ROWS: usize = 8;
-
-/// Quantised input that is worked on at once: it is to stay in a core's own cache.
-#[cfg(target_arch = "x86_64")]
-pub(super) const TILE_BYTES: usize = 384 << 10;
-
-/// The kernels of one instruction set.
-pub(super) trait Kernels {
-    /// # Safety
-    /// The pointers are good for what the fields say, `ty` is the weights' type, and the processor has the features.
-    unsafe fn run(product: &Product, ty: sys::ggml_type);
-}
+/// Rows are shared out to threads in groups of so many: the kernels take as many at once, or half of them.
+pub(super) const ROWS: usize = 16;
 
 /// One thread's share of a product.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has kernels"))]
@@ -30,4 +17,34 @@ pub(super) struct Product {
     pub rows: Range<usize>,
     pub out: *mut u8,
     pub out_bytes: usize,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Product {
+    /// From this many vectors on rows are unpacked into panels; with fewer a vector's result does not depend on how many
+    /// others there are.
+    pub const MIN_PANEL: usize = 4;
+
+    /// # Safety
+    /// The vector exists.
+    pub unsafe fn vector(&self, index: usize) -> *const f32 {
+        // SAFETY: as the caller says.
+        unsafe { self.input.add(index * self.input_bytes).cast() }
+    }
+
+    /// # Safety
+    /// The row exists.
+    pub unsafe fn row(&self, index: usize) -> *const u8 {
+        // SAFETY: as the caller says.
+        unsafe { self.weights.add(index * self.row_bytes) }
+    }
+
+    /// Where a vector's results are, a number for each row.
+    ///
+    /// # Safety
+    /// The vector exists.
+    pub unsafe fn results(&self, vector: usize) -> *mut f32 {
+        // SAFETY: as the caller says.
+        unsafe { self.out.add(vector * self.out_bytes).cast() }
+    }
 }

@@ -1,0 +1,114 @@
+//! What a type of weights is to kernels, and what some types have in common.
+
+use std::arch::x86_64::*;
+
+/// What kernels must know of a type whose weights they have unpacked.
+pub trait Layout {
+    /// Elements of a step: 64, where blocks are 32 elements, or 256.
+    const STEP: usize;
+    /// Elements that share a scale: 32, or 16.
+    const GROUP: usize = 32;
+    /// Bits of a number: 4, 5, 6 or 8. They have no sign.
+    const BITS: u32;
+    /// What numbers are larger by than what they stand for.
+    const OFFSET: i32 = 0;
+    /// Whether groups have a minimum beside the scale.
+    const HAS_MIN: bool = false;
+}
+
+/// A type of weights that are stored row by row. Its functions need AVX2 with FMA and F16C, those with 512 bits AVX-512 F,
+/// BW, DQ and VL too.
+pub trait Format: Layout {
+    /// Bytes of a step.
+    const BYTES: usize;
+
+    /// The 32 numbers of part `part` of a step, in their order.
+    ///
+    /// # Safety
+    /// The step exists and has the part; the processor has the features.
+    unsafe fn unpack(step: *const u8, part: usize) -> __m256i;
+
+    /// The 64 numbers of the parts `2 × pair` and the next.
+    ///
+    /// # Safety
+    /// As [`Format::unpack`].
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c,fma")]
+    unsafe fn unpack_pair(step: *const u8, pair: usize) -> __m512i {
+        // SAFETY: as the caller says.
+        let [low, high] = unsafe { [Self::unpack(step, 2 * pair), Self::unpack(step, 2 * pair + 1)] };
+        _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
+    }
+
+    /// The scales and minima of a step's groups.
+    ///
+    /// # Safety
+    /// As [`Format::unpack`].
+    unsafe fn scales(step: *const u8) -> Scales;
+
+    /// The scales of a step of four rows, row by row, each with its minimum behind it where there is one; zeros behind all.
+    /// As it stands it is for steps of two blocks that begin with them.
+    ///
+    /// # Safety
+    /// As [`Format::unpack`], for each of the steps.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c,fma")]
+    unsafe fn scales_of_four_rows(steps: [*const u8; 4]) -> __m512 {
+        // SAFETY: as the caller says.
+        unsafe {
+            if Self::HAS_MIN {
+                let both = |step: *const u8| two_words(step, step.add(Self::BYTES / 2)) as i64;
+                let first = _mm_set_epi64x(both(steps[1]), both(steps[0]));
+                let second = _mm_set_epi64x(both(steps[3]), both(steps[2]));
+                _mm512_cvtph_ps(_mm256_set_m128i(second, first))
+            } else {
+                let both = |step: *const u8| u64::from(two_halves(step, step.add(Self::BYTES / 2)));
+                let first = both(steps[0]) | both(steps[1]) << 32;
+                let second = both(steps[2]) | both(steps[3]) << 32;
+                _mm512_zextps256_ps512(_mm256_cvtph_ps(_mm_set_epi64x(second as i64, first as i64)))
+            }
+        }
+    }
+}
+
+/// Scales of a step's groups in their order, zeros behind them; minima (of at most eight groups) likewise.
+#[derive(Clone, Copy)]
+pub struct Scales {
+    pub scales: [__m256; 2],
+    pub minima: __m256,
+}
+
+/// The half words at `first` and, in the upper half, `second`.
+///
+/// # Safety
+/// Both are good for two bytes.
+#[inline(always)]
+pub(super) unsafe fn two_halves(first: *const u8, second: *const u8) -> u32 {
+    // SAFETY: as the caller says.
+    let (first, second) = unsafe { (first.cast::<u16>().read_unaligned(), second.cast::<u16>().read_unaligned()) };
+    u32::from(first) | u32::from(second) << 16
+}
+
+/// The words at `first` and, in the upper half, `second`.
+///
+/// # Safety
+/// Both are good for four bytes.
+#[inline(always)]
+pub(super) unsafe fn two_words(first: *const u8, second: *const u8) -> u64 {
+    // SAFETY: as the caller says.
+    let (first, second) = unsafe { (first.cast::<u32>().read_unaligned(), second.cast::<u32>().read_unaligned()) };
+    u64::from(first) | u64::from(second) << 32
+}
+
+/// 16 bytes → 32 numbers of half a byte: the lower halves, then the upper ones.
+///
+/// # Safety
+/// Good for 16 bytes; the processor has the features.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn half_bytes(from: *const u8) -> __m256i {
+    // SAFETY: as the caller says.
+    let low = unsafe { _mm_loadu_si128(from.cast()) };
+    let both = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(low), _mm_srli_epi16::<4>(low));
+    _mm256_and_si256(both, _mm256_set1_epi8(15))
+}
