@@ -32,7 +32,7 @@ macro_rules! built_in {
 }
 
 const BUILT_IN: &[BuiltIn] =
-    built_in!["qwen2.5-coder-0.5b-instruct-q4_k_m.simlayer.toml", "SmolLM2-135M-Instruct.Q4_1.simlayer.toml",];
+    built_in!["SmolLM2-135M-Instruct.Q4_1.simlayer.toml", "qwen2.5-coder-0.5b-instruct-q4_k_m.simlayer.toml"];
 
 /// Where a profile was found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -198,8 +198,10 @@ mod tests {
             assert_eq!(built_in(&profile.model), Some((ProfileSource::BuiltIn(file), profile.clone())), "{file}");
             // Names differ from one maker of files to the next; what they have in common is the model's size.
             let name = profile.model.name.unwrap().to_lowercase();
-            let size = file.split(['-', '.']).find(|word| word.ends_with(['M', 'B'])).unwrap().to_lowercase();
-            assert!(name.contains(&size) && name.starts_with(&file.to_lowercase()[..5]), "{file} is of {name}");
+            let file = file.to_lowercase();
+            let is_size = |word: &&str| word.strip_suffix(['m', 'b']).is_some_and(|n| n.parse::<f64>().is_ok());
+            let size = file.split('-').find(is_size).unwrap();
+            assert!(name.contains(size) && name.starts_with(&file[..5]), "{file} is of {name}");
             found.push(profile.model.norms_sha256);
         }
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("profiles");

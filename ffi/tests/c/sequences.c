@@ -218,7 +218,7 @@ static void test_keys(struct llama_model * model) {
     const char * values[3] = { "", "never", "auto" };
     for (int i = 0; i < 3; i++) {
         setenv("SIMLAYER_KEYS", values[i], 1);
-        struct llama_context * ctx = new_context(model, 256, 1);
+        struct llama_context * ctx = new_context(model, 1024, 1);
         unsetenv("SIMLAYER_KEYS");
         struct simlayer_params params;
         params.size = sizeof(params);
@@ -226,15 +226,16 @@ static void test_keys(struct llama_model * model) {
         // Below sink and window nothing is looked at.
         params.n_window = 32;
         CHECK(simlayer_set_params(ctx, &params) == 0);
-        decode_text(ctx, 0, 200, 0);
+        // As many as f16 rows of the newest ones are few beside.
+        decode_text(ctx, 0, 900, 0);
         struct simlayer_memory memory;
         memory.size = sizeof(memory);
-        CHECK(simlayer_get_memory(ctx, &memory) == 0 && memory.lazy_layers == 0 && memory.tokens == 200);
+        CHECK(simlayer_get_memory(ctx, &memory) == 0 && memory.lazy_layers == 0 && memory.tokens == 900);
         bytes[i] = memory.allocated_bytes;
         params.narrow_keys = 0;
         CHECK(simlayer_set_params(ctx, &params) == 0 && simlayer_get_params(ctx, &params) == 0);
         CHECK(params.narrow_keys == 0);
-        decode_text(ctx, 200, 210, 0);
+        decode_text(ctx, 900, 910, 0);
         llama_free(ctx);
     }
     CHECK(bytes[0] == bytes[1] && bytes[2] < bytes[0]);
