@@ -160,39 +160,48 @@ impl Base<'_> {
     }
 }
 
-/// Where a search for the most layers that can go stands.
+/// A search for the most layers that can go.
 #[derive(Debug, Clone, Copy)]
 struct Search {
     /// So many can go, with this divergence; and so many cannot.
     can: (usize, f64),
     cannot: usize,
-    /// Layers that there are.
+    /// How many to try next.
+    next: usize,
+    /// Layers that there are, and the divergence that is allowed.
     n: usize,
+    most: f64,
 }
 
 impl Search {
-    fn new(n: usize) -> Search {
-        Search { can: (0, 0.0), cannot: n + 1, n }
+    /// A search among `n` layers that begins with `first` of them.
+    fn new(n: usize, first: usize, most: f64) -> Search {
+        Search { can: (0, 0.0), cannot: n + 1, next: first, n, most }
     }
 
-    /// How many to try after `tried`, which diverged by so much, or at first; `None` when it is known.
-    fn next(&self, tried: Option<(usize, f64)>, most: f64) -> Option<usize> {
-        let (least, most_layers) = (self.can.0 + 1, self.cannot - 1);
-        let next = match tried {
-            Some((n, kl)) if kl > 0.0 && kl.is_finite() => {
-                let more = (most / kl).ln() / GROWTH * self.n as f64;
-                let next = (n as f64 + more).floor().max(0.0) as usize;
-                // Divergences are noisy: a step down is to leave what failed behind.
-                if kl > most { next.min(n - (n - self.can.0).div_ceil(STEP_DOWN)) } else { next }
-            }
-            _ => (least + most_layers).div_ceil(2),
-        };
-        (least <= most_layers).then(|| next.clamp(least, most_layers))
+    /// How many to try next; `None` when it is known how many can go.
+    fn next(&self) -> Option<usize> {
+        let (least, most) = (self.can.0 + 1, self.cannot - 1);
+        (least <= most).then(|| self.next.clamp(least, most))
     }
 
-    fn note(&mut self, n: usize, kl: f64, most: f64) {
+    /// Notes how much `n` layers diverge.
+    fn note(&mut self, n: usize, kl: f64) {
+        let known_before = self.can.0;
         // A divergence that is no number (a broken model) is none that is small.
-        if kl <= most { self.can = (n, kl) } else { self.cannot = n }
+        if kl <= self.most {
+            self.can = (n, kl)
+        } else {
+            self.cannot = n
+        }
+        self.next = if kl > 0.0 && kl.is_finite() {
+            let more = (self.most / kl).ln() / GROWTH * self.n as f64;
+            let next = (n as f64 + more).floor().max(0.0) as usize;
+            // Divergences are noisy: a step down is to leave what failed behind.
+            if kl > self.most { next.min(n - (n - known_before).div_ceil(STEP_DOWN)) } else { next }
+        } else {
+            (self.can.0 + self.cannot).div_ceil(2)
+        };
     }
 }
 
@@ -261,10 +270,13 @@ impl Sequence {
         losses.sort_by(|a, b| a.0.total_cmp(&b.0));
         let order: Vec<usize> = losses.into_iter().map(|(_, layer)| layer).collect();
         let (n, kl) = self.largest(&order, order.len(), Change::Narrow, base, most, setup, executor)?;
+        if n == 0 {
+            return Ok(kl);
+        }
+        // No rows after the last token are copied, and the mark's are of another format.
+        self.forget_cut_off();
         executor.forget();
         for &index in &order[..n] {
-            // No rows after the last token are copied, and the mark's are of another format.
-            self.forget_cut_off();
             let setup = &setup.layers[index];
             let narrow = self.layers[index].copy(n_past, false, setup.plan.narrow, setup, &mut executor.scheduler)?;
             self.layers[index] = narrow;
@@ -297,15 +309,11 @@ impl Sequence {
         setup: &Setup,
         executor: &mut Executor,
     ) -> Result<(usize, f64), Error> {
-        let mut search = Search::new(order.len());
-        let mut tried = None;
+        let mut search = Search::new(order.len(), n_first, most);
         for _ in 0..MOST_SETS {
-            let next = if tried.is_none() { Some(n_first) } else { search.next(tried, most) };
-            let Some(n) = next.filter(|&n| n > 0) else { break };
+            let Some(n) = search.next() else { break };
             let (rows, _) = self.look(&order[..n], change, base.probe, setup, executor)?;
-            let kl = base.divergence(&rows);
-            search.note(n, kl, most);
-            tried = Some((n, kl));
+            search.note(n, base.divergence(&rows));
         }
         Ok(search.can)
     }
@@ -391,18 +399,19 @@ fn key_loss(
 ) -> Result<f64, Error> {
     let Some(store) = &layer.store else { return Ok(0.0) };
     let n_rows = layer.used_rows(n_past).min(KEY_ROWS);
-    let keys = |format: Format, executor: &mut Executor| {
-        let few = setup.make(n_rows, None, format)?;
-        move_rows(&mut executor.scheduler, store, &few, &[Move { from: 0..n_rows, to: 0 }], &setup.rotations)?;
-        // Both have the wider store's rotation.
-        let turned = Format { k: Type::F32, v: Type::F32, ..store.format };
-        let wide: Store = setup.make(n_rows, None, turned)?;
-        move_rows(&mut executor.scheduler, &few, &wide, &[Move { from: 0..n_rows, to: 0 }], &setup.rotations)?;
-        let mut keys = wide.k.to_f32();
-        keys.truncate(n_rows * setup.width);
-        Ok::<_, Error>(keys)
+    let mut first_rows = |from: &Store, format: Format| {
+        let to = setup.make(n_rows, None, format)?;
+        move_rows(&mut executor.scheduler, from, &to, &[Move { from: 0..n_rows, to: 0 }], &setup.rotations)?;
+        Ok::<_, Error>(to)
     };
-    let (before, after) = (keys(store.format, executor)?, keys(format, executor)?);
+    let narrow = first_rows(store, format)?;
+    // Both with the wider store's rotation.
+    let exact = Format { k: Type::F32, v: Type::F32, ..store.format };
+    let [before, after] = [first_rows(store, exact)?, first_rows(&narrow, exact)?].map(|store| {
+        let mut keys = store.k.to_f32();
+        keys.truncate(n_rows * setup.width);
+        keys
+    });
     let square = |x: f64| x * x;
     let lost: f64 = before.iter().zip(&after).map(|(a, b)| square(f64::from(a - b))).sum();
     let spread = |channel: usize| {
@@ -420,13 +429,9 @@ mod tests {
 
     /// How many of `n` can go where so many diverge by as much, and which were tried.
     fn search(n: usize, kl: impl Fn(usize) -> f64, most: f64) -> (usize, Vec<usize>) {
-        let (mut search, mut tried, mut all) = (Search::new(n), None, Vec::new());
-        while all.len() < MOST_SETS {
-            let Some(next) = (if tried.is_none() { Some(n.div_ceil(2)) } else { search.next(tried, most) }) else {
-                break;
-            };
-            search.note(next, kl(next), most);
-            tried = Some((next, kl(next)));
+        let (mut search, mut all) = (Search::new(n, n.div_ceil(2), most), Vec::new());
+        while let Some(next) = search.next().filter(|_| all.len() < MOST_SETS) {
+            search.note(next, kl(next));
             all.push(next);
         }
         (search.can.0, all)
