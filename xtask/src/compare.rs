@@ -1,7 +1,7 @@
-//! Our speed against upstream's llama-bench.
+//! Our speed against upstream's llama-bench, and other programs' that have its options and its output.
 //!
-//! The two alternate within each round, so that a machine that slows down or speeds up meanwhile
-//! does so for both; figures are medians over the rounds. Beside speeds there is each process's peak of resident memory.
+//! They alternate within each round, and depths do, so that a machine that slows down or speeds up meanwhile
+//! does so for all; figures are medians over the rounds. Beside speeds there is each process's peak of resident memory.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -43,6 +43,10 @@ pub struct Args {
     /// A llama-bench that is built already, for instance with CUDA.
     #[arg(long, value_name = "FILE")]
     llama_bench: Option<PathBuf>,
+    /// Another program to measure, by a bench of its own that has llama-bench's options and output: NAME=PATH, for
+    /// instance "ik_llama.cpp=/path/to/llama-bench". May be given several times.
+    #[arg(long, value_name = "NAME=PATH", value_parser = rival)]
+    rival: Vec<Rival>,
     /// A simlayer-run that is built already.
     #[arg(long, value_name = "FILE")]
     simlayer_run: Option<PathBuf>,
@@ -57,11 +61,36 @@ pub struct Args {
     from: Option<PathBuf>,
 }
 
+/// A program beside llama.cpp and ours.
+#[derive(Debug, Clone, PartialEq)]
+struct Rival {
+    name: String,
+    bench: PathBuf,
+}
+
+fn rival(text: &str) -> Result<Rival, String> {
+    match text.split_once('=') {
+        Some((name, path)) if !name.is_empty() && !path.is_empty() => {
+            Ok(Rival { name: name.to_owned(), bench: path.into() })
+        }
+        _ => Err("expected NAME=PATH".into()),
+    }
+}
+
+/// Whose program runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Program {
+    LlamaCpp,
+    /// Its place among `--rival`.
+    Rival(usize),
+    Simlayer,
+}
+
 /// Something that is measured.
 #[derive(Debug)]
 struct Contender {
     name: String,
-    upstream: bool,
+    program: Program,
     /// The cache type; none for settings that `--ours` adds.
     kv_type: Option<String>,
     args: Vec<String>,
@@ -111,7 +140,11 @@ pub fn run(args: &Args) -> Result<()> {
         for &depth in &args.depths {
             for (index, contender) in contenders.iter().enumerate() {
                 eprintln!("round {round}/{}, depth {depth}: {}", args.rounds, contender.name);
-                let program = if contender.upstream { &bench } else { &ours };
+                let program = match contender.program {
+                    Program::LlamaCpp => &bench,
+                    Program::Rival(index) => &args.rival[index].bench,
+                    Program::Simlayer => &ours,
+                };
                 let runs = measure(&env, program, &model, contender, args, depth)?;
                 for (test, sample) in runs {
                     samples.entry((index, depth, test)).or_default().push(sample);
@@ -120,15 +153,15 @@ pub fn run(args: &Args) -> Result<()> {
         }
     }
 
-    let rows = rows(&contenders, &samples, &args.types[0]);
-    print_table(&rows);
+    let rows = rows(&contenders, &samples, args);
+    print_table(&rows, &args.rival);
     let report = json!({
         "model": model.file_name().map(|n| n.to_string_lossy()),
         "cpu": cpu_name(),
         "threads": args.threads,
         "rounds": args.rounds,
         "load_before": load_before,
-        "results": rows.iter().map(Row::json).collect::<Vec<_>>(),
+        "results": rows.iter().map(|row| row.json(&args.rival)).collect::<Vec<_>>(),
     });
     if let Some(path) = &args.json {
         std::fs::write(path, serde_json::to_string_pretty(&report)? + "\n")
@@ -142,6 +175,9 @@ pub fn run(args: &Args) -> Result<()> {
 
 fn contenders(args: &Args) -> Result<Vec<Contender>> {
     let mut contenders = Vec::new();
+    let benches = [(Program::LlamaCpp, "llama.cpp")];
+    let rivals = args.rival.iter().enumerate().map(|(index, rival)| (Program::Rival(index), &*rival.name));
+    let benches: Vec<_> = benches.into_iter().chain(rivals).collect();
     for kv_type in &args.types {
         let cache = ["-ctk", kv_type, "-ctv", kv_type].map(String::from);
         for fa in &args.fa {
@@ -151,16 +187,18 @@ fn contenders(args: &Args) -> Result<Vec<Contender>> {
             }
             let mut with_fa = cache.to_vec();
             with_fa.extend(["-fa".into(), fa.to_string()]);
-            contenders.push(Contender {
-                name: format!("llama.cpp {kv_type} fa={fa}"),
-                upstream: true,
-                kv_type: Some(kv_type.clone()),
-                args: with_fa,
-            });
+            for (program, name) in &benches {
+                contenders.push(Contender {
+                    name: format!("{name} {kv_type} fa={fa}"),
+                    program: *program,
+                    kv_type: Some(kv_type.clone()),
+                    args: with_fa.clone(),
+                });
+            }
         }
         contenders.push(Contender {
             name: format!("simlayer {kv_type}"),
-            upstream: false,
+            program: Program::Simlayer,
             kv_type: Some(kv_type.clone()),
             args: [&cache[..], &["--lazy".into(), "off".into()]].concat(),
         });
@@ -171,7 +209,7 @@ fn contenders(args: &Args) -> Result<Vec<Contender>> {
         };
         contenders.push(Contender {
             name: format!("simlayer {}", name.trim()),
-            upstream: false,
+            program: Program::Simlayer,
             kv_type: None,
             args: options.split_whitespace().map(String::from).collect(),
         });
@@ -189,7 +227,7 @@ fn measure(
     depth: u32,
 ) -> Result<Vec<(String, Sample)>> {
     let mut command = env.command(&program.display().to_string());
-    if contender.upstream {
+    if contender.program != Program::Simlayer {
         command.arg("-m").arg(model).args(["-r", "1", "-o", "json"]);
         command.args(["-p", &args.prompt.to_string(), "-n", &args.generate.to_string()]);
         command.args(["-d", &depth.to_string(), "-t", &args.threads.to_string()]);
@@ -202,7 +240,7 @@ fn measure(
     let (text, peak_rss) = sh::output_and_peak(&mut command)?;
     let answer: Value =
         serde_json::from_str(&text).with_context(|| format!("`{}` wrote no JSON:\n{text}", sh::shown(&command)))?;
-    let runs = if contender.upstream { upstream_runs(&answer) } else { our_runs(&answer) };
+    let runs = if contender.program == Program::Simlayer { our_runs(&answer) } else { upstream_runs(&answer) };
     let runs = runs
         .filter(|runs| !runs.is_empty())
         .with_context(|| format!("`{}` wrote JSON without the expected runs:\n{text}", sh::shown(&command)))?;
@@ -228,7 +266,7 @@ fn our_runs(answer: &Value) -> Option<Vec<(String, f64)>> {
 #[derive(Debug)]
 struct Row {
     name: String,
-    upstream: bool,
+    program: Program,
     test: String,
     depth: u32,
     samples: Vec<f64>,
@@ -239,13 +277,16 @@ struct Row {
     vs_same_type: Option<f64>,
     /// Against upstream's best with the first of `--types`.
     vs_first_type: Option<f64>,
+    /// Against each rival's best with the first of `--types`.
+    vs_rivals: Vec<Option<f64>>,
 }
 
 impl Row {
-    fn json(&self) -> Value {
+    fn json(&self, rivals: &[Rival]) -> Value {
+        let vs_rivals = rivals.iter().zip(&self.vs_rivals).map(|(rival, ratio)| (rival.name.clone(), json!(ratio)));
         json!({
             "name": self.name,
-            "upstream": self.upstream,
+            "upstream": self.program == Program::LlamaCpp,
             "test": self.test,
             "depth": self.depth,
             "tokens_per_second": self.median,
@@ -253,16 +294,18 @@ impl Row {
             "peak_rss_mib": self.peak_rss,
             "vs_best_same_type": self.vs_same_type,
             "vs_best_first_type": self.vs_first_type,
+            "vs_rivals": vs_rivals.collect::<serde_json::Map<_, _>>(),
         })
     }
 }
 
-fn rows(contenders: &[Contender], samples: &Samples, first_type: &str) -> Vec<Row> {
+fn rows(contenders: &[Contender], samples: &Samples, args: &Args) -> Vec<Row> {
+    let first_type = &*args.types[0];
     let speeds_of = |samples: &[Sample]| samples.iter().map(|sample| sample.tokens_per_second).collect::<Vec<_>>();
-    let best = |depth: u32, test: &str, kv_type: &str| {
+    let best = |program: Program, depth: u32, test: &str, kv_type: &str| {
         let medians = samples.iter().filter_map(|((index, d, t), speeds)| {
             let contender = &contenders[*index];
-            let fits = contender.upstream && contender.kv_type.as_deref() == Some(kv_type);
+            let fits = contender.program == program && contender.kv_type.as_deref() == Some(kv_type);
             (fits && *d == depth && t == test).then(|| median(&speeds_of(speeds)))
         });
         medians.reduce(f64::max)
@@ -274,17 +317,19 @@ fn rows(contenders: &[Contender], samples: &Samples, first_type: &str) -> Vec<Ro
             let speeds = speeds_of(samples);
             let peaks: Vec<f64> = samples.iter().map(|sample| sample.peak_rss as f64 / 1024.0 / 1024.0).collect();
             let (peak_rss, median) = (median(&peaks), median(&speeds));
-            let same = contender.kv_type.as_deref().and_then(|t| best(*depth, test, t));
+            let same = contender.kv_type.as_deref().and_then(|t| best(Program::LlamaCpp, *depth, test, t));
+            let against = |program| best(program, *depth, test, first_type).map(|best| median / best);
             Row {
                 name: contender.name.clone(),
-                upstream: contender.upstream,
+                program: contender.program,
                 test: test.clone(),
                 depth: *depth,
                 samples: speeds,
                 median,
                 peak_rss,
                 vs_same_type: same.map(|best| median / best),
-                vs_first_type: best(*depth, test, first_type).map(|best| median / best),
+                vs_first_type: against(Program::LlamaCpp),
+                vs_rivals: (0..args.rival.len()).map(|index| against(Program::Rival(index))).collect(),
             }
         })
         .collect();
@@ -293,25 +338,28 @@ fn rows(contenders: &[Contender], samples: &Samples, first_type: &str) -> Vec<Ro
     rows
 }
 
-fn print_table(rows: &[Row]) {
+fn print_table(rows: &[Row], rivals: &[Rival]) {
     let width = rows.iter().map(|row| row.name.len()).max().unwrap_or(0);
-    let ratio = |r: Option<f64>| r.map_or("–".to_string(), |r| format!("{r:.2} ×"));
+    let ratio = |r: &Option<f64>| r.map_or("–".to_string(), |r| format!("{r:.2} ×"));
+    let column = |text: String| format!(" {text} |");
+    let names: String = rivals.iter().map(|rival| column(format!("vs {}", rival.name))).collect();
     println!(
-        "| depth | test  | {:width$} | tokens/s | lowest | highest | vs llama.cpp, same types | vs its best | peak RSS |",
+        "| depth | test  | {:width$} | tokens/s | lowest | highest | vs llama.cpp, same types | vs its best |{names} peak RSS |",
         "setting"
     );
-    println!("|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|{}", "---|".repeat(rivals.len()));
     for row in rows {
         let lowest = row.samples.iter().copied().fold(f64::INFINITY, f64::min);
         let highest = row.samples.iter().copied().fold(0.0, f64::max);
+        let vs_rivals: String = row.vs_rivals.iter().map(|vs| column(ratio(vs))).collect();
         println!(
-            "| {:5} | {:5} | {:width$} | {:8.2} | {lowest:6.2} | {highest:7.2} | {} | {} | {:.0} MiB |",
+            "| {:5} | {:5} | {:width$} | {:8.2} | {lowest:6.2} | {highest:7.2} | {} | {} |{vs_rivals} {:.0} MiB |",
             row.depth,
             row.test,
             row.name,
             row.median,
-            ratio(row.vs_same_type),
-            ratio(row.vs_first_type),
+            ratio(&row.vs_same_type),
+            ratio(&row.vs_first_type),
             row.peak_rss,
         );
     }
@@ -358,28 +406,38 @@ mod tests {
     }
 
     #[test]
-    fn ratios_are_against_upstreams_best_of_the_type() {
-        let contender = |name: &str, upstream, kv: &str| Contender {
-            name: name.into(),
-            upstream,
-            kv_type: Some(kv.into()),
-            args: vec![],
-        };
-        let contenders = [
-            contender("up f16 fa=0", true, "f16"),
-            contender("up f16 fa=1", true, "f16"),
-            contender("up q4_0", true, "q4_0"),
-            contender("ours q4_0", false, "q4_0"),
-        ];
-        let speeds = [10.0, 20.0, 5.0, 40.0];
+    fn rivals_are_a_name_and_a_path() {
+        let expected = Rival { name: "other".into(), bench: "/a/b=c".into() };
+        assert_eq!(rival("other=/a/b=c"), Ok(expected));
+        assert!(["other", "=/a", "other="].iter().all(|text| rival(text).is_err()));
+    }
+
+    #[test]
+    fn ratios_are_against_the_best_of_the_type() {
+        let rival = Rival { name: "other".into(), bench: "other-bench".into() };
+        let args = Args { rival: vec![rival], types: vec!["f16".into(), "q4_0".into()], ..args() };
+        let contenders = contenders(&args).unwrap();
+        let names: Vec<&str> = contenders.iter().map(|contender| &*contender.name).collect();
+        let f16 = ["llama.cpp f16 fa=0", "other f16 fa=0", "llama.cpp f16 fa=1", "other f16 fa=1", "simlayer f16"];
+        assert_eq!(names, [&f16[..], &["llama.cpp q4_0 fa=1", "other q4_0 fa=1", "simlayer q4_0"]].concat());
+        let speeds = [10.0, 40.0, 20.0, 16.0, 50.0, 5.0, 4.0, 40.0];
         let sample = |tokens_per_second| Sample { tokens_per_second, peak_rss: 1 << 20 };
         let samples: Samples =
             speeds.into_iter().enumerate().map(|(i, s)| ((i, 0, "tg64".to_string()), vec![sample(s)])).collect();
-        let rows = rows(&contenders, &samples, "f16");
-        assert_eq!(rows[3].name, "ours q4_0");
-        assert_eq!(rows[3].vs_same_type, Some(8.0));
-        assert_eq!(rows[3].vs_first_type, Some(2.0));
-        assert_eq!(rows[0].vs_same_type, Some(0.5));
-        assert_eq!(rows[0].peak_rss, 1.0);
+        let rows = rows(&contenders, &samples, &args);
+        assert_eq!((rows[7].vs_same_type, rows[7].vs_first_type), (Some(8.0), Some(2.0)));
+        assert_eq!(rows[7].vs_rivals, [Some(1.0)]);
+        assert_eq!(rows[7].json(&args.rival)["vs_rivals"]["other"], 1.0);
+        assert_eq!((rows[0].vs_same_type, rows[0].peak_rss), (Some(0.5), 1.0));
+    }
+
+    /// What is measured where nothing is asked for.
+    fn args() -> Args {
+        #[derive(clap::Parser)]
+        struct Command {
+            #[command(flatten)]
+            args: Args,
+        }
+        <Command as clap::Parser>::parse_from(["compare"]).args
     }
 }

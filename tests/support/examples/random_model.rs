@@ -1,37 +1,136 @@
 //! Writes a model with random weights in the shape of a real one, for measuring speed where no real one is at hand.
 //!
 //! ```sh
-//! cargo run --release -p simlayer-testkit --example random_model -- random-1b.gguf
+//! cargo run --release -p simlayer-testkit --example random_model -- llama-3.2-1b q4_K_M random-1b.gguf
+//! cargo run --release -p simlayer-testkit --example random_model -- qwen3-8b q8_0 random-8b.gguf
 //! ```
 
-use std::{env, path::PathBuf, process::ExitCode};
+use std::{env, process::ExitCode};
 
-use simlayer_testkit::{RandomModel, WeightType};
+use simlayer_testkit::{RandomDecoder, Shape, WeightType};
 
-/// LLaMA-3.2-1B's shape with q8_0 weights; its vocabulary is small, so that it has 0.97 of 1.24 thousand million weights.
-fn of_a_thousand_million() -> RandomModel {
-    RandomModel {
-        n_layer: 16,
-        n_embd: 2048,
-        n_head: 32,
-        n_head_kv: 8,
-        head_size: 64,
-        n_ff: 8192,
-        n_ctx_train: 131_072,
-        rope_freq_base: 500_000.0,
-        rope_freqs: true,
-        tied: true,
-        weight_type: WeightType::Q8_0,
-        ..RandomModel::default()
+const USAGE: &str = "usage: random_model SHAPE WEIGHTS FILE
+SHAPE    llama-3.2-1b, qwen3-8b, qwen3moe (8 of 32 experts, 1.3 thousand million weights)
+WEIGHTS  a type (q8_0, q6_K, iq4_xs, ...), TYPE+TYPE (the second for values, the feed-forward's output and the output in
+         the layers where a mixture of medium size has more bits), or q4_K_M (q4_K+q6_K) or q5_K_M (q5_K+q6_K)";
+
+/// LLaMA-3.2-1B's shape and number of tokens: 1.24 thousand million weights.
+fn llama(shape: Shape) -> RandomDecoder {
+    let mut model = RandomDecoder::new(
+        "llama",
+        Shape {
+            n_layer: 16,
+            n_embd: 2048,
+            n_head: 32,
+            n_head_kv: 8,
+            head_size: 64,
+            n_ff: 8192,
+            tied: true,
+            n_vocab: 128_256,
+            ..shape
+        },
+    );
+    model.key("context_length", 131_072u32);
+    model.key("rope.freq_base", 500_000f32);
+    model.key("rope.dimension_count", 64u32);
+    model.rope_factors("rope_freqs.weight", 64, 8.0);
+    for layer in model.layers() {
+        model.pre_norms(layer);
+        model.attention(layer);
+        model.gated(layer);
+    }
+    model
+}
+
+fn qwen3_8b(shape: Shape) -> RandomDecoder {
+    let mut model = RandomDecoder::new(
+        "qwen3",
+        Shape {
+            n_layer: 36,
+            n_embd: 4096,
+            n_head: 32,
+            n_head_kv: 8,
+            head_size: 128,
+            n_ff: 12_288,
+            n_vocab: 151_936,
+            ..shape
+        },
+    );
+    model.key("context_length", 40_960u32);
+    model.key("rope.freq_base", 1_000_000f32);
+    for layer in model.layers() {
+        model.pre_norms(layer);
+        model.attention(layer);
+        model.head_norms(layer);
+        model.gated(layer);
+    }
+    model
+}
+
+/// Qwen3-30B-A3B's kind, a quarter as many experts and a third as many layers.
+fn qwen3moe(shape: Shape) -> RandomDecoder {
+    const EXPERT_WIDTH: usize = 768;
+    let mut model = RandomDecoder::new(
+        "qwen3moe",
+        Shape {
+            n_layer: 16,
+            n_embd: 1024,
+            n_head: 16,
+            n_head_kv: 4,
+            head_size: 128,
+            n_ff: 3072,
+            n_vocab: 32_000,
+            n_expert: 32,
+            n_expert_used: 8,
+            ..shape
+        },
+    );
+    model.key("context_length", 40_960u32);
+    model.key("rope.freq_base", 1_000_000f32);
+    model.expert_keys();
+    model.key("expert_feed_forward_length", EXPERT_WIDTH as u32);
+    for layer in model.layers() {
+        model.pre_norms(layer);
+        model.attention(layer);
+        model.head_norms(layer);
+        model.experts(layer, EXPERT_WIDTH);
+    }
+    model
+}
+
+/// The types of a mixture: of most matrices, and of those that have more bits.
+fn types(weights: &str) -> Option<(WeightType, Option<WeightType>)> {
+    let weights = match weights.to_lowercase().as_str() {
+        "q4_k_m" => "q4_K+q6_K".to_owned(),
+        "q5_k_m" => "q5_K+q6_K".to_owned(),
+        _ => weights.to_owned(),
+    };
+    let known = |name: &str| WeightType::ALL.into_iter().find(|ty| ty.name().eq_ignore_ascii_case(name));
+    match weights.split_once('+') {
+        None => Some((known(&weights)?, None)),
+        Some((most, larger)) => Some((known(most)?, Some(known(larger)?))),
     }
 }
 
 fn main() -> ExitCode {
-    let arguments: Vec<PathBuf> = env::args_os().skip(1).map(PathBuf::from).collect();
-    let [path] = arguments.as_slice() else {
-        eprintln!("usage: random_model FILE");
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let [shape, weights, path] = arguments.as_slice() else {
+        eprintln!("{USAGE}");
         return ExitCode::FAILURE;
     };
-    of_a_thousand_million().write(path);
+    let write = match shape.as_str() {
+        "llama-3.2-1b" => llama,
+        "qwen3-8b" => qwen3_8b,
+        "qwen3moe" => qwen3moe,
+        _ => {
+            eprintln!("{shape} is no shape\n{USAGE}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let Some((weight_type, larger_type)) = types(weights) else {
+        eprintln!("{weights} are no types of weights\n{USAGE}");
+        return ExitCode::FAILURE;
+    };
+    write(Shape { weight_type, larger_type, expert_type: weight_type, ..Shape::default() }).write(path);
     ExitCode::SUCCESS
 }

@@ -21,8 +21,12 @@ pub struct Shape {
     pub n_ff: usize,
     /// Leaves `output.weight` out: the embedding serves for it.
     pub tied: bool,
+    /// Tokens of the vocabulary; as few as there can be where that is more.
+    pub n_vocab: usize,
     /// The type of all matrices but the experts'.
     pub weight_type: WeightType,
+    /// Of the matrices that llama.cpp's mixtures of medium size, as Q4_K_M, give more bits.
+    pub larger_type: Option<WeightType>,
     pub expert_type: WeightType,
     pub n_expert: usize,
     pub n_expert_used: usize,
@@ -41,7 +45,9 @@ impl Default for Shape {
             head_size: 16,
             n_ff: 96,
             tied: false,
+            n_vocab: 0,
             weight_type: WeightType::F32,
+            larger_type: None,
             expert_type: WeightType::F32,
             n_expert: 6,
             n_expert_used: 2,
@@ -93,7 +99,7 @@ impl RandomDecoder {
         let mut file = GgufFile::new();
         file.set("general.architecture", architecture);
         file.set("general.name", "random");
-        let n_vocab = Vocabulary::Spm.add_to(&mut file);
+        let n_vocab = Vocabulary::Spm.add_padded_to(&mut file, shape.n_vocab);
         let (rng, has_experts) = (Rng::new(shape.seed), false);
         let mut model = RandomDecoder { architecture, shape, n_vocab, has_experts, bias: 0.5, file, rng };
         model.key("block_count", shape.n_layer as u32);
@@ -148,8 +154,9 @@ impl RandomDecoder {
     }
 
     fn weights(&mut self, add: impl FnOnce(&mut Weights<'_>)) {
-        let weight_type = self.shape.weight_type;
-        let mut weights = Weights { weight_type, rng: self.rng.clone(), file: &mut self.file };
+        let Shape { weight_type, larger_type, n_layer, .. } = self.shape;
+        let larger = larger_type.map(|ty| (ty, n_layer));
+        let mut weights = Weights { weight_type, larger, rng: self.rng.clone(), file: &mut self.file };
         add(&mut weights);
         self.rng = weights.rng;
     }
@@ -279,7 +286,7 @@ impl RandomDecoder {
             w.experts(&name("up_exps"), [n_embd, n_ff, n_expert], 1.0, expert_type);
             w.experts(&name("down_exps"), [n_ff, n_embd, n_expert], residual, expert_type);
             // A router is never quantised.
-            w.weight_type = WeightType::F32;
+            (w.weight_type, w.larger) = (WeightType::F32, None);
             w.matrix(&name("gate_inp"), n_embd, n_expert, 1.0);
         });
     }

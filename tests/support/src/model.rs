@@ -122,7 +122,8 @@ impl RandomModel {
     pub fn gguf(&self) -> GgufFile {
         let mut file = GgufFile::new();
         let n_vocab = self.add_metadata(&mut file);
-        let weights = Weights { weight_type: self.weight_type, rng: Rng::new(self.seed), file: &mut file };
+        let weights =
+            Weights { weight_type: self.weight_type, larger: None, rng: Rng::new(self.seed), file: &mut file };
         self.add_weights(weights, n_vocab);
         file
     }

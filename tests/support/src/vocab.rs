@@ -29,8 +29,13 @@ pub enum Vocabulary {
 impl Vocabulary {
     /// Adds the vocabulary's keys to a file and returns the number of tokens.
     pub fn add_to(self, file: &mut GgufFile) -> usize {
+        self.add_padded_to(file, 0)
+    }
+
+    /// As [`Vocabulary::add_to`]; a vocabulary of kind `Spm` gets unused tokens until it has `least`.
+    pub fn add_padded_to(self, file: &mut GgufFile, least: usize) -> usize {
         let tokens = match self {
-            Vocabulary::Spm => spm(file),
+            Vocabulary::Spm => spm(file, least),
             Vocabulary::Bpe => bpe(file),
             Vocabulary::Few => few(file),
         };
@@ -40,7 +45,7 @@ impl Vocabulary {
     }
 }
 
-fn spm(file: &mut GgufFile) -> Vec<(Vec<u8>, i32)> {
+fn spm(file: &mut GgufFile, least: usize) -> Vec<(Vec<u8>, i32)> {
     let mut tokens = vec![(b"<unk>".to_vec(), UNKNOWN), (b"<s>".to_vec(), CONTROL), (b"</s>".to_vec(), CONTROL)];
     tokens.extend((0..=255u8).map(|byte| (format!("<0x{byte:02X}>").into_bytes(), BYTE)));
     let first_piece = tokens.len();
@@ -57,7 +62,7 @@ fn spm(file: &mut GgufFile) -> Vec<(Vec<u8>, i32)> {
     }
     tokens.extend(pieces.into_iter().map(|piece| (piece.into_bytes(), NORMAL)));
     for index in 0.. {
-        if tokens.len().is_multiple_of(32) {
+        if tokens.len() >= least && tokens.len().is_multiple_of(32) {
             break;
         }
         tokens.push((format!("<unused{index}>").into_bytes(), UNUSED));
