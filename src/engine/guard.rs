@@ -31,13 +31,16 @@ use super::{
 use crate::{
     cache::{Format, Move, Store, move_rows},
     ggml::Type,
-    lazy::{DEFAULT_KL, LazyParams, Policy},
+    lazy::{DEFAULT_KL, LazyParams},
     quality::metrics::{kl_with, log_sum_exp},
     vocab::Token,
 };
 
-/// Last tokens that are run again.
-const N_LAST: usize = 24;
+/// Last tokens that are run again: few tokens' divergences are far from their mean, for it is single ones that are large.
+const N_LAST: usize = 64;
+
+/// Of these, the last ones that the order of layers is found by, with what is repeated.
+const N_SCORED: usize = 32;
 
 /// Fewer tell nothing.
 const FEWEST_LAST: usize = 8;
@@ -160,6 +163,18 @@ impl Base<'_> {
     }
 }
 
+/// What is searched for the most layers that can change.
+#[derive(Debug)]
+struct Candidates<'a> {
+    /// The most promising first.
+    order: &'a [usize],
+    change: Change,
+    /// How many are tried first.
+    n_first: usize,
+    /// Layers that there are, those that may not change included.
+    n_all: usize,
+}
+
 /// A search for the most layers that can go.
 #[derive(Debug, Clone, Copy)]
 struct Search {
@@ -168,15 +183,16 @@ struct Search {
     cannot: usize,
     /// How many to try next.
     next: usize,
-    /// Layers that there are, and the divergence that is allowed.
-    n: usize,
+    /// By how much the logarithm of the divergence is taken to grow with a layer.
+    growth: f64,
+    /// The divergence that is allowed.
     most: f64,
 }
 
 impl Search {
-    /// A search among `n` layers that begins with `first` of them.
-    fn new(n: usize, first: usize, most: f64) -> Search {
-        Search { can: (0, 0.0), cannot: n + 1, next: first, n, most }
+    fn new(candidates: &Candidates<'_>, most: f64) -> Search {
+        let growth = GROWTH / candidates.n_all as f64;
+        Search { can: (0, 0.0), cannot: candidates.order.len() + 1, next: candidates.n_first, growth, most }
     }
 
     /// How many to try next; `None` when it is known how many can go.
@@ -188,14 +204,18 @@ impl Search {
     /// Notes how much `n` layers diverge.
     fn note(&mut self, n: usize, kl: f64) {
         let known_before = self.can.0;
+        let more = (self.most / kl).ln() / self.growth;
         // A divergence that is no number (a broken model) is none that is small.
         if kl <= self.most {
-            self.can = (n, kl)
+            self.can = (n, kl);
+            // Another look would bring no further layer.
+            if more < 1.0 {
+                self.cannot = n + 1;
+            }
         } else {
             self.cannot = n
         }
         self.next = if kl > 0.0 && kl.is_finite() {
-            let more = (self.most / kl).ln() / GROWTH * self.n as f64;
             let next = (n as f64 + more).floor().max(0.0) as usize;
             // Divergences are noisy: a step down is to leave what failed behind.
             if kl > self.most { next.min(n - (n - known_before).div_ceil(STEP_DOWN)) } else { next }
@@ -211,11 +231,11 @@ impl Sequence {
     /// length since the last look, none.
     pub fn look_before_dropping(&mut self, setup: &Setup, executor: &mut Executor) -> Result<(), Error> {
         let params = &setup.params;
-        let most_lazy = match params.lazy.policy {
-            Policy::Kl(most) => Some(most),
-            _ if params.lazy.narrow_keys => None,
-            _ => return Ok(()),
-        };
+        let policy = &params.lazy.policy;
+        let most_lazy = policy.most_foretold();
+        if most_lazy.is_none() && !params.lazy.narrow_keys {
+            return Ok(());
+        }
         let n_past = self.n_past();
         let is_early = self.looked.is_some_and(|looked| n_past < 2 * looked.n_past);
         let is_lazy = self.layers.iter().all(|layer| !layer.is_active());
@@ -237,9 +257,13 @@ impl Sequence {
             for scored in &scores {
                 self.layers[scored.layer].score = Some(scored.value);
             }
-            let order = self.proposed(setup, &scores);
+            let mut order = self.proposed(setup, &scores);
+            let n_lazy = self.layers.iter().filter(|layer| layer.lazy).count();
+            let n_all = order.len() + n_lazy;
             let n_first = order.len().div_ceil(2);
-            let found = self.largest(&order, n_first, Change::Lazy, &base, most, setup, executor)?;
+            order.truncate(((policy.most_by_looks() * n_all as f32) as usize).saturating_sub(n_lazy));
+            let candidates = Candidates { order: &order, change: Change::Lazy, n_first, n_all };
+            let found = self.largest(&candidates, &base, most, setup, executor)?;
             for &layer in &order[..found.0] {
                 self.make_lazy(layer, n_past, setup, executor)?;
             }
@@ -269,7 +293,9 @@ impl Sequence {
         }
         losses.sort_by(|a, b| a.0.total_cmp(&b.0));
         let order: Vec<usize> = losses.into_iter().map(|(_, layer)| layer).collect();
-        let (n, kl) = self.largest(&order, order.len(), Change::Narrow, base, most, setup, executor)?;
+        let n_all = order.len();
+        let candidates = Candidates { order: &order, change: Change::Narrow, n_first: n_all, n_all };
+        let (n, kl) = self.largest(&candidates, base, most, setup, executor)?;
         if n == 0 {
             return Ok(kl);
         }
@@ -298,18 +324,16 @@ impl Sequence {
     }
 
     /// How many of these layers, the first ones, can change, and the divergence that was measured with them.
-    #[expect(clippy::too_many_arguments, reason = "what is searched, how, and with what")]
     fn largest(
         &mut self,
-        order: &[usize],
-        n_first: usize,
-        change: Change,
+        candidates: &Candidates<'_>,
         base: &Base<'_>,
         most: f64,
         setup: &Setup,
         executor: &mut Executor,
     ) -> Result<(usize, f64), Error> {
-        let mut search = Search::new(order.len(), n_first, most);
+        let Candidates { order, change, .. } = *candidates;
+        let mut search = Search::new(candidates, most);
         for _ in 0..MOST_SETS {
             let Some(n) = search.next() else { break };
             let (rows, _) = self.look(&order[..n], change, base.probe, setup, executor)?;
@@ -351,8 +375,9 @@ impl Sequence {
         };
         exchange(&mut self.layers);
         let is_scored =
-            changed.is_empty() && setup.order.is_none() && matches!(setup.params.lazy.policy, Policy::Kl(_));
-        let found = self.run_probe(probe, if is_scored { n } else { 0 }, setup, executor);
+            changed.is_empty() && setup.order.is_none() && setup.params.lazy.policy.most_foretold().is_some();
+        let n_scored = n - probe.n_last + probe.n_last.min(N_SCORED);
+        let found = self.run_probe(probe, if is_scored { n_scored } else { 0 }, setup, executor);
         // The graph refers to caches that go.
         executor.forget();
         exchange(&mut self.layers);
@@ -429,7 +454,9 @@ mod tests {
 
     /// How many of `n` can go where so many diverge by as much, and which were tried.
     fn search(n: usize, kl: impl Fn(usize) -> f64, most: f64) -> (usize, Vec<usize>) {
-        let (mut search, mut all) = (Search::new(n, n.div_ceil(2), most), Vec::new());
+        let order: Vec<usize> = (0..n).collect();
+        let candidates = Candidates { order: &order, change: Change::Lazy, n_first: n.div_ceil(2), n_all: n };
+        let (mut search, mut all) = (Search::new(&candidates, most), Vec::new());
         while let Some(next) = search.next().filter(|_| all.len() < MOST_SETS) {
             search.note(next, kl(next));
             all.push(next);
@@ -451,8 +478,8 @@ mod tests {
         // As the divergence grows on real models: near the bound after four looks.
         for slope in [3.6, 5.3] {
             for at in 6..20 {
-                let kl = |n: usize| 0.008 * (slope * (n as f64 - f64::from(at)) / 24.0).exp();
-                let (can, tried) = search(24, kl, 0.008);
+                let kl = |n: usize| 0.01 * (slope * (n as f64 - f64::from(at)) / 24.0).exp();
+                let (can, tried) = search(24, kl, 0.01);
                 assert!(can <= at as usize && can + 2 >= at as usize, "{slope}, {at}: {can} of {tried:?}");
             }
         }

@@ -3,22 +3,17 @@
 use super::error::Error;
 use crate::{
     ggml::logging,
-    lazy::{DEFAULT_KL, LazyParams, Policy, Profile, ProfileError},
+    lazy::{LazyParams, Policy, Profile, ProfileError},
     model::Model,
 };
 
-/// Replaces `profile` by the layers that it names, and `auto` by the rule that it stands for. The order of a profile that is
-/// named, where the rule goes by looks.
+/// Replaces `profile` by the layers that it names. The order of a profile that is named, where the rule goes by looks.
 pub(super) fn settle(lazy: &mut LazyParams, model: &Model) -> Result<Option<Vec<usize>>, Error> {
     let policy = lazy.policy.clone();
-    if policy == Policy::Auto {
-        lazy.policy = Policy::Kl(DEFAULT_KL);
-    }
     let is_looked_for = match policy {
         Policy::Profile(_) => true,
         // A look's own order goes further, on every prompt that was tried with both (docs/quality.md).
-        Policy::Kl(_) | Policy::Auto => lazy.profile.is_some(),
-        _ => false,
+        _ => policy.most_foretold().is_some() && lazy.profile.is_some(),
     };
     if !is_looked_for {
         return Ok(None);

@@ -340,7 +340,7 @@ fn lazy_format(params: &SessionParams, head_size: usize) -> Format {
     // There are models whose keys four bits ruin: who asks for no harm gets eight.
     let (k, v) = match &params.lazy.policy {
         _ if !fits => (Type::F16, Type::F16),
-        Policy::Kl(_) => (Type::Q8_0, Type::Q4_0),
+        Policy::Kl(_) | Policy::Auto => (Type::Q8_0, Type::Q4_0),
         _ => (Type::Q4_0, Type::Q4_0),
     };
     let (k, v) = (params.lazy.type_k.unwrap_or(k), params.lazy.type_v.unwrap_or(v));

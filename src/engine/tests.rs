@@ -238,6 +238,18 @@ fn looks_bound_what_becomes_lazy() {
     assert!(fewer < 3 && less < most, "{fewer}: {less} of {most}");
 }
 
+/// `auto` leaves half of the layers active, where its bound alone would not.
+#[test]
+fn auto_leaves_half_of_the_layers_active() {
+    let n_lazy = |policy: &str| {
+        let mut session = session(policy, Type::F16);
+        // Of which sink and window are all but one.
+        read(&mut session, 0, 0..19);
+        session.layers(0).iter().filter(|layer| layer.lazy).count()
+    };
+    assert_eq!((n_lazy("kl"), n_lazy("auto")), (3, 1));
+}
+
 /// A later prompt is looked at again once the sequence is twice as long, with layers that are lazy already.
 #[test]
 fn looks_come_again_when_a_sequence_has_doubled() {

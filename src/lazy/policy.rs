@@ -24,13 +24,17 @@ pub enum Policy {
     /// many nats. Sets are beginnings of an order: of how little a probe's hidden states change with
     /// a layer alone lazy, or of the profile that [`LazyParams::profile`](super::LazyParams::profile) names.
     Kl(f64),
-    /// As `Kl`, with [`DEFAULT_KL`].
+    /// As `Kl` with [`DEFAULT_KL`], and at most half of the layers: what is asked only after a prompt was read its own
+    /// tokens foretell badly, and a model with half of its layers active finds nearly all of it.
     #[default]
     Auto,
 }
 
 /// The divergence in nats that `kl` allows unless told otherwise.
-pub const DEFAULT_KL: f64 = 0.008;
+pub const DEFAULT_KL: f64 = 0.012;
+
+/// The share of layers that `auto` makes lazy at most.
+const AUTO_SHARE: f32 = 0.5;
 
 /// What a layer is scored by. Higher scores are lazier either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +48,25 @@ pub enum Measure {
 impl Policy {
     /// What this policy goes by.
     pub fn measure(&self) -> Measure {
-        if matches!(self, Policy::Output(_) | Policy::Kl(_)) { Measure::Output } else { Measure::Mass }
+        if matches!(self, Policy::Output(_)) || self.most_foretold().is_some() {
+            Measure::Output
+        } else {
+            Measure::Mass
+        }
+    }
+
+    /// The divergence in nats that looks allow, where this policy goes by them.
+    pub fn most_foretold(&self) -> Option<f64> {
+        match self {
+            Policy::Kl(most) => Some(*most),
+            Policy::Auto => Some(DEFAULT_KL),
+            _ => None,
+        }
+    }
+
+    /// The share of layers that looks may make lazy.
+    pub fn most_by_looks(&self) -> f32 {
+        if *self == Policy::Auto { AUTO_SHARE } else { 1.0 }
     }
 }
 

@@ -18,6 +18,9 @@ pub struct Compared {
     #[serde(flatten)]
     pub summary: Summary,
     pub lazy_layers: Vec<usize>,
+    /// The divergence that a look at the prompt's last tokens foretold, where the rule looks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub foretold: Option<f64>,
     /// Bytes of the cache's buffers at the end of the text.
     pub kv_bytes: usize,
     /// What an uncompressed f16 cache of this context takes, over `kv_bytes`.
@@ -61,6 +64,7 @@ pub fn compare(
             lazy: contender.to_string(),
             summary: tally.summary(),
             lazy_layers: held.lazy_layers(),
+            foretold: held.foretold(),
             kv_bytes: held.kv_bytes(),
             compression: held.compression(),
         });

@@ -167,6 +167,11 @@ impl Held<'_> {
         self.session().layers(self.seq).iter().filter(|layer| layer.lazy).map(|layer| layer.index).collect()
     }
 
+    /// The divergence that a look foretold ([`SequenceView::foretold`](crate::SequenceView::foretold)).
+    pub fn foretold(&self) -> Option<f64> {
+        self.session().foretold(self.seq)
+    }
+
     /// Bytes of the sequence's buffers as it is now.
     pub fn kv_bytes(&self) -> usize {
         self.session().layers(self.seq).iter().map(|layer| layer.kv_bytes).sum()

@@ -30,7 +30,7 @@ pub fn run(args: InspectArgs) -> Result<(), Failure> {
     let policy = session.policy().clone();
     // Some rules need no scores; they are of interest all the same.
     let scores: Option<Vec<Option<f32>>> = match policy {
-        Policy::Threshold(_) | Policy::Budget(_) | Policy::Output(_) | Policy::Kl(_) => None,
+        Policy::Threshold(_) | Policy::Budget(_) | Policy::Output(_) | Policy::Kl(_) | Policy::Auto => None,
         _ => {
             let mut params = run.session.clone();
             params.lazy.policy = Policy::Threshold(Some(1.0));

@@ -3,7 +3,7 @@
 use crate::{Rng, WeightType, gguf::GgufFile, quantize};
 
 /// Elements of a matrix that are random; larger ones repeat their first rows, which is quickly written.
-const RANDOM: usize = 1 << 23;
+const RANDOM: usize = 1 << 20;
 
 /// Adds random tensors to a file.
 pub(crate) struct Weights<'a> {

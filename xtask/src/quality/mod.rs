@@ -1,5 +1,6 @@
 //! What rules and cache types cost, over models, texts and made-up tasks: the tables of `docs/quality.md`.
 
+mod foretold;
 mod table;
 mod texts;
 
@@ -46,6 +47,9 @@ pub struct Args {
     /// Further options for simlayer-run.
     #[arg(long, default_value = "")]
     options: String,
+    /// A simlayer-run that is built already.
+    #[arg(long, value_name = "FILE")]
+    simlayer_run: Option<PathBuf>,
     /// A folder for what the runs print as JSON. What is there already is not run again.
     #[arg(long)]
     out: Option<PathBuf>,
@@ -55,6 +59,9 @@ pub struct Args {
     /// Also print every cell.
     #[arg(long)]
     all: bool,
+    /// Draws what looks foretold of texts against what was lost later into this SVG.
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
     /// Print the cells in which a rule (auto, if none is named) is worse than promised, and fail where there are some.
     #[arg(long, value_name = "RULE", num_args = 0..=1, default_missing_value = "auto")]
     check: Option<String>,
@@ -126,9 +133,10 @@ pub fn run(args: &Args) -> Result<()> {
         bail!("{unknown} is none of {}", MODELS.map(|known| known.name).join(", "));
     }
     let mut env = Env::default();
-    let program = match args.kept {
-        true => PathBuf::new(),
-        false => {
+    let program = match &args.simlayer_run {
+        Some(path) => path.clone(),
+        None if args.kept => PathBuf::new(),
+        None => {
             prepare::libclang(&mut env)?;
             env.build_simlayer_run()?
         }
@@ -182,6 +190,12 @@ pub fn run(args: &Args) -> Result<()> {
         print!("{}", table::cells(&measured));
     }
     print!("{}", table::summaries(&measured));
+    let texts = measured.iter().filter(|cell| matches!(cell.kind, Kind::Text(_)));
+    let pairs = foretold::pairs(texts);
+    print!("{}", foretold::correlations(&pairs));
+    if let Some(path) = &args.plot {
+        foretold::plot(&pairs, path)?;
+    }
     match &args.check {
         Some(rule) => check(rule, &measured),
         None => Ok(()),
