@@ -10,10 +10,15 @@ pub(super) const BLOCK: usize = 32;
 /// Elements of a slice at most: a panel of them is to stay in a core's first-level cache.
 pub(super) const SLICE_LEN: usize = 1024;
 
+/// Where data is best begun: the first vector's loads then are of one line of the processor's caches each.
+pub(super) const ALIGNMENT: usize = 64;
+
 /// What kernels want to know of the input beside its numbers.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(in crate::ggml) struct Scheme {
-    /// Groups of the weights' elements in a block: 1 or 2.
+    /// Bytes of a block and what belongs to it.
+    pub block_bytes: usize,
+    /// Groups of the weights' elements in a block: 1 or 2; 0 where numbers are floats and stand alone.
     pub groups: usize,
     /// What the weights' numbers are larger by than what they stand for.
     pub offset: i32,
@@ -40,9 +45,14 @@ pub(super) fn slices(k: usize) -> impl Iterator<Item = Slice> {
 }
 
 impl Scheme {
+    /// Eight-bit numbers with a scale for each block, and a sum and a start for each group.
+    pub const fn quantized(groups: usize, offset: i32) -> Scheme {
+        Scheme { block_bytes: BLOCK + 4 + 8 * groups, groups, offset }
+    }
+
     /// Bytes of a slice of `len` elements, and of a vector of as many.
     pub fn slice_bytes(self, len: usize) -> usize {
-        len + len / BLOCK * (4 + 8 * self.groups)
+        len / BLOCK * self.block_bytes
     }
 
     /// Where the slice of vector `vector` of `n_vectors` is.
@@ -61,9 +71,8 @@ pub(super) struct Input {
 
 /// A slice of one vector of an [`Input`].
 #[derive(Clone, Copy)]
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has kernels"))]
 pub(super) struct Vector {
-    /// Between −127 and 127.
+    /// Between −127 and 127, or floats.
     pub numbers: *const i8,
     /// By block.
     pub scales: *const f32,
@@ -74,6 +83,11 @@ pub(super) struct Vector {
 }
 
 impl Input {
+    /// In memory that has [`ALIGNMENT`] more bytes than the vectors.
+    pub fn within(memory: *mut u8, scheme: Scheme, n_vectors: usize) -> Input {
+        Input { scheme, n_vectors, data: memory.wrapping_add(memory.align_offset(ALIGNMENT)) }
+    }
+
     /// Quantises a slice of the vector number `vector`, whose elements lie at `from`.
     ///
     /// # Safety
@@ -87,7 +101,6 @@ impl Input {
     /// # Safety
     /// The vector was written.
     #[inline]
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has kernels"))]
     pub unsafe fn vector(&self, vector: usize, slice: Slice) -> Vector {
         let blocks = slice.len / BLOCK;
         // SAFETY: as the caller says, and slices are as they were written.

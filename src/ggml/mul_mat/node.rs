@@ -9,7 +9,7 @@ use ggml_sys as sys;
 
 use super::{
     Kernel,
-    input::{Input, slices},
+    input::{ALIGNMENT, Input, slices},
     product::{Column, Product, share},
 };
 use crate::ggml::Tensor;
@@ -26,7 +26,7 @@ impl Kernel {
     /// The kernel is for a product with the input; the context is alive, and the tensors live as long as it.
     pub unsafe fn add_input(&'static self, raw: *mut sys::ggml_context, input: &Tensor) -> *mut sys::ggml_tensor {
         let [k, n1, n2, _] = input.shape();
-        let shape = [self.scheme.slice_bytes(k), n1 * n2, 1];
+        let shape = [self.scheme.slice_bytes(k) * n1 * n2 + ALIGNMENT, 1, 1];
         // SAFETY: as the caller says; the callback takes this kernel and these sources.
         unsafe { self.add(raw, sys::GGML_TYPE_I8, shape, &[input], quantize) }
     }
@@ -150,13 +150,13 @@ impl Source {
         let (scheme, n_vectors) = (kernel.scheme, self.n_vectors());
         if !quantized.is_null() {
             // SAFETY: as the caller says.
-            return Input { scheme, n_vectors, data: unsafe { (*quantized).data.cast() } };
+            return Input::within(unsafe { (*quantized).data.cast() }, scheme, n_vectors);
         }
-        let floats = (scheme.slice_bytes(self.k) * n_vectors).div_ceil(size_of::<f32>());
+        let floats = (scheme.slice_bytes(self.k) * n_vectors + ALIGNMENT).div_ceil(size_of::<f32>());
         if memory.len() < floats {
             memory.resize(floats, 0.0);
         }
-        let input = Input { scheme, n_vectors, data: memory.as_mut_ptr().cast() };
+        let input = Input::within(memory.as_mut_ptr().cast(), scheme, n_vectors);
         for vector in 0..n_vectors {
             for slice in slices(self.k) {
                 // SAFETY: as the caller says.
@@ -184,7 +184,7 @@ unsafe extern "C" fn quantize(node: *mut sys::ggml_tensor, thread: i32, n_thread
     unsafe {
         let (kernel, [input]) = parts(node, kernel);
         let source = Source::of(input);
-        let input = Input { scheme: kernel.scheme, n_vectors: source.n_vectors(), data: (*node).data.cast() };
+        let input = Input::within((*node).data.cast(), kernel.scheme, source.n_vectors());
         let n = slices(source.k).count() * source.n_vectors();
         let first_of = |thread: i32| thread as usize * n / n_threads as usize;
         let pieces = slices(source.k).flat_map(|slice| (0..source.n_vectors()).map(move |vector| (slice, vector)));

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 use super::{
     input::{BLOCK, Scheme},
-    simd::{max_of_lanes, sum_of_lanes},
+    simd::max_of_lanes,
 };
 
 /// See [`super::input::Quantize`].
@@ -71,8 +71,9 @@ pub(in crate::ggml) unsafe fn quantize_block(from: *const f32) -> QuantizedBlock
     // Packing works on each half of a register by itself; this puts the fours into their order.
     let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     let numbers = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
-    // Exact: a sum is 16 × 127 at most.
-    let low = sum_of_lanes(_mm256_cvtepi32_ps(_mm256_add_epi32(whole[0], whole[1]))) as i32;
-    let high = sum_of_lanes(_mm256_cvtepi32_ps(_mm256_add_epi32(whole[2], whole[3]))) as i32;
+    let fours = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), numbers), _mm256_set1_epi16(1));
+    let eights = _mm256_hadd_epi32(fours, fours);
+    let sums = _mm256_hadd_epi32(eights, eights);
+    let (low, high) = (_mm256_cvtsi256_si32(sums), _mm_cvtsi128_si32(_mm256_extracti128_si256::<1>(sums)));
     QuantizedBlock { numbers, scale: largest / 127.0, sums: [low, high] }
 }

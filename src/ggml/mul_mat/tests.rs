@@ -13,7 +13,9 @@ fn all_features() -> Vec<Features> {
 }
 
 /// All types that have kernels, and the elements of a step.
-const TYPES: [(Type, usize); 13] = [
+const TYPES: [(Type, usize); 15] = [
+    (Type::F16, 32),
+    (Type::BF16, 32),
     (Type::Q4_0, 64),
     (Type::Q4_1, 64),
     (Type::Q5_0, 64),
@@ -52,7 +54,8 @@ fn compute(scheduler: &mut Scheduler, graph: &Graph, result: &Tensor) -> Vec<f32
 
 /// The product with the kernel for these features, which there must be.
 fn product(graph: &Graph, weight: &Tensor, input: &Tensor, features: Features) -> Tensor {
-    graph.mul_mat_with(weight, input, Kernel::of_matrix(weight, input, features).expect("a kernel")).as_output()
+    let kernel = kernel(weight.ty(), weight.is_repacked(), features).expect("a kernel");
+    graph.mul_mat_with(weight, input, kernel).as_output()
 }
 
 /// The products of the vectors with the rows, each of `k` elements, a vector's after the other's.
@@ -107,6 +110,8 @@ fn products_are_those_of_the_stored_weights() {
     for threads in [1, 3] {
         let mut scheduler = Scheduler::new(&[Device::cpu()], threads, 64).unwrap();
         for (ty, k, rows) in [
+            (Type::F16, 1504, 50),
+            (Type::BF16, 96, 17),
             (Type::Q4_1, 576, 77),
             (Type::Q4_0, 64, 5),
             (Type::Q4_0, 192, 24),
@@ -134,7 +139,7 @@ fn products_are_those_of_the_stored_weights() {
                 convert(&mut scheduler, &source, &weight);
                 let graph = Graph::new(8);
                 let stored = compute(&mut scheduler, &graph, &graph.cast(&weight, Type::F32).as_output());
-                assert!(Kernel::of_matrix(&weight, &input, Features::detect()).is_some());
+                assert!(Kernel::of_matrix(&weight, &input, Features::detect()).is_some() || !ty.is_quantized());
                 let repacked = repack(&weight);
                 let mut errors = Errors::default();
                 // One vector's rounding says little.
@@ -145,7 +150,7 @@ fn products_are_those_of_the_stored_weights() {
                     for weight in [Some(&weight), repacked.as_ref().map(|(_, weight)| weight)].into_iter().flatten() {
                         let graph = Graph::new(8);
                         let theirs = compute(&mut scheduler, &graph, &graph.mul_mat(weight, &input).as_output());
-                        for &features in all.iter().filter(|&&f| Kernel::of_matrix(weight, &input, f).is_some()) {
+                        for &features in all.iter().filter(|&&f| kernel(ty, weight.is_repacked(), f).is_some()) {
                             let graph = Graph::new(8);
                             let ours = compute(&mut scheduler, &graph, &product(&graph, weight, &input, features));
                             errors.add((weight.is_repacked(), features), [&ours, &theirs], &exact);
@@ -247,13 +252,16 @@ fn repack(from: &Tensor) -> Option<(Context, Tensor)> {
 
 /// What kernels are to compute, but for rounding to f32: products of the stored weights and the input in blocks of 32 as
 /// 8-bit numbers. Beside each the size of all that is summed for it.
-fn expected(stored: &[f32], vectors: &[f32], k: usize) -> Vec<(f64, f64)> {
+fn expected(ty: Type, stored: &[f32], vectors: &[f32], k: usize) -> Vec<(f64, f64)> {
     let quantized: Vec<f64> = vectors
         .chunks(32)
         .flat_map(|block| {
             let largest = block.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+            if !ty.is_quantized() {
+                return block.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+            }
             let (scale, factor) = (largest / 127.0, if largest > 0.0 { 127.0 / largest } else { 0.0 });
-            block.iter().map(move |x| f64::from((x * factor).round_ties_even()) * f64::from(scale))
+            block.iter().map(move |x| f64::from((x * factor).round_ties_even()) * f64::from(scale)).collect()
         })
         .collect();
     let row_of = |vector: &[f64], row: &[f32]| {
@@ -293,12 +301,12 @@ proptest! {
         convert(&mut scheduler, &source, &weight);
         let graph = Graph::new(8);
         let stored = compute(&mut scheduler, &graph, &graph.cast(&weight, Type::F32).as_output());
-        let expected = expected(&stored, &vectors, k);
+        let expected = expected(ty, &stored, &vectors, k);
 
         let repacked = repack(&weight);
         for features in all_features() {
             for weight in [Some(&weight), repacked.as_ref().map(|(_, weight)| weight)].into_iter().flatten() {
-                if Kernel::of_matrix(weight, &input, features).is_none() {
+                if kernel(ty, weight.is_repacked(), features).is_none() {
                     // Of what ggml repacks there are kernels for q4_K only.
                     prop_assert!(weight.is_repacked() && ty != Type::Q4_K);
                     continue;
@@ -397,7 +405,7 @@ impl Mixture {
         let ids = graph.view(&self.chosen, [used, n, 1], [self.chosen.strides()[1], 0], 0);
         let products = match features {
             Some(features) => {
-                let kernel = Kernel::of_experts(weight, &self.input, &ids, features).expect("a kernel");
+                let kernel = kernel(weight.ty(), weight.is_repacked(), features).expect("a kernel");
                 graph.mul_mat_id_with(weight, &self.input, &ids, kernel)
             }
             None => graph.mul_mat_id(weight, &self.input, &ids),
@@ -428,7 +436,7 @@ proptest! {
         let mut scheduler = Scheduler::new(&[Device::cpu()], threads, 64).unwrap();
         let mixture = Mixture::new(&mut scheduler, of, seed, mean);
         let pairs = mixture.pairs(of);
-        let expected: Vec<_> = pairs.flat_map(|(stored, vector)| expected(stored, vector, of.k)).collect();
+        let expected: Vec<_> = pairs.flat_map(|(stored, vector)| expected(ty, stored, vector, of.k)).collect();
         let repacked = repack(&mixture.weight);
         for features in all_features() {
             for weight in [Some(&mixture.weight), repacked.as_ref().map(|(_, weight)| weight)].into_iter().flatten() {

@@ -17,7 +17,7 @@ pub trait Layout {
     /// Whether groups have a minimum beside the scale.
     const HAS_MIN: bool = false;
     /// How the input is quantised.
-    const SCHEME: Scheme = Scheme { groups: BLOCK / Self::GROUP, offset: Self::OFFSET };
+    const SCHEME: Scheme = Scheme::quantized(BLOCK / Self::GROUP, Self::OFFSET);
 }
 
 /// A type of weights that are stored row by row. Its functions need AVX2 with FMA and F16C, those with 512 bits AVX-512 F,
