@@ -10,8 +10,8 @@ mod common;
 use std::path::Path;
 
 use common::{
-    bound, ggmls_attention, load, logits, plain, session, shorter, smollm2, steady_smollm2, story, top,
-    unquantized::smollm2_f32_path, upstreams_file,
+    bound, ggmls_attention, load, load_as_upstream, logits, plain, session, shorter, smollm2, steady_smollm2, story,
+    top, unquantized::smollm2_f32_path, upstreams_file,
 };
 use simlayer::{Model, SessionParams, Token, ggml::Type};
 use simlayer_testkit::{
@@ -169,7 +169,7 @@ fn compare(name: &str, random: &RandomModel, params: &SessionParams) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("random.gguf");
     random.write(&path);
-    let model = load(&path);
+    let model = if params.fused_attention { load(&path) } else { load_as_upstream(&path) };
     let mut rng = Rng::new(7);
     // A window that the file asks for is not upstream's for this architecture; within it the two agree.
     let longest = random.sliding_window.map_or(300, |window| 300.min(window as usize - 20));

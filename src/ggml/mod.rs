@@ -64,3 +64,4 @@ pub(crate) use context::Plain;
 pub(crate) use llama::{Candidates, RawSampler, SamplerKind, builtin_chat_template, builtin_chat_templates};
 pub(crate) use memory::{map_large_blocks, release_free_memory};
 pub(crate) use mmap::{map_file, release_pages};
+pub(crate) use mul_mat::multiplies_as_stored;

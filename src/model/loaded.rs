@@ -47,7 +47,7 @@ struct Inner {
 impl Model {
     /// Loads a GGUF file; of a split model the first file (`…-00001-of-0000N.gguf`).
     ///
-    /// Weights stay in the mapped file, except those that the processor's kernels want repacked and those of layers on
+    /// Weights stay in the mapped file, except those that kernels for the processor want repacked and those of layers on
     /// other devices.
     ///
     /// # Errors
@@ -196,7 +196,7 @@ fn build<'a>(file: &'a Gguf, path: &Path, params: &ModelParams) -> Result<(Decod
     let hparams = Hparams::read(&keys)?;
     gguf::check_vocab(file)?;
     let placement = Placement::new(hparams.n_layer, params);
-    let loader = Loader::new(file, params.repack, placement.clone());
+    let loader = Loader::new(file, params, placement.clone());
     let mut builder = Builder { keys, hparams, loader };
     let decoder = build(&mut builder)?;
     Ok((decoder, builder, placement))

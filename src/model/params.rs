@@ -7,9 +7,12 @@ use crate::{ggml::Device, gguf::Override};
 /// How to load a model.
 #[derive(Debug, Clone)]
 pub struct ModelParams {
-    /// Repack weights for the processor's matrix kernels where it has any for their type (llama.cpp's `--repack`).
-    /// Repacked weights are a copy; prefill is much faster with them.
+    /// Repack weights for ggml's matrix kernels where it has any for their type (llama.cpp's `--repack`) and our own do not
+    /// want them as they are. Repacked weights are a copy; ggml's prefill is much faster with them.
     pub repack: bool,
+    /// Sessions will run ggml's kernels in place of our own ([`SessionParams::fused_attention`](crate::SessionParams) off):
+    /// weights are repacked as llama.cpp does.
+    pub ggml_kernels: bool,
     /// Values that take the place of the file's keys.
     pub overrides: Vec<(String, Override)>,
     /// Told how far loading is.
@@ -26,6 +29,7 @@ impl Default for ModelParams {
     fn default() -> Self {
         ModelParams {
             repack: true,
+            ggml_kernels: false,
             overrides: Vec::new(),
             progress: None,
             devices: None,

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::{Error, Placement, Progress};
+use super::{Error, ModelParams, Placement, Progress};
 use crate::{
     ggml::{self, BufferType, Context, Device, Tensor, Type},
     gguf::{Gguf, TensorInfo},
@@ -28,6 +28,8 @@ pub(crate) struct Loader<'a> {
     file: &'a Gguf,
     placement: Placement,
     repacking: Vec<BufferType>,
+    /// Whether weights are repacked that our own kernels multiply as they are.
+    ggml_kernels: bool,
     contexts: Vec<Placed<'a>>,
     asked: HashSet<&'a str>,
     /// Whether a kind of memory can multiply a type and shape: asking ggml allocates, and layers are alike.
@@ -37,10 +39,11 @@ pub(crate) struct Loader<'a> {
 }
 
 impl<'a> Loader<'a> {
-    pub(super) fn new(file: &'a Gguf, repack: bool, placement: Placement) -> Self {
-        let repacking = if repack { Device::cpu().repacking_buffer_types() } else { Vec::new() };
+    pub(super) fn new(file: &'a Gguf, params: &ModelParams, placement: Placement) -> Self {
+        let repacking = if params.repack { Device::cpu().repacking_buffer_types() } else { Vec::new() };
         let (asked, answers, ignored) = (HashSet::new(), HashMap::new(), Vec::new());
-        Loader { file, placement, repacking, contexts: Vec::new(), asked, answers, ignored }
+        let ggml_kernels = params.ggml_kernels;
+        Loader { file, placement, repacking, ggml_kernels, contexts: Vec::new(), asked, answers, ignored }
     }
 
     /// A matrix that hidden states are multiplied by, `[input width, output width]`.
@@ -137,7 +140,7 @@ impl<'a> Loader<'a> {
     }
 
     /// On the layer's device where that has kernels for this weight. With the processor: in the first kind of repacking
-    /// memory that has kernels for it, else in the file.
+    /// memory that has kernels for it, else, and where our own kernels want it so, in the file.
     fn multiplied(&mut self, info: &'a TensorInfo, shape: &[usize]) -> Tensor {
         // As a matrix the embedding serves for the output.
         let is_output = info.name == "token_embd.weight";
@@ -146,6 +149,9 @@ impl<'a> Loader<'a> {
             return self.add(Place::Memory(device.buffer_type()), info);
         }
         let device = Device::cpu();
+        if !self.ggml_kernels && ggml::multiplies_as_stored(info.ty, shape[0]) {
+            return self.add(Loader::unpacked(device, info), info);
+        }
         for memory in self.repacking.clone() {
             if self.can_multiply(device, memory, info.ty, shape) {
                 return self.add(Place::Memory(memory), info);

@@ -27,7 +27,16 @@ pub fn steady_smollm2() -> Model {
 /// With `SIMLAYER_TEST_RPC` (servers, `HOST:PORT,…`) weights and caches are on the servers' devices, with
 /// `SIMLAYER_TEST_DEVICE` (names, `Vulkan0,…`) on these.
 pub fn load(path: &Path) -> Model {
-    let params = ModelParams { devices: test_devices(), ..ModelParams::default() };
+    load_with(path, ModelParams::default())
+}
+
+/// As [`load`], with weights repacked as upstream's are: for sessions with ggml's kernels.
+pub fn load_as_upstream(path: &Path) -> Model {
+    load_with(path, ModelParams { ggml_kernels: true, ..ModelParams::default() })
+}
+
+fn load_with(path: &Path, params: ModelParams) -> Model {
+    let params = ModelParams { devices: test_devices(), ..params };
     let wanted = params.devices.clone();
     let model = Model::load(path, &params).unwrap_or_else(|error| panic!("{error}"));
     if let Some(wanted) = wanted {

@@ -142,7 +142,7 @@ fn connect(servers: &[String]) -> Result<Vec<Device>, Failure> {
 
 /// Where the layers go. Remote devices come first, as in llama.cpp.
 fn model_params(args: &CommonArgs, remote: Vec<Device>) -> Result<ModelParams, Failure> {
-    let mut params = ModelParams::default();
+    let mut params = ModelParams { ggml_kernels: args.lazy.ggml_kernels, ..ModelParams::default() };
     let is_local = |device: &Device| !remote.contains(device);
     let local: Vec<Device> = Device::all_but_processor().into_iter().filter(is_local).collect();
     params.devices = Some(match &args.device[..] {

@@ -22,12 +22,12 @@ mod prefill;
 #[cfg(target_arch = "x86_64")]
 mod q4;
 mod scratch;
-mod simd;
+pub(super) mod simd;
 #[cfg(test)]
 mod tests;
 mod views;
 #[cfg(target_arch = "x86_64")]
-mod x86;
+pub(super) mod x86;
 
 pub(super) use op::Op;
 pub use op::{FusedAttention, KvSegment};

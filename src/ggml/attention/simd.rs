@@ -5,7 +5,7 @@
 /// # Safety
 /// Every method needs the processor features of its implementation; pointers need not be aligned, but must be good
 /// for as many elements as the method says.
-pub(super) trait Simd: Copy {
+pub(in crate::ggml) trait Simd: Copy {
     const LANES: usize;
     /// Heads whose queries are multiplied with a key at once: what the registers hold.
     const MAX_GROUP: usize;

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use super::simd::Simd;
 
 #[derive(Clone, Copy)]
-pub(super) struct Avx2(__m256);
+pub(in crate::ggml) struct Avx2(__m256);
 
 // SAFETY in all blocks: the processor has the features, and the pointers are good for as many elements as the trait
 // says.
@@ -135,7 +135,7 @@ impl Simd for Avx2 {
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct Avx512(__m512);
+pub(in crate::ggml) struct Avx512(__m512);
 
 // SAFETY in all blocks: as for `Avx2`.
 impl Simd for Avx512 {
