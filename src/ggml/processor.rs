@@ -14,6 +14,15 @@ pub(super) enum Features {
     /// AVX-512 VNNI: products of 8-bit numbers, summed in 32 bits.
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
+    /// NEON, which all 64-bit Arm processors have.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+    /// Products of 8-bit numbers, summed in 32 bits (FEAT_DotProd).
+    #[cfg(target_arch = "aarch64")]
+    DotProd,
+    /// Products of matrices of 8-bit numbers (FEAT_I8MM).
+    #[cfg(target_arch = "aarch64")]
+    I8mm,
 }
 
 impl Features {
@@ -33,7 +42,20 @@ impl Features {
     }
 
     /// The best that this processor has.
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    pub(super) fn detect() -> Features {
+        use std::arch::is_aarch64_feature_detected as has;
+        if !has!("dotprod") {
+            Features::Neon
+        } else if !has!("i8mm") {
+            Features::DotProd
+        } else {
+            Features::I8mm
+        }
+    }
+
+    /// The best that this processor has.
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     pub(super) fn detect() -> Features {
         Features::Portable
     }
@@ -49,6 +71,12 @@ impl Features {
             Features::Avx512,
             #[cfg(target_arch = "x86_64")]
             Features::Avx512Vnni,
+            #[cfg(target_arch = "aarch64")]
+            Features::Neon,
+            #[cfg(target_arch = "aarch64")]
+            Features::DotProd,
+            #[cfg(target_arch = "aarch64")]
+            Features::I8mm,
         ];
         all.into_iter().filter(|&features| features <= Features::detect()).collect()
     }

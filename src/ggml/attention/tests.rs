@@ -1,13 +1,17 @@
 //! Against attention in f64, whatever the types, shapes, masks, features and threads.
 
-use super::{FusedAttention, KvSegment, block::BLOCK, chunks::Chunks, op::MIN_PREFILL, views::MAX_SEGMENTS};
+#[cfg(target_arch = "x86_64")]
+use super::op::MIN_PREFILL;
+use super::{FusedAttention, KvSegment, block::BLOCK, chunks::Chunks, views::MAX_SEGMENTS};
 use crate::ggml::{Context, Device, Graph, Scheduler, Tensor, Type, processor::Features};
 
 /// All features of this processor that have attention kernels of their own.
 fn features() -> impl Iterator<Item = Features> {
     #[cfg(target_arch = "x86_64")]
     let is_own = |features: &Features| *features != Features::Avx512Vnni;
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    let is_own = |features: &Features| *features != Features::I8mm;
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let is_own = |_: &Features| true;
     Features::all().into_iter().filter(is_own)
 }
