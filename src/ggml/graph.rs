@@ -2,6 +2,7 @@
 
 use std::{
     cell::{Cell, Ref, RefCell},
+    collections::HashMap,
     fmt,
     ptr::NonNull,
     sync::Arc,
@@ -12,7 +13,7 @@ use ggml_sys as sys;
 use super::{
     Context, Device, Tensor, Type,
     attention::{FusedAttention, KvSegment, Op, Partials},
-    mul_mat,
+    mul_mat::{Kernel, Scheme},
     processor::Features,
 };
 
@@ -26,6 +27,8 @@ pub struct Graph {
     /// Intermediate results of fused attention.
     partials: Arc<Partials>,
     own_kernels: bool,
+    /// Inputs of several products, as our kernels take them.
+    quantized: RefCell<HashMap<(*mut sys::ggml_tensor, Scheme), Tensor>>,
     /// Nodes that must be computed on a certain device.
     placed: RefCell<Vec<(Tensor, Device)>>,
     /// Where the layer that is being added is computed.
@@ -89,6 +92,7 @@ impl Graph {
             max_nodes,
             partials: Arc::default(),
             own_kernels: false,
+            quantized: RefCell::default(),
             placed: RefCell::default(),
             device: Cell::default(),
         }
@@ -270,24 +274,40 @@ impl Graph {
 
     /// `weight [k, n] × input [k, m]` → `[n, m]`.
     pub fn mul_mat(&self, weight: &Tensor, input: &Tensor) -> Tensor {
-        let features = Features::detect();
-        if self.own_kernels && mul_mat::applies(weight, input, features) {
-            return self.mul_mat_with(weight, input, features);
+        match self.own_kernels.then(|| Kernel::of_matrix(weight, input, Features::detect())).flatten() {
+            Some(kernel) => self.mul_mat_with(weight, input, kernel),
+            None => self.ggml_mul_mat(weight, input),
         }
-        self.ggml_mul_mat(weight, input)
     }
 
-    /// As [`Graph::mul_mat`], with the kernels for these processor features. They must apply.
-    pub(super) fn mul_mat_with(&self, weight: &Tensor, input: &Tensor, features: Features) -> Tensor {
-        let applies = mul_mat::applies(weight, input, features);
-        assert!(applies, "no kernel of our own for {} and {}", weight.ty(), input.ty());
+    /// As [`Graph::mul_mat`], with this kernel, which must be one for these tensors.
+    pub(super) fn mul_mat_with(&self, weight: &Tensor, input: &Tensor, kernel: &'static Kernel) -> Tensor {
+        let quantized = self.quantized(input, kernel);
         self.context.uses(weight);
         self.context.uses(input);
-        // SAFETY: it applies, and features are only ever detected; the context is alive and keeps the tensors.
-        let product = self.context.wrap(unsafe { mul_mat::add(self.context.raw(), weight, input, features) });
-        // Remote devices claim to know every operation.
-        self.place(&product, Device::cpu());
-        product
+        // SAFETY: it is for them, and features are only ever detected; the context is alive and keeps the tensors.
+        let raw = unsafe { kernel.add_product(self.context.raw(), weight, input, quantized.as_ref()) };
+        self.at_processor(self.context.wrap(raw))
+    }
+
+    /// The input as this kernel takes it, where it is quantised once for several products.
+    fn quantized(&self, input: &Tensor, kernel: &'static Kernel) -> Option<Tensor> {
+        let [_, n1, n2, _] = input.shape();
+        kernel.shares_input(n1 * n2).then(|| {
+            let mut all = self.quantized.borrow_mut();
+            let quantized = all.entry((input.raw(), kernel.scheme)).or_insert_with(|| {
+                self.context.uses(input);
+                // SAFETY: as in `mul_mat_with`.
+                self.at_processor(self.context.wrap(unsafe { kernel.add_input(self.context.raw(), input) }))
+            });
+            quantized.clone()
+        })
+    }
+
+    /// A node of our own. Remote devices claim to know every operation.
+    fn at_processor(&self, node: Tensor) -> Tensor {
+        self.place(&node, Device::cpu());
+        node
     }
 
     fn ggml_mul_mat(&self, weight: &Tensor, input: &Tensor) -> Tensor {
@@ -315,7 +335,25 @@ impl Graph {
     /// `experts [k, n, n_expert]`, of which `ids` (i32) `[n_used, tokens]` names some for each token; `input`
     /// `[k, 1 or n_used, tokens]` → `[n, n_used, tokens]`.
     pub fn mul_mat_id(&self, experts: &Tensor, input: &Tensor, ids: &Tensor) -> Tensor {
-        node!(self, [experts, input, ids], ggml_mul_mat_id(experts.raw(), input.raw(), ids.raw()))
+        match self.own_kernels.then(|| Kernel::of_experts(experts, input, ids, Features::detect())).flatten() {
+            Some(kernel) => self.mul_mat_id_with(experts, input, ids, kernel),
+            None => node!(self, [experts, input, ids], ggml_mul_mat_id(experts.raw(), input.raw(), ids.raw())),
+        }
+    }
+
+    /// As [`Graph::mul_mat_id`], with this kernel, which must be one for these tensors.
+    pub(super) fn mul_mat_id_with(
+        &self,
+        experts: &Tensor,
+        input: &Tensor,
+        ids: &Tensor,
+        kernel: &'static Kernel,
+    ) -> Tensor {
+        let quantized = self.quantized(input, kernel);
+        [experts, input, ids].into_iter().for_each(|tensor| self.context.uses(tensor));
+        // SAFETY: as in `mul_mat_with`.
+        let raw = unsafe { kernel.add_experts(self.context.raw(), experts, input, ids, quantized.as_ref()) };
+        self.at_processor(self.context.wrap(raw))
     }
 
     /// Adds to `a` `[n, n_used, tokens]` the rows of `biases` `[n, n_expert]` that `ids` (i32) `[n_used, tokens]` names.
@@ -424,9 +462,7 @@ impl Graph {
         // SAFETY: the context is alive, it keeps the tensors, and it keeps the operation's state below.
         let (raw, op) = unsafe { Op::add(self.context.raw(), q, segments, params, &self.partials, features) };
         self.context.keep(op);
-        let attended = self.context.wrap(raw);
-        self.place(&attended, Device::cpu());
-        attended
+        self.at_processor(self.context.wrap(raw))
     }
 
     /// Softmax of `scale × a + mask` over each row of `a` `[rows, tokens, heads]`. `sinks` `[heads]` (f32) are logits

@@ -13,9 +13,9 @@ use std::{arch::x86_64::*, cell::RefCell};
 
 use super::{
     formats::{Format, Layout, Q4_Kx8, q4_k_x8},
-    input::{BLOCK, Input},
-    product::Product,
-    run::{Isa, Kernels, Scratch, Slice},
+    input::{BLOCK, Slice, slices},
+    product::{Column, Product},
+    run::{Isa, Kernels},
     simd::sum_of_lanes,
 };
 
@@ -33,8 +33,7 @@ pub(super) struct Panel {
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch<Panel>> =
-        RefCell::new(Scratch { input: Input::default(), panels: Vec::new() });
+    static PANELS: RefCell<Vec<Panel>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Isa for Avx2 {
@@ -43,40 +42,33 @@ impl Isa for Avx2 {
     const ROWS: usize = 8;
     const PANELS: usize = 1;
 
-    fn with_scratch(work: impl FnOnce(&mut Scratch<Panel>)) {
-        SCRATCH.with_borrow_mut(work);
+    fn with_panels(work: impl FnOnce(&mut Vec<Panel>)) {
+        PANELS.with_borrow_mut(work);
     }
 
-    unsafe fn multiply<F: Layout>(product: &Product, row: usize, slice: Slice, panels: &[Panel], input: &Input) {
-        let mut done = 0;
-        while done < slice.n {
-            // SAFETY: as the caller says.
-            done += unsafe {
-                match slice.n - done {
-                    1 => multiply::<F, 1>(product, row, slice, panels, input, done),
-                    2 => multiply::<F, 2>(product, row, slice, panels, input, done),
-                    3 => multiply::<F, 3>(product, row, slice, panels, input, done),
-                    _ => multiply::<F, 4>(product, row, slice, panels, input, done),
-                }
-            };
-        }
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn multiply<F: Layout, const N: usize>(
+        product: &Product,
+        row: usize,
+        slice: Slice,
+        panels: &[Panel],
+        columns: &[Column],
+    ) {
+        // SAFETY: as the caller says.
+        unsafe { multiply::<F, N>(product, row, slice, panels, columns) }
     }
 }
 
 impl<F: Format> Kernels<F> for Avx2 {
-    unsafe fn multiply_rows(product: &Product, input: &Input) {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn multiply_rows<const N: usize>(product: &Product) {
         for row in product.rows.clone() {
             // SAFETY: as the caller says.
-            unsafe {
-                match product.n {
-                    1 => multiply_row::<F, 1>(product, input, row),
-                    2 => multiply_row::<F, 2>(product, input, row),
-                    _ => multiply_row::<F, 3>(product, input, row),
-                }
-            }
+            unsafe { multiply_row::<F, N>(product, row) }
         }
     }
 
+    #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn fill(product: &Product, row: usize, slice: Slice, panels: &mut [Panel]) {
         // SAFETY: as the caller says.
         unsafe { fill::<F>(product, row, slice, panels) }
@@ -84,19 +76,15 @@ impl<F: Format> Kernels<F> for Avx2 {
 }
 
 impl Kernels<Q4_Kx8> for Avx2 {
-    unsafe fn multiply_rows(product: &Product, input: &Input) {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn multiply_rows<const N: usize>(product: &Product) {
         for row in product.rows.clone().step_by(q4_k_x8::ROWS) {
             // SAFETY: as the caller says; rows are a multiple of eight, threads' shares too.
-            unsafe {
-                match product.n {
-                    1 => multiply_q4_k_x8::<1>(product, input, row),
-                    2 => multiply_q4_k_x8::<2>(product, input, row),
-                    _ => multiply_q4_k_x8::<3>(product, input, row),
-                }
-            }
+            unsafe { multiply_q4_k_x8::<N>(product, row) }
         }
     }
 
+    #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn fill(product: &Product, row: usize, slice: Slice, panels: &mut [Panel]) {
         // SAFETY: as the caller says.
         unsafe { fill_q4_k_x8(product, row, slice, panels) }
@@ -108,53 +96,52 @@ impl Kernels<Q4_Kx8> for Avx2 {
 /// # Safety
 /// As [`Kernels::multiply_rows`].
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn multiply_q4_k_x8<const N: usize>(product: &Product, input: &Input, row: usize) {
+unsafe fn multiply_q4_k_x8<const N: usize>(product: &Product, row: usize) {
     let (fifteen, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
     let twice = [_mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3), _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7)];
     let mut sums = [[_mm256_setzero_ps(); 2]; N];
     let mut minima = [_mm256_setzero_ps(); N];
     // SAFETY: rows are `k` elements; so are the vectors.
     unsafe {
-        let mut vectors = [input.vector(0); N];
-        for i in 1..N {
-            vectors[i] = input.vector(i);
-        }
-        let weights = product.row(row);
-        for s in 0..product.k / 256 {
-            let block = weights.add(s * q4_k_x8::BYTES);
-            for pair in 0..4 {
-                // By vector, group and half of the rows: sums of two, of at most 2 × 15 × 127, four of which fit together.
-                let mut pairs = [[[_mm256_setzero_si256(); 2]; 2]; N];
-                for c in 4 * pair..4 * pair + 4 {
-                    let from = block.add(q4_k_x8::NUMBERS + 64 * c);
-                    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(2048).cast());
-                    for h in 0..2 {
-                        let both = _mm256_loadu_si256(from.add(32 * h).cast());
-                        let upper = _mm256_and_si256(_mm256_srli_epi16::<4>(both), fifteen);
-                        let numbers = [_mm256_and_si256(both, fifteen), upper];
-                        for i in 0..N {
-                            for g in 0..2 {
-                                let at = s * 256 + (2 * pair + g) * 32 + c % 4 * 8;
-                                let x = vectors[i].numbers.add(at).cast::<i64>().read_unaligned();
-                                let two = _mm256_maddubs_epi16(numbers[g], _mm256_set1_epi64x(x));
-                                pairs[i][g][h] = _mm256_add_epi16(pairs[i][g][h], two);
+        for slice in slices(product.k) {
+            let vectors = product.vectors::<N>(product.columns, slice);
+            let weights = product.row(row).add(slice.from / 256 * q4_k_x8::BYTES);
+            for s in 0..slice.len / 256 {
+                let block = weights.add(s * q4_k_x8::BYTES);
+                for pair in 0..4 {
+                    // By vector, group and half of the rows: sums of two, of at most 2 × 15 × 127, four of which fit together.
+                    let mut pairs = [[[_mm256_setzero_si256(); 2]; 2]; N];
+                    for c in 4 * pair..4 * pair + 4 {
+                        let from = block.add(q4_k_x8::NUMBERS + 64 * c);
+                        _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(2048).cast());
+                        for h in 0..2 {
+                            let both = _mm256_loadu_si256(from.add(32 * h).cast());
+                            let upper = _mm256_and_si256(_mm256_srli_epi16::<4>(both), fifteen);
+                            let numbers = [_mm256_and_si256(both, fifteen), upper];
+                            for i in 0..N {
+                                for g in 0..2 {
+                                    let at = s * 256 + (2 * pair + g) * 32 + c % 4 * 8;
+                                    let x = vectors[i].numbers.add(at).cast::<i64>().read_unaligned();
+                                    let two = _mm256_maddubs_epi16(numbers[g], _mm256_set1_epi64x(x));
+                                    pairs[i][g][h] = _mm256_add_epi16(pairs[i][g][h], two);
+                                }
                             }
                         }
                     }
-                }
-                for g in 0..2 {
-                    let group = 2 * pair + g;
-                    let (scales, of_rows) = q4_k_x8::scales_of_rows(block, group);
-                    for i in 0..N {
-                        let factors =
-                            _mm256_mul_ps(scales, _mm256_broadcast_ss(&*vectors[i].scales.add(s * 8 + group)));
-                        for h in 0..2 {
-                            let dot = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs[i][g][h], ones));
-                            let factor = _mm256_permutevar8x32_ps(factors, twice[h]);
-                            sums[i][h] = _mm256_fmadd_ps(dot, factor, sums[i][h]);
+                    for g in 0..2 {
+                        let group = 2 * pair + g;
+                        let (scales, of_rows) = q4_k_x8::scales_of_rows(block, group);
+                        for i in 0..N {
+                            let factors =
+                                _mm256_mul_ps(scales, _mm256_broadcast_ss(&*vectors[i].scales.add(s * 8 + group)));
+                            for h in 0..2 {
+                                let dot = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs[i][g][h], ones));
+                                let factor = _mm256_permutevar8x32_ps(factors, twice[h]);
+                                sums[i][h] = _mm256_fmadd_ps(dot, factor, sums[i][h]);
+                            }
+                            let sum = _mm256_broadcast_ss(&*vectors[i].sums.add(s * 8 + group));
+                            minima[i] = _mm256_fmadd_ps(of_rows, sum, minima[i]);
                         }
-                        let sum = _mm256_broadcast_ss(&*vectors[i].sums.add(s * 8 + group));
-                        minima[i] = _mm256_fmadd_ps(of_rows, sum, minima[i]);
                     }
                 }
             }
@@ -163,7 +150,7 @@ unsafe fn multiply_q4_k_x8<const N: usize>(product: &Product, input: &Input, row
             // Rows 0, 1, 4, 5 and 2, 3, 6, 7.
             let sum = _mm256_castps_pd(_mm256_hadd_ps(sums[i][0], sums[i][1]));
             let sum = _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(sum));
-            _mm256_storeu_ps(product.results(i).add(row), _mm256_add_ps(sum, minima[i]));
+            _mm256_storeu_ps(product.columns[i].results.add(row), _mm256_add_ps(sum, minima[i]));
         }
     }
 }
@@ -242,7 +229,7 @@ fn sums_of_two<F: Layout>(numbers: __m256i, x: __m256i) -> __m256i {
 /// As [`Kernels::multiply_rows`].
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn multiply_row<F: Format, const N: usize>(product: &Product, input: &Input, row: usize) {
+unsafe fn multiply_row<F: Format, const N: usize>(product: &Product, row: usize) {
     let parts = F::STEP / BLOCK;
     let has_offset = F::OFFSET != 0 && !is_signed::<F>();
     let ones = _mm256_set1_epi16(1);
@@ -250,57 +237,57 @@ unsafe fn multiply_row<F: Format, const N: usize>(product: &Product, input: &Inp
     let mut minima = [_mm256_setzero_ps(); N];
     // SAFETY: rows are `k` elements; so are the vectors.
     unsafe {
-        let mut vectors = [input.vector(0); N];
-        for i in 1..N {
-            vectors[i] = input.vector(i);
-        }
-        let weights = product.row(row);
-        for s in 0..product.k / F::STEP {
-            let (step, at) = (weights.add(s * F::BYTES), s * F::STEP);
-            let scales = F::scales(step);
-            let mut factors = [[_mm256_setzero_ps(); 2]; N];
-            for i in 0..N {
-                let of_vector = vectors[i].scales_of_step::<F>(at);
-                if F::GROUP == BLOCK {
-                    factors[i][0] = _mm256_mul_ps(scales.scales[0], of_vector);
-                    if F::HAS_MIN || has_offset {
-                        let minimum = if F::HAS_MIN { scales.minima } else { scales.scales[0] };
-                        minima[i] = _mm256_fmadd_ps(minimum, vectors[i].sums_of_step::<F>(at, 0), minima[i]);
-                    }
-                } else {
-                    for half in 0..2 {
-                        let first = 4 * half as i32;
-                        let [a, b, c, d] = [first, first + 1, first + 2, first + 3];
-                        let twice = _mm256_setr_epi32(a, a, b, b, c, c, d, d);
-                        let of_groups = _mm256_permutevar8x32_ps(of_vector, twice);
-                        factors[i][half] = _mm256_mul_ps(scales.scales[half], of_groups);
-                        let sums = vectors[i].sums_of_step::<F>(at, half);
-                        minima[i] = _mm256_fmadd_ps(scales.scales[half], sums, minima[i]);
+        for slice in slices(product.k) {
+            let vectors = product.vectors::<N>(product.columns, slice);
+            let weights = product.row(row).add(slice.from / F::STEP * F::BYTES);
+            for s in 0..slice.len / F::STEP {
+                let (step, at) = (weights.add(s * F::BYTES), s * F::STEP);
+                let scales = F::scales(step);
+                let mut factors = [[_mm256_setzero_ps(); 2]; N];
+                for i in 0..N {
+                    let of_vector = vectors[i].scales_of_step::<F>(at);
+                    if F::GROUP == BLOCK {
+                        factors[i][0] = _mm256_mul_ps(scales.scales[0], of_vector);
+                        if F::HAS_MIN || has_offset {
+                            let minimum = if F::HAS_MIN { scales.minima } else { scales.scales[0] };
+                            minima[i] = _mm256_fmadd_ps(minimum, vectors[i].sums_of_step::<F>(at, 0), minima[i]);
+                        }
+                    } else {
+                        for half in 0..2 {
+                            let first = 4 * half as i32;
+                            let [a, b, c, d] = [first, first + 1, first + 2, first + 3];
+                            let twice = _mm256_setr_epi32(a, a, b, b, c, c, d, d);
+                            let of_groups = _mm256_permutevar8x32_ps(of_vector, twice);
+                            factors[i][half] = _mm256_mul_ps(scales.scales[half], of_groups);
+                            let sums = vectors[i].sums_of_step::<F>(at, half);
+                            minima[i] = _mm256_fmadd_ps(scales.scales[half], sums, minima[i]);
+                        }
                     }
                 }
-            }
-            for part in 0..parts {
-                // Rows follow each other: what comes in some rows is asked for now.
-                _mm_prefetch::<_MM_HINT_T0>(step.wrapping_add(part * (F::BYTES / parts) + 2048).cast());
-                let numbers = unpack::<F>(step, part);
-                let (half, lanes) = if F::GROUP == BLOCK {
-                    (0, _mm256_set1_epi32(part as i32))
-                } else {
-                    let a = 2 * (part % 4) as i32;
-                    (part / 4, _mm256_setr_epi32(a, a, a, a, a + 1, a + 1, a + 1, a + 1))
-                };
-                for i in 0..N {
-                    let x = _mm256_loadu_si256(vectors[i].numbers.add(at + BLOCK * part).cast());
-                    let dot = _mm256_cvtepi32_ps(_mm256_madd_epi16(sums_of_two::<F>(numbers, x), ones));
-                    let factor = _mm256_permutevar8x32_ps(factors[i][half], lanes);
-                    sums[i][part % 2] = _mm256_fmadd_ps(dot, factor, sums[i][part % 2]);
+                for part in 0..parts {
+                    // Rows follow each other: what comes in some rows is asked for now.
+                    _mm_prefetch::<_MM_HINT_T0>(step.wrapping_add(part * (F::BYTES / parts) + 2048).cast());
+                    let numbers = unpack::<F>(step, part);
+                    let (half, lanes) = if F::GROUP == BLOCK {
+                        (0, _mm256_set1_epi32(part as i32))
+                    } else {
+                        let a = 2 * (part % 4) as i32;
+                        (part / 4, _mm256_setr_epi32(a, a, a, a, a + 1, a + 1, a + 1, a + 1))
+                    };
+                    for i in 0..N {
+                        let x = _mm256_loadu_si256(vectors[i].numbers.add(at + BLOCK * part).cast());
+                        let dot = _mm256_cvtepi32_ps(_mm256_madd_epi16(sums_of_two::<F>(numbers, x), ones));
+                        let factor = _mm256_permutevar8x32_ps(factors[i][half], lanes);
+                        sums[i][part % 2] = _mm256_fmadd_ps(dot, factor, sums[i][part % 2]);
+                    }
                 }
             }
         }
         for i in 0..N {
             let factor = if F::HAS_MIN { 1.0 } else { -F::OFFSET as f32 };
             let sum = _mm256_add_ps(sums[i][0], sums[i][1]);
-            *product.results(i).add(row) = sum_of_lanes(_mm256_fmadd_ps(minima[i], _mm256_set1_ps(factor), sum));
+            *product.columns[i].results.add(row) =
+                sum_of_lanes(_mm256_fmadd_ps(minima[i], _mm256_set1_ps(factor), sum));
         }
     }
 }
@@ -378,8 +365,7 @@ fn transpose(rows: [__m256i; 8]) -> [__m256i; 8] {
     columns
 }
 
-/// Multiplies a panel with the `N` vectors of a slice from number `done` on. A vector's result does not depend on `N`.
-/// Returns `N`.
+/// Multiplies a panel with the `N` vectors of `columns`. A vector's result does not depend on `N`.
 ///
 /// # Safety
 /// As [`Isa::multiply`].
@@ -390,9 +376,8 @@ unsafe fn multiply<F: Layout, const N: usize>(
     row: usize,
     slice: Slice,
     panels: &[Panel],
-    input: &Input,
-    done: usize,
-) -> usize {
+    columns: &[Column],
+) {
     // Sums of two that fit into 16 bits together: of numbers of 4 bits 2 × 15 × 127 eight times.
     let together = match F::BITS {
         4 => 8,
@@ -403,11 +388,10 @@ unsafe fn multiply<F: Layout, const N: usize>(
     let (has_offset, ones) = (F::OFFSET != 0 && !is_signed::<F>(), _mm256_set1_epi16(1));
     // SAFETY: vectors have as many blocks as there are panels; results have an element for each row.
     unsafe {
-        let mut vectors = [input.vector(done); N];
-        let mut results = [product.results(slice.first + done).add(row); N];
-        for i in 1..N {
-            vectors[i] = input.vector(done + i);
-            results[i] = product.results(slice.first + done + i).add(row);
+        let vectors = product.vectors::<N>(columns, slice);
+        let mut results = [columns[0].results; N];
+        for i in 0..N {
+            results[i] = columns[i].results.add(row);
         }
         let rows = _mm256_set1_epi32((product.rows.end - row).min(8) as i32);
         let mask = _mm256_cmpgt_epi32(rows, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -458,5 +442,4 @@ unsafe fn multiply<F: Layout, const N: usize>(
             _mm256_maskstore_ps(results[i], mask, sums[i]);
         }
     }
-    N
 }

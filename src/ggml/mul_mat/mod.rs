@@ -12,9 +12,11 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod formats;
-#[cfg(target_arch = "x86_64")]
 mod input;
+mod node;
 mod product;
+#[cfg(target_arch = "x86_64")]
+mod quantize;
 #[cfg(target_arch = "x86_64")]
 mod run;
 #[cfg(target_arch = "x86_64")]
@@ -24,41 +26,42 @@ mod tests;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 
-use std::ffi::c_void;
-
-use ggml_sys as sys;
-
+pub(super) use self::input::Scheme;
 #[cfg(target_arch = "x86_64")]
-pub(super) use self::input::quantize_block;
-use self::product::{Product, ROWS};
+pub(super) use self::quantize::quantize_block;
+use self::{input::Quantize, product::Product};
 use super::{Tensor, Type, processor::Features};
 
-/// Multiplies one thread's share. The pointers must be good for what the fields say, and the processor must have the
-/// features that the function is for.
-type Run = unsafe fn(&Product);
-
-/// A kernel for weights of one type, and elements of which a row must have a multiple.
-#[derive(Clone, Copy)]
-struct Kernel {
-    run: Run,
+/// A kernel for weights of one type.
+pub(super) struct Kernel {
+    /// Multiplies one thread's share. The pointers must be good for what the fields say, and the processor must have the
+    /// features that the function is for.
+    run: unsafe fn(&Product),
+    quantize: Quantize,
+    /// How the input is quantised.
+    pub scheme: Scheme,
+    /// Elements of which a row must have a multiple.
     step: usize,
 }
 
 /// The kernel for weights of this type, as in a file or as ggml repacks them, with these features; `None` where ggml's is used.
 #[cfg(target_arch = "x86_64")]
-fn kernel(ty: Type, is_repacked: bool, features: Features) -> Option<Kernel> {
-    use self::{avx2::Avx2, formats::*, run::Kernels, run::run, vnni::Vnni};
-    fn of<F: Layout>(features: Features) -> Option<Kernel>
+fn kernel(ty: Type, is_repacked: bool, features: Features) -> Option<&'static Kernel> {
+    use self::{avx2::Avx2, formats::*, quantize::quantize, run::Kernels, run::run, vnni::Vnni};
+    struct Of<K, F>(std::marker::PhantomData<(K, F)>);
+    impl<K: Kernels<F>, F: Layout> Of<K, F> {
+        const KERNEL: &Kernel = &Kernel { run: run::<K, F>, quantize, scheme: F::SCHEME, step: F::STEP };
+    }
+    fn of<F: Layout>(features: Features) -> Option<&'static Kernel>
     where
         Avx2: Kernels<F>,
         Vnni: Kernels<F>,
     {
-        let run: Run = match features {
-            Features::Portable => return None,
-            Features::Avx2 | Features::Avx512 => run::<Avx2, F>,
-            Features::Avx512Vnni => run::<Vnni, F>,
-        };
-        Some(Kernel { run, step: F::STEP })
+        match features {
+            Features::Portable => None,
+            Features::Avx2 | Features::Avx512 => Some(Of::<Avx2, F>::KERNEL),
+            Features::Avx512Vnni => Some(Of::<Vnni, F>::KERNEL),
+        }
     }
     match ty {
         Type::Q4_K if is_repacked => of::<Q4_Kx8>(features),
@@ -77,78 +80,32 @@ fn kernel(ty: Type, is_repacked: bool, features: Features) -> Option<Kernel> {
 
 /// The kernel for weights of this type, as in a file or as ggml repacks them, with these features; `None` where ggml's is used.
 #[cfg(not(target_arch = "x86_64"))]
-fn kernel(_: Type, _: bool, _: Features) -> Option<Kernel> {
+fn kernel(_: Type, _: bool, _: Features) -> Option<&'static Kernel> {
     None
 }
 
-/// Whether [`add`] can multiply these with a kernel for these features.
-pub(super) fn applies(weight: &Tensor, input: &Tensor, features: Features) -> bool {
-    let ([k, n_rows, w2, w3], [_, n, i2, i3]) = (weight.shape(), input.shape());
-    let is_plain = [w2, w3, i2, i3] == [1; 4] && input.ty() == Type::F32 && input.strides()[0] == size_of::<f32>();
-    let is_repacked = weight.is_repacked();
-    kernel(weight.ty(), is_repacked, features).is_some_and(|kernel| k.is_multiple_of(kernel.step))
-        && is_plain
-        && n > 0
-        && n_rows > 0
-        && k > 0
-        && (is_repacked || weight.is_host())
-}
-
-/// Adds the node of `weight [k, rows] × input [k, n]` → `[rows, n]` to the context `raw`.
-///
-/// # Safety
-/// [`applies`] said yes, and the processor has the features; the context is alive, and the tensors live as long as it.
-pub(super) unsafe fn add(
-    raw: *mut sys::ggml_context,
-    weight: &Tensor,
-    input: &Tensor,
-    features: Features,
-) -> *mut sys::ggml_tensor {
-    let mut sources = [weight.raw(), input.raw()];
-    let run = kernel(weight.ty(), weight.is_repacked(), features)
-        .map_or(std::ptr::null_mut(), |kernel| kernel.run as *mut c_void);
-    // SAFETY: as the caller says; what the callback is given is the function that it takes it for.
-    unsafe {
-        sys::ggml_custom_4d(
-            raw,
-            sys::GGML_TYPE_F32,
-            weight.shape()[1] as i64,
-            input.shape()[1] as i64,
-            1,
-            1,
-            sources.as_mut_ptr(),
-            sources.len() as i32,
-            Some(callback),
-            sys::GGML_N_TASKS_MAX,
-            run,
-        )
+impl Kernel {
+    /// The kernel for `weight [k, rows] × input [k, n]`, where there is one.
+    pub fn of_matrix(weight: &Tensor, input: &Tensor, features: Features) -> Option<&'static Kernel> {
+        let ([_, _, experts, w3], [_, _, i2, i3]) = (weight.shape(), input.shape());
+        Kernel::find(weight, input, features).filter(|_| [experts, w3, i2, i3] == [1; 4])
     }
-}
 
-unsafe extern "C" fn callback(node: *mut sys::ggml_tensor, thread: i32, n_threads: i32, run: *mut c_void) {
-    // SAFETY: ggml runs nodes that `add` made, while their tensors have memory; its caller has the features, and there
-    // was a kernel for them.
-    unsafe {
-        let (weight, input) = ((*node).src[0], (*node).src[1]);
-        let (k, n_rows, n) = ((*weight).ne[0] as usize, (*weight).ne[1] as usize, (*input).ne[1] as usize);
-        let (thread, n_threads) = (thread as usize, n_threads as usize);
-        let groups = n_rows.div_ceil(ROWS);
-        let first_of = |thread: usize| (thread * groups / n_threads * ROWS).min(n_rows);
-        let rows = first_of(thread)..first_of(thread + 1);
-        if rows.is_empty() {
-            return;
-        }
-        let product = Product {
-            weights: (*weight).data.cast(),
-            row_bytes: (*weight).nb[1],
-            k,
-            input: (*input).data.cast(),
-            input_bytes: (*input).nb[1],
-            n,
-            rows,
-            out: (*node).data.cast(),
-            out_bytes: (*node).nb[1],
-        };
-        std::mem::transmute::<*mut c_void, Run>(run)(&product);
+    /// The kernel for experts' weights `[k, rows, experts]` and `input [k, 1 or used, n]`, as `ids [used, n]` (i32) choose
+    /// them, where there is one.
+    pub fn of_experts(weight: &Tensor, input: &Tensor, ids: &Tensor, features: Features) -> Option<&'static Kernel> {
+        let ([.., w3], [_, i1, i2, i3], [used, n, id2, id3]) = (weight.shape(), input.shape(), ids.shape());
+        let fits = (i1 == 1 || i1 == used) && i2 == n && [w3, i3, id2, id3] == [1; 4] && used > 0;
+        let is_plain = ids.ty() == Type::I32 && ids.strides()[0] == size_of::<i32>();
+        Kernel::find(weight, input, features).filter(|_| fits && is_plain)
+    }
+
+    fn find(weight: &Tensor, input: &Tensor, features: Features) -> Option<&'static Kernel> {
+        let (k, is_repacked) = (weight.shape()[0], weight.is_repacked());
+        let is_plain = input.ty() == Type::F32 && input.strides()[0] == size_of::<f32>() && input.shape()[0] == k;
+        let is_empty = [weight, input].iter().any(|tensor| tensor.shape().contains(&0));
+        let is_reached = is_repacked || weight.is_host();
+        let kernel = kernel(weight.ty(), is_repacked, features)?;
+        (k.is_multiple_of(kernel.step) && is_plain && !is_empty && is_reached).then_some(kernel)
     }
 }

@@ -2,49 +2,58 @@
 
 use std::ops::Range;
 
+use super::input::{Input, Slice, Vector};
+
 /// Rows are shared out to threads in groups of so many: the kernels take as many at once, or half of them.
 pub(super) const ROWS: usize = 16;
 
 /// One thread's share of a product.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has kernels"))]
-pub(super) struct Product {
+pub(super) struct Product<'a> {
     pub weights: *const u8,
     pub row_bytes: usize,
     pub k: usize,
-    pub input: *const u8,
-    pub input_bytes: usize,
-    pub n: usize,
     pub rows: Range<usize>,
-    pub out: *mut u8,
-    pub out_bytes: usize,
+    pub input: Input,
+    /// What is multiplied, in any order.
+    pub columns: &'a [Column],
 }
 
-#[cfg(target_arch = "x86_64")]
-impl Product {
+/// A vector of the input, and where its results go, a number for each row.
+#[derive(Clone, Copy)]
+pub(super) struct Column {
+    pub vector: usize,
+    pub results: *mut f32,
+}
+
+impl Product<'_> {
     /// From this many vectors on rows are unpacked into panels; with fewer a vector's result does not depend on how many
     /// others there are.
     pub const MIN_PANEL: usize = 4;
 
     /// # Safety
-    /// The vector exists.
-    pub unsafe fn vector(&self, index: usize) -> *const f32 {
-        // SAFETY: as the caller says.
-        unsafe { self.input.add(index * self.input_bytes).cast() }
-    }
-
-    /// # Safety
     /// The row exists.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has kernels"))]
     pub unsafe fn row(&self, index: usize) -> *const u8 {
         // SAFETY: as the caller says.
         unsafe { self.weights.add(index * self.row_bytes) }
     }
 
-    /// Where a vector's results are, a number for each row.
+    /// A slice of the first `N` columns' vectors.
     ///
     /// # Safety
-    /// The vector exists.
-    pub unsafe fn results(&self, vector: usize) -> *mut f32 {
-        // SAFETY: as the caller says.
-        unsafe { self.out.add(vector * self.out_bytes).cast() }
+    /// There are as many columns.
+    #[inline]
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has kernels"))]
+    pub unsafe fn vectors<const N: usize>(&self, columns: &[Column], slice: Slice) -> [Vector; N] {
+        // SAFETY: columns are of this product.
+        std::array::from_fn(|i| unsafe { self.input.vector(columns[i].vector, slice) })
     }
+}
+
+/// The rows of `n_rows` that are thread number `thread`'s.
+pub(super) fn share(n_rows: usize, thread: usize, n_threads: usize) -> Range<usize> {
+    let groups = n_rows.div_ceil(ROWS);
+    let first_of = |thread: usize| (thread * groups / n_threads * ROWS).min(n_rows);
+    first_of(thread)..first_of(thread + 1)
 }

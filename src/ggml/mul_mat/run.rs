@@ -2,8 +2,8 @@
 
 use super::{
     formats::Layout,
-    input::{BLOCK, Input},
-    product::Product,
+    input::{BLOCK, SLICE_LEN, Slice, slices},
+    product::{Column, Product},
 };
 
 /// An instruction set that there are kernels for.
@@ -16,23 +16,31 @@ pub(super) trait Isa {
     /// Panels that are multiplied together.
     const PANELS: usize;
 
-    /// This thread's scratch memory. It grows to what the largest product needs, and stays.
-    fn with_scratch(work: impl FnOnce(&mut Scratch<Self::Panel>));
+    /// This thread's memory for panels. It grows to what the largest product needs, and stays.
+    fn with_panels(work: impl FnOnce(&mut Vec<Self::Panel>));
 
-    /// Multiplies the rows from `row` on, `panels.len() / blocks` panels of them, with the vectors of a slice.
+    /// Multiplies the rows from `row` on, `panels.len() / blocks` panels of them, with a slice of `N` vectors. A vector's
+    /// result does not depend on `N`.
     ///
     /// # Safety
-    /// As [`Kernels::multiply_rows`]; panels and input are those of the slice.
-    unsafe fn multiply<F: Layout>(product: &Product, row: usize, slice: Slice, panels: &[Self::Panel], input: &Input);
+    /// As [`Kernels::multiply_rows`]; panels are those of the slice, and there are `N` columns.
+    unsafe fn multiply<F: Layout, const N: usize>(
+        product: &Product,
+        row: usize,
+        slice: Slice,
+        panels: &[Self::Panel],
+        columns: &[Column],
+    );
 }
 
 /// Kernels for a type of weights.
 pub(super) trait Kernels<F: Layout>: Isa {
-    /// Multiplies the product's rows with all vectors of `input`, fewer than [`Product::MIN_PANEL`].
+    /// Multiplies the product's rows with all `N` columns, fewer than [`Product::MIN_PANEL`]. A vector's result does not
+    /// depend on `N`.
     ///
     /// # Safety
     /// The pointers of the product are good for what its fields say; the processor has the features.
-    unsafe fn multiply_rows(product: &Product, input: &Input);
+    unsafe fn multiply_rows<const N: usize>(product: &Product);
 
     /// Unpacks, of the rows from `row` on, the elements that `slice` says. Behind the last rows some come again.
     ///
@@ -41,69 +49,51 @@ pub(super) trait Kernels<F: Layout>: Isa {
     unsafe fn fill(product: &Product, row: usize, slice: Slice, panels: &mut [Self::Panel]);
 }
 
-pub(super) struct Scratch<P> {
-    pub input: Input,
-    pub panels: Vec<P>,
-}
-
-/// What is worked on at once: some vectors, and some elements of each and of all rows.
-#[derive(Clone, Copy)]
-pub(super) struct Slice {
-    /// The first vector.
-    pub first: usize,
-    /// How many they are.
-    pub n: usize,
-    /// The first element.
-    pub from: usize,
-    /// How many they are.
-    pub len: usize,
-}
-
-/// Elements of a slice at most: a panel of them is to stay in a core's first-level cache.
-const SLICE_LEN: usize = 1024;
-
-/// Quantised elements of a slice at most: they are to stay in a core's second-level cache.
+/// Quantised elements of the vectors that are worked on at once: they are to stay in a core's second-level cache.
 const SLICE_ELEMENTS: usize = 384 << 10;
 
 /// # Safety
 /// The pointers are good for what the fields say; the processor has the features.
 pub(super) unsafe fn run<K: Kernels<F>, F: Layout>(product: &Product) {
-    K::with_scratch(|scratch| {
-        // SAFETY: as the caller says.
-        unsafe {
-            if product.n < Product::MIN_PANEL {
-                scratch.input.quantize::<F>(product, 0, product.n, 0, product.k);
-                K::multiply_rows(product, &scratch.input);
-            } else {
-                multiply_slices::<K, F>(product, scratch);
-            }
+    // SAFETY: as the caller says.
+    unsafe {
+        match product.columns.len() {
+            0 => {}
+            1 => K::multiply_rows::<1>(product),
+            2 => K::multiply_rows::<2>(product),
+            3 => K::multiply_rows::<3>(product),
+            Product::MIN_PANEL.. => K::with_panels(|panels| multiply_slices::<K, F>(product, panels)),
         }
-    });
+    }
 }
 
 /// # Safety
 /// As [`run`].
-unsafe fn multiply_slices<K: Kernels<F>, F: Layout>(product: &Product, scratch: &mut Scratch<K::Panel>) {
+unsafe fn multiply_slices<K: Kernels<F>, F: Layout>(product: &Product, panels: &mut Vec<K::Panel>) {
     let len = SLICE_LEN.min(product.k);
-    let slices = product.n.div_ceil(SLICE_ELEMENTS / len);
-    let n = product.n.div_ceil(slices);
-    if scratch.panels.len() < K::PANELS * len / BLOCK {
-        scratch.panels.resize(K::PANELS * len / BLOCK, K::EMPTY);
+    let parts = product.columns.len().div_ceil(SLICE_ELEMENTS / len);
+    if panels.len() < K::PANELS * len / BLOCK {
+        panels.resize(K::PANELS * len / BLOCK, K::EMPTY);
     }
-    for first in (0..product.n).step_by(n) {
-        for from in (0..product.k).step_by(len) {
-            let slice = Slice { first, n: n.min(product.n - first), from, len: len.min(product.k - from) };
+    for columns in product.columns.chunks(product.columns.len().div_ceil(parts)) {
+        for slice in slices(product.k) {
             let blocks = slice.len / BLOCK;
-            // SAFETY: as the caller says; a slice's length is a multiple of a step, as `k` and SLICE_LEN are.
-            unsafe {
-                scratch.input.quantize::<F>(product, first, slice.n, from, slice.len);
-                for row in product.rows.clone().step_by(K::PANELS * K::ROWS) {
-                    let panels = (product.rows.end - row).div_ceil(K::ROWS).min(K::PANELS);
-                    let panels = &mut scratch.panels[..panels * blocks];
+            for row in product.rows.clone().step_by(K::PANELS * K::ROWS) {
+                let n_panels = (product.rows.end - row).div_ceil(K::ROWS).min(K::PANELS);
+                let panels = &mut panels[..n_panels * blocks];
+                // SAFETY: as the caller says; a slice's length is a multiple of a step, as `k` and SLICE_LEN are.
+                unsafe {
                     for (i, panels) in panels.chunks_exact_mut(blocks).enumerate() {
                         K::fill(product, row + i * K::ROWS, slice, panels);
                     }
-                    K::multiply::<F>(product, row, slice, panels, &scratch.input);
+                    for columns in columns.chunks(4) {
+                        match columns.len() {
+                            1 => K::multiply::<F, 1>(product, row, slice, panels, columns),
+                            2 => K::multiply::<F, 2>(product, row, slice, panels, columns),
+                            3 => K::multiply::<F, 3>(product, row, slice, panels, columns),
+                            _ => K::multiply::<F, 4>(product, row, slice, panels, columns),
+                        }
+                    }
                 }
             }
         }

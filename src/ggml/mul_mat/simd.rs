@@ -1,6 +1,49 @@
-//! Over all lanes of a register.
+//! What kernels load of a vector, and sums over all lanes of a register.
 
 use std::arch::x86_64::*;
+
+use super::{
+    formats::Layout,
+    input::{BLOCK, Vector},
+};
+
+impl Vector {
+    /// Scales of the blocks of the step that begins with element `at`, zeros behind them.
+    ///
+    /// # Safety
+    /// The vector has the step; the processor has the features.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub unsafe fn scales_of_step<F: Layout>(self, at: usize) -> __m256 {
+        // SAFETY: as the caller says.
+        unsafe {
+            let scales = self.scales.add(at / BLOCK);
+            if F::STEP == 64 {
+                _mm256_zextps128_ps256(_mm_castpd_ps(_mm_load_sd(scales.cast())))
+            } else {
+                _mm256_loadu_ps(scales)
+            }
+        }
+    }
+
+    /// Sums of the eight groups from number `8 × part` of the step that begins with element `at`, zeros behind them.
+    ///
+    /// # Safety
+    /// As [`Vector::scales_of_step`].
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub unsafe fn sums_of_step<F: Layout>(self, at: usize, part: usize) -> __m256 {
+        // SAFETY: as the caller says.
+        unsafe {
+            let sums = self.sums.add(at / F::GROUP + 8 * part);
+            if F::STEP == 64 {
+                _mm256_zextps128_ps256(_mm_castpd_ps(_mm_load_sd(sums.cast())))
+            } else {
+                _mm256_loadu_ps(sums)
+            }
+        }
+    }
+}
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]

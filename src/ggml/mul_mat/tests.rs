@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::kernel;
+use super::{Kernel, kernel};
 use crate::ggml::{Context, Device, Graph, Scheduler, Tensor, Type, processor::Features};
 
 /// All features of this processor that have a kernel.
@@ -36,6 +36,24 @@ fn compute(scheduler: &mut Scheduler, graph: &Graph, result: &Tensor) -> Vec<f32
     scheduler.alloc(graph).unwrap();
     scheduler.compute(graph).unwrap();
     result.to_f32()
+}
+
+/// The product with the kernel for these features, which there must be.
+fn product(graph: &Graph, weight: &Tensor, input: &Tensor, features: Features) -> Tensor {
+    graph.mul_mat_with(weight, input, Kernel::of_matrix(weight, input, features).expect("a kernel")).as_output()
+}
+
+/// The products of the vectors with the rows, each of `k` elements, a vector's after the other's.
+fn exact(rows: &[f32], vectors: &[f32], k: usize) -> Vec<f64> {
+    let product =
+        |vector: &[f32], row: &[f32]| row.iter().zip(vector).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum();
+    vectors.chunks(k).flat_map(|vector| rows.chunks(k).map(move |row| product(vector, row))).collect()
+}
+
+fn root_mean_square(got: &[f32], exact: &[f64]) -> f64 {
+    assert_eq!(got.len(), exact.len());
+    let sum: f64 = got.iter().zip(exact).map(|(&got, exact)| (f64::from(got) - exact).powi(2)).sum();
+    (sum / got.len() as f64).sqrt()
 }
 
 /// Writes one tensor into another of any type.
@@ -83,24 +101,15 @@ fn products_are_those_of_the_stored_weights() {
                 let graph = Graph::new(8);
                 let stored = compute(&mut scheduler, &graph, &graph.cast(&weight, Type::F32).as_output());
 
-                let error_of = |got: &[f32]| {
-                    let mut error = 0.0;
-                    for i in 0..n {
-                        for row in 0..rows {
-                            let exact: f64 =
-                                (0..k).map(|j| f64::from(stored[row * k + j]) * f64::from(vectors[i * k + j])).sum();
-                            error += (f64::from(got[i * rows + row]) - exact).powi(2);
-                        }
-                    }
-                    (error / (k * n * rows) as f64).sqrt()
-                };
-                assert!(super::applies(&weight, &input, Features::detect()));
+                let exact = exact(&stored, &vectors, k);
+                let error_of = |got: &[f32]| root_mean_square(got, &exact) / (k as f64).sqrt();
+                assert!(Kernel::of_matrix(&weight, &input, Features::detect()).is_some());
                 let graph = Graph::new(8);
                 let their_error =
                     error_of(&compute(&mut scheduler, &graph, &graph.mul_mat(&weight, &input).as_output()));
                 for &features in &all {
                     let graph = Graph::new(8);
-                    let product = graph.mul_mat_with(&weight, &input, features).as_output();
+                    let product = product(&graph, &weight, &input, features);
                     let error = error_of(&compute(&mut scheduler, &graph, &product));
                     assert!(error < 3e-3, "{features:?}, {ty}, {k}, {n}: {error:e}");
                     let bound = 1.05 * their_error + 1e-6;
@@ -129,7 +138,7 @@ fn vectors_do_not_change_each_other() {
             let mut product = |first: usize, n: usize| {
                 let graph = Graph::new(8);
                 let some = graph.view(&input, [k, n, 1], [4 * k, 4 * k * n], 4 * k * first);
-                let product = graph.mul_mat_with(&weight, &some, features).as_output();
+                let product = super::tests::product(&graph, &weight, &some, features);
                 compute(&mut scheduler, &graph, &product)
             };
             let alone: Vec<Vec<f32>> = (0..3).map(|i| product(i, 1)).collect();
@@ -159,7 +168,7 @@ fn extremes_do_not_overflow() {
                 input.write(0, &vec![-1.0f32; k * n]);
                 convert(&mut scheduler, &source, &weight);
                 let graph = Graph::new(8);
-                let product = graph.mul_mat_with(&weight, &input, features).as_output();
+                let product = product(&graph, &weight, &input, features);
                 for got in compute(&mut scheduler, &graph, &product) {
                     let exact: f32 = -weights[..k].iter().sum::<f32>();
                     assert!((got / exact - 1.0).abs() < 5e-3, "{features:?}, {ty}, {n}: {got}, not {exact}");
@@ -184,7 +193,7 @@ fn an_input_of_zeros_gives_zeros() {
 /// Writes the weights `from` as ggml repacks them; the context of the copy, and it. `None` where ggml does not.
 fn repack(from: &Tensor) -> Option<(Context, Tensor)> {
     let (ty, shape) = (from.ty(), from.shape());
-    let shape = [shape[0], shape[1]];
+    let shape = if shape[2] > 1 { shape[..3].to_vec() } else { shape[..2].to_vec() };
     let memory = Device::cpu().repacking_buffer_types();
     let memory = memory.into_iter().find(|&memory| Device::cpu().can_multiply(memory, ty, &shape))?;
     let context = Context::new(1);
@@ -249,13 +258,13 @@ proptest! {
         let repacked = repack(&weight);
         for features in all_features() {
             for weight in [Some(&weight), repacked.as_ref().map(|(_, weight)| weight)].into_iter().flatten() {
-                if !super::applies(weight, &input, features) {
+                if Kernel::of_matrix(weight, &input, features).is_none() {
                     // Of what ggml repacks there are kernels for q4_K only.
                     prop_assert!(weight.is_repacked() && ty != Type::Q4_K);
                     continue;
                 }
                 let graph = Graph::new(8);
-                let got = compute(&mut scheduler, &graph, &graph.mul_mat_with(weight, &input, features).as_output());
+                let got = compute(&mut scheduler, &graph, &product(&graph, weight, &input, features));
                 prop_assert_eq!(got.len(), expected.len());
                 for (i, (&got, &(exact, size))) in got.iter().zip(&expected).enumerate() {
                     let error = (f64::from(got) - exact).abs();
@@ -265,6 +274,176 @@ proptest! {
                         features, ty, weight.is_repacked(), k, rows, n, i, got, exact, size
                     );
                 }
+            }
+        }
+    }
+}
+
+/// Experts' weights, an input and who is chosen, at random; what ggml makes of them is in `stored` and `ids`.
+struct Mixture {
+    _context: Context,
+    weight: Tensor,
+    input: Tensor,
+    chosen: Tensor,
+    stored: Vec<f32>,
+    vectors: Vec<f32>,
+    ids: Vec<usize>,
+}
+
+/// What a mixture is of. `per_expert`: the input has a vector for each expert of a token, not one for all.
+#[derive(Debug, Clone, Copy)]
+struct Experts {
+    ty: Type,
+    k: usize,
+    rows: usize,
+    experts: usize,
+    used: usize,
+    n: usize,
+    per_expert: bool,
+}
+
+impl Mixture {
+    fn new(scheduler: &mut Scheduler, of: Experts, seed: u64, mean: f32) -> Mixture {
+        let Experts { ty, k, rows, experts, used, n, per_expert } = of;
+        let n1 = if per_expert { used } else { 1 };
+        let context = Context::new(5);
+        let source = context.tensor(Type::F32, &[k, rows, experts]);
+        let weight = context.tensor(ty, &[k, rows, experts]);
+        let input = context.tensor(Type::F32, &[k, n1, n]);
+        // As from a sort of all experts, of which the first are used.
+        let sorted = context.tensor(Type::I32, &[experts, n]);
+        context.alloc(Device::cpu().buffer_type(), "a test").unwrap();
+        let with_mean = |x: Vec<f32>| x.iter().map(|x| x + mean).collect::<Vec<_>>();
+        source.write(0, &with_mean(floats(seed, k * rows * experts)));
+        let vectors = with_mean(floats(!seed, k * n1 * n));
+        input.write(0, &vectors);
+        // The last expert is nobody's where others will do.
+        let candidates = if used < experts { experts - 1 } else { experts };
+        let order = |token: usize| {
+            let scores = floats(seed ^ (token as u64 + 7), candidates);
+            let mut order: Vec<usize> = (0..candidates).collect();
+            order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]));
+            order.extend(candidates..experts);
+            order
+        };
+        let orders: Vec<Vec<usize>> = (0..n).map(order).collect();
+        sorted.write(0, &orders.concat().iter().map(|&id| id as i32).collect::<Vec<_>>());
+        let ids = orders.iter().flat_map(|order| order[..used].to_vec()).collect();
+        convert(scheduler, &source, &weight);
+        let graph = Graph::new(8);
+        let stored = compute(scheduler, &graph, &graph.cast(&weight, Type::F32).as_output());
+        Mixture { _context: context, weight, input, chosen: sorted, stored, vectors, ids }
+    }
+
+    /// The rows that each of the products is of, and the vector, in the products' order.
+    fn pairs(&self, of: Experts) -> impl Iterator<Item = (&[f32], &[f32])> {
+        let Experts { k, rows, used, per_expert, .. } = of;
+        self.ids.iter().enumerate().map(move |(i, id)| {
+            let vector = if per_expert { i } else { i / used };
+            (&self.stored[id * k * rows..][..k * rows], &self.vectors[vector * k..][..k])
+        })
+    }
+
+    /// The products with the kernel for these features, of ggml's without.
+    fn products(
+        &self,
+        scheduler: &mut Scheduler,
+        weight: &Tensor,
+        used: usize,
+        features: Option<Features>,
+    ) -> Vec<f32> {
+        let graph = Graph::new(8);
+        let n = self.chosen.shape()[1];
+        let ids = graph.view(&self.chosen, [used, n, 1], [self.chosen.strides()[1], 0], 0);
+        let products = match features {
+            Some(features) => {
+                let kernel = Kernel::of_experts(weight, &self.input, &ids, features).expect("a kernel");
+                graph.mul_mat_id_with(weight, &self.input, &ids, kernel)
+            }
+            None => graph.mul_mat_id(weight, &self.input, &ids),
+        };
+        compute(scheduler, &graph, &products.as_output())
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    /// Any number of experts, of which not all are used, and of tokens; weights as in a file and repacked.
+    #[test]
+    fn products_of_experts_are_those_of_the_same_arithmetic(
+        (ty, step) in prop::sample::select(TYPES.to_vec()),
+        length in 1..1400usize,
+        rows in 1..50usize,
+        (experts, used) in (2..9usize).prop_flat_map(|experts| (Just(experts), 1..=experts)),
+        n in 1..14usize,
+        per_expert in any::<bool>(),
+        threads in 1..4usize,
+        seed in any::<u64>(),
+        mean in -1.0..1.0f32,
+    ) {
+        // Half of them such that ggml repacks them.
+        let rows = if seed % 2 == 0 { rows.next_multiple_of(8) } else { rows };
+        let of = Experts { ty, k: length.next_multiple_of(step), rows, experts, used, n, per_expert };
+        let mut scheduler = Scheduler::new(&[Device::cpu()], threads, 64).unwrap();
+        let mixture = Mixture::new(&mut scheduler, of, seed, mean);
+        let pairs = mixture.pairs(of);
+        let expected: Vec<_> = pairs.flat_map(|(stored, vector)| expected(stored, vector, of.k)).collect();
+        let repacked = repack(&mixture.weight);
+        for features in all_features() {
+            for weight in [Some(&mixture.weight), repacked.as_ref().map(|(_, weight)| weight)].into_iter().flatten() {
+                if kernel(ty, weight.is_repacked(), features).is_none() {
+                    prop_assert!(weight.is_repacked() && ty != Type::Q4_K);
+                    continue;
+                }
+                let got = mixture.products(&mut scheduler, weight, used, Some(features));
+                prop_assert_eq!(got.len(), expected.len());
+                for (i, (&got, &(exact, size))) in got.iter().zip(&expected).enumerate() {
+                    let error = (f64::from(got) - exact).abs();
+                    prop_assert!(
+                        error <= 4e-6 * size,
+                        "{:?}, repacked {}, {:?}, {}: {} instead of {}, size {}",
+                        features, weight.is_repacked(), of, i, got, exact, size
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Against the exact products of experts the error is not above ggml's, over some mixtures each.
+#[test]
+fn experts_are_multiplied_no_worse_than_by_ggml() {
+    let mut scheduler = Scheduler::new(&[Device::cpu()], 2, 64).unwrap();
+    for (ty, step) in TYPES {
+        for (n, per_expert) in [(1, false), (1, true), (30, false), (30, true)] {
+            let of = Experts { ty, k: 2 * step.max(256), rows: 40, experts: 6, used: 3, n, per_expert };
+            // Of each kernel, and of ggml's for the same weights.
+            let mut errors = std::collections::BTreeMap::<(bool, Features), [f64; 2]>::new();
+            for seed in 0..if n == 1 { 12 } else { 2 } {
+                let mixture = Mixture::new(&mut scheduler, of, seed, 0.3);
+                let exact: Vec<f64> =
+                    mixture.pairs(of).flat_map(|(stored, vector)| exact(stored, vector, of.k)).collect();
+                let repacked = repack(&mixture.weight);
+                for weight in [Some(&mixture.weight), repacked.as_ref().map(|(_, weight)| weight)].into_iter().flatten()
+                {
+                    let mut error_of = |features| {
+                        let products = mixture.products(&mut scheduler, weight, of.used, features);
+                        root_mean_square(&products, &exact).powi(2)
+                    };
+                    let theirs = error_of(None);
+                    for features in all_features() {
+                        if kernel(ty, weight.is_repacked(), features).is_some() {
+                            let sums = errors.entry((weight.is_repacked(), features)).or_default();
+                            *sums = [sums[0] + error_of(Some(features)), sums[1] + theirs];
+                        }
+                    }
+                }
+            }
+            assert_eq!(errors.is_empty(), all_features().is_empty());
+            for (kernel, [ours, theirs]) in errors {
+                let [ours, theirs] = [ours.sqrt(), theirs.sqrt()];
+                assert!(ours < 1.05 * theirs + 1e-6, "{kernel:?}, {of:?}: {ours:e}, ggml {theirs:e}");
             }
         }
     }
@@ -291,19 +470,13 @@ fn repacked_weights_are_multiplied_no_worse_than_by_ggml() {
         };
         let graph = Graph::new(8);
         let stored = compute(&mut scheduler, &graph, &graph.cast(&weight, Type::F32).as_output());
-        let error_of = |got: &[f32]| {
-            let exact = vectors.chunks(k).flat_map(|vector| {
-                let product = |row: &[f32]| row.iter().zip(vector).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
-                stored.chunks(k).map(product).collect::<Vec<f64>>()
-            });
-            got.iter().zip(exact).map(|(&got, exact)| (f64::from(got) - exact).powi(2)).sum::<f64>().sqrt()
-        };
+        let exact = exact(&stored, &vectors, k);
+        let error_of = |got: &[f32]| root_mean_square(got, &exact);
         let graph = Graph::new(8);
         let theirs = error_of(&compute(&mut scheduler, &graph, &graph.mul_mat(&repacked, &input).as_output()));
         for features in all_features() {
-            assert!(super::applies(&repacked, &input, features));
             let graph = Graph::new(8);
-            let product = graph.mul_mat_with(&repacked, &input, features).as_output();
+            let product = product(&graph, &repacked, &input, features);
             let ours = error_of(&compute(&mut scheduler, &graph, &product));
             assert!(ours < theirs, "{features:?}, {n}: {ours:e}, ggml {theirs:e}");
         }

@@ -10,9 +10,9 @@ use std::{arch::x86_64::*, cell::RefCell};
 
 use super::{
     formats::{Format, Layout, Q4_Kx8, q4_k_x8},
-    input::{BLOCK, Input},
-    product::Product,
-    run::{Isa, Kernels, Scratch, Slice},
+    input::{BLOCK, Slice, slices},
+    product::{Column, Product},
+    run::{Isa, Kernels},
 };
 
 pub(super) struct Vnni;
@@ -29,8 +29,7 @@ pub(super) struct Panel {
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch<Panel>> =
-        RefCell::new(Scratch { input: Input::default(), panels: Vec::new() });
+    static PANELS: RefCell<Vec<Panel>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Isa for Vnni {
@@ -39,43 +38,47 @@ impl Isa for Vnni {
     const ROWS: usize = 16;
     const PANELS: usize = 2;
 
-    fn with_scratch(work: impl FnOnce(&mut Scratch<Panel>)) {
-        SCRATCH.with_borrow_mut(work);
+    fn with_panels(work: impl FnOnce(&mut Vec<Panel>)) {
+        PANELS.with_borrow_mut(work);
     }
 
-    unsafe fn multiply<F: Layout>(product: &Product, row: usize, slice: Slice, panels: &[Panel], input: &Input) {
-        let two = panels.len() > slice.len / BLOCK;
-        let mut done = 0;
-        while done < slice.n {
-            // SAFETY: as the caller says.
-            done += unsafe {
-                match (two, slice.n - done) {
-                    (true, 1) => multiply::<F, 2, 1>(product, row, slice, panels, input, done),
-                    (true, 2) => multiply::<F, 2, 2>(product, row, slice, panels, input, done),
-                    (true, 3) => multiply::<F, 2, 3>(product, row, slice, panels, input, done),
-                    (true, _) => multiply::<F, 2, 4>(product, row, slice, panels, input, done),
-                    (false, 1) => multiply::<F, 1, 1>(product, row, slice, panels, input, done),
-                    (false, 2) => multiply::<F, 1, 2>(product, row, slice, panels, input, done),
-                    (false, 3) => multiply::<F, 1, 3>(product, row, slice, panels, input, done),
-                    (false, _) => multiply::<F, 1, 4>(product, row, slice, panels, input, done),
-                }
-            };
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
+    unsafe fn multiply<F: Layout, const N: usize>(
+        product: &Product,
+        row: usize,
+        slice: Slice,
+        panels: &[Panel],
+        columns: &[Column],
+    ) {
+        // SAFETY: as the caller says.
+        unsafe {
+            if panels.len() > slice.len / BLOCK {
+                multiply::<F, 2, N>(product, row, slice, panels, columns);
+            } else {
+                multiply::<F, 1, N>(product, row, slice, panels, columns);
+            }
         }
     }
 }
 
 impl<F: Format> Kernels<F> for Vnni {
-    unsafe fn multiply_rows(product: &Product, input: &Input) {
+    /// Four rows at a time where blocks are short: then their scales are unpacked together.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
+    unsafe fn multiply_rows<const N: usize>(product: &Product) {
+        let mut row = product.rows.start;
         // SAFETY: as the caller says.
         unsafe {
-            match product.n {
-                1 => multiply_rows::<F, 1>(product, input),
-                2 => multiply_rows::<F, 2>(product, input),
-                _ => multiply_rows::<F, 3>(product, input),
+            while F::STEP == 64 && row + 4 <= product.rows.end {
+                multiply_four_rows::<F, N>(product, row);
+                row += 4;
+            }
+            for row in row..product.rows.end {
+                multiply_row::<F, N>(product, row);
             }
         }
     }
 
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
     unsafe fn fill(product: &Product, row: usize, slice: Slice, panels: &mut [Panel]) {
         // SAFETY: as the caller says.
         unsafe { fill::<F>(product, row, slice, panels) }
@@ -83,19 +86,15 @@ impl<F: Format> Kernels<F> for Vnni {
 }
 
 impl Kernels<Q4_Kx8> for Vnni {
-    unsafe fn multiply_rows(product: &Product, input: &Input) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
+    unsafe fn multiply_rows<const N: usize>(product: &Product) {
         for row in product.rows.clone().step_by(q4_k_x8::ROWS) {
             // SAFETY: as the caller says; rows are a multiple of eight, threads' shares too.
-            unsafe {
-                match product.n {
-                    1 => multiply_q4_k_x8::<1>(product, input, row),
-                    2 => multiply_q4_k_x8::<2>(product, input, row),
-                    _ => multiply_q4_k_x8::<3>(product, input, row),
-                }
-            }
+            unsafe { multiply_q4_k_x8::<N>(product, row) }
         }
     }
 
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
     unsafe fn fill(product: &Product, row: usize, slice: Slice, panels: &mut [Panel]) {
         // SAFETY: as the caller says.
         unsafe { fill_q4_k_x8(product, row, slice, panels) }
@@ -107,44 +106,43 @@ impl Kernels<Q4_Kx8> for Vnni {
 /// # Safety
 /// As [`Kernels::multiply_rows`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
-unsafe fn multiply_q4_k_x8<const N: usize>(product: &Product, input: &Input, row: usize) {
+unsafe fn multiply_q4_k_x8<const N: usize>(product: &Product, row: usize) {
     let (fifteen, twice) = (_mm512_set1_epi8(15), _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0));
     let mut sums = [[_mm512_setzero_ps(); 2]; N];
     let mut minima = [_mm256_setzero_ps(); N];
     // SAFETY: rows are `k` elements; so are the vectors.
     unsafe {
-        let mut vectors = [input.vector(0); N];
-        for i in 1..N {
-            vectors[i] = input.vector(i);
-        }
-        let weights = product.row(row);
-        for s in 0..product.k / 256 {
-            let block = weights.add(s * q4_k_x8::BYTES);
-            for pair in 0..4 {
-                let mut dots = [[_mm512_setzero_si512(); 2]; N];
-                for c in 4 * pair..4 * pair + 4 {
-                    let from = block.add(q4_k_x8::NUMBERS + 64 * c);
-                    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(2048).cast());
-                    let both = _mm512_loadu_si512(from.cast());
-                    let numbers =
-                        [_mm512_and_si512(both, fifteen), _mm512_and_si512(_mm512_srli_epi16::<4>(both), fifteen)];
-                    for i in 0..N {
-                        for g in 0..2 {
-                            let at = s * 256 + (2 * pair + g) * 32 + c % 4 * 8;
-                            let x = _mm512_set1_epi64(vectors[i].numbers.add(at).cast::<i64>().read_unaligned());
-                            dots[i][g] = _mm512_dpbusd_epi32(dots[i][g], numbers[g], x);
+        for slice in slices(product.k) {
+            let vectors = product.vectors::<N>(product.columns, slice);
+            let weights = product.row(row).add(slice.from / 256 * q4_k_x8::BYTES);
+            for s in 0..slice.len / 256 {
+                let block = weights.add(s * q4_k_x8::BYTES);
+                for pair in 0..4 {
+                    let mut dots = [[_mm512_setzero_si512(); 2]; N];
+                    for c in 4 * pair..4 * pair + 4 {
+                        let from = block.add(q4_k_x8::NUMBERS + 64 * c);
+                        _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(2048).cast());
+                        let both = _mm512_loadu_si512(from.cast());
+                        let numbers =
+                            [_mm512_and_si512(both, fifteen), _mm512_and_si512(_mm512_srli_epi16::<4>(both), fifteen)];
+                        for i in 0..N {
+                            for g in 0..2 {
+                                let at = s * 256 + (2 * pair + g) * 32 + c % 4 * 8;
+                                let x = _mm512_set1_epi64(vectors[i].numbers.add(at).cast::<i64>().read_unaligned());
+                                dots[i][g] = _mm512_dpbusd_epi32(dots[i][g], numbers[g], x);
+                            }
                         }
                     }
-                }
-                for g in 0..2 {
-                    let group = 2 * pair + g;
-                    let (scales, of_rows) = q4_k_x8::scales_of_rows(block, group);
-                    let scales = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(scales));
-                    for i in 0..N {
-                        let factor = _mm512_mul_ps(scales, _mm512_set1_ps(*vectors[i].scales.add(s * 8 + group)));
-                        sums[i][g] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[i][g]), factor, sums[i][g]);
-                        let sum = _mm256_set1_ps(*vectors[i].sums.add(s * 8 + group));
-                        minima[i] = _mm256_fmadd_ps(of_rows, sum, minima[i]);
+                    for g in 0..2 {
+                        let group = 2 * pair + g;
+                        let (scales, of_rows) = q4_k_x8::scales_of_rows(block, group);
+                        let scales = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(scales));
+                        for i in 0..N {
+                            let factor = _mm512_mul_ps(scales, _mm512_set1_ps(*vectors[i].scales.add(s * 8 + group)));
+                            sums[i][g] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[i][g]), factor, sums[i][g]);
+                            let sum = _mm256_set1_ps(*vectors[i].sums.add(s * 8 + group));
+                            minima[i] = _mm256_fmadd_ps(of_rows, sum, minima[i]);
+                        }
                     }
                 }
             }
@@ -154,7 +152,7 @@ unsafe fn multiply_q4_k_x8<const N: usize>(product: &Product, input: &Input, row
             let sum = _mm512_add_ps(sum, _mm512_movehdup_ps(sum));
             let even = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 12, 10, 8, 6, 4, 2, 0);
             let sum = _mm512_castps512_ps256(_mm512_permutexvar_ps(even, sum));
-            _mm256_storeu_ps(product.results(i).add(row), _mm256_add_ps(sum, minima[i]));
+            _mm256_storeu_ps(product.columns[i].results.add(row), _mm256_add_ps(sum, minima[i]));
         }
     }
 }
@@ -198,74 +196,55 @@ unsafe fn fill_q4_k_x8(product: &Product, row: usize, slice: Slice, panels: &mut
     }
 }
 
-/// Multiplies all rows with `N` vectors, four at a time where blocks are short: then their scales are unpacked together.
-///
-/// # Safety
-/// As [`Kernels::multiply_rows`].
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
-unsafe fn multiply_rows<F: Format, const N: usize>(product: &Product, input: &Input) {
-    let mut row = product.rows.start;
-    // SAFETY: as the caller says.
-    unsafe {
-        while F::STEP == 64 && row + 4 <= product.rows.end {
-            multiply_four_rows::<F, N>(product, input, row);
-            row += 4;
-        }
-        for row in row..product.rows.end {
-            multiply_row::<F, N>(product, input, row);
-        }
-    }
-}
-
 /// Multiplies four rows with `N` vectors. A vector's result does not depend on `N`.
 ///
 /// # Safety
 /// As [`Kernels::multiply_rows`]; steps are 64 elements.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
-unsafe fn multiply_four_rows<F: Format, const N: usize>(product: &Product, input: &Input, row: usize) {
+unsafe fn multiply_four_rows<F: Format, const N: usize>(product: &Product, row: usize) {
     let mut sums = [[_mm512_setzero_ps(); 4]; N];
     let mut minima = [_mm512_setzero_ps(); N];
     // SAFETY: rows are `k` elements; so are the vectors.
     unsafe {
-        let mut vectors = [input.vector(0); N];
-        for i in 1..N {
-            vectors[i] = input.vector(i);
-        }
-        let weights = product.row(row);
-        for s in 0..product.k / 64 {
-            let first = weights.add(s * F::BYTES);
-            let mut steps = [first; 4];
-            for r in 1..4 {
-                steps[r] = first.add(r * product.row_bytes);
-            }
-            let scales = F::scales_of_four_rows(steps);
-            let mut factors = [_mm512_setzero_ps(); N];
-            for i in 0..N {
-                let of_vector =
-                    _mm512_castpd_ps(_mm512_set1_pd(vectors[i].scales.add(2 * s).cast::<f64>().read_unaligned()));
-                let sums = _mm512_castpd_ps(_mm512_set1_pd(vectors[i].sums.add(2 * s).cast::<f64>().read_unaligned()));
-                if F::HAS_MIN {
-                    // Beside each scale is the minimum.
-                    factors[i] = _mm512_mul_ps(scales, _mm512_unpacklo_ps(of_vector, of_vector));
-                    let sums = _mm512_unpacklo_ps(_mm512_setzero_ps(), sums);
-                    minima[i] = _mm512_fmadd_ps(scales, sums, minima[i]);
-                } else {
-                    factors[i] = _mm512_mul_ps(scales, of_vector);
-                    minima[i] = _mm512_fmadd_ps(scales, sums, minima[i]);
+        for slice in slices(product.k) {
+            let vectors = product.vectors::<N>(product.columns, slice);
+            let weights = product.row(row).add(slice.from / 64 * F::BYTES);
+            for s in 0..slice.len / 64 {
+                let first = weights.add(s * F::BYTES);
+                let mut steps = [first; 4];
+                for r in 1..4 {
+                    steps[r] = first.add(r * product.row_bytes);
                 }
-            }
-            for r in 0..4 {
-                // What comes in some rows is asked for now.
-                _mm_prefetch::<_MM_HINT_T0>(steps[r].wrapping_add(4 * product.row_bytes).cast());
-                let numbers = F::unpack_pair(steps[r], 0);
-                let lane = if F::HAS_MIN { 4 * r as i32 } else { 2 * r as i32 };
-                let (a, b) = (lane, if F::HAS_MIN { lane + 2 } else { lane + 1 });
-                let lanes = _mm512_set_epi32(b, b, b, b, b, b, b, b, a, a, a, a, a, a, a, a);
+                let scales = F::scales_of_four_rows(steps);
+                let mut factors = [_mm512_setzero_ps(); N];
                 for i in 0..N {
-                    let x = _mm512_loadu_si512(vectors[i].numbers.add(64 * s).cast());
-                    let dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), numbers, x));
-                    sums[i][r] = _mm512_fmadd_ps(dot, _mm512_permutexvar_ps(lanes, factors[i]), sums[i][r]);
+                    let of_vector =
+                        _mm512_castpd_ps(_mm512_set1_pd(vectors[i].scales.add(2 * s).cast::<f64>().read_unaligned()));
+                    let sums =
+                        _mm512_castpd_ps(_mm512_set1_pd(vectors[i].sums.add(2 * s).cast::<f64>().read_unaligned()));
+                    if F::HAS_MIN {
+                        // Beside each scale is the minimum.
+                        factors[i] = _mm512_mul_ps(scales, _mm512_unpacklo_ps(of_vector, of_vector));
+                        let sums = _mm512_unpacklo_ps(_mm512_setzero_ps(), sums);
+                        minima[i] = _mm512_fmadd_ps(scales, sums, minima[i]);
+                    } else {
+                        factors[i] = _mm512_mul_ps(scales, of_vector);
+                        minima[i] = _mm512_fmadd_ps(scales, sums, minima[i]);
+                    }
+                }
+                for r in 0..4 {
+                    // What comes in some rows is asked for now.
+                    _mm_prefetch::<_MM_HINT_T0>(steps[r].wrapping_add(4 * product.row_bytes).cast());
+                    let numbers = F::unpack_pair(steps[r], 0);
+                    let lane = if F::HAS_MIN { 4 * r as i32 } else { 2 * r as i32 };
+                    let (a, b) = (lane, if F::HAS_MIN { lane + 2 } else { lane + 1 });
+                    let lanes = _mm512_set_epi32(b, b, b, b, b, b, b, b, a, a, a, a, a, a, a, a);
+                    for i in 0..N {
+                        let x = _mm512_loadu_si512(vectors[i].numbers.add(64 * s).cast());
+                        let dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), numbers, x));
+                        sums[i][r] = _mm512_fmadd_ps(dot, _mm512_permutexvar_ps(lanes, factors[i]), sums[i][r]);
+                    }
                 }
             }
         }
@@ -280,7 +259,7 @@ unsafe fn multiply_four_rows<F: Format, const N: usize>(product: &Product, input
             };
             let [a, b] = [_mm512_castps512_ps128(minima), _mm512_extractf32x4_ps::<1>(minima)];
             let [c, d] = [_mm512_extractf32x4_ps::<2>(minima), _mm512_extractf32x4_ps::<3>(minima)];
-            _mm_storeu_ps(product.results(i).add(row), _mm_add_ps(sums, sums_of_fours(a, b, c, d)));
+            _mm_storeu_ps(product.columns[i].results.add(row), _mm_add_ps(sums, sums_of_fours(a, b, c, d)));
         }
     }
 }
@@ -312,55 +291,54 @@ fn sums_of_fours(a: __m128, b: __m128, c: __m128, d: __m128) -> __m128 {
 /// As [`Kernels::multiply_rows`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")]
-unsafe fn multiply_row<F: Format, const N: usize>(product: &Product, input: &Input, row: usize) {
+unsafe fn multiply_row<F: Format, const N: usize>(product: &Product, row: usize) {
     let pairs = F::STEP / 64;
     let mut sums = [_mm512_setzero_ps(); N];
     let mut minima = [_mm256_setzero_ps(); N];
     // SAFETY: rows are `k` elements; so are the vectors.
     unsafe {
-        let mut vectors = [input.vector(0); N];
-        for i in 1..N {
-            vectors[i] = input.vector(i);
-        }
-        let weights = product.row(row);
-        for s in 0..product.k / F::STEP {
-            let (step, at) = (weights.add(s * F::BYTES), s * F::STEP);
-            let scales = F::scales(step);
-            let mut factors = [_mm512_setzero_ps(); N];
-            for i in 0..N {
-                let of_vector = vectors[i].scales_of_step::<F>(at);
-                if F::GROUP == 32 {
-                    factors[i] = _mm512_zextps256_ps512(_mm256_mul_ps(scales.scales[0], of_vector));
-                    let minimum = if F::HAS_MIN { scales.minima } else { scales.scales[0] };
-                    if F::HAS_MIN || F::OFFSET != 0 {
-                        minima[i] = _mm256_fmadd_ps(minimum, vectors[i].sums_of_step::<F>(at, 0), minima[i]);
-                    }
-                } else {
-                    let both = _mm512_insertf32x8::<1>(_mm512_castps256_ps512(scales.scales[0]), scales.scales[1]);
-                    let twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-                    let of_vector = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(of_vector));
-                    factors[i] = _mm512_mul_ps(both, of_vector);
-                    for part in 0..2 {
-                        let sums = vectors[i].sums_of_step::<F>(at, part);
-                        minima[i] = _mm256_fmadd_ps(scales.scales[part], sums, minima[i]);
+        for slice in slices(product.k) {
+            let vectors = product.vectors::<N>(product.columns, slice);
+            let weights = product.row(row).add(slice.from / F::STEP * F::BYTES);
+            for s in 0..slice.len / F::STEP {
+                let (step, at) = (weights.add(s * F::BYTES), s * F::STEP);
+                let scales = F::scales(step);
+                let mut factors = [_mm512_setzero_ps(); N];
+                for i in 0..N {
+                    let of_vector = vectors[i].scales_of_step::<F>(at);
+                    if F::GROUP == 32 {
+                        factors[i] = _mm512_zextps256_ps512(_mm256_mul_ps(scales.scales[0], of_vector));
+                        let minimum = if F::HAS_MIN { scales.minima } else { scales.scales[0] };
+                        if F::HAS_MIN || F::OFFSET != 0 {
+                            minima[i] = _mm256_fmadd_ps(minimum, vectors[i].sums_of_step::<F>(at, 0), minima[i]);
+                        }
+                    } else {
+                        let both = _mm512_insertf32x8::<1>(_mm512_castps256_ps512(scales.scales[0]), scales.scales[1]);
+                        let twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+                        let of_vector = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(of_vector));
+                        factors[i] = _mm512_mul_ps(both, of_vector);
+                        for part in 0..2 {
+                            let sums = vectors[i].sums_of_step::<F>(at, part);
+                            minima[i] = _mm256_fmadd_ps(scales.scales[part], sums, minima[i]);
+                        }
                     }
                 }
-            }
-            for p in 0..pairs {
-                // Rows follow each other: what comes in some rows is asked for now.
-                _mm_prefetch::<_MM_HINT_T0>(step.wrapping_add(p * (F::BYTES / pairs) + 2048).cast());
-                let numbers = F::unpack_pair(step, p);
-                let lanes = if F::GROUP == 32 {
-                    let (a, b) = (2 * p as i32, 2 * p as i32 + 1);
-                    _mm512_set_epi32(b, b, b, b, b, b, b, b, a, a, a, a, a, a, a, a)
-                } else {
-                    let [a, b, c, d] = [4 * p as i32, 4 * p as i32 + 1, 4 * p as i32 + 2, 4 * p as i32 + 3];
-                    _mm512_set_epi32(d, d, d, d, c, c, c, c, b, b, b, b, a, a, a, a)
-                };
-                for i in 0..N {
-                    let x = _mm512_loadu_si512(vectors[i].numbers.add(at + 64 * p).cast());
-                    let dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), numbers, x));
-                    sums[i] = _mm512_fmadd_ps(dot, _mm512_permutexvar_ps(lanes, factors[i]), sums[i]);
+                for p in 0..pairs {
+                    // Rows follow each other: what comes in some rows is asked for now.
+                    _mm_prefetch::<_MM_HINT_T0>(step.wrapping_add(p * (F::BYTES / pairs) + 2048).cast());
+                    let numbers = F::unpack_pair(step, p);
+                    let lanes = if F::GROUP == 32 {
+                        let (a, b) = (2 * p as i32, 2 * p as i32 + 1);
+                        _mm512_set_epi32(b, b, b, b, b, b, b, b, a, a, a, a, a, a, a, a)
+                    } else {
+                        let [a, b, c, d] = [4 * p as i32, 4 * p as i32 + 1, 4 * p as i32 + 2, 4 * p as i32 + 3];
+                        _mm512_set_epi32(d, d, d, d, c, c, c, c, b, b, b, b, a, a, a, a)
+                    };
+                    for i in 0..N {
+                        let x = _mm512_loadu_si512(vectors[i].numbers.add(at + 64 * p).cast());
+                        let dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), numbers, x));
+                        sums[i] = _mm512_fmadd_ps(dot, _mm512_permutexvar_ps(lanes, factors[i]), sums[i]);
+                    }
                 }
             }
         }
@@ -368,7 +346,7 @@ unsafe fn multiply_row<F: Format, const N: usize>(product: &Product, input: &Inp
             let factor = if F::HAS_MIN { 1.0 } else { -F::OFFSET as f32 };
             let minima = _mm512_zextps256_ps512(minima[i]);
             let sum = _mm512_fmadd_ps(minima, _mm512_set1_ps(factor), sums[i]);
-            *product.results(i).add(row) = _mm512_reduce_add_ps(sum);
+            *product.columns[i].results.add(row) = _mm512_reduce_add_ps(sum);
         }
     }
 }
@@ -452,8 +430,7 @@ fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
     columns
 }
 
-/// Multiplies `P` panels with the `N` vectors of a slice from number `done` on. A vector's result does not depend on `N`.
-/// Returns `N`.
+/// Multiplies `P` panels with the `N` vectors of `columns`. A vector's result does not depend on `N`.
 ///
 /// # Safety
 /// As [`Isa::multiply`].
@@ -464,17 +441,15 @@ unsafe fn multiply<F: Layout, const P: usize, const N: usize>(
     row: usize,
     slice: Slice,
     panels: &[Panel],
-    input: &Input,
-    done: usize,
-) -> usize {
+    columns: &[Column],
+) {
     let blocks = slice.len / BLOCK;
     // SAFETY: vectors have as many blocks as a row has panels; results have an element for each row.
     unsafe {
-        let mut vectors = [input.vector(done); N];
-        let mut results = [product.results(slice.first + done).add(row); N];
-        for i in 1..N {
-            vectors[i] = input.vector(done + i);
-            results[i] = product.results(slice.first + done + i).add(row);
+        let vectors = product.vectors::<N>(columns, slice);
+        let mut results = [columns[0].results; N];
+        for i in 0..N {
+            results[i] = columns[i].results.add(row);
         }
         let mut masks = [0u16; P];
         for p in 0..P {
@@ -546,5 +521,4 @@ unsafe fn multiply<F: Layout, const P: usize, const N: usize>(
             }
         }
     }
-    N
 }

@@ -2,6 +2,8 @@
 
 use std::arch::x86_64::*;
 
+use super::super::input::{BLOCK, Scheme};
+
 /// What kernels must know of a type whose weights they have unpacked.
 pub trait Layout {
     /// Elements of a step: 64, where blocks are 32 elements, or 256.
@@ -14,6 +16,8 @@ pub trait Layout {
     const OFFSET: i32 = 0;
     /// Whether groups have a minimum beside the scale.
     const HAS_MIN: bool = false;
+    /// How the input is quantised.
+    const SCHEME: Scheme = Scheme { groups: BLOCK / Self::GROUP, offset: Self::OFFSET };
 }
 
 /// A type of weights that are stored row by row. Its functions need AVX2 with FMA and F16C, those with 512 bits AVX-512 F,
