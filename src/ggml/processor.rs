@@ -4,6 +4,7 @@
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Features {
     /// What every processor of the target has.
+    #[cfg_attr(all(target_arch = "aarch64", not(test)), allow(dead_code, reason = "such processors have NEON"))]
     Portable,
     /// AVX2 with FMA and F16C.
     #[cfg(target_arch = "x86_64")]
@@ -79,5 +80,27 @@ impl Features {
             Features::I8mm,
         ];
         all.into_iter().filter(|&features| features <= Features::detect()).collect()
+    }
+}
+
+/// Tests with many cases do each so-manieth (`SIMLAYER_TEST_SHORTER`): an emulated processor is slow.
+#[cfg(test)]
+pub(super) fn shorter() -> usize {
+    std::env::var("SIMLAYER_TEST_SHORTER").map_or(1, |n| n.parse().expect("SIMLAYER_TEST_SHORTER is a number"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Who runs the tests may know what there is to find: an emulator's processor has what its name says.
+    #[test]
+    fn features_are_found() {
+        let found = Features::detect();
+        assert_eq!(Features::all().last(), Some(&found));
+        match std::env::var("SIMLAYER_TEST_FEATURES") {
+            Ok(expected) => assert_eq!(format!("{found:?}"), expected),
+            Err(_) => println!("{found:?}"),
+        }
     }
 }

@@ -61,7 +61,7 @@ pub(super) struct Input {
 
 /// A slice of one vector of an [`Input`].
 #[derive(Clone, Copy)]
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has kernels"))]
+#[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code, reason = "no kernels"))]
 pub(super) struct Vector {
     /// Between −127 and 127.
     pub numbers: *const i8,
@@ -70,6 +70,7 @@ pub(super) struct Vector {
     /// Each group's sum of numbers, times its scale.
     pub sums: *const f32,
     /// Each group's sum of numbers, times minus the offset of the weights: what a sum of products begins with.
+    #[cfg_attr(target_arch = "aarch64", allow(dead_code, reason = "numbers have their sign there"))]
     pub starts: *const i32,
 }
 
@@ -87,7 +88,7 @@ impl Input {
     /// # Safety
     /// The vector was written.
     #[inline]
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has kernels"))]
+    #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code, reason = "no kernels"))]
     pub unsafe fn vector(&self, vector: usize, slice: Slice) -> Vector {
         let blocks = slice.len / BLOCK;
         // SAFETY: as the caller says, and slices are as they were written.

@@ -6,18 +6,20 @@
 //! vectors. Many vectors are taken in slices that stay in the second-level cache.
 //!
 //! `formats` has the types of weights, a small file each; `avx2` and `vnni` (AVX-512) multiply any of them, `run` says in
-//! which order. Where the processor has neither, ggml's operation is used.
+//! which order; `neon` has all that for 64-bit Arm. Where the processor has none of these, ggml's operation is used.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod formats;
 mod input;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod node;
 mod product;
 #[cfg(target_arch = "x86_64")]
 mod quantize;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod run;
 #[cfg(target_arch = "x86_64")]
 mod simd;
@@ -27,6 +29,8 @@ mod tests;
 mod vnni;
 
 pub(super) use self::input::Scheme;
+#[cfg(target_arch = "aarch64")]
+use self::neon::{formats, kernel};
 #[cfg(target_arch = "x86_64")]
 pub(super) use self::quantize::quantize_block;
 use self::{input::Quantize, product::Product};
@@ -79,7 +83,7 @@ fn kernel(ty: Type, is_repacked: bool, features: Features) -> Option<&'static Ke
 }
 
 /// The kernel for weights of this type, as in a file or as ggml repacks them, with these features; `None` where ggml's is used.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn kernel(_: Type, _: bool, _: Features) -> Option<&'static Kernel> {
     None
 }

@@ -8,7 +8,7 @@ use super::input::{Input, Slice, Vector};
 pub(super) const ROWS: usize = 16;
 
 /// One thread's share of a product.
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has kernels"))]
+#[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code, reason = "no kernels"))]
 pub(super) struct Product<'a> {
     pub weights: *const u8,
     pub row_bytes: usize,
@@ -33,7 +33,7 @@ impl Product<'_> {
 
     /// # Safety
     /// The row exists.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has kernels"))]
+    #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code, reason = "no kernels"))]
     pub unsafe fn row(&self, index: usize) -> *const u8 {
         // SAFETY: as the caller says.
         unsafe { self.weights.add(index * self.row_bytes) }
@@ -44,7 +44,7 @@ impl Product<'_> {
     /// # Safety
     /// There are as many columns.
     #[inline]
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has kernels"))]
+    #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code, reason = "no kernels"))]
     pub unsafe fn vectors<const N: usize>(&self, columns: &[Column], slice: Slice) -> [Vector; N] {
         // SAFETY: columns are of this product.
         std::array::from_fn(|i| unsafe { self.input.vector(columns[i].vector, slice) })
