@@ -12,11 +12,11 @@
 use std::{arch::x86_64::*, cell::RefCell};
 
 use super::{
-    formats::{Format, Layout, Q4_Kx8, q4_k_x8},
+    formats::{Format, Layout, Q4_Kx8, Scales, q4_k_x8},
     input::{BLOCK, Slice, slices},
     product::{Column, Product},
     run::{Isa, Kernels},
-    simd::sum_of_lanes,
+    simd::{floats, sum_of_lanes},
 };
 
 pub(super) struct Avx2;
@@ -29,7 +29,7 @@ pub(super) struct Panel {
     numbers: [[u8; 32]; 8],
     /// Of each row's first and, where groups are 16 elements, second group.
     scales: [[f32; 8]; 2],
-    minima: [f32; 8],
+    minima: [[f32; 8]; 2],
 }
 
 thread_local! {
@@ -38,7 +38,7 @@ thread_local! {
 
 impl Isa for Avx2 {
     type Panel = Panel;
-    const EMPTY: Panel = Panel { numbers: [[0; 32]; 8], scales: [[0.0; 8]; 2], minima: [0.0; 8] };
+    const EMPTY: Panel = Panel { numbers: [[0; 32]; 8], scales: [[0.0; 8]; 2], minima: [[0.0; 8]; 2] };
     const ROWS: usize = 8;
     const PANELS: usize = 1;
 
@@ -170,7 +170,7 @@ unsafe fn fill_q4_k_x8(product: &Product, row: usize, slice: Slice, panels: &mut
             for (g, panel) in panels.iter_mut().enumerate() {
                 let (scales, minima) = q4_k_x8::scales_of_rows(block, g);
                 _mm256_store_ps(panel.scales[0].as_mut_ptr(), scales);
-                _mm256_store_ps(panel.minima.as_mut_ptr(), minima);
+                _mm256_store_ps(panel.minima[0].as_mut_ptr(), minima);
             }
             for c in 0..16 {
                 let from = block.add(q4_k_x8::NUMBERS + 64 * c);
@@ -249,8 +249,8 @@ unsafe fn multiply_row<F: Format, const N: usize>(product: &Product, row: usize)
                     if F::GROUP == BLOCK {
                         factors[i][0] = _mm256_mul_ps(scales.scales[0], of_vector);
                         if F::HAS_MIN || has_offset {
-                            let minimum = if F::HAS_MIN { scales.minima } else { scales.scales[0] };
-                            minima[i] = _mm256_fmadd_ps(minimum, vectors[i].sums_of_step::<F>(at, 0), minima[i]);
+                            let sums = vectors[i].sums_of_step::<F>(at, 0);
+                            minima[i] = _mm256_fmadd_ps(scales.of_sums::<F>()[0], sums, minima[i]);
                         }
                     } else {
                         for half in 0..2 {
@@ -260,7 +260,7 @@ unsafe fn multiply_row<F: Format, const N: usize>(product: &Product, row: usize)
                             let of_groups = _mm256_permutevar8x32_ps(of_vector, twice);
                             factors[i][half] = _mm256_mul_ps(scales.scales[half], of_groups);
                             let sums = vectors[i].sums_of_step::<F>(at, half);
-                            minima[i] = _mm256_fmadd_ps(scales.scales[half], sums, minima[i]);
+                            minima[i] = _mm256_fmadd_ps(scales.of_sums::<F>()[half], sums, minima[i]);
                         }
                     }
                 }
@@ -308,19 +308,15 @@ unsafe fn fill<F: Format>(product: &Product, row: usize, slice: Slice, panels: &
         }
         for panels in panels.chunks_exact_mut(F::STEP / BLOCK) {
             for r in 0..8 {
-                let scales = F::scales(steps[r]);
-                let (mut of_groups, mut minima) = ([0.0; 16], [0.0; 8]);
-                _mm256_storeu_ps(of_groups.as_mut_ptr(), scales.scales[0]);
-                if groups > 8 {
-                    _mm256_storeu_ps(of_groups.as_mut_ptr().add(8), scales.scales[1]);
-                }
+                let Scales { scales, minima } = F::scales(steps[r]);
+                let scales = floats(scales);
                 for g in 0..groups {
-                    panels[g * F::GROUP / BLOCK].scales[g % (BLOCK / F::GROUP)][r] = of_groups[g];
+                    panels[g * F::GROUP / BLOCK].scales[g % (BLOCK / F::GROUP)][r] = scales[g];
                 }
                 if F::HAS_MIN {
-                    _mm256_storeu_ps(minima.as_mut_ptr(), scales.minima);
+                    let minima = floats(minima);
                     for g in 0..groups {
-                        panels[g].minima[r] = minima[g];
+                        panels[g * F::GROUP / BLOCK].minima[g % (BLOCK / F::GROUP)][r] = minima[g];
                     }
                 }
             }
@@ -380,7 +376,7 @@ unsafe fn multiply<F: Layout, const N: usize>(
 ) {
     // Sums of two that fit into 16 bits together: of numbers of 4 bits 2 × 15 × 127 eight times.
     let together = match F::BITS {
-        4 => 8,
+        ..=4 => F::GROUP / 4,
         5 => 4,
         6 => 2,
         _ => 1,
@@ -432,9 +428,14 @@ unsafe fn multiply<F: Layout, const N: usize>(
             }
             for i in 0..N {
                 sums[i] = _mm256_fmadd_ps(of_block[i], _mm256_broadcast_ss(&*vectors[i].scales.add(b)), sums[i]);
-                if F::HAS_MIN {
-                    let minima = _mm256_load_ps(panel.minima.as_ptr());
-                    sums[i] = _mm256_fmadd_ps(minima, _mm256_broadcast_ss(&*vectors[i].sums.add(b)), sums[i]);
+            }
+            if F::HAS_MIN {
+                for group in 0..BLOCK / F::GROUP {
+                    let minima = _mm256_load_ps(panel.minima[group].as_ptr());
+                    for i in 0..N {
+                        let sum = _mm256_broadcast_ss(&*vectors[i].sums.add(b * (BLOCK / F::GROUP) + group));
+                        sums[i] = _mm256_fmadd_ps(minima, sum, sums[i]);
+                    }
                 }
             }
         }

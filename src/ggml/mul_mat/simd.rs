@@ -60,3 +60,15 @@ pub(super) fn max_of_lanes(x: __m256) -> f32 {
     let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
 }
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn floats(x: [__m256; 2]) -> [f32; 16] {
+    let mut floats = [0.0; 16];
+    // SAFETY: 16 floats.
+    unsafe {
+        _mm256_storeu_ps(floats.as_mut_ptr(), x[0]);
+        _mm256_storeu_ps(floats.as_mut_ptr().add(8), x[1]);
+    }
+    floats
+}

@@ -9,10 +9,11 @@
 use std::{arch::x86_64::*, cell::RefCell};
 
 use super::{
-    formats::{Format, Layout, Q4_Kx8, q4_k_x8},
+    formats::{Format, Layout, Q4_Kx8, Scales, q4_k_x8},
     input::{BLOCK, Slice, slices},
     product::{Column, Product},
     run::{Isa, Kernels},
+    simd::floats,
 };
 
 pub(super) struct Vnni;
@@ -25,7 +26,7 @@ pub(super) struct Panel {
     numbers: [[u8; 64]; 8],
     /// Of each row's first and, where groups are 16 elements, second group.
     scales: [[f32; 16]; 2],
-    minima: [f32; 16],
+    minima: [[f32; 16]; 2],
 }
 
 thread_local! {
@@ -34,7 +35,7 @@ thread_local! {
 
 impl Isa for Vnni {
     type Panel = Panel;
-    const EMPTY: Panel = Panel { numbers: [[0; 64]; 8], scales: [[0.0; 16]; 2], minima: [0.0; 16] };
+    const EMPTY: Panel = Panel { numbers: [[0; 64]; 8], scales: [[0.0; 16]; 2], minima: [[0.0; 16]; 2] };
     const ROWS: usize = 16;
     const PANELS: usize = 2;
 
@@ -178,7 +179,7 @@ unsafe fn fill_q4_k_x8(product: &Product, row: usize, slice: Slice, panels: &mut
                 for h in 0..2 {
                     let (scales, minima) = q4_k_x8::scales_of_rows(blocks[h], g);
                     _mm256_storeu_ps(panel.scales[0].as_mut_ptr().add(8 * h), scales);
-                    _mm256_storeu_ps(panel.minima.as_mut_ptr().add(8 * h), minima);
+                    _mm256_storeu_ps(panel.minima[0].as_mut_ptr().add(8 * h), minima);
                 }
             }
             for c in 0..16 {
@@ -308,9 +309,9 @@ unsafe fn multiply_row<F: Format, const N: usize>(product: &Product, row: usize)
                     let of_vector = vectors[i].scales_of_step::<F>(at);
                     if F::GROUP == 32 {
                         factors[i] = _mm512_zextps256_ps512(_mm256_mul_ps(scales.scales[0], of_vector));
-                        let minimum = if F::HAS_MIN { scales.minima } else { scales.scales[0] };
                         if F::HAS_MIN || F::OFFSET != 0 {
-                            minima[i] = _mm256_fmadd_ps(minimum, vectors[i].sums_of_step::<F>(at, 0), minima[i]);
+                            let sums = vectors[i].sums_of_step::<F>(at, 0);
+                            minima[i] = _mm256_fmadd_ps(scales.of_sums::<F>()[0], sums, minima[i]);
                         }
                     } else {
                         let both = _mm512_insertf32x8::<1>(_mm512_castps256_ps512(scales.scales[0]), scales.scales[1]);
@@ -319,7 +320,7 @@ unsafe fn multiply_row<F: Format, const N: usize>(product: &Product, row: usize)
                         factors[i] = _mm512_mul_ps(both, of_vector);
                         for part in 0..2 {
                             let sums = vectors[i].sums_of_step::<F>(at, part);
-                            minima[i] = _mm256_fmadd_ps(scales.scales[part], sums, minima[i]);
+                            minima[i] = _mm256_fmadd_ps(scales.of_sums::<F>()[part], sums, minima[i]);
                         }
                     }
                 }
@@ -367,19 +368,15 @@ unsafe fn fill<F: Format>(product: &Product, row: usize, slice: Slice, panels: &
         }
         for panels in panels.chunks_exact_mut(F::STEP / BLOCK) {
             for r in 0..16 {
-                let scales = F::scales(steps[r]);
-                let (mut of_groups, mut minima) = ([0.0; 16], [0.0; 8]);
-                _mm256_storeu_ps(of_groups.as_mut_ptr(), scales.scales[0]);
-                if groups > 8 {
-                    _mm256_storeu_ps(of_groups.as_mut_ptr().add(8), scales.scales[1]);
-                }
+                let Scales { scales, minima } = F::scales(steps[r]);
+                let scales = floats(scales);
                 for g in 0..groups {
-                    panels[g * F::GROUP / BLOCK].scales[g % (BLOCK / F::GROUP)][r] = of_groups[g];
+                    panels[g * F::GROUP / BLOCK].scales[g % (BLOCK / F::GROUP)][r] = scales[g];
                 }
                 if F::HAS_MIN {
-                    _mm256_storeu_ps(minima.as_mut_ptr(), scales.minima);
+                    let minima = floats(minima);
                     for g in 0..groups {
-                        panels[g].minima[r] = minima[g];
+                        panels[g * F::GROUP / BLOCK].minima[g % (BLOCK / F::GROUP)][r] = minima[g];
                     }
                 }
             }
@@ -508,9 +505,14 @@ unsafe fn multiply<F: Layout, const P: usize, const N: usize>(
                 let scale = _mm512_set1_ps(*vectors[i].scales.add(b));
                 for p in 0..P {
                     sums[p][i] = _mm512_fmadd_ps(of_block[p][i], scale, sums[p][i]);
-                    if F::HAS_MIN {
-                        let sum = _mm512_set1_ps(*vectors[i].sums.add(b));
-                        sums[p][i] = _mm512_fmadd_ps(_mm512_load_ps(of_rows[p].minima.as_ptr()), sum, sums[p][i]);
+                }
+                if F::HAS_MIN {
+                    for group in 0..BLOCK / F::GROUP {
+                        let sum = _mm512_set1_ps(*vectors[i].sums.add(b * (BLOCK / F::GROUP) + group));
+                        for p in 0..P {
+                            let minima = _mm512_load_ps(of_rows[p].minima[group].as_ptr());
+                            sums[p][i] = _mm512_fmadd_ps(minima, sum, sums[p][i]);
+                        }
                     }
                 }
             }

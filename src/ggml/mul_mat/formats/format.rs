@@ -10,7 +10,7 @@ pub trait Layout {
     const STEP: usize;
     /// Elements that share a scale: 32, or 16.
     const GROUP: usize = 32;
-    /// Bits of a number: 4, 5, 6 or 8. They have no sign.
+    /// Bits of a number, 8 at most. They have no sign.
     const BITS: u32;
     /// What numbers are larger by than what they stand for.
     const OFFSET: i32 = 0;
@@ -75,11 +75,38 @@ pub trait Format: Layout {
     }
 }
 
-/// Scales of a step's groups in their order, zeros behind them; minima (of at most eight groups) likewise.
+/// Scales of a step's groups in their order, zeros behind them; minima likewise.
 #[derive(Clone, Copy)]
 pub struct Scales {
     pub scales: [__m256; 2],
-    pub minima: __m256,
+    pub minima: [__m256; 2],
+}
+
+impl Scales {
+    /// Of a type that has no minima, or of groups of 32, of which there are eight at most.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) fn of_eight(scales: __m256, minima: __m256) -> Scales {
+        Scales { scales: [scales, _mm256_setzero_ps()], minima: [minima, _mm256_setzero_ps()] }
+    }
+
+    /// What the vector's sums of groups are multiplied by: minima, else what the offset is.
+    #[inline]
+    pub fn of_sums<F: Layout>(&self) -> [__m256; 2] {
+        if F::HAS_MIN { self.minima } else { self.scales }
+    }
+}
+
+/// The scales of two blocks, in f16.
+///
+/// # Safety
+/// Both are good for two bytes; the processor has the features.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn two_scales(first: *const u8, second: *const u8) -> Scales {
+    // SAFETY: as the caller says.
+    let halves = _mm_cvtsi32_si128(unsafe { two_halves(first, second) } as i32);
+    Scales::of_eight(_mm256_zextps128_ps256(_mm_cvtph_ps(halves)), _mm256_setzero_ps())
 }
 
 /// The half words at `first` and, in the upper half, `second`.
@@ -115,4 +142,36 @@ pub(super) unsafe fn half_bytes(from: *const u8) -> __m256i {
     let low = unsafe { _mm_loadu_si128(from.cast()) };
     let both = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(low), _mm_srli_epi16::<4>(low));
     _mm256_and_si256(both, _mm256_set1_epi8(15))
+}
+
+/// As [`half_bytes`] for two blocks: their numbers one after the other.
+///
+/// # Safety
+/// Both are good for 16 bytes; the processor has the features.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c,fma")]
+pub(super) unsafe fn half_bytes_of_two(first: *const u8, second: *const u8) -> __m512i {
+    // SAFETY: as the caller says.
+    let (first, second) = unsafe { (_mm_loadu_si128(first.cast()), _mm_loadu_si128(second.cast())) };
+    let both = _mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(first), 0xff00, second);
+    let shifts = _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0);
+    _mm512_and_si512(_mm512_srlv_epi64(both, shifts), _mm512_set1_epi8(15))
+}
+
+/// The numbers of a table that numbers of half a byte stand for.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn look_up(table: &[u8; 16], numbers: __m256i) -> __m256i {
+    // SAFETY: 16 bytes.
+    let table = unsafe { _mm_loadu_si128(table.as_ptr().cast()) };
+    _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), numbers)
+}
+
+/// As [`look_up`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c,fma")]
+pub(super) fn look_up_64(table: &[u8; 16], numbers: __m512i) -> __m512i {
+    // SAFETY: 16 bytes.
+    let table = unsafe { _mm_loadu_si128(table.as_ptr().cast()) };
+    _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), numbers)
 }

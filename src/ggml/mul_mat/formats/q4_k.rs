@@ -35,10 +35,10 @@ pub(super) unsafe fn six_bit_scales(block: *const u8) -> Scales {
     let (both, (scales, minima)) = unsafe { (block.cast::<i32>().read_unaligned(), six_bits(block.add(4))) };
     let factors = _mm_cvtph_ps(_mm_cvtsi32_si128(both));
     let minus = _mm_xor_ps(_mm_movehdup_ps(factors), _mm_set1_ps(-0.0));
-    Scales {
-        scales: [_mm256_mul_ps(scales, _mm256_broadcastss_ps(factors)), _mm256_setzero_ps()],
-        minima: _mm256_mul_ps(minima, _mm256_broadcastss_ps(minus)),
-    }
+    Scales::of_eight(
+        _mm256_mul_ps(scales, _mm256_broadcastss_ps(factors)),
+        _mm256_mul_ps(minima, _mm256_broadcastss_ps(minus)),
+    )
 }
 
 impl Layout for Q4_K {

@@ -66,6 +66,6 @@ impl Format for Q6_K {
         };
         let block = _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(block))));
         let scales = |groups| _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(groups))), block);
-        Scales { scales: [scales(groups[0]), scales(groups[1])], minima: _mm256_setzero_ps() }
+        Scales { scales: [scales(groups[0]), scales(groups[1])], minima: [_mm256_setzero_ps(); 2] }
     }
 }
