@@ -417,7 +417,7 @@ fn segments_share_a_softmax() {
         &[(300, Type::Q4_0, Type::Q4_0), (40, Type::F32, Type::F32)][..],
         &[(1, Type::F16, Type::F16), (700, Type::Q8_0, Type::F16), (65, Type::BF16, Type::F32)],
     ] {
-        for n in [1, 7, 40, 300] {
+        for n in [1, 7, 40, 300 / shorter()] {
             for mask in [MaskKind::None, MaskKind::Ring, MaskKind::Bias] {
                 check_case(&Case { mask, ..case(64, n, 2, 3, segments) }, &mut scheduler);
             }
@@ -531,7 +531,7 @@ fn room_after_the_rows_does_not_change_the_result() {
 
 #[test]
 fn threads_do_not_change_the_result() {
-    for n in [1, 2, 40, 300] {
+    for n in [1, 2, 40, 300 / shorter()] {
         for segments in
             [&[(2000, Type::F16, Type::F16)][..], &[(1500, Type::Q4_0, Type::Q4_0), (300, Type::F32, Type::F32)]]
         {
@@ -540,7 +540,7 @@ fn threads_do_not_change_the_result() {
             let one = data.run(&case, &mut scheduler(1), Features::detect());
             for threads in [2, 4] {
                 let mut scheduler = scheduler(threads);
-                for _ in 0..5 {
+                for _ in 0..5_usize.div_ceil(shorter()) {
                     let more = data.run(&case, &mut scheduler, Features::detect());
                     assert_eq!(bits(&one), bits(&more), "{threads} threads, {case:?}");
                 }
@@ -554,7 +554,7 @@ fn threads_do_not_change_the_result() {
 fn agrees_with_ggmls_flash_attention() {
     let mut scheduler = scheduler(1);
     for ty in [Type::F16, Type::Q4_0, Type::Q8_0] {
-        for n in [1, 7, 40, 300] {
+        for n in [1, 7, 40, 300 / shorter()] {
             let case = case(64, n, 3, 3, &[(512, ty, ty)]);
             let data = Data::new(&case, &mut scheduler, 11);
             let ours = data.run(&case, &mut scheduler, Features::detect());

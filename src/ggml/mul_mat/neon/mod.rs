@@ -56,6 +56,11 @@ pub(super) fn kernel(ty: Type, is_repacked: bool, features: Features) -> Option<
         Type::Q4_K => of::<Q4_K>(features),
         Type::Q5_K => of::<Q5_K>(features),
         Type::Q6_K => of::<Q6_K>(features),
+        Type::Q2_K => of::<Q2_K>(features),
+        Type::Q3_K => of::<Q3_K>(features),
+        Type::IQ4_NL => of::<IQ4_NL>(features),
+        Type::IQ4_XS => of::<IQ4_XS>(features),
+        Type::MXFP4 => of::<Mxfp4>(features),
         _ => None,
     }
 }

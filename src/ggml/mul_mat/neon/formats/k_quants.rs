@@ -1,4 +1,4 @@
-//! 256 elements in groups, whose scales, and for some minima, are multiples of the block's: q4_K, q5_K, q6_K.
+//! 256 elements in groups, whose scales, and for some minima, are multiples of the block's: q2_K to q6_K.
 
 use std::arch::aarch64::*;
 
@@ -6,6 +6,10 @@ use super::format::{
     Format, Layout, Scales, bytes, float_of_half, floats_of_bytes, floats_of_signed_bytes, half_bytes, less, or,
 };
 
+#[allow(non_camel_case_types, reason = "the type's name")]
+pub struct Q2_K;
+#[allow(non_camel_case_types, reason = "the type's name")]
+pub struct Q3_K;
 #[allow(non_camel_case_types, reason = "the type's name")]
 pub struct Q4_K;
 #[allow(non_camel_case_types, reason = "the type's name")]
@@ -132,8 +136,97 @@ impl Format for Q6_K {
     unsafe fn scales(step: *const u8) -> Scales {
         // SAFETY: the last 18 bytes are the groups' scales and the block's in f16.
         let (groups, block) = unsafe { (vreinterpretq_s8_u8(bytes(step.add(192))), float_of_half(step.add(208))) };
-        let [a, b] = floats_of_signed_bytes(vget_low_s8(groups));
-        let [c, d] = floats_of_signed_bytes(vget_high_s8(groups));
-        Scales::new([vmulq_n_f32(a, block), vmulq_n_f32(b, block), vmulq_n_f32(c, block), vmulq_n_f32(d, block)])
+        Scales::new(sixteen_scales(groups, block))
+    }
+}
+
+/// The scales of 16 groups, whose factor is the block's.
+#[inline]
+#[target_feature(enable = "neon")]
+fn sixteen_scales(groups: int8x16_t, block: f32) -> [float32x4_t; 4] {
+    let [a, b] = floats_of_signed_bytes(vget_low_s8(groups));
+    let [c, d] = floats_of_signed_bytes(vget_high_s8(groups));
+    [vmulq_n_f32(a, block), vmulq_n_f32(b, block), vmulq_n_f32(c, block), vmulq_n_f32(d, block)]
+}
+
+/// The two bits of part `part` in each byte, of 32 for each half of a block.
+///
+/// # Safety
+/// Good for 64 bytes.
+#[inline]
+#[target_feature(enable = "neon")]
+unsafe fn two_bits(from: *const u8, part: usize) -> [uint8x16_t; 2] {
+    // SAFETY: as the caller says.
+    let both = unsafe {
+        let from = from.add(part / 4 * 32);
+        [bytes(from), bytes(from.add(16))]
+    };
+    let shift = vdupq_n_s8(-2 * (part % 4) as i8);
+    let lowest = |bytes| vandq_u8(vshlq_u8(bytes, shift), vdupq_n_u8(3));
+    [lowest(both[0]), lowest(both[1])]
+}
+
+impl Layout for Q2_K {
+    const STEP: usize = 256;
+    const GROUP: usize = 16;
+    const HAS_MIN: bool = true;
+}
+
+impl Format for Q2_K {
+    const BYTES: usize = 84;
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn unpack(step: *const u8, part: usize) -> [int8x16_t; 2] {
+        // SAFETY: numbers are behind the groups' 16 bytes.
+        less(unsafe { two_bits(step.add(16), part) }, 0)
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn scales(step: *const u8) -> Scales {
+        // SAFETY: a block begins with a byte for each group, the minimum in its upper half; the last four are the block's
+        // scale and minimum in f16.
+        let (groups, scale, minimum) =
+            unsafe { (half_bytes(step), float_of_half(step.add(80)), float_of_half(step.add(82))) };
+        let [scales, minima] = less(groups, 0);
+        Scales { scales: sixteen_scales(scales, scale), minima: sixteen_scales(minima, -minimum) }
+    }
+}
+
+impl Layout for Q3_K {
+    const STEP: usize = 256;
+    const GROUP: usize = 16;
+}
+
+impl Format for Q3_K {
+    const BYTES: usize = 110;
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn unpack(step: *const u8, part: usize) -> [int8x16_t; 2] {
+        // SAFETY: a block begins with 32 bytes of third bits, of which each part has one in each byte; then come the lower
+        // two.
+        let (third, low) = unsafe { ([bytes(step), bytes(step.add(16))], two_bits(step.add(32), part)) };
+        let bit = vdupq_n_u8(1 << part);
+        let four = |third| vandq_u8(vtstq_u8(third, bit), vdupq_n_u8(4));
+        less(or([low, [four(third[0]), four(third[1])]]), 4)
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn scales(step: *const u8) -> Scales {
+        // SAFETY: the last 14 bytes are the groups' scales, plus 32, and the block's in f16.
+        let (low, high, block) = unsafe {
+            let (low, high) = (step.add(96).cast::<u64>(), step.add(104).cast::<u32>());
+            (low.read_unaligned(), high.read_unaligned(), float_of_half(step.add(108)))
+        };
+        // A byte has the lower four bits of a group and, in its upper half, those of the eighth group from it; the upper
+        // two bits of the first four groups, the next, … are in each of four bytes.
+        let [a, b, c, d] = [0, 2, 4, 6].map(|shift| u64::from(high >> shift & 0x0303_0303) << 4);
+        let first = low & 0x0f0f_0f0f_0f0f_0f0f | a | b << 32;
+        let last = low >> 4 & 0x0f0f_0f0f_0f0f_0f0f | c | d << 32;
+        let groups = vcombine_s8(vcreate_s8(first), vcreate_s8(last));
+        Scales::new(sixteen_scales(vsubq_s8(groups, vdupq_n_s8(32)), block))
     }
 }

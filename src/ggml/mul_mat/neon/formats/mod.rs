@@ -6,9 +6,11 @@
 mod format;
 mod k_quants;
 mod legacy;
+mod tables;
 
 pub(in super::super) use self::{
     format::{Format, Layout},
-    k_quants::{Q4_K, Q5_K, Q6_K},
+    k_quants::{Q2_K, Q3_K, Q4_K, Q5_K, Q6_K},
     legacy::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0},
+    tables::{IQ4_NL, IQ4_XS, Mxfp4},
 };
