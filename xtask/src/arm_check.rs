@@ -16,6 +16,9 @@ const SYSROOT: &str = "/usr/aarch64-linux-gnu";
 /// Processors as QEMU names them, and the features that kernels are to find there.
 const PROCESSORS: [(&str, &str); 3] = [("max", "I8mm"), ("neoverse-n1", "DotProd"), ("cortex-a72", "Neon")];
 
+/// Of the tests' many cases each so-manieth runs: QEMU computes with floats some thirty times as slowly as the processor.
+const SHORTER: u32 = 16;
+
 /// The tests that run: of kernels, and of what is found.
 const TESTS: [&str; 3] = ["ggml::attention", "ggml::mul_mat", "ggml::processor"];
 
@@ -60,7 +63,7 @@ fn check(env: &Env) -> Result<()> {
         let runner = format!("qemu-aarch64 -L {SYSROOT} -cpu {processor}");
         test.env("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER", runner).env("SIMLAYER_TEST_FEATURES", features);
         // Several tests compute at a time: threads that wait at a barrier sleep instead of taking the others' core.
-        test.env("OMP_WAIT_POLICY", "passive");
+        test.env("OMP_WAIT_POLICY", "passive").env("SIMLAYER_TEST_SHORTER", SHORTER.to_string());
         sh::run(test.arg("--").args(TESTS))
     })
 }
