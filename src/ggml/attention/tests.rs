@@ -316,7 +316,7 @@ thread_local! {
 }
 
 fn check_case(case: &Case, scheduler: &mut Scheduler) {
-    if CASES.replace(CASES.get() + 1) % shorter() != 0 {
+    if !CASES.replace(CASES.get() + 1).is_multiple_of(shorter()) {
         return;
     }
     let data = Data::new(case, scheduler, 1);
