@@ -4,6 +4,7 @@
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Features {
     /// What every processor of the target has.
+    #[cfg_attr(all(target_arch = "aarch64", not(test)), allow(dead_code, reason = "such processors have NEON"))]
     Portable,
     /// AVX2 with FMA and F16C.
     #[cfg(target_arch = "x86_64")]
@@ -14,6 +15,15 @@ pub(super) enum Features {
     /// AVX-512 VNNI: products of 8-bit numbers, summed in 32 bits.
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
+    /// NEON, which all 64-bit Arm processors have.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+    /// Products of 8-bit numbers, summed in 32 bits (FEAT_DotProd).
+    #[cfg(target_arch = "aarch64")]
+    DotProd,
+    /// Products of matrices of 8-bit numbers (FEAT_I8MM).
+    #[cfg(target_arch = "aarch64")]
+    I8mm,
 }
 
 impl Features {
@@ -33,7 +43,20 @@ impl Features {
     }
 
     /// The best that this processor has.
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    pub(super) fn detect() -> Features {
+        use std::arch::is_aarch64_feature_detected as has;
+        if !has!("dotprod") {
+            Features::Neon
+        } else if !has!("i8mm") {
+            Features::DotProd
+        } else {
+            Features::I8mm
+        }
+    }
+
+    /// The best that this processor has.
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     pub(super) fn detect() -> Features {
         Features::Portable
     }
@@ -49,7 +72,35 @@ impl Features {
             Features::Avx512,
             #[cfg(target_arch = "x86_64")]
             Features::Avx512Vnni,
+            #[cfg(target_arch = "aarch64")]
+            Features::Neon,
+            #[cfg(target_arch = "aarch64")]
+            Features::DotProd,
+            #[cfg(target_arch = "aarch64")]
+            Features::I8mm,
         ];
         all.into_iter().filter(|&features| features <= Features::detect()).collect()
+    }
+}
+
+/// Tests with many cases do each so-manieth (`SIMLAYER_TEST_SHORTER`): an emulated processor is slow.
+#[cfg(test)]
+pub(super) fn shorter() -> usize {
+    std::env::var("SIMLAYER_TEST_SHORTER").map_or(1, |n| n.parse().expect("SIMLAYER_TEST_SHORTER is a number"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Who runs the tests may know what there is to find: an emulator's processor has what its name says.
+    #[test]
+    fn features_are_found() {
+        let found = Features::detect();
+        assert_eq!(Features::all().last(), Some(&found));
+        match std::env::var("SIMLAYER_TEST_FEATURES") {
+            Ok(expected) => assert_eq!(format!("{found:?}"), expected),
+            Err(_) => println!("{found:?}"),
+        }
     }
 }

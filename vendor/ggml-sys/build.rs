@@ -25,7 +25,7 @@ fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=build");
     println!("cargo:rerun-if-changed=shim");
-    for variable in ["GGML_SOURCE_DIR", "GGML_BINDINGS_ONLY", "DOCS_RS"] {
+    for variable in ["GGML_SOURCE_DIR", "GGML_CPU_FLAGS", "GGML_BINDINGS_ONLY", "DOCS_RS"] {
         println!("cargo:rerun-if-env-changed={variable}");
     }
 
@@ -286,8 +286,13 @@ impl<'a> Library<'a> {
         build
     }
 
-    /// The processor to compile for: this one, or one that any packager's user has.
+    /// The processor to compile for: what `GGML_CPU_FLAGS` says to the compiler, or else this one, or one that any
+    /// packager's user has.
     fn target_flags(&self, build: &mut cc::Build) {
+        if let Ok(flags) = env::var("GGML_CPU_FLAGS") {
+            flags.split_whitespace().for_each(|flag| _ = build.flag(flag));
+            return;
+        }
         let portable = has_feature("PORTABLE");
         let cross = env::var("HOST") != env::var("TARGET");
         match env::var("CARGO_CFG_TARGET_ARCH").as_deref() {

@@ -1,5 +1,6 @@
 //! The project's chores, run as `cargo xtask <command>`.
 
+mod arm_check;
 mod compare;
 mod cuda_check;
 mod demo;
@@ -47,6 +48,8 @@ enum Command {
     Quality(quality::Args),
     /// Run llama.cpp's own frontends and llama-cpp-python, unmodified, on our library.
     Frontends(frontends::Args),
+    /// Run the tests of attention and products as compiled for 64-bit Arm, on QEMU's processors.
+    ArmCheck,
     /// Compile and link ggml's CUDA kernels with a compiler of its own (no GPU needed; takes long).
     CudaCheck(cuda_check::Args),
     /// Compile ggml's Vulkan backend and run the tests on Mesa's software driver (no GPU needed; takes long).
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
         Command::Dist(args) => dist::run(&args),
         Command::Quality(args) => quality::run(&args),
         Command::Frontends(args) => frontends::run(&args),
+        Command::ArmCheck => arm_check::run(),
         Command::CudaCheck(args) => cuda_check::run(&args),
         Command::VulkanCheck(args) => vulkan_check::run(&args),
         Command::Valgrind => valgrind::run(),

@@ -176,6 +176,24 @@ pub fn vulkan(with_drivers: bool) -> Result<()> {
     missing.into_iter().try_for_each(apt_install)
 }
 
+/// Installs what is missing of a cross-compiler for 64-bit Arm and the emulator that runs what it makes. No package of
+/// pip's has these.
+pub fn arm() -> Result<()> {
+    let needed = ["gcc", "g++"].map(|compiler| {
+        let program = format!("aarch64-linux-gnu-{compiler}");
+        (format!("{compiler}-aarch64-linux-gnu"), on_path(&program))
+    });
+    let needed = needed.into_iter().chain([("qemu-user".to_owned(), on_path("qemu-aarch64"))]);
+    let missing: Vec<String> = needed.filter(|(_, there)| !there).map(|(package, _)| package).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    if !is_root() || !on_path("apt-get") {
+        bail!("please install your system's packages of these (the names are Debian's): {}", missing.join(", "));
+    }
+    missing.iter().try_for_each(|package| apt_install(package))
+}
+
 /// Whether `cmake` has to be called by a path of its own: `Command` looks a program up in our PATH,
 /// not in the one that it gives to the child.
 pub fn cmake_program() -> String {

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use crate::arm_check;
 use crate::dist;
 use crate::prepare::{self, Env};
 use crate::root;
@@ -116,6 +117,7 @@ fn everything(env: &mut Env) -> Result<()> {
         sh::run(test.args(["test", "--release", "--locked"]).args(ONE_AT_A_TIME))
     })?;
     let unit_tests = step("unit tests", || sh::run(&mut unit_tests(env)));
+    let arm = step("kernels for Arm, emulated", || arm_check::run_if_possible(env));
     let others = step("integration tests, examples", || {
         let mut test = env.cargo();
         // Tests fail, and are not skipped, where something of this is missing.
@@ -129,7 +131,7 @@ fn everything(env: &mut Env) -> Result<()> {
     let documentation = step("tests in the documentation", || {
         sh::run(env.cargo().args(["test", "--workspace", "--release", "--no-fail-fast", "--doc"]))
     });
-    unit_tests.and(others).and(documentation)
+    unit_tests.and(arm).and(others).and(documentation)
 }
 
 /// Cargo where only ggml's bindings are made: enough to check our code, and no ggml has to be compiled for each toolchain

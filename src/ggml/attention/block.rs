@@ -37,28 +37,39 @@ impl Prefetch {
     /// rows that are worked on.
     #[inline(always)]
     pub(super) fn issue<const N: usize>(self, first: usize) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            const LINE: usize = 64;
-            let from = self.data.wrapping_add(first * self.stride);
-            // Without gaps, a line that two share is prefetched once, by whom it begins in.
-            let is_dense = self.stride == self.bytes;
-            let (n, bytes) = if is_dense { (1, N * self.bytes) } else { (N, self.bytes) };
-            for r in 0..n {
-                let from = from.wrapping_add(r * self.stride);
-                let end = from.addr() + bytes;
-                let mut line = match is_dense {
-                    true => from.wrapping_add(from.addr().wrapping_neg() % LINE),
-                    false => from.wrapping_sub(from.addr() % LINE),
-                };
-                while line.addr() < end {
-                    // SAFETY: a hint that reads nothing, whatever the address.
-                    unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.cast()) };
-                    line = line.wrapping_add(LINE);
-                }
+        const LINE: usize = 64;
+        let from = self.data.wrapping_add(first * self.stride);
+        // Without gaps, a line that two share is prefetched once, by whom it begins in.
+        let is_dense = self.stride == self.bytes;
+        let (n, bytes) = if is_dense { (1, N * self.bytes) } else { (N, self.bytes) };
+        for r in 0..n {
+            let from = from.wrapping_add(r * self.stride);
+            let end = from.addr() + bytes;
+            let mut line = match is_dense {
+                true => from.wrapping_add(from.addr().wrapping_neg() % LINE),
+                false => from.wrapping_sub(from.addr() % LINE),
+            };
+            while line.addr() < end {
+                prefetch(line);
+                line = line.wrapping_add(LINE);
             }
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = first;
     }
+}
+
+/// Asks for a line in the second-level cache, where the processor can.
+#[inline(always)]
+fn prefetch(line: *const u8) {
+    // SAFETY: a hint that reads nothing, whatever the address.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.cast());
+    }
+    // SAFETY: likewise. Standard Rust has no intrinsic for it yet.
+    #[cfg(target_arch = "aarch64")]
+    unsafe {
+        std::arch::asm!("prfm pldl2keep, [{0}]", in(reg) line, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = line;
 }

@@ -5,6 +5,8 @@
 //! closure that is not inlined would be compiled without the processor's features.
 #![allow(clippy::needless_range_loop)]
 
+#[cfg(target_arch = "aarch64")]
+use super::neon::Neon;
 use super::{
     block::{BLOCK, RowPtr},
     simd::{Portable, Simd, exp2, f16_to_f32, tanh},
@@ -342,7 +344,8 @@ unsafe fn add_values_at<V: Simd, E: Element, const G: usize, const C: usize>(
             let row = row.add(E::offset(i));
             let mut value = [V::splat(0.0); C];
             for c in 0..C {
-                value[c] = E::load::<V>(row, c * V::LANES);
+                // Narrow vectors may begin within a block.
+                value[c] = E::load::<V>(row, i % E::BLOCK + c * V::LANES);
             }
             for g in 0..G {
                 let weight = V::splat(*weights.add(g * BLOCK + r));
@@ -707,3 +710,5 @@ isa!(Avx2, 4, #[target_feature(enable = "avx2,fma,f16c")], {
 });
 #[cfg(target_arch = "x86_64")]
 isa!(Avx512, 8, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]);
+#[cfg(target_arch = "aarch64")]
+isa!(Neon, 8);

@@ -10,13 +10,15 @@
 //!
 //! From above: `op` is the graph's node and chooses the kernels; `decode` and `prefill` do one run of it, a `call`, over
 //! `views` of the tensors, in `chunks` and with `scratch` memory; `kernels` are the inner loops over a `block` of rows,
-//! generic over the vectors of `simd` and `x86`, with `q4` for four-bit rows.
+//! generic over the vectors of `simd`, `x86` and `neon`, with `q4` for four-bit rows.
 
 mod block;
 mod call;
 mod chunks;
 mod decode;
 mod kernels;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod op;
 mod prefill;
 #[cfg(target_arch = "x86_64")]

@@ -4,6 +4,8 @@ use std::{ffi::c_void, fmt, sync::Arc};
 
 use ggml_sys as sys;
 
+#[cfg(target_arch = "aarch64")]
+use super::neon::Neon;
 #[cfg(target_arch = "x86_64")]
 use super::x86;
 use super::{
@@ -129,6 +131,8 @@ impl Op {
                 Features::Avx2 => run::<x86::Avx2>(&call),
                 #[cfg(target_arch = "x86_64")]
                 Features::Avx512 | Features::Avx512Vnni => run::<x86::Avx512>(&call),
+                #[cfg(target_arch = "aarch64")]
+                Features::Neon | Features::DotProd | Features::I8mm => run::<Neon>(&call),
             }
         }
         self.counters.finish(n_threads);

@@ -79,6 +79,7 @@ pub(super) struct Vector {
     /// Each group's sum of numbers, times its scale.
     pub sums: *const f32,
     /// Each group's sum of numbers, times minus the offset of the weights: what a sum of products begins with.
+    #[cfg_attr(target_arch = "aarch64", allow(dead_code, reason = "numbers have their sign there"))]
     pub starts: *const i32,
 }
 

@@ -6,8 +6,9 @@
 //! with few vectors only.
 //!
 //! `formats` has the types of weights, a small file each; `avx2` and `vnni` (AVX-512) multiply any of them, `run` says in
-//! which order; `floats` is apart. `node` adds products to a graph. Where the processor has neither, ggml's operation is used.
-#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has kernels"))]
+//! which order; `floats` is apart. `neon` has all that for 64-bit Arm. `node` adds products to a graph. Where the processor has
+//! none of these, ggml's operation is used.
+#![cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code, reason = "no kernels"))]
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -16,11 +17,13 @@ mod floats;
 #[cfg(target_arch = "x86_64")]
 mod formats;
 mod input;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod node;
 mod product;
 #[cfg(target_arch = "x86_64")]
 mod quantize;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod run;
 #[cfg(target_arch = "x86_64")]
 mod simd;
@@ -30,6 +33,8 @@ mod tests;
 mod vnni;
 
 pub(super) use self::input::Scheme;
+#[cfg(target_arch = "aarch64")]
+use self::neon::{formats, kernel};
 #[cfg(target_arch = "x86_64")]
 pub(super) use self::quantize::quantize_block;
 use self::{input::Quantize, product::Product};
@@ -92,7 +97,7 @@ fn kernel(ty: Type, is_repacked: bool, features: Features) -> Option<&'static Ke
 }
 
 /// The kernel for weights of this type, as in a file or as ggml repacks them, with these features; `None` where ggml's is used.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn kernel(_: Type, _: bool, _: Features) -> Option<&'static Kernel> {
     None
 }
@@ -100,6 +105,10 @@ fn kernel(_: Type, _: bool, _: Features) -> Option<&'static Kernel> {
 /// Whether weights of this type, in rows of `k`, are multiplied by a kernel of our own as a file has them and not as ggml
 /// repacks them. It is faster than ggml's for those.
 pub(crate) fn multiplies_as_stored(ty: Type, k: usize) -> bool {
+    // Nobody has timed ours against ggml's there.
+    if cfg!(target_arch = "aarch64") {
+        return false;
+    }
     let [stored, repacked] = [false, true].map(|is_repacked| kernel(ty, is_repacked, Features::detect()));
     repacked.is_none() && stored.is_some_and(|kernel| k.is_multiple_of(kernel.step))
 }

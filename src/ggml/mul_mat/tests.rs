@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::{Kernel, kernel};
-use crate::ggml::{Context, Device, Graph, Scheduler, Tensor, Type, processor::Features};
+use crate::ggml::{
+    Context, Device, Graph, Scheduler, Tensor, Type,
+    processor::{Features, shorter},
+};
 
 /// All features of this processor that have a kernel.
 fn all_features() -> Vec<Features> {
@@ -13,8 +16,10 @@ fn all_features() -> Vec<Features> {
 }
 
 /// All types that have kernels, and the elements of a step.
-const TYPES: [(Type, usize); 15] = [
+const TYPES: &[(Type, usize)] = &[
+    #[cfg(target_arch = "x86_64")]
     (Type::F16, 32),
+    #[cfg(target_arch = "x86_64")]
     (Type::BF16, 32),
     (Type::Q4_0, 64),
     (Type::Q4_1, 64),
@@ -110,7 +115,9 @@ fn products_are_those_of_the_stored_weights() {
     for threads in [1, 3] {
         let mut scheduler = Scheduler::new(&[Device::cpu()], threads, 64).unwrap();
         for (ty, k, rows) in [
+            #[cfg(target_arch = "x86_64")]
             (Type::F16, 1504, 50),
+            #[cfg(target_arch = "x86_64")]
             (Type::BF16, 96, 17),
             (Type::Q4_1, 576, 77),
             (Type::Q4_0, 64, 5),
@@ -128,7 +135,7 @@ fn products_are_those_of_the_stored_weights() {
             (Type::IQ4_XS, 1792, 33),
             (Type::MXFP4, 320, 52),
         ] {
-            for n in [1, 2, 3, 4, 7, 300] {
+            for n in [1, 2, 3, 4, 7, 300 / shorter()] {
                 let context = Context::new(4);
                 let source = context.tensor(Type::F32, &[k, rows]);
                 let weight = context.tensor(ty, &[k, rows]);
@@ -168,7 +175,7 @@ fn products_are_those_of_the_stored_weights() {
 fn vectors_do_not_change_each_other() {
     let mut scheduler = Scheduler::new(&[Device::cpu()], 2, 64).unwrap();
     for features in all_features() {
-        for (ty, step) in TYPES {
+        for &(ty, step) in TYPES {
             let (k, rows) = (9 * step, 37);
             let context = Context::new(3);
             let source = context.tensor(Type::F32, &[k, rows]);
@@ -196,7 +203,7 @@ fn vectors_do_not_change_each_other() {
 fn extremes_do_not_overflow() {
     let mut scheduler = Scheduler::new(&[Device::cpu()], 1, 64).unwrap();
     for features in all_features() {
-        for (ty, step) in TYPES {
+        for &(ty, step) in TYPES {
             for n in [1, 9] {
                 let context = Context::new(3);
                 let (k, rows) = (step, 9);
@@ -219,6 +226,33 @@ fn extremes_do_not_overflow() {
                     assert!((got / exact - 1.0).abs() < 1e-5, "{features:?}, {ty}, {n}: {got}, not {exact}");
                 }
             }
+        }
+    }
+}
+
+/// Arm's processors differ in instructions, not in results.
+#[cfg(target_arch = "aarch64")]
+#[test]
+fn all_arm_processors_give_the_same_bits() {
+    let mut scheduler = Scheduler::new(&[Device::cpu()], 2, 64).unwrap();
+    for &(ty, step) in TYPES {
+        let (k, rows) = (9 * step, 37);
+        for n in [1, 3, 7] {
+            let context = Context::new(3);
+            let source = context.tensor(Type::F32, &[k, rows]);
+            let weight = context.tensor(ty, &[k, rows]);
+            let input = context.tensor(Type::F32, &[k, n]);
+            context.alloc(Device::cpu().buffer_type(), "a test").unwrap();
+            source.write(0, &floats(5, k * rows));
+            input.write(0, &floats(6, k * n));
+            convert(&mut scheduler, &source, &weight);
+            let mut bits = all_features().into_iter().map(|features| {
+                let graph = Graph::new(8);
+                let product = product(&graph, &weight, &input, features);
+                compute(&mut scheduler, &graph, &product).into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            });
+            let first = bits.next().unwrap();
+            assert!(bits.all(|bits| bits == first), "{ty}, {n}");
         }
     }
 }
@@ -273,7 +307,7 @@ fn expected(ty: Type, stored: &[f32], vectors: &[f32], k: usize) -> Vec<(f64, f6
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(ProptestConfig::with_cases(96 / shorter() as u32))]
 
     /// Any shape: rows that no panel fills, slices of rows, one vector to 17, weights as in a file and repacked.
     #[test]
@@ -307,8 +341,8 @@ proptest! {
         for features in all_features() {
             for weight in [Some(&weight), repacked.as_ref().map(|(_, weight)| weight)].into_iter().flatten() {
                 if kernel(ty, weight.is_repacked(), features).is_none() {
-                    // Of what ggml repacks there are kernels for q4_K only.
-                    prop_assert!(weight.is_repacked() && ty != Type::Q4_K);
+                    // Of what ggml repacks there are kernels for q4_K only, and on Arm for nothing.
+                    prop_assert!(weight.is_repacked() && (ty != Type::Q4_K || cfg!(target_arch = "aarch64")));
                     continue;
                 }
                 let graph = Graph::new(8);
@@ -415,7 +449,7 @@ impl Mixture {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(ProptestConfig::with_cases(96 / shorter() as u32))]
 
     /// Any number of experts, of which not all are used, and of tokens; weights as in a file and repacked.
     #[test]
@@ -441,7 +475,7 @@ proptest! {
         for features in all_features() {
             for weight in [Some(&mixture.weight), repacked.as_ref().map(|(_, weight)| weight)].into_iter().flatten() {
                 if kernel(ty, weight.is_repacked(), features).is_none() {
-                    prop_assert!(weight.is_repacked() && ty != Type::Q4_K);
+                    prop_assert!(weight.is_repacked() && (ty != Type::Q4_K || cfg!(target_arch = "aarch64")));
                     continue;
                 }
                 let got = mixture.products(&mut scheduler, weight, used, Some(features));
@@ -463,8 +497,8 @@ proptest! {
 #[test]
 fn experts_are_multiplied_no_worse_than_by_ggml() {
     let mut scheduler = Scheduler::new(&[Device::cpu()], 2, 64).unwrap();
-    for (ty, step) in TYPES {
-        for (n, per_expert) in [(1, false), (1, true), (30, false), (30, true)] {
+    for &(ty, step) in TYPES {
+        for (n, per_expert) in [(1, false), (1, true), (30 / shorter().min(6), false), (30 / shorter().min(6), true)] {
             let of = Experts { ty, k: 2 * step.max(256), rows: 40, experts: 6, used: 3, n, per_expert };
             let mut errors = Errors::default();
             for seed in 0..if n == 1 { 12 } else { 2 } {
