@@ -9,8 +9,8 @@
 use std::marker::PhantomData;
 
 use super::{
-    Kernel,
     input::{BLOCK, Scheme, Slice, slices},
+    kernel::Kernel,
     product::{Column, Product},
 };
 use crate::ggml::{

@@ -17,6 +17,7 @@ mod floats;
 #[cfg(target_arch = "x86_64")]
 mod formats;
 mod input;
+mod kernel;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod node;
@@ -33,26 +34,12 @@ mod tests;
 mod vnni;
 
 pub(super) use self::input::Scheme;
+pub(super) use self::kernel::Kernel;
 #[cfg(target_arch = "aarch64")]
 use self::neon::{formats, kernel};
 #[cfg(target_arch = "x86_64")]
 pub(super) use self::quantize::quantize_block;
-use self::{input::Quantize, product::Product};
 use super::{Tensor, Type, processor::Features};
-
-/// A kernel for weights of one type.
-pub(super) struct Kernel {
-    /// Multiplies one thread's share. The pointers must be good for what the fields say, and the processor must have the
-    /// features that the function is for.
-    run: unsafe fn(&Product),
-    quantize: Quantize,
-    /// How the input is quantised.
-    pub scheme: Scheme,
-    /// Elements of which a row must have a multiple.
-    step: usize,
-    /// Tokens up to which the kernel is faster than ggml's.
-    max_tokens: usize,
-}
 
 /// The kernel for weights of this type, as in a file or as ggml repacks them, with these features; `None` where ggml's is used.
 #[cfg(target_arch = "x86_64")]

@@ -8,8 +8,8 @@ use std::{cell::RefCell, ffi::c_void};
 use ggml_sys as sys;
 
 use super::{
-    Kernel,
     input::{ALIGNMENT, Input, slices},
+    kernel::Kernel,
     product::{Column, Product, share},
 };
 use crate::ggml::Tensor;

@@ -24,8 +24,8 @@ use self::{
     quantize::quantize,
 };
 use super::{
-    Kernel,
     input::{BLOCK, Slice, slices},
+    kernel::Kernel,
     product::{Column, Product},
     run::{Isa, Kernels, run},
 };
