@@ -9,7 +9,7 @@ use plotters::style::{FontStyle, register_font};
 use serde_json::Value;
 
 /// Okabe and Ito's colours, which colour-blind readers tell apart; markers and dashes tell the lines apart as well.
-const COLOURS: [RGBColor; 6] = [
+pub const COLOURS: [RGBColor; 6] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
     RGBColor(0, 158, 115),
@@ -30,14 +30,19 @@ struct Line {
 
 /// Draws a report of `compare` into an SVG: one panel for each test.
 pub fn write(report: &Value, path: &Path) -> Result<()> {
+    let panels = panels(report).context("this is no report of `cargo xtask compare`")?;
+    write_svg(path, |svg| draw(&panels, svg))
+}
+
+/// Writes what is drawn into an SVG.
+pub fn write_svg(path: &Path, draw: impl FnOnce(&mut String) -> Result<(), Box<dyn std::error::Error>>) -> Result<()> {
     if path.extension().is_none_or(|extension| extension != "svg") {
         bail!("--plot {}: the name must end in .svg", path.display());
     }
-    let panels = panels(report).context("this is no report of `cargo xtask compare`")?;
     // It fails only for data that is no font.
     let _ = register_font("sans-serif", FontStyle::Normal, epaint_default_fonts::UBUNTU_LIGHT);
     let mut svg = String::new();
-    draw(&panels, &mut svg).map_err(|error| anyhow!("{}: {error}", path.display()))?;
+    draw(&mut svg).map_err(|error| anyhow!("{}: {error}", path.display()))?;
     std::fs::write(path, svg).with_context(|| path.display().to_string())
 }
 

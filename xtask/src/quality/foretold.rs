@@ -3,18 +3,15 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Result, ensure};
 use plotters::prelude::*;
-use plotters::style::{FontStyle, register_font};
 
 use super::Measured;
 use super::table::distinct;
+use crate::plot::{COLOURS, write_svg};
 
 /// Divergences that the picture shows: what is smaller lies on its edge.
 const SHOWN: std::ops::Range<f64> = 1e-4..3.0;
-
-/// Okabe and Ito's colours, one for each model.
-const COLOURS: [RGBColor; 3] = [RGBColor(0, 114, 178), RGBColor(213, 94, 0), RGBColor(0, 158, 115)];
 
 /// A rule that looked, on one text. Divergences are means in nats.
 #[derive(Debug, Clone, PartialEq)]
@@ -74,11 +71,7 @@ pub fn correlations(pairs: &[Pair]) -> String {
 /// Draws a point for each pair into an SVG with logarithmic axes.
 pub fn plot(pairs: &[Pair], path: &Path) -> Result<()> {
     ensure!(!pairs.is_empty(), "--plot: no rule looked before dropping (auto, kl:X)");
-    // It fails only for data that is no font.
-    let _ = register_font("sans-serif", FontStyle::Normal, epaint_default_fonts::UBUNTU_LIGHT);
-    let mut svg = String::new();
-    draw(pairs, &mut svg).map_err(|error| anyhow!("{}: {error}", path.display()))?;
-    std::fs::write(path, svg).with_context(|| path.display().to_string())
+    write_svg(path, |svg| draw(pairs, svg))
 }
 
 fn draw(pairs: &[Pair], svg: &mut String) -> Result<(), Box<dyn std::error::Error>> {
