@@ -8,7 +8,7 @@ use std::{
 };
 
 use serde_json::Value;
-use simlayer_testkit::smollm2_path;
+use simlayer_testkit::{RandomLora, smollm2_path};
 
 /// What a run wrote, and how it ended.
 struct Ran {
@@ -380,6 +380,32 @@ fn grammars() {
     let ran = run!["@", "-p", "A number:", "--grammar-file", file.path().to_str().unwrap()];
     let number = ran.text().trim_end();
     assert!(number.len() == 3 && number.bytes().all(|byte| byte.is_ascii_digit()), "{number}");
+}
+
+/// Adapters change the text as often as they are named and as much as they count; one that counts nothing does not.
+#[test]
+fn adapters() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("adapter.gguf");
+    let weights: Vec<_> = (0..30).map(|layer| (format!("blk.{layer}.attn_v.weight"), vec![576, 192])).collect();
+    RandomLora { architecture: "llama", rank: 4, alpha: 8.0, seed: 5, gain: 1.0 }.write(&weights, &path);
+    let path = path.to_str().unwrap();
+    let (nothing, half) = (format!("{path}:0"), format!("{path}:0.5,{path}:0.5"));
+    let say = |options: &[&str]| {
+        let all = [&["@", "-p", "The sea is", "-n", "12", "--temp", "0", "--json"], options].concat();
+        with_stdin(&arguments(&all), b"").json()["text"].as_str().unwrap().to_owned()
+    };
+    let alone = say(&[]);
+    let adapted = say(&["--lora", path]);
+    assert_ne!(alone, adapted);
+    assert_eq!(say(&["--lora-scaled", &nothing]), alone);
+    // Rounding differs a little between once and twice the half; the text is that of neither nothing nor a fault.
+    assert_ne!(say(&["--lora-scaled", &half]), alone);
+    let wrong = run!["@", "-p", "x", "-n", "1", "--lora", &model()];
+    assert_eq!(wrong.code, Some(1));
+    assert!(wrong.stderr.contains("key general.type"), "{}", wrong.stderr);
+    let wrong = run!["@", "-p", "x", "--lora-scaled", path];
+    assert_eq!(wrong.code, Some(2), "{}", wrong.stderr);
 }
 
 #[test]

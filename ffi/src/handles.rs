@@ -45,6 +45,14 @@ impl<T> Registry<T> {
         }
     }
 
+    /// Takes back the handles of the objects for which `goes` holds.
+    pub fn remove_where(&self, goes: impl Fn(&T) -> bool) {
+        let mut living = self.living.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(living) = living.as_mut() {
+            living.retain(|_, object| !goes(object));
+        }
+    }
+
     /// Takes a handle back. A null pointer is none and no error, as for `free`.
     pub fn remove<C>(&self, handle: *const C) -> Result<Option<Arc<T>>> {
         if handle.is_null() {

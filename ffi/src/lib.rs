@@ -16,6 +16,7 @@ mod decode;
 mod devices;
 mod handles;
 mod log;
+mod lora;
 mod memory;
 mod model;
 mod perf;

@@ -24,6 +24,7 @@ use crate::{
     devices,
     handles::Registry,
     log,
+    lora::forget_adapters,
     settings::LazySettings,
 };
 
@@ -112,7 +113,7 @@ impl Model {
         };
         // SAFETY: answers with a static string for any number.
         let type_name = unsafe { CStr::from_ptr(sys::llama_ftype_name(ftype)) }.to_string_lossy().into_owned();
-        let meta = file.keys().filter_map(|key| Some((c_text(key.as_bytes()), value_text(file.get(key)?)?))).collect();
+        let meta = read_meta(&file);
         // SAFETY: reads a clock.
         let load_us = unsafe { sys::ggml_time_us() } - start_us;
         VOCABS.write().unwrap_or_else(PoisonError::into_inner).insert(vocab.raw().as_ptr().addr());
@@ -170,8 +171,19 @@ extern "C" fn simlayer_ext_is_vocab(vocab: *const sys::llama_vocab) -> bool {
     VOCABS.read().unwrap_or_else(PoisonError::into_inner).contains(&vocab.addr())
 }
 
+/// Takes a model back, and its adapters with it.
+fn free(model: *mut sys::llama_model) -> Result<()> {
+    forget_adapters(model);
+    MODELS.remove(model).map(drop)
+}
+
+/// A file's keys with scalar values, as text, in alphabetical order.
+pub(crate) fn read_meta(file: &Gguf) -> Vec<(CString, CString)> {
+    file.keys().filter_map(|key| Some((c_text(key.as_bytes()), value_text(file.get(key)?)?))).collect()
+}
+
 /// A text up to its first NUL.
-fn c_text(bytes: &[u8]) -> CString {
+pub(crate) fn c_text(bytes: &[u8]) -> CString {
     let end = bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len());
     CString::new(&bytes[..end]).unwrap_or_default()
 }
@@ -277,7 +289,7 @@ unsafe fn path<'a>(path: *const c_char) -> Result<&'a Path> {
 ///
 /// # Safety
 /// As [`write_text`].
-unsafe fn write_meta(buf: *mut c_char, size: usize, text: Option<&CString>) -> Result<i32> {
+pub(crate) unsafe fn write_meta(buf: *mut c_char, size: usize, text: Option<&CString>) -> Result<i32> {
     match text {
         // SAFETY: the caller's promise.
         Some(text) => unsafe { write_text(buf, size, text.to_bytes()) },
@@ -352,11 +364,11 @@ api! {
     }
 
     fn llama_model_free(model: *mut sys::llama_model), or (), {
-        MODELS.remove(model).map(drop)
+        free(model)
     }
 
     fn llama_free_model(model: *mut sys::llama_model), or (), {
-        MODELS.remove(model).map(drop)
+        free(model)
     }
 
     fn llama_model_get_vocab(model: *const sys::llama_model) -> *const sys::llama_vocab, or ptr::null(), {

@@ -13,7 +13,9 @@ use std::{
 };
 
 use simlayer_testkit::{
-    Logits, RandomModel, Rng, UpstreamRef, Vocabulary, pre_tokenizers_by_expressions, smollm2_path, workspace_root,
+    Logits, RandomLora, RandomModel, Rng, UpstreamRef, Vocabulary,
+    metrics::{kl, read_rows},
+    pre_tokenizers_by_expressions, smollm2_path, workspace_root,
 };
 use tempfile::TempDir;
 
@@ -208,6 +210,44 @@ fn caches_of_any_type_give_llama_cpps_logits() {
             assert!(ours == theirs.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>(), "{case}");
         }
     }
+}
+
+/// LoRA adapters on SmolLM2: llama.cpp's logits, whatever is set in between.
+#[test]
+fn lora_adapters() {
+    let Some(programs) = Programs::new() else { return };
+    let model = smollm2_path();
+    let path = |name: &str| programs.path().join(name).display().to_string();
+    let (adapter, rows) = (path("adapter.gguf"), path("rows.f32"));
+    let layers = (0..30).flat_map(|layer| {
+        let weight = |name: &str, dims: [usize; 2]| (format!("blk.{layer}.{name}.weight"), dims.to_vec());
+        [weight("attn_q", [576, 576]), weight("attn_v", [576, 192]), weight("ffn_down", [1536, 576])]
+    });
+    let random = RandomLora { architecture: "llama", rank: 8, alpha: 16.0, seed: 11, gain: 0.1 };
+    random.write(&layers.collect::<Vec<_>>(), &adapter);
+    let prompt = Rng::new(12).tokens(60, 49_152);
+    let tokens: Vec<String> = prompt.iter().map(i32::to_string).collect();
+    let program = programs.build("lora", &[]);
+    let arguments = [&*model.display().to_string(), &adapter, &rows].map(str::to_owned);
+    let arguments: Vec<&str> = arguments.iter().chain(&tokens).map(String::as_str).collect();
+    assert_eq!(programs.run(&program, &arguments), "ok\n");
+    let ours = read_rows(rows.as_ref(), 49_152);
+    let theirs = |scales: &[&str]| {
+        let mut reference = UpstreamRef::new();
+        for scale in scales {
+            reference = reference.with_options(&["--lora-scaled", &format!("{adapter}:{scale}")]);
+        }
+        let what = Logits { prompts: std::slice::from_ref(&prompt), all: false, decode: None };
+        reference.logits(&model, what).remove(0)
+    };
+    let expected = [&[][..], &["1"], &["1"], &["0.25", "0.25"], &[]].map(theirs);
+    assert_eq!(ours.len(), expected.len());
+    for (ours, theirs) in ours.iter().zip(&expected) {
+        let kl = kl(theirs, ours);
+        println!("KL {kl:.2e}");
+        assert!(kl < 1e-4, "{kl}");
+    }
+    assert!(kl(&expected[0], &expected[1]) > 0.01, "the test's adapter changes nothing");
 }
 
 /// A process of ours that is killed at the end.

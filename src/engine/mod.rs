@@ -36,6 +36,6 @@ pub use error::Error;
 pub use layer::{LayerKind, LayerReport};
 pub use plan::{DevicePlan, plan};
 pub use session::Session;
-pub use setup::SessionParams;
+pub use setup::{MAX_ADAPTERS, SessionParams};
 pub use state::StateError;
 pub use view::SequenceView;

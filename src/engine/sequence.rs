@@ -103,6 +103,11 @@ impl Sequence {
         }
     }
 
+    /// What was noted of the last prompt's end does not hold any more.
+    pub fn forget_prompt_end(&mut self) {
+        self.mark = None;
+    }
+
     /// Counts tokens in whose rows were written.
     pub fn append(&mut self, tokens: &[Token]) {
         self.place.n_past += tokens.len();

@@ -26,6 +26,11 @@ impl Sequences {
         self.0.entry(seq).or_insert_with(|| Sequence::new(setup))
     }
 
+    /// No sequence goes back to what its last prompt gave.
+    pub fn forget_prompt_ends(&mut self) {
+        self.0.values_mut().for_each(Sequence::forget_prompt_end);
+    }
+
     /// The layers' caches of a sequence.
     pub fn layers(&self, seq: SeqId) -> &[LayerCache] {
         self.get(seq).map_or(&[], |sequence| &sequence.layers)

@@ -26,7 +26,7 @@ use crate::{
     cache::{KvReport, Meter},
     ggml::{self, Scheduler, Type},
     lazy::{LayerWindows, LazyParams, Policy},
-    model::Model,
+    model::{LoraAdapter, Model},
     vocab::Token,
 };
 
@@ -141,6 +141,24 @@ impl Session {
     pub fn set_threads(&mut self, n_threads: usize, n_threads_batch: usize) {
         let params = &mut self.setup.params;
         (params.n_threads, params.n_threads_batch) = (n_threads.max(1), n_threads_batch.max(1));
+    }
+
+    /// Changes the LoRA adapters and what they are multiplied by, for tokens to come. What the cache holds was computed
+    /// with those of before, and stays.
+    ///
+    /// # Errors
+    /// When an adapter is another model's, or there are too many; nothing is changed then.
+    pub fn set_adapters(&mut self, adapters: Vec<(LoraAdapter, f32)>) -> Result<(), Error> {
+        let current = &self.setup.params.adapters;
+        let is_same = |((a, x), (b, y)): (&(LoraAdapter, f32), &(LoraAdapter, f32))| a.is_same(b) && x == y;
+        if current.len() == adapters.len() && current.iter().zip(&adapters).all(is_same) {
+            return Ok(());
+        }
+        let params = SessionParams { adapters, ..self.setup.params.clone() };
+        self.setup = Setup::new(&self.setup.model, params, self.setup.meter.clone())?;
+        self.sequences.forget_prompt_ends();
+        self.executor.forget();
+        Ok(())
     }
 
     /// What computes: for callbacks and threads of the caller's.

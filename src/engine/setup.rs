@@ -13,13 +13,16 @@ use super::{
 };
 use crate::{
     cache::{Format, KvRotate, Meter, Rotations, Span, Store},
-    ggml::{self, Device, Graph, Type},
+    ggml::{self, Adapted, Device, Graph, Type},
     lazy::{At, LazyParams, Policy, Selector, default_threshold},
-    model::{Hparams, Model},
+    model::{Hparams, LoraAdapter, Model},
 };
 
 /// Rows that attention reads are rounded up to this many, so that a decode graph serves as many steps (as in llama.cpp).
 pub(super) const ROWS_STEP: usize = 256;
+
+/// LoRA adapters that a session can have at once.
+pub const MAX_ADAPTERS: usize = 8;
 
 /// Tokens before a prompt's end, or before a checkpoint, from which one can go on as well: servers read the last few
 /// anew.
@@ -67,6 +70,9 @@ pub struct SessionParams {
     pub layer_major: bool,
     /// Which layers become lazy.
     pub lazy: LazyParams,
+    /// LoRA adapters of the model, each with what it is multiplied by; [`MAX_ADAPTERS`] at most. Each adds to what the ones
+    /// before it gave.
+    pub adapters: Vec<(LoraAdapter, f32)>,
     /// A flag that ends the running call with [`Error::Interrupted`] once another thread sets it. It stays set until it is
     /// taken back. Several sessions can have the same one; `None` for one of the session's own
     /// ([`Session::abort_flag`](super::Session::abort_flag)).
@@ -90,6 +96,7 @@ impl Default for SessionParams {
             split_prompts: false,
             layer_major: true,
             lazy: LazyParams::default(),
+            adapters: Vec::new(),
             abort: None,
         }
     }
@@ -213,6 +220,8 @@ pub(super) struct Setup {
     pub order: Option<Vec<usize>>,
     /// Counts the caches' bytes.
     pub meter: Meter,
+    /// What the adapters add to products.
+    adapted: Arc<Adapted>,
     threshold: f32,
 }
 
@@ -228,6 +237,7 @@ impl Setup {
         }
         let order = profile::settle(&mut params.lazy, model)?;
         check(&params, hparams)?;
+        let adapted = Arc::new(adapted(model, &params.adapters)?);
         let mut setup = Setup {
             threshold: default_threshold(&hparams.architecture, model.name(), hparams.rope.freq_base),
             model: model.clone(),
@@ -235,6 +245,7 @@ impl Setup {
             groups: Vec::new(),
             order,
             meter,
+            adapted,
             params,
         };
         for index in 0..hparams.n_layer {
@@ -321,17 +332,39 @@ impl Setup {
     }
 
     /// Nodes that a graph through so many layers has at most: a layer has some 30, a few more for each sequence in a
-    /// batch; scores and rotations add theirs.
+    /// batch, some 48 for an adapter; scores and rotations add theirs.
     pub fn max_nodes(n_layers: usize) -> usize {
-        1024 + 64 * n_layers * MAX_PARTS
+        1024 + 64 * n_layers * (MAX_PARTS + MAX_ADAPTERS)
     }
 
     /// A graph for this session's kernels.
     pub fn graph(&self, max_nodes: usize) -> Graph {
         let mut graph = Graph::new(max_nodes);
         graph.use_own_kernels(self.params.flash_attn && self.params.fused_attention);
+        graph.use_adapted(Arc::clone(&self.adapted));
         graph
     }
+}
+
+/// What adapters add to the products of this model.
+fn adapted(model: &Model, adapters: &[(LoraAdapter, f32)]) -> Result<Adapted, Error> {
+    if adapters.len() > MAX_ADAPTERS {
+        return Err(Error::Params(format!("{} adapters at once: at most {MAX_ADAPTERS}", adapters.len())));
+    }
+    let mut adapted = Adapted::default();
+    for (adapter, scale) in adapters {
+        if !adapter.fits(model) {
+            let path = adapter.path().display();
+            return Err(Error::Params(format!(
+                "{path}: the adapter was loaded for another model: load it for this one"
+            )));
+        }
+        // As llama.cpp: nothing is added of one that counts nothing.
+        if *scale != 0.0 {
+            adapter.add_to(&mut adapted, *scale);
+        }
+    }
+    Ok(adapted)
 }
 
 /// How lazy layers keep their rows: in four bits where nothing else is asked for and the head size allows it.

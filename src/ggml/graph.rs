@@ -11,7 +11,7 @@ use std::{
 use ggml_sys as sys;
 
 use super::{
-    Context, Device, Tensor, Type,
+    Adapted, Context, Device, Tensor, Type,
     attention::{FusedAttention, KvSegment, Op, Partials},
     mul_mat::{Kernel, Scheme},
     processor::Features,
@@ -27,6 +27,7 @@ pub struct Graph {
     /// Intermediate results of fused attention.
     partials: Arc<Partials>,
     own_kernels: bool,
+    adapted: Arc<Adapted>,
     /// Inputs of several products, as our kernels take them.
     quantized: RefCell<HashMap<(*mut sys::ggml_tensor, Scheme), Tensor>>,
     /// Nodes that must be computed on a certain device.
@@ -92,6 +93,7 @@ impl Graph {
             max_nodes,
             partials: Arc::default(),
             own_kernels: false,
+            adapted: Arc::default(),
             quantized: RefCell::default(),
             placed: RefCell::default(),
             device: Cell::default(),
@@ -114,6 +116,11 @@ impl Graph {
     /// Off at first.
     pub fn use_own_kernels(&mut self, on: bool) {
         self.own_kernels = on;
+    }
+
+    /// Has products of these weights come with what is added to them. Nothing at first.
+    pub fn use_adapted(&mut self, adapted: Arc<Adapted>) {
+        self.adapted = adapted;
     }
 
     /// Has a node computed on this device, wherever the scheduler would have put it.
@@ -274,6 +281,18 @@ impl Graph {
 
     /// `weight [k, n] × input [k, m]` → `[n, m]`.
     pub fn mul_mat(&self, weight: &Tensor, input: &Tensor) -> Tensor {
+        self.with_low_rank(weight, input, self.plain_mul_mat(weight, input))
+    }
+
+    /// A product of a weight, with what is added to it.
+    fn with_low_rank(&self, weight: &Tensor, input: &Tensor, product: Tensor) -> Tensor {
+        self.adapted.of(weight).iter().fold(product, |sum, low_rank| {
+            let added = self.plain_mul_mat(&low_rank.b, &self.plain_mul_mat(&low_rank.a, input));
+            self.add(&sum, &self.scale(&added, low_rank.scale))
+        })
+    }
+
+    fn plain_mul_mat(&self, weight: &Tensor, input: &Tensor) -> Tensor {
         match self.own_kernels.then(|| Kernel::of_matrix(weight, input, Features::detect())).flatten() {
             Some(kernel) => self.mul_mat_with(weight, input, kernel),
             None => self.ggml_mul_mat(weight, input),
@@ -319,7 +338,7 @@ impl Graph {
         let product = self.ggml_mul_mat(weight, input);
         // SAFETY: sets a parameter of the node just made.
         unsafe { sys::ggml_prec_set_acc(product.raw(), sys::GGML_PREC_F32) };
-        product
+        self.with_low_rank(weight, input, product)
     }
 
     /// As [`Graph::mul_mat`] with a Walsh-Hadamard matrix, which a device may turn into a fast transform.
@@ -335,6 +354,14 @@ impl Graph {
     /// `experts [k, n, n_expert]`, of which `ids` (i32) `[n_used, tokens]` names some for each token; `input`
     /// `[k, 1 or n_used, tokens]` → `[n, n_used, tokens]`.
     pub fn mul_mat_id(&self, experts: &Tensor, input: &Tensor, ids: &Tensor) -> Tensor {
+        let product = self.plain_mul_mat_id(experts, input, ids);
+        self.adapted.of(experts).iter().fold(product, |sum, low_rank| {
+            let added = self.plain_mul_mat_id(&low_rank.b, &self.plain_mul_mat_id(&low_rank.a, input, ids), ids);
+            self.add(&sum, &self.scale(&added, low_rank.scale))
+        })
+    }
+
+    fn plain_mul_mat_id(&self, experts: &Tensor, input: &Tensor, ids: &Tensor) -> Tensor {
         match self.own_kernels.then(|| Kernel::of_experts(experts, input, ids, Features::detect())).flatten() {
             Some(kernel) => self.mul_mat_id_with(experts, input, ids, kernel),
             None => node!(self, [experts, input, ids], ggml_mul_mat_id(experts.raw(), input.raw(), ids.raw())),
@@ -482,6 +509,14 @@ impl Graph {
     /// The rows of `a` that `ids` (i32) names, as f32.
     pub fn get_rows(&self, a: &Tensor, ids: &Tensor) -> Tensor {
         node!(self, [a, ids], ggml_get_rows(a.raw(), ids.raw()))
+    }
+
+    /// As [`Graph::get_rows`] of a table of weights, with what is added to its rows.
+    pub fn embed(&self, table: &Tensor, ids: &Tensor) -> Tensor {
+        self.adapted.of(table).iter().fold(self.get_rows(table, ids), |sum, low_rank| {
+            let added = self.plain_mul_mat(&low_rank.b, &self.get_rows(&low_rank.a, ids));
+            self.add(&sum, &self.scale(&added, low_rank.scale))
+        })
     }
 
     /// Writes `rows` into `target` at the row numbers `ids` (i64), in the target's type. The result is the target.

@@ -23,6 +23,7 @@ mod fatal;
 mod graph;
 mod llama;
 pub mod logging;
+mod low_rank;
 mod memory;
 mod mmap;
 mod mul_mat;
@@ -56,6 +57,8 @@ pub use fatal::exit_now;
 pub use graph::Graph;
 #[doc(hidden)]
 pub use llama::RawVocab;
+#[doc(hidden)]
+pub use low_rank::{Adapted, LowRank};
 #[doc(hidden)]
 pub use scheduler::{AbortCallback, Scheduler};
 

@@ -2,6 +2,7 @@
 
 use std::{
     borrow::Cow,
+    collections::HashMap,
     fmt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -16,7 +17,7 @@ use super::{
     weights::Loader,
 };
 use crate::{
-    ggml::{self, Device},
+    ggml::{self, Device, Tensor},
     gguf::{self, Gguf, Value},
     lazy::Identity,
     vocab::Vocab,
@@ -38,6 +39,7 @@ struct Inner {
     name: Option<String>,
     /// Or why it is none.
     chat_template: Result<Option<String>, String>,
+    weights: HashMap<String, Tensor>,
     weight_bytes: usize,
     placement: Placement,
     fingerprint: [u8; FINGERPRINT_BYTES],
@@ -59,7 +61,7 @@ impl Model {
         let file = open(path, params)?;
         let (architecture, Builder { hparams, loader, .. }, placement) = build(&file, path, params)?;
         let architecture = Box::new(architecture);
-        let weight_bytes = loader.finish(params.progress.as_ref())?;
+        let (weights, weight_bytes) = loader.finish(params.progress.as_ref())?;
         let vocab = Vocab::load_checked(path, &params.overrides)
             .map_err(|source| Error::Vocab { path: path.to_owned(), source })?;
         if vocab.n_tokens() != hparams.n_vocab {
@@ -89,6 +91,7 @@ impl Model {
             vocab,
             name,
             chat_template,
+            weights,
             weight_bytes,
             placement,
             fingerprint,
@@ -140,6 +143,20 @@ impl Model {
     /// Bytes of all weights.
     pub fn weight_bytes(&self) -> usize {
         self.inner.weight_bytes
+    }
+
+    /// The weight of this name that layers multiply with, or the embedding table.
+    pub(super) fn weight(&self, name: &str) -> Option<&Tensor> {
+        self.inner.weights.get(name)
+    }
+
+    /// Whether both are the same model in memory.
+    pub(crate) fn is_same(&self, other: &Model) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
+    pub(super) fn placement(&self) -> &Placement {
+        &self.inner.placement
     }
 
     /// The device that a layer's weights are on, and its caches with them.

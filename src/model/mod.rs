@@ -15,6 +15,7 @@ mod hparams;
 mod identity;
 mod llama;
 mod loaded;
+mod lora;
 mod mistral3;
 mod olmo2;
 mod olmoe;
@@ -37,6 +38,7 @@ pub use hparams::Hparams;
 pub(crate) use identity::FINGERPRINT_BYTES;
 pub use loaded::Model;
 pub(crate) use loaded::Planned;
+pub use lora::LoraAdapter;
 pub use params::{ModelParams, Progress};
 pub(crate) use placement::Placement;
 

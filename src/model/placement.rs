@@ -36,6 +36,16 @@ impl Placement {
         self.output
     }
 
+    /// The device of a tensor: its layer's, or the output's. What all layers share stays with the processor.
+    pub fn tensor(&self, name: &str) -> Device {
+        let layer = name.strip_prefix("blk.").and_then(|rest| rest.split('.').next()?.parse().ok());
+        match layer {
+            Some(layer) => self.layer(layer),
+            None if name.starts_with("output") => self.output(),
+            None => Device::cpu(),
+        }
+    }
+
     /// The devices other than the processor, in the order of the layers.
     pub fn devices(&self) -> Vec<Device> {
         let mut devices = Vec::new();

@@ -32,6 +32,8 @@ pub(crate) struct Loader<'a> {
     ggml_kernels: bool,
     contexts: Vec<Placed<'a>>,
     asked: HashSet<&'a str>,
+    /// The tensors, by name. Of a tied embedding the table.
+    tensors: HashMap<String, Tensor>,
     /// Whether a kind of memory can multiply a type and shape: asking ggml allocates, and layers are alike.
     answers: HashMap<(Place, Type, Vec<usize>), bool>,
     /// Beginnings of the names of tensors that are not run.
@@ -41,9 +43,17 @@ pub(crate) struct Loader<'a> {
 impl<'a> Loader<'a> {
     pub(super) fn new(file: &'a Gguf, params: &ModelParams, placement: Placement) -> Self {
         let repacking = if params.repack { Device::cpu().repacking_buffer_types() } else { Vec::new() };
-        let (asked, answers, ignored) = (HashSet::new(), HashMap::new(), Vec::new());
-        let ggml_kernels = params.ggml_kernels;
-        Loader { file, placement, repacking, ggml_kernels, contexts: Vec::new(), asked, answers, ignored }
+        Loader {
+            file,
+            placement,
+            repacking,
+            ggml_kernels: params.ggml_kernels,
+            contexts: Vec::new(),
+            asked: HashSet::new(),
+            tensors: HashMap::new(),
+            answers: HashMap::new(),
+            ignored: Vec::new(),
+        }
     }
 
     /// A matrix that hidden states are multiplied by, `[input width, output width]`.
@@ -93,7 +103,7 @@ impl<'a> Loader<'a> {
         if info.ty != Type::F32 {
             return Err(self.wrong(info, format!("has type {}, expected f32", info.ty)));
         }
-        let device = self.device(info);
+        let device = self.placement.tensor(&info.name);
         Ok(self.add(Loader::unpacked(device, info), info))
     }
 
@@ -129,22 +139,12 @@ impl<'a> Loader<'a> {
         Error::Tensor { path: self.file.path().to_owned(), tensor: info.name.clone(), why }
     }
 
-    /// The device of a layer's tensor, or of one for the output. What all layers share stays with the processor.
-    fn device(&self, info: &TensorInfo) -> Device {
-        let layer = info.name.strip_prefix("blk.").and_then(|rest| rest.split('.').next()?.parse().ok());
-        match layer {
-            Some(layer) => self.placement.layer(layer),
-            None if info.name.starts_with("output") => self.placement.output(),
-            None => Device::cpu(),
-        }
-    }
-
     /// On the layer's device where that has kernels for this weight. With the processor: in the first kind of repacking
     /// memory that has kernels for it, else, and where our own kernels want it so, in the file.
     fn multiplied(&mut self, info: &'a TensorInfo, shape: &[usize]) -> Tensor {
         // As a matrix the embedding serves for the output.
         let is_output = info.name == "token_embd.weight";
-        let device = if is_output { self.placement.output() } else { self.device(info) };
+        let device = if is_output { self.placement.output() } else { self.placement.tensor(&info.name) };
         if device != Device::cpu() && self.can_multiply(device, device.buffer_type(), info.ty, shape) {
             return self.add(Place::Memory(device.buffer_type()), info);
         }
@@ -187,6 +187,7 @@ impl<'a> Loader<'a> {
         let shape = info.shape.map(|n| n as usize);
         let tensor = context.tensor(info.ty, &shape[..info.n_dims.clamp(1, 4)]).named(&info.name);
         tensors.push((tensor.clone(), info));
+        self.tensors.entry(info.name.clone()).or_insert_with(|| tensor.clone());
         tensor
     }
 
@@ -203,9 +204,9 @@ impl<'a> Loader<'a> {
         self.contexts.iter().map(|(place, _, tensors)| (device(place), bytes(tensors))).collect()
     }
 
-    /// Gives every tensor its data and returns their bytes. A tensor that nobody asked for is an error: the model
-    /// would not be the one that the file's author meant.
-    pub(super) fn finish(self, progress: Option<&Progress>) -> Result<usize, Error> {
+    /// Gives every tensor its data and returns them by name, with their bytes. A tensor that nobody asked for is an error:
+    /// the model would not be the one that the file's author meant.
+    pub(super) fn finish(self, progress: Option<&Progress>) -> Result<(HashMap<String, Tensor>, usize), Error> {
         let path = self.file.path();
         let unknown = |info: &&TensorInfo| {
             !self.asked.contains(&*info.name) && !self.ignored.iter().any(|prefix| info.name.starts_with(prefix))
@@ -247,7 +248,7 @@ impl<'a> Loader<'a> {
             context.set_usage_weights();
         }
         self.release_unused_pages();
-        Ok(bytes)
+        Ok((self.tensors, bytes))
     }
 
     /// The header, and tensors that were copied, need not stay in memory.

@@ -410,6 +410,12 @@ pub struct CommonArgs {
     /// Type of the values in the cache, in active layers (-ctv)
     #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
     pub cache_type_v: Type,
+    /// LoRA adapters of the model (GGUF), several by commas or by repeating the option
+    #[arg(long, value_name = "FILE,...", value_delimiter = ',')]
+    pub lora: Vec<PathBuf>,
+    /// As --lora, each multiplied by a number of one's own
+    #[arg(long, value_name = "FILE:SCALE,...", value_delimiter = ',', value_parser = scaled_lora)]
+    pub lora_scaled: Vec<(PathBuf, f32)>,
     /// Tell more on stderr
     #[arg(short, long)]
     pub verbose: bool,
@@ -612,6 +618,15 @@ fn positive(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) | Err(_) => Err("it must be a whole number above 0".to_owned()),
         Ok(number) => Ok(number),
+    }
+}
+
+/// `FILE:SCALE`; a path may have colons itself.
+fn scaled_lora(text: &str) -> Result<(PathBuf, f32), String> {
+    let (path, scale) = text.rsplit_once(':').ok_or("it must be FILE:SCALE")?;
+    match scale.parse::<f32>() {
+        Ok(scale) if scale.is_finite() => Ok((path.into(), scale)),
+        _ => Err(format!("{scale} is no number: it must be FILE:SCALE")),
     }
 }
 

@@ -49,7 +49,7 @@ struct Measurement {
 }
 
 pub fn run(args: BenchArgs) -> Result<(), Failure> {
-    let run = Run::settle(args.common)?;
+    let mut run = Run::settle(args.common)?;
     let prompts = args.prompt.iter().map(|&n| Test::Prompt(n));
     let tests: Vec<_> =
         prompts.chain(args.r#gen.iter().map(|&n| Test::Generate(n))).filter(|test| test.n_tokens() > 0).collect();

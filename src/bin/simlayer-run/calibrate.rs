@@ -33,7 +33,7 @@ const MAX_CHUNKS: usize = 2;
 const QUESTION: usize = 80;
 
 pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
-    let run = Run::settle(args.common)?;
+    let mut run = Run::settle(args.common)?;
     let own = args.file.as_deref().map(options::text).transpose()?;
     let texts: Vec<&[u8]> = match &own {
         Some(text) => vec![text],

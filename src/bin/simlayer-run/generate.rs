@@ -17,7 +17,7 @@ use crate::{
 pub fn run(args: GenerateArgs) -> Result<(), Failure> {
     let limit = limit(args.n_predict)?;
     let json = args.output.json;
-    let run = Run::settle(args.common)?;
+    let mut run = Run::settle(args.common)?;
     let prompt = options::prompt(args.prompt)?;
     let (model, load) = run.load()?;
     let mut session = run.session(&model)?;

@@ -22,7 +22,7 @@ pub fn run(args: InspectArgs) -> Result<(), Failure> {
     if let Some(path) = &args.plot {
         plot::check_name(path)?;
     }
-    let run = Run::settle(args.common)?;
+    let mut run = Run::settle(args.common)?;
     let prompt = options::prompt(args.prompt)?;
     let (model, _) = run.load()?;
     let tokens = generate::tokenize(model.vocab(), &prompt)?;

@@ -8,7 +8,7 @@ use std::{
 };
 
 use simlayer::{
-    KvRotate, Model, ModelParams, SamplerParams, Session, SessionParams,
+    KvRotate, LoraAdapter, Model, ModelParams, SamplerParams, Session, SessionParams,
     ggml::{self, Device, Type, logging::LogLevel},
     lazy::{At, LazyParams, PrefillMode},
     sampling::Mirostat,
@@ -26,6 +26,8 @@ pub struct Run {
     pub model_path: PathBuf,
     pub model: ModelParams,
     pub session: SessionParams,
+    /// Adapters that are not loaded yet, and what they are multiplied by.
+    lora: Vec<(PathBuf, f32)>,
     pub verbose: bool,
 }
 
@@ -81,13 +83,17 @@ impl Run {
             abort: Some(interrupt::flag()),
             ..default
         };
-        Ok(Run { model_path: args.model, model, session, verbose: args.verbose })
+        let lora = args.lora.into_iter().map(|path| (path, 1.0)).chain(args.lora_scaled).collect();
+        Ok(Run { model_path: args.model, model, session, lora, verbose: args.verbose })
     }
 
-    /// Loads the model; also gives the time it took.
-    pub fn load(&self) -> Result<(Model, Duration), Failure> {
+    /// Loads the model, and the adapters that sessions are to have; also gives the time it took.
+    pub fn load(&mut self) -> Result<(Model, Duration), Failure> {
         let start = Instant::now();
         let model = Model::load(&self.model_path, &self.model)?;
+        for (path, scale) in self.lora.drain(..) {
+            self.session.adapters.push((LoraAdapter::load(&model, path)?, scale));
+        }
         Ok((model, start.elapsed()))
     }
 

@@ -26,7 +26,7 @@ use crate::{
 };
 
 pub fn run(args: PerplexityArgs) -> Result<(), Failure> {
-    let run = Run::settle(args.common)?;
+    let mut run = Run::settle(args.common)?;
     let text = options::text(&args.file)?;
     let (model, load) = run.load()?;
     if let Some(path) = &args.plot {

@@ -49,7 +49,7 @@ impl Decoder {
 
 impl Architecture for Decoder {
     fn embed(&self, graph: &Graph, ids: &Tensor) -> Tensor {
-        scaled(graph, graph.get_rows(&self.table, ids), self.embedding_scale)
+        scaled(graph, graph.embed(&self.table, ids), self.embedding_scale)
     }
 
     fn layer(&self, graph: &Graph, step: &LayerStep<'_>, attention: &mut dyn Attention) -> Tensor {

@@ -7,6 +7,7 @@
 
 mod decoder;
 pub mod gguf;
+mod lora;
 pub mod metrics;
 mod model;
 mod quantize;
@@ -24,6 +25,7 @@ use std::{
 pub use peak_alloc::PeakAlloc;
 
 pub use decoder::{RandomDecoder, Shape};
+pub use lora::RandomLora;
 pub use model::{RandomModel, RopeScaling};
 pub use quantize::{WeightType, dequantize, quantize};
 pub use rng::Rng;

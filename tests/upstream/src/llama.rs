@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::ptr::{self, NonNull};
 
 use llama_cpp_sys_2 as sys;
@@ -210,6 +210,8 @@ pub struct ContextOptions {
     pub flash_attn: Option<bool>,
     pub type_k: sys::ggml_type,
     pub type_v: sys::ggml_type,
+    /// LoRA adapters, each with what it is multiplied by.
+    pub adapters: Vec<(PathBuf, f32)>,
 }
 
 impl ContextOptions {
@@ -224,6 +226,7 @@ impl ContextOptions {
             flash_attn: None,
             type_k: params.type_k,
             type_v: params.type_v,
+            adapters: Vec::new(),
         }
     }
 }
@@ -426,7 +429,31 @@ impl<'m, H: AttentionHook> Context<'m, H> {
         let chunk = if hooked { n_batch.min(n_ubatch) } else { n_batch };
         // SAFETY: allocates arrays for `chunk` tokens with one sequence each.
         let batch = unsafe { sys::llama_batch_init(chunk as i32, 0, 1) };
-        Ok(Self { ptr, model, hook, hooked, batch, chunk, n_past: 0 })
+        let context = Self { ptr, model, hook, hooked, batch, chunk, n_past: 0 };
+        context.set_adapters(&options.adapters)?;
+        Ok(context)
+    }
+
+    /// Loads LoRA adapters, which go with the model, and sets them.
+    fn set_adapters(&self, adapters: &[(PathBuf, f32)]) -> Result<(), String> {
+        if adapters.is_empty() {
+            return Ok(());
+        }
+        let (mut handles, mut scales) = (Vec::new(), Vec::new());
+        for (path, scale) in adapters {
+            let failed = || format!("{}: llama.cpp cannot load this adapter", path.display());
+            let c_path = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|_| failed())?;
+            // SAFETY: the model is alive, and the path a C string.
+            let adapter = unsafe { sys::llama_adapter_lora_init(self.model.ptr.as_ptr(), c_path.as_ptr()) };
+            handles.push(NonNull::new(adapter).ok_or_else(failed)?.as_ptr());
+            scales.push(*scale);
+        }
+        // SAFETY: the context is alive, and both lists have as many entries as said.
+        let status = unsafe {
+            let (handles, scales) = (handles.as_mut_ptr(), scales.as_mut_ptr());
+            sys::llama_set_adapters_lora(self.ptr.as_ptr(), handles, adapters.len(), scales)
+        };
+        if status == 0 { Ok(()) } else { Err("llama.cpp cannot set these adapters".to_owned()) }
     }
 
     /// Forgets the sequence.

@@ -180,6 +180,14 @@ struct RunArgs {
     /// Also -ctv.
     #[arg(long, default_value = "f16")]
     cache_type_v: String,
+    /// LoRA adapters, each with what it is multiplied by: FILE:SCALE.
+    #[arg(long, value_parser = scaled)]
+    lora_scaled: Vec<(PathBuf, f32)>,
+}
+
+fn scaled(text: &str) -> Result<(PathBuf, f32), String> {
+    let (path, scale) = text.rsplit_once(':').ok_or("it must be FILE:SCALE")?;
+    Ok((path.into(), scale.parse().map_err(|error| format!("{scale}: {error}"))?))
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -201,6 +209,7 @@ impl RunArgs {
         options.flash_attn = self.flash_attn.map(|fa| fa == OnOff::On);
         options.type_k = llama::type_by_name(&self.cache_type_k)?;
         options.type_v = llama::type_by_name(&self.cache_type_v)?;
+        options.adapters = self.lora_scaled.clone();
         Ok(options)
     }
 

@@ -113,7 +113,7 @@ pub fn run(args: PasskeyArgs) -> Result<(), Failure> {
     if let Some(path) = &args.plot {
         plot::check_name(path)?;
     }
-    let run = Run::settle(args.common)?;
+    let mut run = Run::settle(args.common)?;
     let depths = depths(&args.depths)?;
     let (model, _) = run.load()?;
     let contenders = contenders(&args.compare, &run.session, &model)?;
