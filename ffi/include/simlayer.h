@@ -120,6 +120,11 @@ int32_t simlayer_get_memory(struct llama_context * ctx, struct simlayer_memory *
 // Returns how many layers are lazy now, or negative.
 int32_t simlayer_decide(struct llama_context * ctx, int32_t seq_id);
 
+// How far the last tokens' logits moved when a prompt's end was looked at before layers of a sequence became lazy, or their
+// keys narrow, with the layers that then did: a divergence in nats (rules auto and kl, SIMLAYER_KEYS=auto). 1 when it was
+// looked at; 0, with `kl` unchanged, when it was not; negative on failure.
+int32_t simlayer_foretold(struct llama_context * ctx, int32_t seq_id, double * kl);
+
 #ifdef __cplusplus
 }
 #endif

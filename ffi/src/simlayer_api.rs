@@ -303,6 +303,26 @@ unsafe extern "C" fn simlayer_get_memory(ctx: *mut sys::llama_context, memory: *
 /// # Safety
 /// As simlayer.h says.
 #[unsafe(no_mangle)]
+unsafe extern "C" fn simlayer_foretold(ctx: *mut sys::llama_context, seq_id: i32, kl: *mut f64) -> i32 {
+    guard("simlayer_foretold", -1, || {
+        let context = CONTEXTS.get(ctx)?;
+        let seq = sequence(seq_id, &context.limits)?;
+        let mut state = context.lock();
+        // SAFETY: a number of the caller's.
+        let out = unsafe { slice_mut(kl, 1, "kl") }?;
+        match session(&mut state)?.foretold(seq) {
+            Some(foretold) => {
+                out[0] = foretold;
+                Ok(1)
+            }
+            None => Ok(0),
+        }
+    })
+}
+
+/// # Safety
+/// As simlayer.h says.
+#[unsafe(no_mangle)]
 unsafe extern "C" fn simlayer_decide(ctx: *mut sys::llama_context, seq_id: i32) -> i32 {
     guard("simlayer_decide", -1, || {
         let context = CONTEXTS.get(ctx)?;

@@ -12,9 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use simlayer::{AddBos, LayerKind, Session, SessionParams, Special, ggml::Type};
 use simlayer_testkit::{
     Logits, RandomLora, RandomModel, Rng, UpstreamRef, Vocabulary,
-    metrics::{kl, read_rows},
+    metrics::{kl, read_rows, top},
     pre_tokenizers_by_expressions, smollm2_path, workspace_root,
 };
 use tempfile::TempDir;
@@ -208,6 +209,60 @@ fn caches_of_any_type_give_llama_cpps_logits() {
             assert_eq!(theirs.len(), random.n_vocab() * (1 + fed.len()));
             let ours = std::fs::read(&rows).expect("the program has written it");
             assert!(ours == theirs.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>(), "{case}");
+        }
+    }
+}
+
+/// What rules make of a prompt on SmolLM2 is the same by the environment, by simlayer.h, and in the library; a profile is
+/// found by what the model is.
+#[test]
+fn rules_by_environment_and_header() {
+    let Some(programs) = Programs::new() else { return };
+    let path = smollm2_path();
+    let model = simlayer::Model::load(&path, &simlayer::ModelParams::default()).expect("SmolLM2");
+    let story = std::fs::read_to_string(workspace_root().join("xtask/demo/story.txt")).expect("the story");
+    let tokens = model.vocab().tokenize(&story, AddBos::Yes, Special::Text).expect("tokens");
+    let tokens: Vec<i32> = tokens.into_iter().cycle().take(2_000).collect();
+    let words: Vec<String> = tokens.iter().map(i32::to_string).collect();
+    let program = programs.build("lazy", &[]);
+    let said = |how: &str, rule: &str, keys: &str| {
+        let model = path.display().to_string();
+        let arguments: Vec<&str> =
+            [&*model, how, rule, keys].into_iter().chain(words.iter().map(String::as_str)).collect();
+        let output = succeed(Command::new(&program).args(arguments).env("SIMLAYER_PROFILES", "/no/such/folder"));
+        String::from_utf8(output.stdout).expect("text")
+    };
+    for (rule, keys) in [("auto", "-"), ("auto", "auto"), ("kl:0.05", "-"), ("profile:0.5", "-"), ("off", "auto")] {
+        let by_environment = said("environment", rule, keys);
+        println!("{rule}, keys {keys}: {}", by_environment.trim_end());
+        // Without a rule or keys of its own to begin with, a context has llama.cpp's attention.
+        if rule != "off" {
+            assert_eq!(by_environment, said("header", rule, keys), "{rule}, keys {keys}");
+        }
+
+        let mut params = SessionParams { n_ctx: 4096, n_threads: 2, split_prompts: true, ..SessionParams::default() };
+        params.lazy.policy = rule.parse().expect("a rule");
+        params.lazy.n_window = 256;
+        if keys == "auto" {
+            (params.lazy.narrow_keys, params.type_k, params.type_v) = (true, Type::Q8_0, Type::Q4_0);
+        }
+        let mut session = Session::new(&model, params).expect("a session");
+        let mut next = top(session.prefill(&tokens).expect("logits")) as i32;
+        let layers = session.layers(0);
+        let kinds: String = layers.iter().map(|layer| if layer.kind == LayerKind::Lazy { 'l' } else { '-' }).collect();
+        let n_lazy = kinds.matches('l').count();
+        let bytes = session.kv().allocated_bytes;
+        let foretold = session.foretold(0).unwrap_or(-1.0);
+        let mut expected = format!("{kinds} {bytes} {foretold:.6}");
+        for _ in 0..8 {
+            expected += &format!(" {next}");
+            next = top(session.decode(next).expect("logits")) as i32;
+        }
+        assert_eq!(by_environment.trim_end(), expected, "{rule}, keys {keys}");
+        match rule {
+            "profile:0.5" => assert_eq!(n_lazy, 15),
+            "off" => assert_eq!(n_lazy, 0),
+            _ => assert!(n_lazy > 0 && foretold >= 0.0, "nothing was looked at"),
         }
     }
 }
