@@ -121,7 +121,7 @@ impl Generation<'_> {
     /// Ends before the one of these strings that is complete first.
     #[must_use]
     pub fn stop_at<S: Into<String>>(mut self, stops: impl IntoIterator<Item = S>) -> Self {
-        self.text.stops = stops.into_iter().map(Into::into).filter(|stop: &String| !stop.is_empty()).collect();
+        self.text = StopText::new(stops);
         self
     }
 
@@ -192,8 +192,9 @@ impl Iterator for Generation<'_> {
 }
 
 /// Text of tokens' bytes, up to the first stop string.
+#[doc(hidden)]
 #[derive(Debug, Default)]
-struct StopText {
+pub struct StopText {
     stops: Vec<String>,
     stream: Utf8Stream,
     /// What may be the beginning of a stop string.
@@ -201,14 +202,20 @@ struct StopText {
 }
 
 impl StopText {
+    /// Empty strings stop nothing.
+    pub fn new<S: Into<String>>(stops: impl IntoIterator<Item = S>) -> StopText {
+        let stops = stops.into_iter().map(Into::into).filter(|stop: &String| !stop.is_empty()).collect();
+        StopText { stops, ..StopText::default() }
+    }
+
     /// Adds bytes. The text that is certain now, and whether a stop string has come.
-    fn push(&mut self, bytes: &[u8]) -> (String, bool) {
+    pub fn push(&mut self, bytes: &[u8]) -> (String, bool) {
         let more = self.stream.push(bytes);
         self.take(&more)
     }
 
     /// Ends the text.
-    fn finish(&mut self) -> String {
+    pub fn finish(&mut self) -> String {
         let more = self.stream.finish();
         let (mut text, stops) = self.take(&more);
         if !stops {

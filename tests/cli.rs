@@ -382,6 +382,48 @@ fn grammars() {
     assert!(number.len() == 3 && number.bytes().all(|byte| byte.is_ascii_digit()), "{number}");
 }
 
+/// llama.cpp's command lines: what is not supported says so, what does nothing here may be given.
+#[test]
+fn llama_cpps_command_lines() {
+    for (args, said) in [
+        (&["-hf", "some/model", "-p", "hi"][..], "-hf is not supported: nothing is downloaded"),
+        (&["@", "-p", "hi", "-j", "{}"], "-j is not supported: turn the schema into a grammar"),
+        (&["@", "-p", "hi", "-cnv"], "-cnv is not supported: use the command chat"),
+        (&["@", "-p", "hi", "-sys", "x"], "-sys (--system) is no option of generating"),
+        (&["@", "-p", "hi", "-nope"], "there is no option -nope"),
+        (&["@", "-p", "hi", "--override-kv", "a=b"], "it must be KEY=int:N"),
+    ] {
+        let ran = with_stdin(&arguments(args), b"");
+        assert_eq!((ran.code, ran.stdout.as_str()), (Some(2), ""), "{args:?}: {}", ran.stderr);
+        assert!(ran.stderr.contains(said), "{args:?}: {}", ran.stderr);
+    }
+    let say = |options: &[&str]| {
+        let all = [&["@", "-p", "The sea is", "-n", "12", "--temp", "0", "--json"], options].concat();
+        with_stdin(&arguments(&all), b"").json()
+    };
+    let text = |json: &Value| json["text"].as_str().unwrap().to_owned();
+    let alone = say(&[]);
+    let same = ["-no-cnv", "--no-mmap", "--mlock", "--jinja", "--color", "auto", "--no-warmup", "-nr", "-np", "1"];
+    assert_eq!(text(&say(&same)), text(&alone));
+    // The file's own values in other words, and others.
+    assert_eq!(text(&say(&["--rope-freq-base", "100000", "--rope-scaling", "none"])), text(&alone));
+    assert_ne!(text(&say(&["--rope-freq-base", "500"])), text(&alone));
+    assert_ne!(text(&say(&["--override-kv", "llama.rope.freq_base=float:500"])), text(&alone));
+    assert_ne!(text(&say(&["--rope-scale", "16"])), text(&alone));
+    assert_eq!(text(&say(&["--rope-scale", "16"])), text(&say(&["--rope-freq-scale", "0.0625"])));
+    // A text that ends it is not part of it.
+    let whole = text(&alone);
+    let stop = &whole[4..8];
+    let stopped = say(&["-r", "never to be found", "-r", stop]);
+    assert_eq!((text(&stopped).as_str(), &stopped["stop"]), (&whole[..whole.find(stop).unwrap()], &"stop".into()));
+    // Every byte of a file.
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(b"The sea is\n").unwrap();
+    let path = file.path().to_str().unwrap();
+    let read = |option: &str| run!["@", option, path, "-n", "1", "--json"].json()["prompt_tokens"].as_u64();
+    assert_eq!((read("-f"), read("-bf")), (Some(3), Some(4)));
+}
+
 /// Adapters change the text as often as they are named and as much as they count; one that counts nothing does not.
 #[test]
 fn adapters() {

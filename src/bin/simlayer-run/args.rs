@@ -5,6 +5,7 @@ use std::{path::PathBuf, str::FromStr};
 use clap::{ArgAction, Args, Subcommand, ValueEnum};
 use simlayer::{
     ggml::Type,
+    gguf::Override,
     lazy::{LayerWindows, Policy},
     quality::{Contender, ParseContenderError},
 };
@@ -69,6 +70,9 @@ pub struct GenerateArgs {
     /// Tokens to generate at most; -1: until the model ends or the context is full
     #[arg(help_heading = "Text", short, long = "predict", alias = "n-predict", value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
     pub n_predict: i64,
+    /// End the text where this comes (-r), which is not printed (may be given several times)
+    #[arg(help_heading = "Text", long, value_name = "TEXT", action = ArgAction::Append, allow_hyphen_values = true)]
+    pub reverse_prompt: Vec<String>,
     /// Print the prompt before the generated text
     #[arg(help_heading = "Text", long, overrides_with = "no_display_prompt")]
     pub display_prompt: bool,
@@ -94,6 +98,9 @@ pub struct ChatArgs {
         allow_hyphen_values = true
     )]
     pub system: Option<String>,
+    /// A file with the system message (-sysf)
+    #[arg(help_heading = "Text", long, value_name = "FILE", conflicts_with = "system")]
+    pub system_prompt_file: Option<PathBuf>,
     /// Use one of llama.cpp's built-in chat templates instead of the file's own
     #[arg(help_heading = "Text", long, value_name = "NAME")]
     pub chat_template: Option<String>,
@@ -410,6 +417,27 @@ pub struct CommonArgs {
     /// Type of the values in the cache, in active layers (-ctv)
     #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
     pub cache_type_v: Type,
+    /// Give keys of the file other values: KEY=int:N, float:X, bool:true or str:TEXT (may be given several times)
+    #[arg(long, value_name = "KEY=TYPE:VALUE,...", value_delimiter = ',', action = ArgAction::Append, value_parser = key_override)]
+    pub override_kv: Vec<(String, Override)>,
+    /// How RoPE is stretched: none, linear or yarn [default: the file's]
+    #[arg(long, value_name = "KIND", value_parser = ["none", "linear", "yarn"])]
+    pub rope_scaling: Option<String>,
+    /// How far RoPE is stretched [default: the file's]
+    #[arg(long, value_name = "N", value_parser = factor)]
+    pub rope_scale: Option<f64>,
+    /// The same, as 1/N
+    #[arg(long, value_name = "N", value_parser = factor, conflicts_with = "rope_scale")]
+    pub rope_freq_scale: Option<f64>,
+    /// RoPE's base frequency [default: the file's]
+    #[arg(long, value_name = "N", value_parser = factor)]
+    pub rope_freq_base: Option<f64>,
+    /// Context that the model was trained with before YaRN [default: the file's]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub yarn_orig_ctx: Option<usize>,
+    /// Leave weights as the file has them, where they would be repacked for ggml's kernels (-nr)
+    #[arg(long)]
+    pub no_repack: bool,
     /// LoRA adapters of the model (GGUF), several by commas or by repeating the option
     #[arg(long, value_name = "FILE,...", value_delimiter = ',')]
     pub lora: Vec<PathBuf>,
@@ -497,6 +525,9 @@ pub struct PromptArgs {
     /// A file with the prompt; - for stdin
     #[arg(short, long, value_name = "FILE")]
     pub file: Option<PathBuf>,
+    /// As --file, with every byte of it (-bf): the last line break, too
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "file"])]
+    pub binary_file: Option<PathBuf>,
     /// Take \n, \t and the like in -p as they stand
     #[arg(long)]
     pub no_escape: bool,
@@ -619,6 +650,29 @@ fn positive(text: &str) -> Result<usize, String> {
         Ok(0) | Err(_) => Err("it must be a whole number above 0".to_owned()),
         Ok(number) => Ok(number),
     }
+}
+
+/// A positive number.
+fn factor(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(factor) if factor.is_finite() && factor > 0.0 => Ok(factor),
+        _ => Err("it must be a number above 0".to_owned()),
+    }
+}
+
+/// `KEY=TYPE:VALUE`, as llama.cpp takes it.
+fn key_override(text: &str) -> Result<(String, Override), String> {
+    let form = "it must be KEY=int:N, KEY=float:X, KEY=bool:true or KEY=str:TEXT";
+    let (key, typed) = text.split_once('=').ok_or(form)?;
+    let (ty, value) = typed.split_once(':').ok_or(form)?;
+    let value = match ty {
+        "int" => Override::Int(value.parse().map_err(|_| format!("{value} is no whole number: {form}"))?),
+        "float" => Override::Float(value.parse().map_err(|_| format!("{value} is no number: {form}"))?),
+        "bool" => Override::Bool(value.parse().map_err(|_| format!("{value} is neither true nor false: {form}"))?),
+        "str" => Override::Str(value.to_owned()),
+        _ => return Err(form.to_owned()),
+    };
+    Ok((key.to_owned(), value))
 }
 
 /// `FILE:SCALE`; a path may have colons itself.

@@ -27,6 +27,11 @@ Ctrl-C stops an answer.";
 
 pub fn run(args: ChatArgs) -> Result<(), Failure> {
     let limit = generate::limit(args.n_predict)?;
+    let system = match (args.system, args.system_prompt_file) {
+        (Some(text), _) => Some(text),
+        (None, Some(path)) => Some(options::utf8(options::text(&path)?, &path)?),
+        (None, None) => None,
+    };
     let mut run = Run::settle(args.common)?;
     run.session.keep_prompt_end = true;
     let builtin = args.chat_template.as_deref().map(ChatTemplate::builtin).transpose().map_err(|error| {
@@ -55,7 +60,7 @@ pub fn run(args: ChatArgs) -> Result<(), Failure> {
         template,
         // The seed of the first answer; the others follow from it.
         seed: Sampler::new(model.vocab(), &params)?.seed(),
-        system: args.system.map(|text| Message::new("system", text)),
+        system: system.map(|text| Message::new("system", text)),
         messages: Vec::new(),
         context: Context::default(),
         total: Timings::default(),
@@ -198,7 +203,7 @@ impl Chat {
         }
 
         let mut out = interrupt::stdout();
-        let result = stream::answer(&self.model, &mut self.session, &mut sampler, &unread, self.limit, |text| {
+        let result = stream::answer(&self.model, &mut self.session, &mut sampler, &unread, self.limit, &[], |text| {
             out.write_all(text.as_bytes())?;
             out.flush()
         });

@@ -40,7 +40,7 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
     if args.display_prompt && !json {
         out.write_all(&prompt)?;
     }
-    let answer = stream::answer(&model, &mut session, &mut sampler, &tokens, limit, |text| {
+    let answer = stream::answer(&model, &mut session, &mut sampler, &tokens, limit, &args.reverse_prompt, |text| {
         if json {
             return Ok(());
         }

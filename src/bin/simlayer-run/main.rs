@@ -15,6 +15,7 @@ mod failure;
 mod generate;
 mod inspect;
 mod interrupt;
+mod llama_cpp;
 mod options;
 mod passkey;
 mod perplexity;

@@ -10,6 +10,7 @@ use std::{
 use simlayer::{
     KvRotate, LoraAdapter, Model, ModelParams, SamplerParams, Session, SessionParams,
     ggml::{self, Device, Type, logging::LogLevel},
+    gguf::{Gguf, Override},
     lazy::{At, LazyParams, PrefillMode},
     sampling::Mirostat,
 };
@@ -26,6 +27,8 @@ pub struct Run {
     pub model_path: PathBuf,
     pub model: ModelParams,
     pub session: SessionParams,
+    /// Keys of the model's architecture that have other values.
+    rope: Vec<(&'static str, Override)>,
     /// Adapters that are not loaded yet, and what they are multiplied by.
     lora: Vec<(PathBuf, f32)>,
     pub verbose: bool,
@@ -36,6 +39,7 @@ impl Run {
         ggml::logging::set_log(if args.verbose { LogLevel::Info } else { LogLevel::Silent });
         let remote = connect(&args.rpc)?;
         let model = model_params(&args, remote)?;
+        let rope = rope(&args);
 
         let default = SessionParams::default();
         let n_threads = args.threads.unwrap_or(default.n_threads);
@@ -84,12 +88,18 @@ impl Run {
             ..default
         };
         let lora = args.lora.into_iter().map(|path| (path, 1.0)).chain(args.lora_scaled).collect();
-        Ok(Run { model_path: args.model, model, session, lora, verbose: args.verbose })
+        Ok(Run { model_path: args.model, model, session, rope, lora, verbose: args.verbose })
     }
 
     /// Loads the model, and the adapters that sessions are to have; also gives the time it took.
     pub fn load(&mut self) -> Result<(Model, Duration), Failure> {
         let start = Instant::now();
+        if !self.rope.is_empty() {
+            let file = Gguf::open(&self.model_path).map_err(simlayer::model::Error::from)?;
+            let architecture = file.architecture().map_err(simlayer::model::Error::from)?;
+            let keys = self.rope.drain(..).map(|(key, value)| (format!("{architecture}.rope.{key}"), value));
+            self.model.overrides.extend(keys);
+        }
         let model = Model::load(&self.model_path, &self.model)?;
         for (path, scale) in self.lora.drain(..) {
             self.session.adapters.push((LoraAdapter::load(&model, path)?, scale));
@@ -146,9 +156,26 @@ fn connect(servers: &[String]) -> Result<Vec<Device>, Failure> {
     }
 }
 
+/// What of RoPE is not as in the file.
+fn rope(args: &CommonArgs) -> Vec<(&'static str, Override)> {
+    let scale = args.rope_scale.or(args.rope_freq_scale.map(|scale| 1.0 / scale));
+    let keys = [
+        ("scaling.type", args.rope_scaling.clone().map(Override::Str)),
+        ("scaling.factor", scale.map(Override::Float)),
+        ("freq_base", args.rope_freq_base.map(Override::Float)),
+        ("scaling.original_context_length", args.yarn_orig_ctx.map(|n| Override::Int(n as i64))),
+    ];
+    keys.into_iter().filter_map(|(key, value)| Some((key, value?))).collect()
+}
+
 /// Where the layers go. Remote devices come first, as in llama.cpp.
 fn model_params(args: &CommonArgs, remote: Vec<Device>) -> Result<ModelParams, Failure> {
-    let mut params = ModelParams { ggml_kernels: args.lazy.ggml_kernels, ..ModelParams::default() };
+    let mut params = ModelParams {
+        ggml_kernels: args.lazy.ggml_kernels,
+        repack: !args.no_repack,
+        overrides: args.override_kv.clone(),
+        ..ModelParams::default()
+    };
     let is_local = |device: &Device| !remote.contains(device);
     let local: Vec<Device> = Device::all_but_processor().into_iter().filter(is_local).collect();
     params.devices = Some(match &args.device[..] {
@@ -193,6 +220,9 @@ pub fn devices_named(names: &[String]) -> Result<Vec<Device>, Failure> {
 
 /// The prompt's text, which need not be UTF-8 when it comes from a file.
 pub fn prompt(args: PromptArgs) -> Result<Vec<u8>, Failure> {
+    if let Some(path) = args.binary_file {
+        return read_file(&path);
+    }
     match (args.prompt, args.file) {
         (Some(text), _) if args.no_escape => Ok(text.into_bytes()),
         (Some(text), _) => Ok(unescape(text.as_bytes())),
@@ -210,6 +240,11 @@ pub fn text(path: &Path) -> Result<Vec<u8>, Failure> {
         bytes.pop();
     }
     Ok(bytes)
+}
+
+/// What was read of a file, as text.
+pub fn utf8(bytes: Vec<u8>, path: &Path) -> Result<String, Failure> {
+    String::from_utf8(bytes).map_err(|_| Failure::run(format!("{}: not valid UTF-8", path.display())))
 }
 
 /// A file's bytes, or those of stdin for `-`.

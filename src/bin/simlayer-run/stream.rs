@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use simlayer::{Error, Model, Sampler, Session, Token, vocab::Utf8Stream};
+use simlayer::{Error, Model, Sampler, Session, Token, generation::StopText};
 
 use crate::{failure::Failure, interrupt, progress::Progress};
 
@@ -20,6 +20,9 @@ pub enum Stop {
     /// The context is full.
     Context,
     Interrupted,
+    /// A text that ends it.
+    #[serde(rename = "stop")]
+    Text,
 }
 
 /// What a run of prefill and decoding took.
@@ -39,7 +42,8 @@ pub struct Answer {
     pub timings: Timings,
 }
 
-/// Reads `prompt` and generates at most `limit` tokens. `show` gets the text in pieces of whole characters.
+/// Reads `prompt` and generates at most `limit` tokens. `show` gets the text in pieces of whole characters, and
+/// nothing from the first of `stops` on.
 ///
 /// Ctrl-C is no failure: the answer says that it was interrupted.
 pub fn answer(
@@ -48,6 +52,7 @@ pub fn answer(
     sampler: &mut Sampler,
     prompt: &[Token],
     limit: Option<u64>,
+    stops: &[String],
     mut show: impl FnMut(&str) -> io::Result<()>,
 ) -> Result<Answer, Failure> {
     let vocab = model.vocab();
@@ -67,7 +72,7 @@ pub fn answer(
     };
     answer.timings.prefilled = prompt.len();
 
-    let mut stream = Utf8Stream::default();
+    let mut stream = StopText::new(stops);
     let mut add = |answer: &mut Answer, piece: String| {
         answer.text.push_str(&piece);
         if piece.is_empty() { Ok(()) } else { show(&piece) }
@@ -87,7 +92,12 @@ pub fn answer(
             break;
         }
         answer.tokens.push(token);
-        add(&mut answer, stream.push(&vocab.piece(token, false)))?;
+        let (piece, stopped) = stream.push(&vocab.piece(token, false));
+        add(&mut answer, piece)?;
+        if stopped {
+            answer.stop = Stop::Text;
+            return Ok(answer);
+        }
         if limit.is_some_and(|limit| answer.tokens.len() as u64 >= limit) {
             break;
         }

@@ -1,0 +1,323 @@
+//! llama.cpp's options, as its tools' tables have them: which of them are ours, which may be given and do nothing here, and
+//! which are refused, with what to do instead.
+//!
+//! None may be taken for something else: clap would read `-no-cnv` as `-n o-cnv`.
+
+/// How many words after an option belong to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Values {
+    None,
+    One,
+    Two,
+    /// `on`, `off`, `auto` or none.
+    Switch,
+}
+
+/// What an option means here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Meaning {
+    /// This option of ours, where the command has it.
+    Ours(&'static str),
+    /// It may be given, and changes nothing that one would notice.
+    Nothing,
+    /// It is not supported: what to do instead.
+    Refused(&'static str),
+}
+
+/// An option with all its spellings.
+#[derive(Debug)]
+pub struct Known {
+    pub names: &'static [&'static str],
+    pub values: Values,
+    pub meaning: Meaning,
+}
+
+/// What is known of an option, by any of its spellings.
+pub fn find(name: &str) -> Option<&'static Known> {
+    OPTIONS.iter().find(|known| known.names.contains(&name))
+}
+
+/// Whether a word is the value of a [`Values::Switch`], as llama.cpp reads it.
+pub fn is_switch_value(word: &str) -> bool {
+    matches!(word, "on" | "off" | "auto" | "true" | "false" | "enabled" | "disabled" | "1" | "0" | "-1")
+}
+
+const fn ours(names: &'static [&'static str], values: Values, option: &'static str) -> Known {
+    Known { names, values, meaning: Meaning::Ours(option) }
+}
+
+const fn nothing(names: &'static [&'static str], values: Values) -> Known {
+    Known { names, values, meaning: Meaning::Nothing }
+}
+
+const fn refused(names: &'static [&'static str], values: Values, instead: &'static str) -> Known {
+    Known { names, values, meaning: Meaning::Refused(instead) }
+}
+
+const DOWNLOAD: &str = "nothing is downloaded: fetch the GGUF file and name it with -m";
+const SERVER: &str = "it is llama-server's: run that on simlayer's library (docs/c-abi.md)";
+const DRAFT: &str = "there is no speculative decoding";
+const MEDIA: &str = "pictures, sounds and videos are not read: llama-server on simlayer's library reads none either";
+const SPLIT: &str = "layers go to devices whole: choose them with --device, -ngl and -ts";
+const YARN: &str = "YaRN's factors are those of the file";
+const CHAT: &str = "use the command chat";
+const AFFIXES: &str = "write it into the prompt, or use the command chat, which applies the model's template";
+const CACHE: &str = "the prompt is read anew each time";
+const REASONING: &str = "an answer is shown as the model gives it, its reasoning included";
+const SCHEMA: &str =
+    "turn the schema into a grammar with llama.cpp's json_schema_to_grammar.py and give it with --grammar-file";
+
+use Values::{None as No, One, Switch, Two};
+
+const OPTIONS: &[Known] = &[
+    // All commands.
+    ours(&["-h", "--help", "--usage"], No, "--help"),
+    ours(&["--version"], No, "--version"),
+    refused(&["-cl", "--cache-list"], No, DOWNLOAD),
+    refused(&["--completion-bash"], No, "use the command `completions bash`"),
+    ours(&["-t", "--threads"], One, "--threads"),
+    ours(&["-tb", "--threads-batch"], One, "--threads-batch"),
+    nothing(&["-C", "--cpu-mask", "-Cr", "--cpu-range", "--cpu-strict", "--prio", "--poll"], One),
+    nothing(
+        &["-Cb", "--cpu-mask-batch", "-Crb", "--cpu-range-batch", "--cpu-strict-batch", "--prio-batch", "--poll-batch"],
+        One,
+    ),
+    ours(&["-c", "--ctx-size"], One, "--ctx-size"),
+    ours(&["-n", "--predict", "--n-predict"], One, "--predict"),
+    ours(&["-b", "--batch-size"], One, "--batch-size"),
+    ours(&["-ub", "--ubatch-size"], One, "--ubatch-size"),
+    // The context is never shifted, and windows by design are never dropped here.
+    nothing(&["--keep"], One),
+    nothing(&["--swa-full", "--no-context-shift"], No),
+    refused(&["--context-shift"], No, "the context is never shifted: give a larger -c"),
+    ours(&["-fa", "--flash-attn"], Switch, "--flash-attn"),
+    ours(&["-p", "--prompt"], One, "--prompt"),
+    ours(&["-f", "--file"], One, "--file"),
+    ours(&["-bf", "--binary-file"], One, "--binary-file"),
+    ours(&["-e", "--escape"], No, "--escape"),
+    ours(&["--no-escape"], No, "--no-escape"),
+    nothing(&["--perf", "--no-perf", "--warmup", "--no-warmup"], No),
+    ours(&["--rope-scaling"], One, "--rope-scaling"),
+    ours(&["--rope-scale"], One, "--rope-scale"),
+    ours(&["--rope-freq-base"], One, "--rope-freq-base"),
+    ours(&["--rope-freq-scale"], One, "--rope-freq-scale"),
+    ours(&["--yarn-orig-ctx"], One, "--yarn-orig-ctx"),
+    refused(&["--yarn-ext-factor", "--yarn-attn-factor", "--yarn-beta-slow", "--yarn-beta-fast"], One, YARN),
+    nothing(&["-kvo", "--kv-offload", "--op-offload", "--no-op-offload", "--repack", "--no-host"], No),
+    refused(&["-nkvo", "--no-kv-offload"], No, "a layer's cache is beside its weights: move layers with -ngl"),
+    ours(&["-nr", "--no-repack"], No, "--no-repack"),
+    ours(&["-ctk", "--cache-type-k"], One, "--cache-type-k"),
+    ours(&["-ctv", "--cache-type-v"], One, "--cache-type-v"),
+    nothing(&["-dt", "--defrag-thold", "-np", "--parallel"], One),
+    ours(&["--rpc"], One, "--rpc"),
+    // Weights are mapped, and read as they are needed.
+    nothing(&["-lm", "--load-mode", "-lzm", "--lazy-mode", "--numa"], One),
+    nothing(&["--mmap", "--no-mmap", "--mlock", "-dio", "--direct-io", "-ndio", "--no-direct-io"], No),
+    ours(&["-dev", "--device"], One, "--device"),
+    refused(&["--list-devices"], No, "use the command devices"),
+    refused(&["-ot", "--override-tensor"], One, SPLIT),
+    refused(&["-cmoe", "--cpu-moe"], No, SPLIT),
+    refused(
+        &["-ncmoe", "--n-cpu-moe", "-ncffn", "--n-cpu-ffn", "-sm", "--split-mode", "-mg", "--main-gpu"],
+        One,
+        SPLIT,
+    ),
+    ours(&["-ngl", "--gpu-layers", "--n-gpu-layers"], One, "--gpu-layers"),
+    ours(&["-ts", "--tensor-split"], One, "--tensor-split"),
+    nothing(&["-fit", "--fit"], Switch),
+    nothing(&["-fitt", "--fit-target", "-fitc", "--fit-ctx"], One),
+    refused(&["--check-tensors"], No, "header, shapes and sizes are always checked, the weights' values never"),
+    ours(&["--override-kv"], One, "--override-kv"),
+    ours(&["--lora"], One, "--lora"),
+    ours(&["--lora-scaled"], One, "--lora-scaled"),
+    refused(&["--control-vector", "--control-vector-scaled"], One, "there are no control vectors"),
+    refused(&["--control-vector-layer-range"], Two, "there are no control vectors"),
+    ours(&["-m", "--model"], One, "--model"),
+    refused(&["-mu", "--model-url", "-dr", "--docker-repo", "-hf", "-hfr", "--hf-repo"], One, DOWNLOAD),
+    refused(&["-hff", "--hf-file", "-hft", "--hf-token"], One, DOWNLOAD),
+    nothing(&["--offline"], No),
+    nothing(&["--log-disable", "--log-prefix", "--no-log-prefix", "--log-timestamps", "--no-log-timestamps"], No),
+    nothing(&["--no-log-jsonl"], No),
+    refused(&["--log-jsonl"], No, "the log goes to stderr as text"),
+    refused(&["--log-file"], One, "the log goes to stderr: redirect it with 2> FILE"),
+    refused(&["--log-prompts-dir"], One, "prompts are not logged"),
+    nothing(&["--log-colors", "-co", "--color"], Switch),
+    ours(&["-v", "--verbose", "--log-verbose"], No, "--verbose"),
+    nothing(&["-lv", "--verbosity", "--log-verbosity"], One),
+    // Sampling.
+    refused(&["--samplers"], One, "samplers have llama.cpp's own order"),
+    refused(&["--sampler-seq", "--sampling-seq"], One, "samplers have llama.cpp's own order"),
+    ours(&["-s", "--seed"], One, "--seed"),
+    ours(&["--ignore-eos"], No, "--ignore-eos"),
+    ours(&["--temp", "--temperature"], One, "--temp"),
+    ours(&["--top-k"], One, "--top-k"),
+    ours(&["--top-p"], One, "--top-p"),
+    ours(&["--min-p"], One, "--min-p"),
+    ours(&["--top-nsigma", "--top-n-sigma"], One, "--top-nsigma"),
+    ours(&["--xtc-probability"], One, "--xtc-probability"),
+    ours(&["--xtc-threshold"], One, "--xtc-threshold"),
+    ours(&["--typical", "--typical-p"], One, "--typical"),
+    ours(&["--repeat-last-n"], One, "--repeat-last-n"),
+    ours(&["--repeat-penalty"], One, "--repeat-penalty"),
+    ours(&["--presence-penalty"], One, "--presence-penalty"),
+    ours(&["--frequency-penalty"], One, "--frequency-penalty"),
+    ours(&["--dry-multiplier"], One, "--dry-multiplier"),
+    ours(&["--dry-base"], One, "--dry-base"),
+    ours(&["--dry-allowed-length"], One, "--dry-allowed-length"),
+    ours(&["--dry-penalty-last-n"], One, "--dry-penalty-last-n"),
+    ours(&["--dry-sequence-breaker"], One, "--dry-sequence-breaker"),
+    refused(&["--adaptive-target", "--adaptive-decay"], One, "use --mirostat, or --dynatemp-range"),
+    ours(&["--dynatemp-range"], One, "--dynatemp-range"),
+    ours(&["--dynatemp-exp"], One, "--dynatemp-exp"),
+    ours(&["--mirostat"], One, "--mirostat"),
+    ours(&["--mirostat-lr"], One, "--mirostat-lr"),
+    ours(&["--mirostat-ent"], One, "--mirostat-ent"),
+    ours(&["-l", "--logit-bias"], One, "--logit-bias"),
+    ours(&["--grammar"], One, "--grammar"),
+    ours(&["--grammar-file"], One, "--grammar-file"),
+    refused(&["-j", "--json-schema", "-jf", "--json-schema-file"], One, SCHEMA),
+    nothing(&["-bs", "--backend-sampling"], No),
+    // llama-cli and llama-completion.
+    refused(&["--server-base"], One, "everything runs in this process"),
+    nothing(&["--verbose-prompt", "--simple-io", "--show-timings", "--no-show-timings"], No),
+    ours(&["--display-prompt"], No, "--display-prompt"),
+    ours(&["--no-display-prompt"], No, "--no-display-prompt"),
+    ours(&["-sys", "--system-prompt"], One, "--system"),
+    ours(&["-sysf", "--system-prompt-file"], One, "--system-prompt-file"),
+    ours(&["-r", "--reverse-prompt"], One, "--reverse-prompt"),
+    refused(&["-sp", "--special"], No, "special tokens are not shown"),
+    refused(&["-st", "--single-turn", "-mli", "--multiline-input"], No, CHAT),
+    refused(&["-cnv", "--conversation", "-i", "--interactive", "-if", "--interactive-first"], No, CHAT),
+    // Without a command a prompt is continued as it stands.
+    nothing(&["-no-cnv", "--no-conversation"], No),
+    refused(&["-o", "--output", "--output-file"], One, "the text goes to stdout: redirect it with > FILE"),
+    ours(&["--chat-template"], One, "--chat-template"),
+    ours(&["--chat-template-file"], One, "--chat-template-file"),
+    refused(&["--chat-template-kwargs"], One, "templates get the messages alone"),
+    nothing(&["--jinja", "--no-skip-chat-parsing", "--skip-chat-parsing"], No),
+    refused(&["--no-jinja"], No, "templates are always Jinja's"),
+    refused(&["--reasoning-format", "--reasoning-effort"], One, REASONING),
+    refused(&["-rea", "--reasoning"], Switch, REASONING),
+    refused(&["--reasoning-budget", "--reasoning-budget-message"], One, REASONING),
+    nothing(&["--reasoning-preserve", "--no-reasoning-preserve"], No),
+    nothing(&["-ptc", "--print-token-count"], One),
+    refused(&["--prompt-cache"], One, CACHE),
+    refused(&["--prompt-cache-all", "--prompt-cache-ro"], No, CACHE),
+    refused(&["--in-prefix-bos"], No, AFFIXES),
+    refused(&["--in-prefix", "--in-suffix"], One, AFFIXES),
+    refused(&["-gan", "--grp-attn-n", "-gaw", "--grp-attn-w"], One, "use --rope-scaling to go beyond what was trained"),
+    refused(&["-mm", "--mmproj", "-mmu", "--mmproj-url", "-mmdev", "--mmproj-device"], One, MEDIA),
+    nothing(&["--mmproj-auto", "--no-mmproj", "--no-mmproj-auto", "--mmproj-offload", "--no-mmproj-offload"], No),
+    refused(&["--image", "--audio", "--video", "--image-min-tokens", "--image-max-tokens"], One, MEDIA),
+    refused(
+        &["--video-fps", "--video-timestamp-interval", "--video-ffmpeg-dir", "--mtmd-batch-max-tokens"],
+        One,
+        MEDIA,
+    ),
+    // Speculation.
+    refused(
+        &[
+            "--spec-draft-type-k",
+            "-ctkd",
+            "--cache-type-k-draft",
+            "--spec-draft-type-v",
+            "-ctvd",
+            "--cache-type-v-draft",
+        ],
+        One,
+        DRAFT,
+    ),
+    refused(&["--spec-draft-hf", "-hfd", "-hfrd", "--hf-repo-draft"], One, DRAFT),
+    refused(&["--spec-draft-model", "-md", "--model-draft"], One, DRAFT),
+    refused(&["--spec-draft-threads", "-td", "--threads-draft"], One, DRAFT),
+    refused(&["--spec-draft-threads-batch", "-tbd", "--threads-batch-draft"], One, DRAFT),
+    refused(&["--spec-draft-cpu-mask", "-Cd", "--cpu-mask-draft"], One, DRAFT),
+    refused(&["--spec-draft-cpu-range", "-Crd", "--cpu-range-draft"], One, DRAFT),
+    refused(&["--spec-draft-cpu-strict", "--cpu-strict-draft", "--spec-draft-prio", "--prio-draft"], One, DRAFT),
+    refused(&["--spec-draft-poll", "--poll-draft", "--spec-draft-poll-batch", "--poll-batch-draft"], One, DRAFT),
+    refused(&["--spec-draft-cpu-mask-batch", "-Cbd", "--cpu-mask-batch-draft"], One, DRAFT),
+    refused(&["--spec-draft-cpu-range-batch", "-Crbd", "--cpu-range-batch-draft"], One, DRAFT),
+    refused(&["--spec-draft-cpu-strict-batch", "--cpu-strict-batch-draft"], One, DRAFT),
+    refused(&["--spec-draft-prio-batch", "--prio-batch-draft"], One, DRAFT),
+    refused(&["--spec-draft-override-tensor", "-otd", "--override-tensor-draft"], One, DRAFT),
+    refused(&["--spec-draft-cpu-moe", "-cmoed", "--cpu-moe-draft"], No, DRAFT),
+    refused(&["--spec-draft-n-cpu-moe", "--spec-draft-ncmoe", "-ncmoed", "--n-cpu-moe-draft"], One, DRAFT),
+    refused(&["--spec-draft-n-max", "--spec-draft-n-min", "--spec-synth-len", "--spec-synth-rates"], One, DRAFT),
+    refused(&["--spec-draft-p-split", "--draft-p-split", "--spec-draft-p-min", "--draft-p-min"], One, DRAFT),
+    refused(&["--spec-draft-backend-sampling", "--no-spec-draft-backend-sampling", "--spec-default"], No, DRAFT),
+    refused(&["--spec-draft-device", "-devd", "--device-draft"], One, DRAFT),
+    refused(&["--spec-draft-ngl", "-ngld", "--gpu-layers-draft", "--n-gpu-layers-draft"], One, DRAFT),
+    refused(
+        &["--spec-type", "--spec-ngram-mod-n-min", "--spec-ngram-mod-n-max", "--spec-ngram-mod-n-match"],
+        One,
+        DRAFT,
+    ),
+    refused(&["--spec-ngram-simple-size-n", "--spec-ngram-simple-size-m", "--spec-ngram-simple-min-hits"], One, DRAFT),
+    refused(&["--spec-ngram-map-k-size-n", "--spec-ngram-map-k-size-m", "--spec-ngram-map-k-min-hits"], One, DRAFT),
+    refused(
+        &["--spec-ngram-map-k4v-size-n", "--spec-ngram-map-k4v-size-m", "--spec-ngram-map-k4v-min-hits"],
+        One,
+        DRAFT,
+    ),
+    refused(&["--spec-ngram-size-n", "--spec-ngram-size-m", "--spec-ngram-min-hits"], One, DRAFT),
+    refused(&["--draft", "--draft-n", "--draft-max", "--draft-min", "--draft-n-min"], One, DRAFT),
+    refused(&["-lcs", "--lookup-cache-static", "-lcd", "--lookup-cache-dynamic"], One, DRAFT),
+    // Models by name.
+    refused(
+        &["--gpt-oss-20b-default", "--gpt-oss-120b-default", "--vision-gemma-4b-default", "--vision-gemma-12b-default"],
+        No,
+        DOWNLOAD,
+    ),
+    refused(&["--embd-gemma-default", "--fim-qwen-1.5b-default", "--fim-qwen-3b-default"], No, DOWNLOAD),
+    refused(
+        &["--fim-qwen-7b-default", "--fim-qwen-7b-spec", "--fim-qwen-14b-spec", "--fim-qwen-30b-default"],
+        No,
+        DOWNLOAD,
+    ),
+    // llama-server.
+    nothing(&["-ctxcp", "--ctx-checkpoints", "--swa-checkpoints", "-cram", "--cache-ram"], One),
+    nothing(&["-cms", "--checkpoint-min-step"], One),
+    refused(&["--kv-unified-per-slot", "--pooling", "-a", "--alias", "--tags", "--embd-normalize"], One, SERVER),
+    refused(&["-kvu", "--kv-unified", "-no-kvu", "--no-kv-unified", "--spm-infill"], No, SERVER),
+    refused(&["--cache-idle-slots", "--no-cache-idle-slots", "-cb", "--cont-batching"], No, SERVER),
+    refused(&["-nocb", "--no-cont-batching", "--reuse-port"], No, SERVER),
+    refused(&["--host", "--port", "--path", "--cors-origins", "--cors-methods", "--cors-headers"], One, SERVER),
+    refused(&["--cors-credentials", "--no-cors-credentials"], No, SERVER),
+    refused(&["--api-prefix", "--ui-config", "--webui-config", "--ui-config-file", "--webui-config-file"], One, SERVER),
+    refused(&["--ui-mcp-proxy", "--webui-mcp-proxy", "--no-ui-mcp-proxy", "--no-webui-mcp-proxy"], No, SERVER),
+    refused(&["--tools", "--tools-runtime", "--mcp-servers-config", "--mcp-servers-json"], One, SERVER),
+    refused(&["-ag", "--agent", "-no-ag", "--no-agent", "--ui", "--webui", "--no-ui", "--no-webui"], No, SERVER),
+    refused(&["--embedding", "--embeddings", "--rerank", "--reranking"], No, SERVER),
+    refused(&["--api-key", "--api-key-file", "--ssl-key-file", "--ssl-cert-file", "-to", "--timeout"], One, SERVER),
+    refused(
+        &["--sse-ping-interval", "--threads-http", "--cache-reuse", "--slot-save-path", "--media-path"],
+        One,
+        SERVER,
+    ),
+    refused(&["--cache-prompt", "--no-cache-prompt", "--metrics", "--props", "--slots", "--no-slots"], No, SERVER),
+    refused(&["--models-dir", "--models-preset", "--models-max", "-sps", "--slot-prompt-similarity"], One, SERVER),
+    refused(&["--models-autoload", "--no-models-autoload"], No, SERVER),
+    refused(&["--prefill-assistant", "--no-prefill-assistant", "--lora-init-without-apply"], No, SERVER),
+    refused(&["--sleep-idle-seconds"], One, SERVER),
+];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn each_name_stands_once() {
+        let mut names = BTreeSet::new();
+        for known in OPTIONS {
+            for name in known.names {
+                assert!(names.insert(name), "{name} stands twice");
+                assert!(name.starts_with('-'), "{name}");
+            }
+            if let Meaning::Refused(instead) = known.meaning {
+                assert!(!instead.is_empty());
+            }
+        }
+    }
+}
