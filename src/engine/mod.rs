@@ -22,6 +22,7 @@ mod sequence;
 mod sequences;
 mod session;
 mod setup;
+mod snapshot;
 mod state;
 mod step;
 mod ubatch;

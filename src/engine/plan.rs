@@ -83,7 +83,11 @@ pub fn plan(path: &Path, model: &ModelParams, session: &SessionParams) -> Result
 
 /// Bytes of a layer's cache of `n_ctx` tokens, full and lazy.
 fn layer_bytes(plan: &LayerPlan, n_ctx: usize, hparams: &Hparams) -> [usize; 2] {
-    let bytes = |rows: usize, format: Format| rows * format.row_bytes(hparams.kv_width());
+    let state = plan.state.map_or(0, |size| 2 * size.bytes());
+    if !plan.attends {
+        return [state; 2];
+    }
+    let bytes = |rows: usize, format: Format| rows * format.row_bytes(hparams.kv_width()) + state;
     let restricted = |span: Span, format: Format| bytes(n_ctx.min(plan.rows(span)), format);
     match plan.by_design {
         Some(span) => [restricted(span, plan.active); 2],

@@ -12,10 +12,10 @@ use super::{
     profile,
 };
 use crate::{
-    cache::{Format, KvRotate, Meter, Rotations, Span, Store},
+    cache::{Format, KvRotate, Meter, Rotations, Span, StateStore, Store},
     ggml::{self, Device, Graph, Type},
     lazy::{At, LazyParams, Policy, Selector, default_threshold},
-    model::{Hparams, Model},
+    model::{Hparams, Model, StateSize},
 };
 
 /// Rows that attention reads are rounded up to this many, so that a decode graph serves as many steps (as in llama.cpp).
@@ -113,6 +113,10 @@ pub(super) struct LayerPlan {
     /// The device, unless the processor can read its memory.
     pub apart: Option<Device>,
     pub kernel: Kernel,
+    /// Whether the layer attends to the tokens before.
+    pub attends: bool,
+    /// What it carries from token to token, where it is recurrent.
+    pub state: Option<StateSize>,
     /// How the layer keeps its rows, and how it keeps them while it is lazy.
     pub active: Format,
     pub lazy: Format,
@@ -145,9 +149,11 @@ impl LayerPlan {
             device,
             apart,
             kernel,
+            attends: hparams.attends[index],
+            state: hparams.states[index],
             active: Format::new(params.type_k, params.type_v, params.kv_rotate),
             lazy: lazy_format(params, hparams.head_size),
-            narrow: narrow_format(params, hparams.head_size).filter(|_| hparams.windows[index].is_none()),
+            narrow: narrow_format(params, hparams.head_size).filter(|_| hparams.can_be_lazy(index)),
             by_design: hparams.windows[index].map(|n_window| Span { n_sink: 0, n_window, n_slack: lazy.n_slack }),
             lazy_span: Span { n_sink: lazy.n_sink, n_window: lazy.window(index), n_slack: lazy.n_slack },
             exact_span: (kernel == Kernel::Fused && params.kv_exact > 0).then_some(exact_span),
@@ -189,6 +195,14 @@ impl LayerSetup {
         let memory = self.plan.device.buffer_type();
         let most_rows = span.map(|span| self.plan.rows(span));
         Store::new(self.width, n_rows, self.plan.block, most_rows, format, memory, &self.meter)
+    }
+
+    /// A state on the layer's device, where the layer has one.
+    pub fn make_state(&self) -> Result<Option<StateStore>, ggml::Error> {
+        let make = |StateSize { columns, matrices }: StateSize| {
+            StateStore::new(columns, matrices, self.plan.device.buffer_type(), &self.meter)
+        };
+        self.plan.state.map(make).transpose()
     }
 
     /// What the layer keeps of a sequence from its first token on, and how.
@@ -260,7 +274,7 @@ impl Setup {
         let plan = LayerPlan::new(params, hparams, index, device, kernel);
         let is_known_lazy = params.lazy.windowed_prefill() && self.selector().is_known_lazy(index);
         Ok(LayerSetup {
-            starts_lazy: is_known_lazy && plan.by_design.is_none(),
+            starts_lazy: is_known_lazy && hparams.can_be_lazy(index),
             plan,
             rotations,
             width: hparams.kv_width(),
@@ -404,6 +418,10 @@ fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
     if let Policy::Layers(layers) = &params.lazy.policy {
         for &layer in layers {
             let why = match hparams.windows.get(layer) {
+                Some(_) if !hparams.attends[layer] => {
+                    "it keeps nothing that grows with the text (recurrent, or a feed-forward alone); leave it out"
+                        .to_owned()
+                }
                 Some(None) => continue,
                 Some(Some(window)) => format!("it is sliding-window by design (window {window}); leave it out"),
                 None => format!("the model has layers 0 to {}", n_layer - 1),

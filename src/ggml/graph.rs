@@ -289,6 +289,21 @@ impl Graph {
         node!(self, [gate, up], ggml_swiglu_split(gate.raw(), up.raw()))
     }
 
+    pub fn silu(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_silu(a.raw()))
+    }
+
+    /// `ln(1 + e^a)`.
+    pub fn softplus(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_softplus(a.raw()))
+    }
+
+    /// Repeats `a` until it has this shape, of which each dimension is a multiple of its own.
+    pub fn repeat(&self, a: &Tensor, shape: [usize; 4]) -> Tensor {
+        let ne = shape.map(|n| n as i64);
+        node!(self, [a], ggml_repeat_4d(a.raw(), ne[0], ne[1], ne[2], ne[3]))
+    }
+
     /// `weight [k, n] × input [k, m]` → `[n, m]`.
     pub fn mul_mat(&self, weight: &Tensor, input: &Tensor) -> Tensor {
         match self.own_kernels.then(|| Kernel::of_matrix(weight, input, Features::detect())).flatten() {
@@ -534,6 +549,43 @@ impl Graph {
             unsafe { sys::ggml_soft_max_add_sinks(result.raw(), sinks.raw()) };
         }
         result
+    }
+
+    // Recurrent layers, for the tokens of one sequence.
+
+    /// A convolution of each channel with its own kernel: `columns` `[width - 1 + n, channels]`, `kernel`
+    /// `[width, channels]` → `[channels, n]`.
+    pub fn ssm_conv(&self, columns: &Tensor, kernel: &Tensor) -> Tensor {
+        node!(self, [columns, kernel], ggml_ssm_conv(columns.raw(), kernel.raw()))
+    }
+
+    /// A gated delta net's tokens, one after the other: `q` and `k` `[size, key heads, n]`, `v` `[size, heads, n]`, the
+    /// logarithm of the decay `gate` and `beta` `[1, heads, n]`, `state` `[size, size, heads]`. Head `i` has the keys of
+    /// head `i` modulo their number. → `[size × heads, n + size]`: the outputs, then the state in as many elements.
+    pub fn gated_delta_net(&self, [q, k, v]: [&Tensor; 3], gate: &Tensor, beta: &Tensor, state: &Tensor) -> Tensor {
+        node!(
+            self,
+            [q, k, v, gate, beta, state],
+            ggml_gated_delta_net(q.raw(), k.raw(), v.raw(), gate.raw(), beta.raw(), state.raw(), 1)
+        )
+    }
+
+    /// A selective state-space scan (Mamba-2): `states` `[state size, head size, heads, rows]`, of which `row` (i32 `[1]`)
+    /// is meant, `x` `[head size, heads, n]`, `dt` `[heads, n]`, the decay `a` `[1, heads]`, `b` and `c`
+    /// `[state size, groups, n]` → the outputs, then the state, in one row.
+    pub fn ssm_scan(
+        &self,
+        states: &Tensor,
+        row: &Tensor,
+        [x, dt]: [&Tensor; 2],
+        a: &Tensor,
+        [b, c]: [&Tensor; 2],
+    ) -> Tensor {
+        node!(
+            self,
+            [states, row, x, dt, a, b, c],
+            ggml_ssm_scan(states.raw(), x.raw(), dt.raw(), a.raw(), b.raw(), c.raw(), row.raw(), 1)
+        )
     }
 
     // Rows and copies.

@@ -88,7 +88,8 @@ impl<'a> Loader<'a> {
         self.floats(name, &[n])
     }
 
-    fn floats(&mut self, name: &str, shape: &[usize]) -> Result<Tensor, Error> {
+    /// Any other tensor that must be f32.
+    pub fn floats(&mut self, name: &str, shape: &[usize]) -> Result<Tensor, Error> {
         let info = self.require(name, shape)?;
         if info.ty != Type::F32 {
             return Err(self.wrong(info, format!("has type {}, expected f32", info.ty)));

@@ -10,6 +10,8 @@ use crate::{
 /// plain one; an architecture sets the members that its own has besides.
 pub(in crate::model) struct SelfAttention {
     pub projections: Projections,
+    /// Whether each head's queries are followed by as much that gates its output, by a sigmoid.
+    pub gated: bool,
     pub head_size: usize,
     /// Norms of queries and keys: of each head, or of all heads together when they are as wide.
     pub q_norm: Option<Norm>,
@@ -35,8 +37,22 @@ pub(in crate::model) enum Projections {
 impl SelfAttention {
     /// `attn_q`, `attn_k`, `attn_v` (or `attn_qkv` for all three) and `attn_output` of a layer, with the model's RoPE.
     pub fn load(b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
+        SelfAttention::load_with_gate(b, layer, false)
+    }
+
+    /// As [`SelfAttention::load`], with a gate of the output behind each head's queries.
+    pub fn load_gated(b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
+        SelfAttention::load_with_gate(b, layer, true)
+    }
+
+    fn load_with_gate(b: &mut Builder<'_>, layer: usize, gated: bool) -> Result<SelfAttention, Error> {
+        if !b.hparams.attends[layer] {
+            let why = format!("is zero for layer {layer}, which attends in this architecture");
+            return Err(b.keys.error("attention.head_count_kv", why));
+        }
         let (n_embd, head_size) = (b.hparams.n_embd, b.hparams.head_size);
-        let (q_width, kv_width) = (head_size * b.hparams.n_head, head_size * b.hparams.n_head_kv);
+        let (attended_width, kv_width) = (head_size * b.hparams.n_head, head_size * b.hparams.n_head_kv);
+        let q_width = if gated { 2 * attended_width } else { attended_width };
         let name = |part: &str| format!("blk.{layer}.attn_{part}");
         let projections = if b.loader.has(&format!("{}.weight", name("qkv"))) {
             let qkv = Linear::load(b, &name("qkv"), [n_embd, q_width + 2 * kv_width])?;
@@ -50,6 +66,7 @@ impl SelfAttention {
         };
         Ok(SelfAttention {
             projections,
+            gated,
             head_size,
             q_norm: None,
             k_norm: None,
@@ -60,7 +77,7 @@ impl SelfAttention {
             query_scale: None,
             softcap: None,
             sinks: None,
-            output: Linear::load(b, &name("output"), [q_width, n_embd])?,
+            output: Linear::load(b, &name("output"), [attended_width, n_embd])?,
         })
     }
 
@@ -88,6 +105,7 @@ impl SelfAttention {
     /// `input` `[n_embd, n]` → `[n_embd, n]`.
     pub fn apply(&self, graph: &Graph, step: &LayerStep<'_>, input: &Tensor, attention: &mut dyn Attention) -> Tensor {
         let [q, k, v] = self.project(graph, input);
+        let (q, gate) = self.split_gate(graph, q);
         let q = self.rotate(graph, step, &self.norm_heads(graph, &q, self.q_norm.as_ref()));
         let k = self.rotate(graph, step, &self.norm_heads(graph, &k, self.k_norm.as_ref()));
         let q = match &self.temperature {
@@ -98,7 +116,28 @@ impl SelfAttention {
         let v = self.heads(graph, &v);
         let [q, k, v] = [q, k, v].map(|heads| graph.contiguous_if_needed(&heads));
         let options = AttentionOptions { scale: self.scale, softcap: self.softcap, sinks: self.sinks.as_ref() };
-        self.output.apply(graph, &attention.attend(graph, step.index, &q, &k, &v, &options))
+        let attended = attention.attend(graph, step.index, &q, &k, &v, &options);
+        let attended = match gate {
+            Some(gate) => graph.mul(&attended, &graph.sigmoid(&gate)),
+            None => attended,
+        };
+        self.output.apply(graph, &attended)
+    }
+
+    /// Queries, and the gate of what they attend to `[head size × heads, n]`, where it lies between them.
+    fn split_gate(&self, graph: &Graph, q: Tensor) -> (Tensor, Option<Tensor>) {
+        if !self.gated {
+            return (q, None);
+        }
+        let [width, n, ..] = q.shape();
+        let [element_bytes, row_bytes, ..] = q.strides();
+        let shape = [self.head_size, width / (2 * self.head_size), n];
+        let half_bytes = self.head_size * element_bytes;
+        let [q, gate] = [0, half_bytes].map(|offset| {
+            let half = graph.view(&q, shape, [2 * half_bytes, row_bytes], offset);
+            graph.reshape(&graph.contiguous(&half), &[width / 2, n])
+        });
+        (q, Some(gate))
     }
 
     /// Queries, keys and values as rows.

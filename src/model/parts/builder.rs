@@ -30,6 +30,19 @@ impl Builder<'_> {
         Ok(())
     }
 
+    /// A layer's `feed_forward_length`, which not all layers need to have.
+    pub fn n_ff(&self, layer: usize) -> Result<usize, Error> {
+        self.keys.of_layer("feed_forward_length", &self.hparams.n_ff, layer)
+    }
+
+    /// Tokens that a convolution spans, of which it keeps all but one.
+    pub fn kernel_width(&self, key: &str) -> Result<usize, Error> {
+        match self.keys.count(key)? {
+            width @ 2.. => Ok(width),
+            width => Err(self.keys.error(key, format!("{width}: a convolution spans at least 2 tokens"))),
+        }
+    }
+
     /// One layer after the other.
     pub fn layers<L: Layer + 'static>(
         &mut self,

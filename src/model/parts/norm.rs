@@ -14,12 +14,26 @@ pub(in crate::model) struct Norm {
 impl Norm {
     /// An RMS norm with `{name}.weight` of `n` elements.
     pub fn rms(b: &mut Builder<'_>, name: &str, n: usize) -> Result<Norm, Error> {
-        Ok(Norm { weight: b.loader.vector(&format!("{name}.weight"), n)?, eps: b.hparams.norm_eps, centred: false })
+        Norm::of_tensor(b, &format!("{name}.weight"), n)
+    }
+
+    /// An RMS norm with a tensor of any name.
+    pub fn of_tensor(b: &mut Builder<'_>, tensor: &str, n: usize) -> Result<Norm, Error> {
+        Ok(Norm { weight: b.loader.vector(tensor, n)?, eps: b.hparams.norm_eps, centred: false })
     }
 
     /// A LayerNorm with `{name}.weight` of `n` elements.
     pub fn centred(b: &mut Builder<'_>, name: &str, n: usize) -> Result<Norm, Error> {
         Ok(Norm { centred: true, ..Norm::rms(b, name, n)? })
+    }
+
+    /// An RMS norm of each of several groups, with weights of its own: `{name}.weight` `[n, groups]`.
+    pub fn of_groups(b: &mut Builder<'_>, name: &str, shape: [usize; 2]) -> Result<Norm, Error> {
+        Ok(Norm {
+            weight: b.loader.floats(&format!("{name}.weight"), &shape)?,
+            eps: b.hparams.norm_eps,
+            centred: false,
+        })
     }
 
     /// An RMS norm of a layer's hidden states.

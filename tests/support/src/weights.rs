@@ -77,7 +77,20 @@ impl Weights<'_> {
     }
 
     pub fn floats(&mut self, name: &str, values: &[f32]) {
+        self.floats_of_shape(name, &[values.len()], values);
+    }
+
+    /// Any tensor in f32.
+    pub fn floats_of_shape(&mut self, name: &str, shape: &[usize], values: &[f32]) {
         let data = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        self.file.add_tensor(name, WeightType::F32.0, &[values.len() as u64], data);
+        let dims: Vec<u64> = shape.iter().map(|&n| n as u64).collect();
+        self.file.add_tensor(name, WeightType::F32.0, &dims, data);
+    }
+
+    /// The kernels of a convolution over `width` tokens, one for each channel.
+    pub fn kernels(&mut self, name: &str, width: usize, channels: usize) {
+        let deviation = 1.5 / (width as f32).sqrt();
+        let values: Vec<f32> = (0..width * channels).map(|_| deviation * self.rng.normal()).collect();
+        self.floats_of_shape(&format!("{name}.weight"), &[width, channels], &values);
     }
 }
