@@ -36,10 +36,10 @@ pub mod vocab;
 
 pub use cache::{KvReport, KvRotate};
 pub use engine::{
-    BatchEntry, Checkpoint, DevicePlan, Error, LayerKind, LayerReport, Outputs, Restored, SeqId, SequenceView, Session,
-    SessionParams, StateError, plan,
+    BatchEntry, Checkpoint, DevicePlan, Error, LayerKind, LayerReport, Outputs, PlannedCache, Restored, SeqId,
+    SequenceView, Session, SessionParams, StateError, plan,
 };
 pub use generation::{Generation, GenerationEnd, GenerationError};
-pub use model::{Hparams, Model, ModelParams, Progress};
+pub use model::{Hparams, Model, ModelParams, Progress, StateSize};
 pub use sampling::{Sampler, SamplerParams};
 pub use vocab::{AddBos, Special, Token, Vocab};

@@ -534,8 +534,7 @@ api! {
     }
 
     fn llama_model_is_hybrid(model: *const sys::llama_model) -> bool, or false, {
-        MODELS.get(model)?;
-        Ok(false)
+        Ok(MODELS.get(model)?.hparams.as_ref().is_some_and(Hparams::is_recurrent))
     }
 
     fn llama_model_is_diffusion(model: *const sys::llama_model) -> bool, or false, {

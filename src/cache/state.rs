@@ -32,6 +32,11 @@ impl StateStore {
         Ok(StateStore { columns, matrices, id, lease: meter.lease(bytes) })
     }
 
+    /// Bytes that a state of so many elements takes.
+    pub fn bytes_of(n_columns: usize, n_matrices: usize) -> usize {
+        ROWS * (n_columns + n_matrices) * size_of::<f32>()
+    }
+
     /// Bytes of the buffers.
     pub fn bytes(&self) -> usize {
         self.lease.bytes()

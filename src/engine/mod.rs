@@ -35,7 +35,7 @@ pub use batch::{BatchEntry, Outputs, SeqId};
 pub use checkpoint::{Checkpoint, Restored};
 pub use error::Error;
 pub use layer::{LayerKind, LayerReport};
-pub use plan::{DevicePlan, plan};
+pub use plan::{DevicePlan, PlannedCache, plan};
 pub use session::Session;
 pub use setup::SessionParams;
 pub use state::StateError;

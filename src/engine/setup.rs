@@ -58,7 +58,7 @@ pub struct SessionParams {
     /// attention kernel, and is ignored without it.
     pub kv_exact: usize,
     /// Keep what is needed to take an answer back and to ask for it again exactly: each prompt's last logits, the newest
-    /// tokens' rows in f16 as they were then, and a long answer's first windows of lazy layers.
+    /// tokens' rows in f16 as they were then, recurrent layers' states, and a long answer's first windows of lazy layers.
     pub keep_prompt_end: bool,
     /// Prompts may come in several calls of [`Session::run`](super::Session::run), of which the last is marked as the prompt's end. The ends
     /// of all are scored then, so that a short last piece does not decide alone.

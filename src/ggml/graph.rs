@@ -298,10 +298,10 @@ impl Graph {
         node!(self, [a], ggml_softplus(a.raw()))
     }
 
-    /// Repeats `a` until it has this shape, of which each dimension is a multiple of its own.
-    pub fn repeat(&self, a: &Tensor, shape: [usize; 4]) -> Tensor {
-        let ne = shape.map(|n| n as i64);
-        node!(self, [a], ggml_repeat_4d(a.raw(), ne[0], ne[1], ne[2], ne[3]))
+    /// `a` as often as it takes to fill the shape, whose dimensions are multiples of its own.
+    pub fn repeat(&self, a: &Tensor, shape: [usize; 3]) -> Tensor {
+        let [n0, n1, n2] = shape.map(|n| n as i64);
+        node!(self, [a], ggml_repeat_4d(a.raw(), n0, n1, n2, 1))
     }
 
     /// `weight [k, n] × input [k, m]` → `[n, m]`.

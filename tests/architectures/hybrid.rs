@@ -1,6 +1,6 @@
 //! Models in which only some layers attend: recurrent states besides, which a sequence carries from token to token.
 
-use simlayer::{BatchEntry, Error, LayerKind, Outputs, Session, SessionParams, Token};
+use simlayer::{BatchEntry, Error, LayerKind, Model, ModelParams, Outputs, Session, SessionParams, Token};
 use simlayer_testkit::{Logits, RandomDecoder, Shape, Ssm, gguf::Meta, metrics::mean_kl};
 
 use crate::{
@@ -366,4 +366,61 @@ fn an_interrupted_run_leaves_states_as_they_were() {
     }
     println!("{interrupted} of 40 runs were interrupted");
     assert!(interrupted > 0);
+}
+
+/// Sizes that do not fit are errors that name their key.
+#[test]
+fn sizes_that_do_not_fit_are_refused() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("wrong.gguf");
+    let refused = |mut random: RandomDecoder, key: &str, value: Meta| {
+        random.key(key, value);
+        random.write(&path);
+        let error = Model::load(&path, &ModelParams::default()).expect_err("a wrong size").to_string();
+        assert!(error.contains(&format!("{}.{key}", random.architecture)), "{key}: {error}");
+    };
+    let [default, other] = [Shape { n_layer: 6, ..Shape::default() }, Shape { n_layer: 6, ..Shape::other() }];
+    for (key, value) in [
+        ("ssm.conv_kernel", 1u32),
+        ("ssm.conv_kernel", 0),
+        ("ssm.group_count", 3),
+        ("ssm.inner_size", 65),
+        ("ssm.time_step_rank", u32::MAX >> 1),
+        ("full_attention_interval", 0),
+    ] {
+        refused(random_qwen35(default, "qwen35", false), key, value.into());
+    }
+    refused(random_qwen35(other, "qwen35", false), "attention.recurrent_layers", Meta::array([true, false]));
+    refused(random_lfm2(default), "shortconv.l_cache", 1u32.into());
+    // A layer that is said to attend where an architecture needs it to, and does not.
+    let no_heads = || Meta::array([2u32, 0, 2, 2]);
+    refused(random_falcon_h1(Shape::default()), "attention.head_count_kv", no_heads());
+    for (key, value) in [("ssm.group_count", 5u32), ("ssm.time_step_rank", 7)] {
+        refused(random_falcon_h1(Shape::default()), key, value.into());
+    }
+}
+
+/// What does not grow with the text cannot be made lazy.
+#[test]
+fn recurrent_layers_cannot_be_lazy() {
+    let Written { model, _folder, .. } = write(&random_lfm2(Shape { n_layer: 6, ..Shape::default() }), 10);
+    let params = |policy: &str| {
+        let mut params = in_one_thread(plain());
+        params.lazy.policy = policy.parse().expect("a policy");
+        params
+    };
+    let error = Session::new(&model, params("layers:0,2")).expect_err("a convolution").to_string();
+    assert!(error.contains("layer 0 cannot be lazy") && error.contains("recurrent"), "{error}");
+    Session::new(&model, params("layers:2,5")).expect("those that attend");
+    // Of two layers that attend a budget of a half leaves one.
+    let mut half = session(&model, SessionParams { n_ubatch: 64, ..params("budget:0.5") });
+    let tokens: Vec<Token> = (0..300).map(|i| 5 + i % 200).collect();
+    half.prefill(&tokens).expect("a prompt");
+    assert_eq!((half.kv().lazy_layers, half.kv().active_layers), (0, 2), "within the window");
+    let mut small = params("budget:0.5");
+    small.lazy.n_window = 64;
+    let mut half = session(&model, small);
+    half.prefill(&tokens).expect("a prompt");
+    assert_eq!((half.kv().lazy_layers, half.kv().active_layers), (1, 1));
+    assert!(half.layers(0).iter().all(|layer| layer.score.is_some() == [2, 5].contains(&layer.index)));
 }

@@ -11,7 +11,7 @@ use crate::{
 pub(in crate::model) struct SelfAttention {
     pub projections: Projections,
     /// Whether each head's queries are followed by as much that gates its output, by a sigmoid.
-    pub gated: bool,
+    pub gate_in_queries: bool,
     pub head_size: usize,
     /// Norms of queries and keys: of each head, or of all heads together when they are as wide.
     pub q_norm: Option<Norm>,
@@ -37,22 +37,22 @@ pub(in crate::model) enum Projections {
 impl SelfAttention {
     /// `attn_q`, `attn_k`, `attn_v` (or `attn_qkv` for all three) and `attn_output` of a layer, with the model's RoPE.
     pub fn load(b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
-        SelfAttention::load_with_gate(b, layer, false)
+        SelfAttention::load_with(b, layer, false)
     }
 
     /// As [`SelfAttention::load`], with a gate of the output behind each head's queries.
     pub fn load_gated(b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
-        SelfAttention::load_with_gate(b, layer, true)
+        SelfAttention::load_with(b, layer, true)
     }
 
-    fn load_with_gate(b: &mut Builder<'_>, layer: usize, gated: bool) -> Result<SelfAttention, Error> {
+    fn load_with(b: &mut Builder<'_>, layer: usize, gate_in_queries: bool) -> Result<SelfAttention, Error> {
         if !b.hparams.attends[layer] {
             let why = format!("is zero for layer {layer}, which attends in this architecture");
             return Err(b.keys.error("attention.head_count_kv", why));
         }
         let (n_embd, head_size) = (b.hparams.n_embd, b.hparams.head_size);
         let (attended_width, kv_width) = (head_size * b.hparams.n_head, head_size * b.hparams.n_head_kv);
-        let q_width = if gated { 2 * attended_width } else { attended_width };
+        let q_width = if gate_in_queries { 2 * attended_width } else { attended_width };
         let name = |part: &str| format!("blk.{layer}.attn_{part}");
         let projections = if b.loader.has(&format!("{}.weight", name("qkv"))) {
             let qkv = Linear::load(b, &name("qkv"), [n_embd, q_width + 2 * kv_width])?;
@@ -66,7 +66,7 @@ impl SelfAttention {
         };
         Ok(SelfAttention {
             projections,
-            gated,
+            gate_in_queries,
             head_size,
             q_norm: None,
             k_norm: None,
@@ -126,7 +126,7 @@ impl SelfAttention {
 
     /// Queries, and the gate of what they attend to `[head size × heads, n]`, where it lies between them.
     fn split_gate(&self, graph: &Graph, q: Tensor) -> (Tensor, Option<Tensor>) {
-        if !self.gated {
+        if !self.gate_in_queries {
             return (q, None);
         }
         let [width, n, ..] = q.shape();

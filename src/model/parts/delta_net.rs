@@ -90,9 +90,6 @@ impl DeltaNet {
         let (n_embd, n_values) = (b.hparams.n_embd, sizes.value_width());
         let channels = 2 * sizes.key_width() + n_values;
         let width = b.kernel_width("ssm.conv_kernel")?;
-        let matrices = sizes.head * n_values;
-        b.hparams.states[layer] = Some(StateSize { columns: (width - 1) * channels, matrices });
-        b.hparams.attends[layer] = false;
         let name = |part: &str| format!("blk.{layer}.{part}");
         let mixed = if b.loader.has(&name("ssm_in.weight")) {
             Projection::Joint(Linear::load(b, &name("ssm_in"), [n_embd, channels + n_values])?)
@@ -106,7 +103,7 @@ impl DeltaNet {
             let beta = Linear::load(b, &name("ssm_beta"), [n_embd, sizes.heads])?;
             Rates::Separate { beta, alpha: Linear::load(b, &name("ssm_alpha"), [n_embd, sizes.heads])? }
         };
-        Ok(DeltaNet {
+        let net = DeltaNet {
             mixed,
             rates,
             kernel: b.loader.floats(&name("ssm_conv1d.weight"), &[width, channels])?,
@@ -115,7 +112,11 @@ impl DeltaNet {
             norm: Norm::rms(b, &name("ssm_norm"), sizes.head)?,
             output: Linear::load(b, &name("ssm_out"), [n_values, n_embd])?,
             sizes,
-        })
+        };
+        // Tensors have these sizes, so that they are none that a file only claims.
+        let matrices = sizes.head * n_values;
+        b.hparams.states[layer] = Some(StateSize { columns: (width - 1) * channels, matrices });
+        Ok(net)
     }
 
     /// `input` `[n_embd, n]` → `[n_embd, n]`.
@@ -200,8 +201,8 @@ impl DeltaNet {
         let n = keys.shape()[2];
         match self.rates {
             Rates::Joint(_) if heads > key_heads => {
-                let apart = graph.reshape(&unit, &[head, 1, key_heads, n]);
-                let repeated = graph.repeat(&apart, [head, self.sizes.shared(), key_heads, n]);
+                let apart = graph.reshape(&unit, &[head, 1, key_heads * n]);
+                let repeated = graph.repeat(&apart, [head, self.sizes.shared(), key_heads * n]);
                 graph.reshape(&repeated, &[head, heads, n])
             }
             _ => unit,

@@ -66,10 +66,9 @@ impl Mamba2 {
         let sizes @ Sizes { inner, heads, state, groups } = Sizes::of(b)?;
         let (n_embd, channels) = (b.hparams.n_embd, sizes.channels());
         let width = b.kernel_width("ssm.conv_kernel")?;
-        b.hparams.states[layer] = Some(StateSize { columns: (width - 1) * channels, matrices: state * inner });
         let name = |part: &str| format!("blk.{layer}.ssm_{part}");
         let norm = b.loader.has(&name("norm.weight"));
-        Ok(Mamba2 {
+        let mamba = Mamba2 {
             input: Linear::load(b, &name("in"), [n_embd, inner + channels + heads])?,
             kernel: b.loader.floats(&name("conv1d.weight"), &[width, channels])?,
             kernel_bias: b.loader.optional_vector(&name("conv1d.bias"), channels)?,
@@ -79,7 +78,10 @@ impl Mamba2 {
             norm: norm.then(|| Norm::of_groups(b, &name("norm"), [inner / groups, groups])).transpose()?,
             output: Linear::load(b, &name("out"), [inner, n_embd])?,
             sizes,
-        })
+        };
+        // Tensors have these sizes, so that they are none that a file only claims.
+        b.hparams.states[layer] = Some(StateSize { columns: (width - 1) * channels, matrices: state * inner });
+        Ok(mamba)
     }
 
     /// `input` `[n_embd, n]` → `[n_embd, n]`.

@@ -18,13 +18,14 @@ impl ShortConv {
     pub fn load(b: &mut Builder<'_>, layer: usize) -> Result<ShortConv, Error> {
         let n_embd = b.hparams.n_embd;
         let width = b.kernel_width("shortconv.l_cache")?;
-        b.hparams.states[layer] = Some(StateSize { columns: (width - 1) * n_embd, matrices: 0 });
         let name = |part: &str| format!("blk.{layer}.shortconv.{part}");
-        Ok(ShortConv {
+        let conv = ShortConv {
             input: Linear::load(b, &name("in_proj"), [n_embd, 3 * n_embd])?,
             kernel: b.loader.floats(&format!("{}.weight", name("conv")), &[width, n_embd])?,
             output: Linear::load(b, &name("out_proj"), [n_embd, n_embd])?,
-        })
+        };
+        b.hparams.states[layer] = Some(StateSize { columns: (width - 1) * n_embd, matrices: 0 });
+        Ok(conv)
     }
 
     /// `input` `[n_embd, n]` → `[n_embd, n]`.
