@@ -367,6 +367,8 @@ api! {
         Ok(MODELS.get(model)?.hparams.as_ref().map_or(sys::LLAMA_ROPE_TYPE_NONE, |hparams| match hparams.rope.kind {
             RopeKind::Norm => sys::LLAMA_ROPE_TYPE_NORM,
             RopeKind::Neox => sys::LLAMA_ROPE_TYPE_NEOX,
+            RopeKind::Multi(_) => sys::LLAMA_ROPE_TYPE_MROPE,
+            RopeKind::Interleaved(_) => sys::LLAMA_ROPE_TYPE_IMROPE,
         }))
     }
 

@@ -71,8 +71,8 @@ fn is_exact(exact: Span, position: usize, end: usize, part: &Part) -> bool {
 enum Fill {
     /// Token ids of the ubatch.
     Tokens,
-    /// Positions of the ubatch's tokens.
-    Positions,
+    /// Positions of the ubatch's tokens; of models that give each several, all first ones, then all second ones.
+    Positions { per_token: usize },
     /// Numbers of the rows that outputs are wanted of.
     Outputs,
     /// The rows into which a part's tokens are written.
@@ -86,6 +86,9 @@ enum Fill {
     /// The position in each row, as f32; [`NOWHERE`] where there is none to be seen.
     KeyPositions { part: usize, keys: Vec<Keys> },
 }
+
+/// Positions of a token of text that are its place in the text, where it has several.
+const TEXT_POSITIONS: usize = 3;
 
 /// After every position.
 const NOWHERE: f32 = (1u32 << 30) as f32;
@@ -135,8 +138,9 @@ impl Inputs {
         self.input(graph, Type::I32, &[n], Fill::Tokens)
     }
 
-    pub fn positions(&mut self, graph: &Graph, n: usize) -> Tensor {
-        self.input(graph, Type::I32, &[n], Fill::Positions)
+    /// i32 `[n × per_token]`.
+    pub fn positions(&mut self, graph: &Graph, n: usize, per_token: usize) -> Tensor {
+        self.input(graph, Type::I32, &[n * per_token], Fill::Positions { per_token })
     }
 
     pub fn outputs(&mut self, graph: &Graph, n: usize) -> Tensor {
@@ -229,9 +233,13 @@ impl Inputs {
         for (tensor, fill) in inputs.iter().filter(|(tensor, _)| tensor.is_allocated()) {
             match fill {
                 Fill::Tokens => tensor.write(0, tokens),
-                Fill::Positions => {
+                &Fill::Positions { per_token } => {
                     let positions = parts.iter().flat_map(|part| part.n_past..part.n_past + part.n);
-                    tensor.write(0, &positions.map(|position| position as i32).collect::<Vec<_>>());
+                    let positions: Vec<i32> = positions.map(|position| position as i32).collect();
+                    // A token of text is at the same place in all dimensions but the last, which has none.
+                    let mut all = positions.repeat(per_token.min(TEXT_POSITIONS));
+                    all.resize(positions.len() * per_token, 0);
+                    tensor.write(0, &all);
                 }
                 Fill::Outputs => tensor.write(0, outputs),
                 &Fill::Rows { part, span } => {

@@ -82,6 +82,10 @@ struct SecondLook {
 }
 
 impl Setup {
+    fn positions_per_token(&self) -> usize {
+        self.model.hparams().rope.kind.positions_per_token()
+    }
+
     /// The graph of a stretch. `inputs` are empty; their memory is used again.
     pub fn step(&self, stretch: &Stretch<'_>, mut inputs: Inputs) -> Step {
         let Stretch { layers, parts, caches, entering, n_wanted } = stretch;
@@ -89,7 +93,7 @@ impl Setup {
         let n_layer = self.layers.len();
         let n_tokens = stretch.n_tokens();
         let graph = self.graph(Setup::max_nodes(layers.len()));
-        let positions = inputs.positions(&graph, n_tokens);
+        let positions = inputs.positions(&graph, n_tokens, self.positions_per_token());
         let is_cut = layers.end == n_layer && *n_wanted < n_tokens;
         let keep = is_cut.then(|| inputs.outputs(&graph, (*n_wanted).max(1)));
         let mut hidden = match entering {
@@ -159,7 +163,7 @@ impl Setup {
         }
         let first_node = graph.n_nodes();
         let entering = graph.rows(hidden, first, n);
-        let positions = inputs.positions(graph, n);
+        let positions = inputs.positions(graph, n, self.positions_per_token());
         let step = LayerStep { index, hidden: &entering, positions: &positions, keep: None, n_ctx: self.params.n_ctx };
         let mut pass = |span| {
             let look = Look::Again(span);

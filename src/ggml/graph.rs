@@ -45,6 +45,23 @@ pub enum RopeKind {
     Norm,
     /// Halves: (0, n/2), (1, n/2 + 1), …
     Neox,
+    /// Halves by several positions a token (M-RoPE): as many pairs as each section says by its position.
+    Multi([usize; RopeKind::N_POSITIONS]),
+    /// As [`RopeKind::Multi`], the pairs of the first three sections in turn (interleaved M-RoPE).
+    Interleaved([usize; RopeKind::N_POSITIONS]),
+}
+
+impl RopeKind {
+    /// Positions of a token where it has several: time, height, width, and one more.
+    pub const N_POSITIONS: usize = 4;
+
+    /// Positions that a token has.
+    pub fn positions_per_token(self) -> usize {
+        match self {
+            RopeKind::Norm | RopeKind::Neox => 1,
+            RopeKind::Multi(_) | RopeKind::Interleaved(_) => RopeKind::N_POSITIONS,
+        }
+    }
 }
 
 /// RoPE's parameters, as `ggml_rope_ext` takes them.
@@ -373,11 +390,16 @@ impl Graph {
 
     // Attention.
 
-    /// Rotates `a` `[head size, heads, tokens]` by the positions `[tokens]` (i32). `factors` are frequency factors.
+    /// Rotates `a` `[head size, heads, tokens]` by the positions (i32) `[tokens]`, or, where a token has several
+    /// ([`RopeKind::positions_per_token`]), `[tokens × 4]`: all first ones, then all second ones. `factors` are frequency
+    /// factors.
     pub fn rope(&self, a: &Tensor, positions: &Tensor, factors: Option<&Tensor>, rope: &Rope) -> Tensor {
         let mode = match rope.kind {
             RopeKind::Norm => sys::GGML_ROPE_TYPE_NORMAL as i32,
             RopeKind::Neox => sys::GGML_ROPE_TYPE_NEOX as i32,
+            RopeKind::Multi(sections) | RopeKind::Interleaved(sections) => {
+                return self.rope_multi(a, positions, factors, rope, sections);
+            }
         };
         if let Some(factors) = factors {
             self.context.uses(factors);
@@ -390,6 +412,43 @@ impl Graph {
                 positions.raw(),
                 factors.map_or(std::ptr::null_mut(), Tensor::raw),
                 rope.n_rot as i32,
+                mode,
+                rope.n_ctx_orig as i32,
+                rope.freq_base,
+                rope.freq_scale,
+                rope.ext_factor,
+                rope.attn_factor,
+                rope.beta_fast,
+                rope.beta_slow
+            )
+        )
+    }
+
+    fn rope_multi(
+        &self,
+        a: &Tensor,
+        positions: &Tensor,
+        factors: Option<&Tensor>,
+        rope: &Rope,
+        sections: [usize; RopeKind::N_POSITIONS],
+    ) -> Tensor {
+        let mode = match rope.kind {
+            RopeKind::Interleaved(_) => sys::GGML_ROPE_TYPE_IMROPE as i32,
+            _ => sys::GGML_ROPE_TYPE_MROPE as i32,
+        };
+        let mut sections = sections.map(|n| n as i32);
+        if let Some(factors) = factors {
+            self.context.uses(factors);
+        }
+        node!(
+            self,
+            [a, positions],
+            ggml_rope_multi(
+                a.raw(),
+                positions.raw(),
+                factors.map_or(std::ptr::null_mut(), Tensor::raw),
+                rope.n_rot as i32,
+                sections.as_mut_ptr(),
                 mode,
                 rope.n_ctx_orig as i32,
                 rope.freq_base,

@@ -22,7 +22,8 @@ pub(crate) trait Architecture: Send + Sync {
 pub(crate) struct LayerStep<'a> {
     pub index: usize,
     pub hidden: &'a Tensor,
-    /// Positions of the tokens `[n]` (i32).
+    /// Positions of the tokens (i32) `[n]`; `[n × 4]` where each has several, see
+    /// [`RopeKind::positions_per_token`](super::RopeKind::positions_per_token).
     pub positions: &'a Tensor,
     pub keep: Option<&'a Tensor>,
     /// Tokens that the sequence may grow to.

@@ -268,6 +268,29 @@ impl Keys<'_> {
         Ok(self.file.u32s(&self.name(key))?)
     }
 
+    /// `rope.dimension_sections`: how many of a head's pairs are rotated by each of a token's positions.
+    pub fn rope_sections(&self, n_rot: usize) -> Result<Option<[usize; RopeKind::N_POSITIONS]>, Error> {
+        let key = "rope.dimension_sections";
+        let Some(list) = self.optional_list(key)? else { return Ok(None) };
+        match <[u32; RopeKind::N_POSITIONS]>::try_from(list) {
+            Ok(sections) if sections.iter().map(|&n| u64::from(n)).sum::<u64>() <= n_rot as u64 => {
+                Ok(Some(sections.map(|n| n as usize)))
+            }
+            Ok(sections) => Err(self.error(key, format!("{sections:?} of {} pairs", n_rot / 2))),
+            Err(list) => Err(self.error(key, format!("{} numbers, expected {}", list.len(), RopeKind::N_POSITIONS))),
+        }
+    }
+
+    /// As [`Keys::rope_sections`], which must be there and rotate some pairs.
+    pub fn require_rope_sections(&self, n_rot: usize) -> Result<[usize; RopeKind::N_POSITIONS], Error> {
+        let key = "rope.dimension_sections";
+        let sections = self.require(key, self.rope_sections(n_rot)?)?;
+        if sections[..3].iter().all(|&n| n == 0) {
+            return Err(self.error(key, format!("{sections:?} leave no pair to rotate")));
+        }
+        Ok(sections)
+    }
+
     /// A factor that must be there and not 0.
     pub fn require_factor(&self, key: &str) -> Result<f32, Error> {
         let factor = self.file.require(&self.name(key), self.optional_f32(key)?)?;

@@ -30,8 +30,11 @@ const ARCHITECTURES: &[(&str, Build)] = &[
     ("phi3", super::phi3::build),
     ("qwen2", super::qwen2::build),
     ("qwen2moe", super::qwen2moe::build),
+    ("qwen2vl", super::qwen2vl::build),
     ("qwen3", super::qwen3::build),
     ("qwen3moe", super::qwen3moe::build),
+    ("qwen3vl", super::qwen3vl::build),
+    ("qwen3vlmoe", super::qwen3vlmoe::build),
     ("seed_oss", super::seed_oss::build),
     ("smollm3", super::smollm3::build),
 ];

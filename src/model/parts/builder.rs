@@ -1,7 +1,7 @@
 //! What an architecture's file is given to build from.
 
 use super::{Error, Layer};
-use crate::model::{Hparams, hparams::Keys, weights::Loader};
+use crate::model::{Hparams, RopeKind, hparams::Keys, weights::Loader};
 
 /// What an architecture is built from: the file's keys and tensors. It may correct the hyper-parameters.
 pub(in crate::model) struct Builder<'a> {
@@ -16,6 +16,17 @@ impl Builder<'_> {
         let n_next = self.keys.optional_u32("nextn_predict_layers")?.unwrap_or(0) as usize;
         let n_layer = self.hparams.n_layer;
         (n_layer..n_layer + n_next).for_each(|layer| self.loader.ignore(format!("blk.{layer}.")));
+        Ok(())
+    }
+
+    /// RoPE by several positions where the file has sections of it, as models have that see images.
+    pub fn use_rope_sections(&mut self) -> Result<(), Error> {
+        if let Some(sections) = self.keys.rope_sections(self.hparams.rope.n_rot)?
+            && sections[0] > 0
+            && sections[1] > 0
+        {
+            self.hparams.rope.kind = RopeKind::Multi(sections);
+        }
         Ok(())
     }
 
