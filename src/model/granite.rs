@@ -8,27 +8,47 @@ use super::{
 pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
     // Models without positions say so by this key.
     let has_rope = b.keys.optional_bool("rope.scaling.finetuned")?.unwrap_or(true);
-    build_scaled(b, has_rope, |b, layer| Ok(Gated::load(b, layer, Activation::Silu)?.into()))
+    let scales = Scales::of_keys(b)?;
+    build_scaled(b, scales, has_rope, |b, layer| Ok(Gated::load(b, layer, Activation::Silu)?.into()))
+}
+
+/// What a model multiplies; `None` for nothing.
+pub(super) struct Scales {
+    pub embedding: Option<f32>,
+    pub residual: Option<f32>,
+    /// Products of queries and keys, in place of what the head's size gives.
+    pub attention: Option<f32>,
+    /// Logits are divided by this.
+    pub logit_divisor: f32,
+}
+
+impl Scales {
+    pub fn of_keys(b: &Builder<'_>) -> Result<Scales, Error> {
+        Ok(Scales {
+            embedding: b.keys.factor("embedding_scale")?,
+            residual: b.keys.factor("residual_scale")?,
+            attention: b.keys.factor("attention.scale")?,
+            logit_divisor: b.keys.require_factor("logit_scale")?,
+        })
+    }
 }
 
 /// Granite with a feed-forward of its own.
 pub(super) fn build_scaled(
     b: &mut Builder<'_>,
+    scales: Scales,
     has_rope: bool,
     feed_forward: impl Fn(&mut Builder<'_>, usize) -> Result<FeedForward, Error>,
 ) -> Result<Decoder, Error> {
-    let residual_scale = b.keys.factor("residual_scale")?;
-    let attention_scale = b.keys.factor("attention.scale")?;
-    let embedding_scale = b.keys.factor("embedding_scale")?;
-    let divisor = b.keys.require_factor("logit_scale")?;
     let rope_factors = RopeFactors::load(b)?;
 
     let layers = b.layers(|b, i| {
         let mut attention = SelfAttention { rope_factors: rope_factors.clone(), ..SelfAttention::load(b, i)? };
-        attention.scale = attention_scale.unwrap_or(attention.scale);
+        attention.scale = scales.attention.unwrap_or(attention.scale);
         attention.rope = attention.rope.filter(|_| has_rope);
         let feed_forward = feed_forward(b, i)?;
-        Ok(Block { residual_scale, ..Block::pre_norm(b, i, attention, feed_forward)? })
+        Ok(Block { residual_scale: scales.residual, ..Block::pre_norm(b, i, attention, feed_forward)? })
     })?;
-    Ok(Decoder { embedding_scale, logit_scale: Some(1.0 / divisor), ..Decoder::load(b, layers)? })
+    let logit_scale = Some(1.0 / scales.logit_divisor);
+    Ok(Decoder { embedding_scale: scales.embedding, logit_scale, ..Decoder::load(b, layers)? })
 }

@@ -6,6 +6,8 @@
 mod check;
 #[path = "../common/mod.rs"]
 mod common;
+mod dense;
+mod experts;
 
 use std::path::Path;
 
