@@ -223,6 +223,29 @@ impl Graph {
         node!(self, [a], ggml_clamp(a.raw(), min, f32::INFINITY))
     }
 
+    /// No element outside of ± `limit`. `a` itself is changed.
+    pub fn within(&self, a: &Tensor, limit: f32) -> Tensor {
+        node!(self, [a], ggml_clamp(a.raw(), -limit, limit))
+    }
+
+    pub fn square(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_sqr(a.raw()))
+    }
+
+    pub fn relu(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_relu(a.raw()))
+    }
+
+    pub fn gelu(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_gelu(a.raw()))
+    }
+
+    /// For `x` above 0 `a_p·x² + beta·x`, else `(eᵐ - 1)·a_n - x·a_n + beta·x`, where `m` is `x`, at most `eps`, `a_p` is
+    /// `softplus(alpha_p)`, and `a_n` is `beta + softplus(alpha_n)`.
+    pub fn xielu(&self, a: &Tensor, alpha_n: f32, alpha_p: f32, beta: f32, eps: f32) -> Tensor {
+        node!(self, [a], ggml_xielu(a.raw(), alpha_n, alpha_p, beta, eps))
+    }
+
     pub fn tanh(&self, a: &Tensor) -> Tensor {
         node!(self, [a], ggml_tanh(a.raw()))
     }
@@ -248,6 +271,17 @@ impl Graph {
     /// `n` times the row `a` `[width]` → `[width, n]`.
     pub fn repeat_row(&self, a: &Tensor, n: usize) -> Tensor {
         node!(self, [a], ggml_repeat_4d(a.raw(), a.shape()[0] as i64, n as i64, 1, 1))
+    }
+
+    /// `a` as often as it takes to fill the shape, whose dimensions are multiples of its own.
+    pub fn repeat(&self, a: &Tensor, shape: [usize; 3]) -> Tensor {
+        let [n0, n1, n2] = shape.map(|n| n as i64);
+        node!(self, [a], ggml_repeat_4d(a.raw(), n0, n1, n2, 1))
+    }
+
+    /// A tensor like `a` with this number in each element.
+    pub fn filled_like(&self, a: &Tensor, value: f32) -> Tensor {
+        node!(self, [a], ggml_fill(a.raw(), value))
     }
 
     /// The natural logarithm.
@@ -279,6 +313,11 @@ impl Graph {
         node!(self, [gate, up], ggml_geglu_split(gate.raw(), up.raw()))
     }
 
+    /// `relu(gate) × up`.
+    pub fn reglu(&self, gate: &Tensor, up: &Tensor) -> Tensor {
+        node!(self, [gate, up], ggml_reglu_split(gate.raw(), up.raw()))
+    }
+
     /// gpt-oss's activation: `g·sigmoid(alpha·g) × (1 + u)`, the gate `g` at most `limit`, `u` within ± `limit`.
     pub fn swiglu_clamped(&self, gate: &Tensor, up: &Tensor, alpha: f32, limit: f32) -> Tensor {
         node!(self, [gate, up], ggml_swiglu_oai(gate.raw(), up.raw(), alpha, limit))
@@ -296,12 +335,6 @@ impl Graph {
     /// `ln(1 + e^a)`.
     pub fn softplus(&self, a: &Tensor) -> Tensor {
         node!(self, [a], ggml_softplus(a.raw()))
-    }
-
-    /// `a` as often as it takes to fill the shape, whose dimensions are multiples of its own.
-    pub fn repeat(&self, a: &Tensor, shape: [usize; 3]) -> Tensor {
-        let [n0, n1, n2] = shape.map(|n| n as i64);
-        node!(self, [a], ggml_repeat_4d(a.raw(), n0, n1, n2, 1))
     }
 
     /// `weight [k, n] × input [k, m]` → `[n, m]`.

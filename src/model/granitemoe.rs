@@ -1,12 +1,14 @@
 //! `granitemoe`: Granite 3 and 4 with experts, with or without a shared one.
 
 use super::{
-    Error, granite,
+    Error,
+    granite::{self, Scales},
     parts::{Activation, Builder, Decoder, Experts, FeedForward, Routing},
 };
 
 pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
-    granite::build_scaled(b, true, experts)
+    let scales = Scales::of_keys(b)?;
+    granite::build_scaled(b, scales, true, experts)
 }
 
 /// Experts, and a shared one where the file says its width.

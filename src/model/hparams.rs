@@ -213,6 +213,14 @@ impl Keys<'_> {
         self.optional_u32(key)?.map(|count| self.nonzero(key, count)).transpose()
     }
 
+    /// A count that is 0 where the file does not say.
+    pub fn optional_count_or_zero(&self, key: &str) -> Result<usize, Error> {
+        match self.optional_u32(key)?.unwrap_or(0) {
+            0 => Ok(0),
+            count => self.nonzero(key, count),
+        }
+    }
+
     fn require<T>(&self, key: &str, value: Option<T>) -> Result<T, Error> {
         Ok(self.file.require(&self.name(key), value)?)
     }
@@ -291,12 +299,32 @@ impl Keys<'_> {
     /// The layers' windows when every `pattern`-th layer is global and the others have `window`.
     /// `attention.sliding_window_pattern` overrides the pattern, as a number or as a list of which layers have it.
     pub fn windows(&self, n_layer: usize, window: usize, pattern: u32) -> Result<Vec<Option<usize>>, Error> {
+        self.windows_where(n_layer, window, pattern, |layer, pattern| layer % pattern < pattern - 1)
+    }
+
+    /// As [`Keys::windows`], of every `pattern` layers the first global.
+    pub fn windows_after_global(
+        &self,
+        n_layer: usize,
+        window: usize,
+        pattern: u32,
+    ) -> Result<Vec<Option<usize>>, Error> {
+        self.windows_where(n_layer, window, pattern, |layer, pattern| layer % pattern != 0)
+    }
+
+    fn windows_where(
+        &self,
+        n_layer: usize,
+        window: usize,
+        pattern: u32,
+        has_window: impl Fn(usize, usize) -> bool,
+    ) -> Result<Vec<Option<usize>>, Error> {
         let key = "attention.sliding_window_pattern";
         let has_window = match self.flags(key, n_layer)? {
             Some(flags) => flags,
             None => {
                 let pattern = self.optional_u32(key)?.unwrap_or(pattern) as usize;
-                (0..n_layer).map(|layer| pattern == 0 || layer % pattern < pattern - 1).collect()
+                (0..n_layer).map(|layer| pattern == 0 || has_window(layer, pattern)).collect()
             }
         };
         Ok(has_window.into_iter().map(|has| has.then_some(window)).collect())
@@ -364,6 +392,20 @@ impl Keys<'_> {
             Some(value) if !value.is_finite() => Err(self.error(key, format!("{value} is not finite"))),
             value => Ok(value),
         }
+    }
+
+    /// A number for each layer: one for all, or a list. The key has no architecture in front.
+    pub fn floats_of_layers(&self, key: &str, n_layer: usize) -> Result<Vec<f32>, Error> {
+        let numbers = match self.file.get(key) {
+            Some(Value::Array(_)) => self.file.f32s(key)?,
+            _ => self.file.f32(key)?.map(|number| vec![number; n_layer]),
+        };
+        let numbers = self.file.require(key, numbers)?;
+        if numbers.len() < n_layer {
+            let why = format!("{} numbers for {n_layer} layers", numbers.len());
+            return Err(Error::Key { path: self.file.path().to_owned(), key: key.to_owned(), why });
+        }
+        Ok(numbers)
     }
 
     /// RoPE with linear or YaRN scaling, as llama.cpp derives it (its issue #17945 for YaRN's attention factor).

@@ -88,8 +88,12 @@ impl<'a> Loader<'a> {
         self.floats(name, &[n])
     }
 
-    /// Any other tensor that must be f32.
-    pub fn floats(&mut self, name: &str, shape: &[usize]) -> Result<Tensor, Error> {
+    /// Several rows of f32, `[width, rows]`.
+    pub fn rows(&mut self, name: &str, shape: [usize; 2]) -> Result<Tensor, Error> {
+        self.floats(name, &shape)
+    }
+
+    fn floats(&mut self, name: &str, shape: &[usize]) -> Result<Tensor, Error> {
         let info = self.require(name, shape)?;
         if info.ty != Type::F32 {
             return Err(self.wrong(info, format!("has type {}, expected f32", info.ty)));

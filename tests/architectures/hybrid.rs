@@ -42,7 +42,7 @@ fn delta_net(shape: Shape) -> Ssm {
 
 /// Qwen 3.5: every `interval`-th layer attends, or those that a list leaves; a further token's layer behind the others.
 fn random_qwen35(shape: Shape, architecture: &'static str, joint: bool) -> RandomDecoder {
-    let mut m = RandomDecoder::new(architecture, Shape { n_layer: shape.n_layer, ..shape });
+    let mut m = RandomDecoder::new(architecture, shape);
     let ssm = delta_net(shape);
     m.ssm_keys(ssm);
     m.key("rope.dimension_count", 8u32);
@@ -62,7 +62,7 @@ fn random_qwen35(shape: Shape, architecture: &'static str, joint: bool) -> Rando
         m.key("expert_feed_forward_length", 48u32);
         m.key("expert_shared_feed_forward_length", 32u32);
     }
-    for i in m.layers() {
+    let add = |m: &mut RandomDecoder, i: usize, attends: bool| {
         m.norm(i, "attn_norm");
         m.norm(i, "post_attention_norm");
         if has_experts {
@@ -71,12 +71,19 @@ fn random_qwen35(shape: Shape, architecture: &'static str, joint: bool) -> Rando
         } else {
             m.gated(i);
         }
-        if attends[i] {
+        if attends {
             m.gated_attention(i);
         } else {
             m.delta_net(i, ssm, joint && shape.tied);
             m.delta_rates(i, ssm, joint);
         }
+    };
+    for (i, &attends) in attends.iter().enumerate() {
+        add(&mut m, i, attends);
+    }
+    if !shape.tied {
+        let next = m.next_token_layer();
+        add(&mut m, next, true);
     }
     m
 }
@@ -163,6 +170,115 @@ fn random_falcon_h1(shape: Shape) -> RandomDecoder {
 #[test]
 fn falcon_h1() {
     check([Shape::default(), Shape { n_layer: 3, ..Shape::other() }].map(random_falcon_h1));
+}
+
+/// LFM2 with experts behind the first layer.
+fn random_lfm2moe(shape: Shape) -> RandomDecoder {
+    let mut m = RandomDecoder::new("lfm2moe", shape);
+    let attends = |layer: usize| layer % 3 == 1;
+    let kv_heads = Meta::array(m.layers().map(|i| if attends(i) { shape.n_head_kv as u32 } else { 0 }));
+    m.key("attention.head_count_kv", kv_heads);
+    m.key("shortconv.l_cache", 3u32);
+    m.expert_keys();
+    m.key("expert_feed_forward_length", 48u32);
+    m.key("expert_gating_func", if shape.tied { 1u32 } else { 2 });
+    let n_dense = if shape.tied { 0 } else { 1 };
+    m.key("leading_dense_block_count", n_dense as u32);
+    for i in m.layers() {
+        m.pre_norms(i);
+        if i < n_dense {
+            m.gated(i);
+        } else {
+            m.experts(i, 48);
+            m.selection_bias(i);
+        }
+        if attends(i) {
+            m.attention(i);
+            m.head_norms(i);
+        } else {
+            m.short_conv(i, 3);
+        }
+    }
+    m
+}
+
+#[test]
+fn lfm2moe() {
+    check([Shape { n_layer: 6, ..Shape::default() }, Shape { n_layer: 5, ..Shape::other() }].map(random_lfm2moe));
+}
+
+/// Nemotron H: Mamba-2, a feed-forward, attention, a feed-forward, and so on; with experts in a narrower space in one of the
+/// models with experts, and a further token's layer behind the others.
+fn random_nemotron_h(shape: Shape, architecture: &'static str) -> RandomDecoder {
+    let mut m = RandomDecoder::new(architecture, shape);
+    let has_experts = architecture == "nemotron_h_moe";
+    let (attends, feeds) = (|layer: usize| layer % 4 == 2, |layer: usize| layer % 2 == 1);
+    let of_layers = |is: &dyn Fn(usize) -> bool, n: usize| {
+        (0..shape.n_layer).map(|i| if is(i) { n as u32 } else { 0 }).collect::<Vec<_>>()
+    };
+    let mut kv_heads = of_layers(&attends, shape.n_head_kv);
+    let mut n_ff = of_layers(&feeds, shape.n_ff);
+    m.ssm_keys(mamba2(shape));
+    m.key("attention.layer_norm_epsilon", 1e-5f32);
+    if has_experts {
+        m.expert_keys();
+        m.key("expert_feed_forward_length", 48u32);
+        m.key("expert_shared_feed_forward_length", 32u32);
+        m.key("expert_shared_count", 1u32);
+        m.key("expert_weights_norm", !shape.tied);
+        m.key("expert_weights_scale", if shape.tied { 1f32 } else { 1.7 });
+        if shape.tied {
+            m.key("moe_latent_size", 64u32);
+        }
+    }
+    for i in m.layers() {
+        m.norm(i, "attn_norm");
+        if feeds(i) && has_experts {
+            let n_in = if shape.tied { 64 } else { shape.n_embd };
+            m.plain_experts(i, n_in, 48);
+            m.selection_bias(i);
+            m.plain_named(i, "_shexp", 32);
+            if shape.tied {
+                m.matrix(&format!("blk.{i}.ffn_latent_down"), shape.n_embd, n_in);
+                m.matrix(&format!("blk.{i}.ffn_latent_up"), n_in, shape.n_embd);
+            }
+        } else if feeds(i) {
+            m.plain(i);
+        } else if attends(i) {
+            m.attention(i);
+        } else {
+            m.mamba2(i, mamba2(shape), true);
+        }
+    }
+    if has_experts && !shape.tied {
+        let i = m.next_token_layer();
+        m.row(&format!("blk.{i}.nextn.shared_head_norm"), shape.n_embd);
+        m.norm(i, "attn_norm");
+        m.norm(i, "post_attention_norm");
+        m.attention(i);
+        m.plain_experts(i, shape.n_embd, 48);
+        m.selection_bias(i);
+        m.plain_named(i, "_shexp", 32);
+        kv_heads.push(shape.n_head_kv as u32);
+        n_ff.push(0);
+    }
+    m.key("attention.head_count_kv", Meta::array(kv_heads));
+    m.key("feed_forward_length", Meta::array(n_ff));
+    m
+}
+
+fn nemotron_h_shapes() -> [Shape; 2] {
+    [Shape { n_layer: 8, ..Shape::default() }, Shape { n_layer: 7, ..Shape::other() }]
+}
+
+#[test]
+fn nemotron_h() {
+    check(nemotron_h_shapes().map(|shape| random_nemotron_h(shape, "nemotron_h")));
+}
+
+#[test]
+fn nemotron_h_moe() {
+    check(nemotron_h_shapes().map(|shape| random_nemotron_h(shape, "nemotron_h_moe")));
 }
 
 /// What every architecture must do, and what recurrent layers have to besides.
@@ -373,23 +489,25 @@ fn an_interrupted_run_leaves_states_as_they_were() {
 fn sizes_that_do_not_fit_are_refused() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("wrong.gguf");
-    let refused = |mut random: RandomDecoder, key: &str, value: Meta| {
+    let refused_naming = |named: &str, mut random: RandomDecoder, key: &str, value: Meta| {
         random.key(key, value);
         random.write(&path);
         let error = Model::load(&path, &ModelParams::default()).expect_err("a wrong size").to_string();
-        assert!(error.contains(&format!("{}.{key}", random.architecture)), "{key}: {error}");
+        assert!(error.contains(&format!("{}.{named}", random.architecture)), "{key}: {error}");
     };
-    let [default, other] = [Shape { n_layer: 6, ..Shape::default() }, Shape { n_layer: 6, ..Shape::other() }];
+    let refused = |random: RandomDecoder, key: &str, value: Meta| refused_naming(key, random, key, value);
+    let [default, other] = qwen35_shapes();
     for (key, value) in [
         ("ssm.conv_kernel", 1u32),
         ("ssm.conv_kernel", 0),
-        ("ssm.group_count", 3),
         ("ssm.inner_size", 65),
         ("ssm.time_step_rank", u32::MAX >> 1),
         ("full_attention_interval", 0),
     ] {
         refused(random_qwen35(default, "qwen35", false), key, value.into());
     }
+    let qwen35 = random_qwen35(default, "qwen35", false);
+    refused_naming("ssm.time_step_rank", qwen35, "ssm.group_count", 3u32.into());
     refused(random_qwen35(other, "qwen35", false), "attention.recurrent_layers", Meta::array([true, false]));
     refused(random_lfm2(default), "shortconv.l_cache", 1u32.into());
     // A layer that is said to attend where an architecture needs it to, and does not.

@@ -6,6 +6,8 @@
 mod check;
 #[path = "../common/mod.rs"]
 mod common;
+mod dense;
+mod experts;
 mod hybrid;
 
 use std::path::Path;

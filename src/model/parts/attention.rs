@@ -16,6 +16,10 @@ pub(in crate::model) struct SelfAttention {
     /// Norms of queries and keys: of each head, or of all heads together when they are as wide.
     pub q_norm: Option<Norm>,
     pub k_norm: Option<Norm>,
+    /// Whether RoPE comes before these norms.
+    pub rope_before_norms: bool,
+    /// Queries, keys and values lie within ± this.
+    pub clamp: Option<f32>,
     /// `None` for a layer without positions.
     pub rope: Option<Rope>,
     pub rope_factors: RopeFactors,
@@ -26,6 +30,8 @@ pub(in crate::model) struct SelfAttention {
     pub query_scale: Option<f32>,
     pub softcap: Option<f32>,
     pub sinks: Option<Tensor>,
+    /// The sigmoid of its product with the input weighs what attention gives: each element, or each head.
+    pub gate: Option<Linear>,
     pub output: Linear,
 }
 
@@ -70,6 +76,8 @@ impl SelfAttention {
             head_size,
             q_norm: None,
             k_norm: None,
+            rope_before_norms: false,
+            clamp: None,
             rope: Some(b.hparams.rope.clone()),
             rope_factors: RopeFactors::default(),
             temperature: None,
@@ -77,6 +85,7 @@ impl SelfAttention {
             query_scale: None,
             softcap: None,
             sinks: None,
+            gate: None,
             output: Linear::load(b, &name("output"), [attended_width, n_embd])?,
         })
     }
@@ -85,6 +94,30 @@ impl SelfAttention {
     pub fn with_head_norms(mut self, b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
         self.q_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_q_norm"), self.head_size)?);
         self.k_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_k_norm"), self.head_size)?);
+        Ok(self)
+    }
+
+    /// As [`SelfAttention::with_head_norms`], where the file has them.
+    pub fn with_optional_head_norms(self, b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
+        match b.loader.has(&format!("blk.{layer}.attn_q_norm.weight")) {
+            true => self.with_head_norms(b, layer),
+            false => Ok(self),
+        }
+    }
+
+    /// Adds LayerNorms `attn_q_norm` and `attn_k_norm` of each head, with weights of its own.
+    pub fn with_centred_head_norms(mut self, b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
+        let (n_head, n_head_kv) = (b.hparams.n_head, b.hparams.n_head_kv);
+        let name = |part: &str| format!("blk.{layer}.attn_{part}_norm");
+        self.q_norm = Some(Norm::centred_heads(b, &name("q"), [self.head_size, n_head])?);
+        self.k_norm = Some(Norm::centred_heads(b, &name("k"), [self.head_size, n_head_kv])?);
+        Ok(self)
+    }
+
+    /// Adds the gate `attn_gate` with a weight for each element, or for each head.
+    pub fn with_gate(mut self, b: &mut Builder<'_>, layer: usize, n_weights: usize) -> Result<SelfAttention, Error> {
+        let n_embd = b.hparams.n_embd;
+        self.gate = Some(Linear::load(b, &format!("blk.{layer}.attn_gate"), [n_embd, n_weights])?);
         Ok(self)
     }
 
@@ -106,8 +139,8 @@ impl SelfAttention {
     pub fn apply(&self, graph: &Graph, step: &LayerStep<'_>, input: &Tensor, attention: &mut dyn Attention) -> Tensor {
         let [q, k, v] = self.project(graph, input);
         let (q, gate) = self.split_gate(graph, q);
-        let q = self.rotate(graph, step, &self.norm_heads(graph, &q, self.q_norm.as_ref()));
-        let k = self.rotate(graph, step, &self.norm_heads(graph, &k, self.k_norm.as_ref()));
+        let q = self.norm_and_rotate(graph, step, &q, self.q_norm.as_ref());
+        let k = self.norm_and_rotate(graph, step, &k, self.k_norm.as_ref());
         let q = match &self.temperature {
             Some(temperature) => graph.mul(&q, &temperature.of(graph, step.positions)),
             None => q,
@@ -119,7 +152,7 @@ impl SelfAttention {
         let attended = attention.attend(graph, step.index, &q, &k, &v, &options);
         let attended = match gate {
             Some(gate) => graph.mul(&attended, &graph.sigmoid(&gate)),
-            None => attended,
+            None => self.gated(graph, input, attended),
         };
         self.output.apply(graph, &attended)
     }
@@ -140,12 +173,24 @@ impl SelfAttention {
         (q, Some(gate))
     }
 
+    /// `attended` `[head size × heads, n]` weighed by the gate of `input`.
+    fn gated(&self, graph: &Graph, input: &Tensor, attended: Tensor) -> Tensor {
+        let Some(gate) = &self.gate else { return attended };
+        let weights = graph.sigmoid(&gate.apply(graph, input));
+        let ([width, n, ..], [n_weights, ..]) = (attended.shape(), weights.shape());
+        let heads = graph.reshape(&attended, &[width / n_weights, n_weights, n]);
+        let weighed = graph.mul(&heads, &graph.reshape(&weights, &[1, n_weights, n]));
+        graph.reshape(&weighed, &[width, n])
+    }
+
     /// Queries, keys and values as rows.
     fn project(&self, graph: &Graph, input: &Tensor) -> [Tensor; 3] {
         match &self.projections {
-            Projections::Separate { q, k, v } => [q, k, v].map(|linear| linear.apply(graph, input)),
+            Projections::Separate { q, k, v } => {
+                [q, k, v].map(|linear| self.clamped(graph, linear.apply(graph, input)))
+            }
             Projections::Fused { qkv, q_width, kv_width } => {
-                let all = qkv.apply(graph, input);
+                let all = self.clamped(graph, qkv.apply(graph, input));
                 let [_, n, ..] = all.shape();
                 let [element_bytes, row_bytes, ..] = all.strides();
                 let part = |width: usize, first: usize| {
@@ -154,6 +199,18 @@ impl SelfAttention {
                 [part(*q_width, 0), part(*kv_width, *q_width), part(*kv_width, q_width + kv_width)]
             }
         }
+    }
+
+    fn clamped(&self, graph: &Graph, rows: Tensor) -> Tensor {
+        self.clamp.map_or_else(|| rows.clone(), |limit| graph.within(&rows, limit))
+    }
+
+    fn norm_and_rotate(&self, graph: &Graph, step: &LayerStep<'_>, rows: &Tensor, norm: Option<&Norm>) -> Tensor {
+        if self.rope_before_norms {
+            let rotated = self.rotate(graph, step, &self.heads(graph, rows));
+            return norm.map_or_else(|| rotated.clone(), |norm| norm.apply(graph, &rotated));
+        }
+        self.rotate(graph, step, &self.norm_heads(graph, rows, norm))
     }
 
     fn norm_heads(&self, graph: &Graph, rows: &Tensor, norm: Option<&Norm>) -> Tensor {

@@ -90,9 +90,34 @@ impl Block {
         mixer: impl Into<Mixer>,
         feed_forward: impl Into<FeedForward>,
     ) -> Result<Block, Error> {
+        Block::pre_norm_named(b, layer, mixer, feed_forward, "ffn_norm")
+    }
+
+    /// As [`Block::pre_norm`] where the feed-forward's norm has another name.
+    pub fn pre_norm_named(
+        b: &mut Builder<'_>,
+        layer: usize,
+        mixer: impl Into<Mixer>,
+        feed_forward: impl Into<FeedForward>,
+        ffn_norm: &str,
+    ) -> Result<Block, Error> {
         Ok(Block {
             attn_norm: Some(Norm::of_layer(b, layer, "attn_norm")?),
-            ffn_norm: Some(Norm::of_layer(b, layer, "ffn_norm")?),
+            ffn_norm: Some(Norm::of_layer(b, layer, ffn_norm)?),
+            ..Block::without_norms(mixer, feed_forward)
+        })
+    }
+
+    /// As [`Block::pre_norm`] with LayerNorms.
+    pub fn pre_norm_centred(
+        b: &mut Builder<'_>,
+        layer: usize,
+        mixer: impl Into<Mixer>,
+        feed_forward: impl Into<FeedForward>,
+    ) -> Result<Block, Error> {
+        Ok(Block {
+            attn_norm: Some(Norm::centred_of_layer(b, layer, "attn_norm")?),
+            ffn_norm: Some(Norm::centred_of_layer(b, layer, "ffn_norm")?),
             ..Block::without_norms(mixer, feed_forward)
         })
     }

@@ -106,7 +106,7 @@ impl DeltaNet {
         let net = DeltaNet {
             mixed,
             rates,
-            kernel: b.loader.floats(&name("ssm_conv1d.weight"), &[width, channels])?,
+            kernel: b.loader.rows(&name("ssm_conv1d.weight"), [width, channels])?,
             dt_bias: b.loader.vector(&name("ssm_dt.bias"), sizes.heads)?,
             a: b.loader.vector(&name("ssm_a"), sizes.heads)?,
             norm: Norm::rms(b, &name("ssm_norm"), sizes.head)?,

@@ -10,6 +10,8 @@ pub(in crate::model) enum Activation {
     Silu,
     /// `gelu(g) × u`
     Gelu,
+    /// `relu(g) × u`
+    Relu,
     /// gpt-oss's own; see [`Graph::swiglu_clamped`].
     SiluClamped,
 }
@@ -19,6 +21,7 @@ impl Activation {
         match self {
             Activation::Silu => graph.swiglu(gate, up),
             Activation::Gelu => graph.geglu(gate, up),
+            Activation::Relu => graph.reglu(gate, up),
             // The model's constants: no file names them.
             Activation::SiluClamped => graph.swiglu_clamped(gate, up, 1.702, 7.0),
         }

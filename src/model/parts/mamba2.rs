@@ -70,11 +70,11 @@ impl Mamba2 {
         let norm = b.loader.has(&name("norm.weight"));
         let mamba = Mamba2 {
             input: Linear::load(b, &name("in"), [n_embd, inner + channels + heads])?,
-            kernel: b.loader.floats(&name("conv1d.weight"), &[width, channels])?,
+            kernel: b.loader.rows(&name("conv1d.weight"), [width, channels])?,
             kernel_bias: b.loader.optional_vector(&name("conv1d.bias"), channels)?,
             dt_bias: b.loader.vector(&name("dt.bias"), heads)?,
-            a: b.loader.floats(&name("a"), &[1, heads])?,
-            d: b.loader.floats(&name("d"), &[1, heads])?,
+            a: b.loader.rows(&name("a"), [1, heads])?,
+            d: b.loader.rows(&name("d"), [1, heads])?,
             norm: norm.then(|| Norm::of_groups(b, &name("norm"), [inner / groups, groups])).transpose()?,
             output: Linear::load(b, &name("out"), [inner, n_embd])?,
             sizes,

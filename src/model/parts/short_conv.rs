@@ -21,7 +21,7 @@ impl ShortConv {
         let name = |part: &str| format!("blk.{layer}.shortconv.{part}");
         let conv = ShortConv {
             input: Linear::load(b, &name("in_proj"), [n_embd, 3 * n_embd])?,
-            kernel: b.loader.floats(&format!("{}.weight", name("conv")), &[width, n_embd])?,
+            kernel: b.loader.rows(&format!("{}.weight", name("conv")), [width, n_embd])?,
             output: Linear::load(b, &name("out_proj"), [n_embd, n_embd])?,
         };
         b.hparams.states[layer] = Some(StateSize { columns: (width - 1) * n_embd, matrices: 0 });

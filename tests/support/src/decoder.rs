@@ -359,6 +359,55 @@ impl RandomDecoder {
         self.qk_norms(layer, [self.shape.head_size; 2]);
     }
 
+    /// `attn_q_norm` and `attn_k_norm` with weights of each head's own.
+    pub fn norms_of_each_head(&mut self, layer: usize) {
+        let Shape { head_size, n_head, n_head_kv, .. } = self.shape;
+        self.weights(|w| {
+            w.norm_rows(&format!("blk.{layer}.attn_q_norm"), [head_size, n_head], 1.6);
+            w.norm_rows(&format!("blk.{layer}.attn_k_norm"), [head_size, n_head_kv], 1.6);
+        });
+    }
+
+    /// `attn_gate`, whose sigmoid weighs what attention gives: each element, or each head.
+    pub fn attention_gate(&mut self, layer: usize, n_weights: usize) {
+        let n_embd = self.shape.n_embd;
+        self.weights(|w| w.matrix(&format!("blk.{layer}.attn_gate"), n_embd, n_weights, 2.0));
+    }
+
+    /// A layer that predicts a further token, beyond those that are run: its norms of the two inputs and their product.
+    /// The rest of it is the test's to add.
+    pub fn next_token_layer(&mut self) -> usize {
+        let Shape { n_layer, n_embd, .. } = self.shape;
+        self.key("block_count", n_layer as u32 + 1);
+        self.key("nextn_predict_layers", 1u32);
+        self.matrix(&format!("blk.{n_layer}.nextn.eh_proj"), 2 * n_embd, n_embd);
+        self.row(&format!("blk.{n_layer}.nextn.enorm"), n_embd);
+        self.row(&format!("blk.{n_layer}.nextn.hnorm"), n_embd);
+        n_layer
+    }
+
+    /// The key of norms that take the mean off first, in place of the other.
+    pub fn centred_norms(&mut self) {
+        self.remove_key("attention.layer_norm_rms_epsilon");
+        self.key("attention.layer_norm_epsilon", 1e-5f32);
+    }
+
+    /// A bias of a layer's norm.
+    pub fn norm_bias(&mut self, layer: usize, part: &str) {
+        let n = self.shape.n_embd;
+        self.bias(&format!("blk.{layer}.{part}"), n);
+    }
+
+    /// Takes a tensor out again.
+    pub fn remove_tensor(&mut self, name: &str) {
+        self.file.remove_tensor(name);
+    }
+
+    /// A key without the architecture's name in front.
+    pub fn plain_key(&mut self, name: &str, value: impl Into<Meta>) {
+        self.file.set(name, value);
+    }
+
     /// A learned sink for each head.
     pub fn sinks(&mut self, layer: usize) {
         let n_head = self.shape.n_head;
@@ -381,6 +430,32 @@ impl RandomDecoder {
             w.matrix(&name("gate"), n_embd, n_ff, 1.0);
             w.matrix(&name("up"), n_embd, n_ff, 1.0);
             w.matrix(&name("down"), n_ff, n_embd, residual);
+        });
+    }
+
+    /// `ffn_up` and `ffn_down` without a gate.
+    pub fn plain(&mut self, layer: usize) {
+        self.plain_named(layer, "", self.shape.n_ff);
+    }
+
+    /// As [`RandomDecoder::plain`] for names that end in `suffix`.
+    pub fn plain_named(&mut self, layer: usize, suffix: &str, n_ff: usize) {
+        let (n_embd, residual) = (self.shape.n_embd, self.residual());
+        self.weights(|w| {
+            w.matrix(&format!("blk.{layer}.ffn_up{suffix}"), n_embd, n_ff, 1.0);
+            w.matrix(&format!("blk.{layer}.ffn_down{suffix}"), n_ff, n_embd, residual);
+        });
+    }
+
+    /// A router and experts without gates, of inputs and outputs `n_in` wide.
+    pub fn plain_experts(&mut self, layer: usize, n_in: usize, n_ff: usize) {
+        let (Shape { n_embd, n_expert, expert_type, .. }, residual) = (self.shape, self.residual());
+        let name = |part: &str| format!("blk.{layer}.ffn_{part}");
+        self.weights(|w| {
+            w.experts(&name("up_exps"), [n_in, n_ff, n_expert], 1.0, expert_type);
+            w.experts(&name("down_exps"), [n_ff, n_in, n_expert], residual, expert_type);
+            (w.weight_type, w.larger) = (WeightType::F32, None);
+            w.matrix(&name("gate_inp"), n_embd, n_expert, 1.0);
         });
     }
 
@@ -412,6 +487,24 @@ impl RandomDecoder {
             (w.weight_type, w.larger) = (WeightType::F32, None);
             w.matrix(&name("gate_inp"), n_embd, n_expert, 1.0);
         });
+    }
+
+    /// As [`RandomDecoder::experts`], the gates in the first half of `ffn_gate_up_exps`.
+    pub fn fused_experts(&mut self, layer: usize, n_ff: usize) {
+        let (Shape { n_embd, n_expert, expert_type, .. }, residual) = (self.shape, self.residual());
+        let name = |part: &str| format!("blk.{layer}.ffn_{part}");
+        self.weights(|w| {
+            w.experts(&name("gate_up_exps"), [n_embd, 2 * n_ff, n_expert], 1.0, expert_type);
+            w.experts(&name("down_exps"), [n_ff, n_embd, n_expert], residual, expert_type);
+            (w.weight_type, w.larger) = (WeightType::F32, None);
+            w.matrix(&name("gate_inp"), n_embd, n_expert, 1.0);
+        });
+    }
+
+    /// `exp_probs_b`: what is added to an expert's score for the choice alone, as large as scores differ.
+    pub fn selection_bias(&mut self, layer: usize) {
+        let n_expert = self.shape.n_expert;
+        self.weights(|w| w.bias(&format!("blk.{layer}.exp_probs_b"), n_expert, 0.2));
     }
 
     /// Biases of the router and the experts.

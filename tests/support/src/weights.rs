@@ -64,6 +64,13 @@ impl Weights<'_> {
         self.floats(&format!("{name}.weight"), &values);
     }
 
+    /// Several norms' weights in one tensor, a row for each.
+    pub fn norm_rows(&mut self, name: &str, shape: [usize; 2], gain: f32) {
+        let values = (0..shape[0] * shape[1]).map(|_| gain * (1.0 + 0.1 * self.rng.normal()));
+        let data = values.flat_map(f32::to_le_bytes).collect();
+        self.file.add_tensor(&format!("{name}.weight"), WeightType::F32.0, &shape.map(|n| n as u64), data);
+    }
+
     pub fn bias(&mut self, name: &str, n: usize, deviation: f32) {
         let values: Vec<f32> = (0..n).map(|_| deviation * self.rng.normal()).collect();
         self.floats(&format!("{name}.bias"), &values);
