@@ -36,10 +36,10 @@ pub mod vocab;
 
 pub use cache::{KvReport, KvRotate};
 pub use engine::{
-    BatchEntry, Checkpoint, DevicePlan, Error, LayerKind, LayerReport, MAX_ADAPTERS, Outputs, Restored, SeqId,
+    BatchEntry, Checkpoint, DevicePlan, Error, LayerKind, LayerReport, MAX_ADAPTERS, Outputs, PlannedCache, Restored, SeqId,
     SequenceView, Session, SessionParams, StateError, plan,
 };
 pub use generation::{Generation, GenerationEnd, GenerationError};
-pub use model::{Hparams, LoraAdapter, Model, ModelParams, Progress};
+pub use model::{Hparams, LoraAdapter, Model, ModelParams, Progress, StateSize};
 pub use sampling::{Sampler, SamplerParams};
 pub use vocab::{AddBos, Special, Token, Vocab};

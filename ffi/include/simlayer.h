@@ -83,6 +83,9 @@ enum simlayer_kind {
     SIMLAYER_KIND_FULL   = 0, // keeps every token
     SIMLAYER_KIND_LAZY   = 1, // keeps first and recent tokens: the policy's decision
     SIMLAYER_KIND_WINDOW = 2, // sliding-window by the model's own design
+    SIMLAYER_KIND_RECURRENT   = 3, // a recurrent state of fixed size, and no keys and values
+    SIMLAYER_KIND_CONVOLUTION = 4, // a convolution's last columns
+    SIMLAYER_KIND_NOTHING     = 5, // a feed-forward alone
 };
 
 struct simlayer_layer {
@@ -90,7 +93,7 @@ struct simlayer_layer {
     int32_t  kind;      // enum simlayer_kind
     int32_t  has_score; // whether the layer was scored
     float    score;     // share of attention on first and recent tokens, 0 to 1; 0 when it was not scored
-    uint64_t bytes;     // of its key and value buffers
+    uint64_t bytes;     // of its key and value buffers and its recurrent state
 };
 
 // Layers of the model, or negative.

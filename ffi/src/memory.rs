@@ -171,7 +171,9 @@ api! {
             return Ok(-1);
         };
         let reported = if context.swa_full { 0 } else { context.model.n_swa() };
-        Ok(session.seq_resumable(seq).saturating_sub(reported) as i32)
+        // What is there now can always be gone on from, though it may be all.
+        let least = session.seq_resumable(seq).min(session.seq_n_past(seq) - 1);
+        Ok(least.saturating_sub(reported) as i32)
     }
 
     fn llama_memory_seq_pos_max(mem: sys::llama_memory_t, seq_id: sys::llama_seq_id) -> sys::llama_pos, or -1, {

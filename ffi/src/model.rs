@@ -379,6 +379,8 @@ api! {
         Ok(MODELS.get(model)?.hparams.as_ref().map_or(sys::LLAMA_ROPE_TYPE_NONE, |hparams| match hparams.rope.kind {
             RopeKind::Norm => sys::LLAMA_ROPE_TYPE_NORM,
             RopeKind::Neox => sys::LLAMA_ROPE_TYPE_NEOX,
+            RopeKind::Multi(_) => sys::LLAMA_ROPE_TYPE_MROPE,
+            RopeKind::Interleaved(_) => sys::LLAMA_ROPE_TYPE_IMROPE,
         }))
     }
 
@@ -544,8 +546,7 @@ api! {
     }
 
     fn llama_model_is_hybrid(model: *const sys::llama_model) -> bool, or false, {
-        MODELS.get(model)?;
-        Ok(false)
+        Ok(MODELS.get(model)?.hparams.as_ref().is_some_and(Hparams::is_recurrent))
     }
 
     fn llama_model_is_diffusion(model: *const sys::llama_model) -> bool, or false, {

@@ -260,6 +260,9 @@ unsafe extern "C" fn simlayer_get_layers(
                 LayerKind::Full => 0,
                 LayerKind::Lazy => 1,
                 LayerKind::Window => 2,
+                LayerKind::Recurrent => 3,
+                LayerKind::Convolution => 4,
+                LayerKind::Nothing => 5,
             };
             let layer = Layer {
                 index: report.index as i32,

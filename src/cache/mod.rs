@@ -1,15 +1,18 @@
-//! The KV cache of a sequence: for each layer a store of key and value rows. It knows nothing of architectures.
+//! The cache of a sequence: for each layer a store of key and value rows, or a recurrent state. It knows nothing of
+//! architectures.
 
 mod meter;
 mod rotation;
 mod shrink;
 mod span;
+mod state;
 mod store;
 
 pub(crate) use meter::{Lease, Meter};
 pub(crate) use rotation::Rotations;
 pub(crate) use shrink::{Move, move_rows};
 pub(crate) use span::Span;
+pub(crate) use state::StateStore;
 pub use store::KvRotate;
 pub(crate) use store::{Format, Store};
 
@@ -19,7 +22,7 @@ pub(crate) use store::{Format, Store};
 pub struct KvReport {
     /// Tokens in the context, over all sequences.
     pub context_tokens: usize,
-    /// What an uncompressed f16 cache of this context takes.
+    /// What an uncompressed f16 cache of this context takes, recurrent layers' states included.
     pub f16_bytes: usize,
     /// What the buffers hold now.
     pub allocated_bytes: usize,
@@ -28,6 +31,7 @@ pub struct KvReport {
     /// `f16_bytes / allocated_bytes`; 0 while nothing is allocated.
     pub compression: f64,
     pub lazy_layers: usize,
+    /// Layers that attend to the tokens before and are not lazy.
     pub active_layers: usize,
     /// How far the prompt's logits moved with the lazy layers, in nats, where the policy goes by that.
     #[serde(skip_serializing_if = "Option::is_none")]

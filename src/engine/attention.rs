@@ -8,9 +8,9 @@ use super::{
     setup::{Kernel, LayerPlan, Setup},
 };
 use crate::{
-    cache::{Span, Store},
+    cache::{Span, StateStore, Store},
     ggml::{FusedAttention, Graph, KvSegment, Tensor, Type},
-    model::{Attention, AttentionOptions},
+    model::{Attention, AttentionOptions, Mixed, State},
 };
 
 /// Intermediate results of a score are kept below this many bytes, by scoring a few KV heads at a time.
@@ -26,6 +26,9 @@ pub(super) struct CacheAttention<'a> {
     pub look: Look,
     /// The layers' scores, where they are of attention mass.
     pub scores: Vec<Score>,
+    /// What the last layer's state has given for all tokens of the ubatch, where it has one: a second look at the layer
+    /// finds it there, for nothing of it depends on what is seen.
+    pub recurred: Option<Tensor>,
 }
 
 /// What queries do with the caches.
@@ -57,6 +60,43 @@ impl Attention for CacheAttention<'_> {
             });
         }
         attended.expect("a ubatch has at least one part")
+    }
+
+    fn recur(
+        &mut self,
+        graph: &Graph,
+        layer: usize,
+        inputs: &[&Tensor],
+        mix: &dyn Fn(&[Tensor], &State) -> Mixed,
+    ) -> Tensor {
+        if let (Look::Again(_), [part], Some(recurred)) = (self.look, self.parts, &self.recurred) {
+            return graph.rows(recurred, part.first, part.n);
+        }
+        let mut outputs: Option<Tensor> = None;
+        let (parts, caches) = (self.parts, self.caches);
+        for (index, part) in parts.iter().enumerate() {
+            let store = state(&caches[index][layer]);
+            let [row, next] = self.inputs.state_rows(graph, index);
+            let columns = graph.get_rows(&store.columns, &row);
+            let before = State { columns, matrices: store.matrices.clone(), row };
+            let own: Vec<Tensor> = inputs.iter().map(|input| graph.rows(input, part.first, part.n)).collect();
+            let Mixed { output, columns, matrices } = mix(&own, &before);
+            let write = |target: &Tensor, state: &Tensor| {
+                let state = graph.reshape(&graph.contiguous_if_needed(state), &[target.shape()[0], 1]);
+                graph.expand(&graph.set_rows(target, &state, &next));
+            };
+            write(&store.columns, &columns);
+            if let (Some(target), Some(matrices)) = (&store.matrices, &matrices) {
+                write(target, matrices);
+            }
+            outputs = Some(match outputs {
+                Some(others) => graph.concat(&others, &output, 1),
+                None => output,
+            });
+        }
+        let outputs = outputs.expect("a ubatch has at least one part");
+        self.recurred = Some(outputs.clone());
+        outputs
     }
 }
 
@@ -286,6 +326,11 @@ impl CacheAttention<'_> {
         graph.name_nodes_from(first_node, SCORE_NAME);
         self.scores.push(Score { part: index, layer, taken: Taken::Masses(masses) });
     }
+}
+
+/// The state of a layer that has one.
+fn state(cache: &LayerCache) -> &StateStore {
+    cache.state.as_ref().expect("room was reserved before the graph is built")
 }
 
 /// The store of a layer whose tokens have room.

@@ -63,6 +63,8 @@ pub(super) struct Part {
     pub n_score: usize,
     /// After the sink, exact stores hold no position before this one.
     pub exact_from: usize,
+    /// The row of recurrent layers' states that is the sequence's before these tokens.
+    pub state_row: usize,
 }
 
 impl Part {
@@ -87,6 +89,17 @@ pub(super) fn pieces(n: usize, n_ubatch: usize, n_queries: usize) -> Vec<Range<u
     ends.push(n);
     let starts = std::iter::once(0).chain(ends.iter().copied());
     starts.zip(ends.iter().copied()).map(|(start, end)| start..end).collect()
+}
+
+/// As [`pieces`], with one that begins at `cut`, where that is given.
+pub(super) fn pieces_cut(n: usize, cut: Option<usize>, n_ubatch: usize, n_queries: usize) -> Vec<Range<usize>> {
+    match cut.filter(|&cut| cut > 0) {
+        None => pieces(n, n_ubatch, n_queries),
+        Some(cut) => {
+            let rest = pieces(n - cut, n_ubatch, n_queries).into_iter().map(|piece| cut + piece.start..cut + piece.end);
+            pieces(cut, n_ubatch, 0).into_iter().chain(rest).collect()
+        }
+    }
 }
 
 #[cfg(test)]

@@ -63,6 +63,7 @@ pub(super) fn restore(
             for (layer, saved) in sequence.layers.iter_mut().zip(&layers) {
                 layer.put_ring_rows(n_past, saved.header.held_from, saved.rows);
                 layer.put_exact_rows(saved.exact);
+                layer.put_state_row(state.place.state_row, saved.state);
             }
             sequence.settle(state.place);
             return Ok(exact);
@@ -82,7 +83,8 @@ fn fits(sequence: &Sequence, saved: &[LayerRows<'_>], n: usize) -> bool {
     let as_saved = |(layer, saved): (&LayerCache, &LayerRows<'_>)| {
         let now = LayerHeader::of(layer, n, Kind::Partial);
         let LayerHeader { lazy, span, format, exact, .. } = saved.header;
-        (now.lazy, now.span, now.format, now.exact) == (lazy, span, format, exact) && layer.store.is_some()
+        let has_room = layer.store.is_some() == layer.attends() && layer.state.is_some() != saved.state.is_empty();
+        (now.lazy, now.span, now.format, now.exact) == (lazy, span, format, exact) && has_room
     };
     sequence.layers.iter().zip(saved).all(as_saved)
 }

@@ -11,7 +11,7 @@ use super::{
     step::{Output, Step, Stretch},
 };
 use crate::{
-    cache::Store,
+    cache::{StateStore, Store},
     ggml::{self, Error, Graph, Scheduler},
     vocab::Token,
 };
@@ -47,8 +47,8 @@ pub(super) struct Kept {
 struct Key {
     parts: Vec<Part>,
     n_outputs: usize,
-    /// For each part and layer: its store, and how many rows attention reads.
-    stores: Vec<(u64, usize)>,
+    /// For each part and layer: its store, how many rows attention reads, and its state's store.
+    stores: Vec<(u64, usize, u64)>,
 }
 
 /// A layer's score in one part.
@@ -175,12 +175,13 @@ impl Executor {
 impl Key {
     fn new(stretch: &Stretch<'_>) -> Key {
         let store = |part: &Part, layer: &LayerCache| {
-            (layer.store.as_ref().map_or(u64::MAX, Store::id), layer.rows_read(part.n_past + part.n))
+            let state = layer.state.as_ref().map_or(u64::MAX, StateStore::id);
+            (layer.store.as_ref().map_or(u64::MAX, Store::id), layer.rows_read(part.n_past + part.n), state)
         };
         let caches = stretch.parts.iter().zip(stretch.caches);
         let stores = caches.flat_map(|(part, layers)| layers.iter().map(move |layer| store(part, layer))).collect();
         // A step differs from the one before by its positions only, which are inputs.
-        let parts = stretch.parts.iter().map(|part| Part { n_past: 0, exact_from: 0, ..*part }).collect();
+        let parts = stretch.parts.iter().map(|part| Part { n_past: 0, exact_from: 0, state_row: 0, ..*part }).collect();
         Key { parts, n_outputs: stretch.n_wanted, stores }
     }
 }

@@ -9,6 +9,9 @@
 //! it goes on; the logits move where that is lost. Pieces are chosen that cannot be known otherwise: with tokens that are
 //! rare in the text, and not among those that are kept.
 //!
+//! Of a sequence with recurrent layers the last tokens can be run again only from states of before them. They are kept while
+//! the prompt is read ([`anchor`]); where there are none, nothing is dropped.
+//!
 //! Keys of fewer bits are tried in the same way ([`LazyParams::narrow_keys`]): there
 //! are models, and layers, whose keys four bits ruin.
 
@@ -20,12 +23,13 @@ use std::{
 };
 
 use super::{
-    batch::Part,
+    batch::{BatchEntry, Part},
     error::Error,
     executor::{Executor, Scored},
     layer::{LayerCache, resumable},
     sequence::{Looked, Sequence},
     setup::{LayerSetup, Setup},
+    snapshot::Snapshot,
     step::Stretch,
 };
 use crate::{
@@ -38,6 +42,9 @@ use crate::{
 
 /// Last tokens that are run again: few tokens' divergences are far from their mean, for it is single ones that are large.
 const N_LAST: usize = 64;
+
+/// As many are run again where recurrent layers' states are known before them and not between.
+const MOST_LAST: usize = 2 * N_LAST;
 
 /// Of these, the last ones that the order of layers is found by, with what is repeated.
 const N_SCORED: usize = 32;
@@ -78,13 +85,15 @@ struct Probe {
     n_last: usize,
     /// Which of the others count.
     repeated: Vec<usize>,
+    /// Recurrent layers' states before the first token.
+    states: Option<Snapshot>,
 }
 
 impl Probe {
     /// The last `n_last` of these tokens, and what is repeated after them.
     fn new(tokens: &[Token], n_last: usize, n_room: usize, lazy: &LazyParams) -> Probe {
         let start = tokens.len() - n_last;
-        let mut probe = Probe { start, tokens: tokens[start..].to_vec(), n_last, repeated: Vec::new() };
+        let mut probe = Probe { start, tokens: tokens[start..].to_vec(), n_last, repeated: Vec::new(), states: None };
         for piece in telling_pieces(tokens, lazy) {
             if probe.tokens.len() + piece.len() <= n_room {
                 let first = probe.tokens.len();
@@ -225,7 +234,47 @@ impl Search {
     }
 }
 
+/// Where among an entry's tokens recurrent layers' states are to be kept, for the look at its end: the number of tokens
+/// before. `None` where there is no such look, no such layer, or a place from before serves.
+pub(super) fn anchor(sequence: &Sequence, entry: &BatchEntry<'_>, setup: &Setup) -> Option<usize> {
+    let (n, n_past, lazy) = (entry.tokens.len(), sequence.n_past(), &setup.params.lazy);
+    let looks = setup.looks() && setup.model.hparams().is_recurrent() && setup.scores_end(entry);
+    let end = n_past + n;
+    if !looks || end <= lazy.n_kept() || sequence.is_early(end) {
+        return None;
+    }
+    let n_ubatch = setup.params.n_ubatch;
+    let serves = |known: &Snapshot| end - known.n_past <= MOST_LAST.min(n_ubatch);
+    let cut = n.saturating_sub(N_LAST.max(lazy.n_queries).min(n_ubatch));
+    (!sequence.anchor.as_ref().is_some_and(serves)).then_some(cut)
+}
+
+impl Setup {
+    /// Whether prompts' ends are looked at before anything is dropped.
+    fn looks(&self) -> bool {
+        self.params.lazy.policy.most_foretold().is_some() || self.params.lazy.narrow_keys
+    }
+}
+
 impl Sequence {
+    /// Whether a sequence of `n_past` tokens has not grown to twice its length since the last look.
+    fn is_early(&self, n_past: usize) -> bool {
+        self.looked.is_some_and(|looked| n_past < 2 * looked.n_past)
+    }
+
+    /// How many of its last tokens a look can run again, if any: recurrent layers' states must be known before them.
+    fn n_last(&self, setup: &Setup) -> Option<usize> {
+        let n_past = self.n_past();
+        let held = n_past.saturating_sub(resumable(&self.layers, |_, layer| layer.held_from));
+        let most = held.min(setup.params.n_ubatch);
+        let n_last = match &self.anchor {
+            _ if !self.is_recurrent() => N_LAST.min(most),
+            Some(anchor) => n_past - anchor.n_past,
+            None => 0,
+        };
+        (FEWEST_LAST..=most).contains(&n_last).then_some(n_last)
+    }
+
     /// Makes layers lazy where the policy goes by looks, and keys narrow where that is asked for: the largest beginning of
     /// the proposed order whose look diverges by no more than is allowed. Of a sequence that has not grown to twice its
     /// length since the last look, none.
@@ -233,21 +282,21 @@ impl Sequence {
         let params = &setup.params;
         let policy = &params.lazy.policy;
         let most_lazy = policy.most_foretold();
-        if most_lazy.is_none() && !params.lazy.narrow_keys {
+        if !setup.looks() {
             return Ok(());
         }
         let n_past = self.n_past();
-        let is_early = self.looked.is_some_and(|looked| n_past < 2 * looked.n_past);
         let is_lazy = self.layers.iter().all(|layer| !layer.is_active());
-        let held = n_past.saturating_sub(resumable(&self.layers, |_, layer| layer.held_from));
-        let n_room = params.n_ubatch;
-        let n_last = N_LAST.min(held).min(n_room);
-        if is_early || is_lazy || n_last < FEWEST_LAST || n_past <= params.lazy.n_kept() {
+        let n_last = self.n_last(setup);
+        let anchor = self.anchor.take();
+        let Some(n_last) = n_last.filter(|_| !self.is_early(n_past) && !is_lazy && n_past > params.lazy.n_kept())
+        else {
             return Ok(());
-        }
+        };
         // The repeated pieces lie in the context for a moment.
-        let n_room = n_room.min(n_last + params.n_ctx - n_past);
-        let probe = Probe::new(&self.tokens, n_last, n_room, &params.lazy);
+        let n_room = params.n_ubatch.min(n_last + params.n_ctx - n_past);
+        let mut probe = Probe::new(&self.tokens, n_last, n_room, &params.lazy);
+        probe.states = anchor;
         let (rows, scores) = self.look(&[], Change::Lazy, &probe, setup, executor)?;
         let n_vocab = setup.model.hparams().n_vocab;
         let sums = rows.chunks_exact(n_vocab).map(log_sum_exp).collect();
@@ -373,7 +422,13 @@ impl Sequence {
         let mut exchange = |layers: &mut [LayerCache]| {
             changed.iter().zip(&mut others).for_each(|(&index, cache)| mem::swap(&mut layers[index], cache));
         };
+        // Both rows of a state are written: what the sequence has is put back afterwards.
+        let row = self.place.state_row;
+        let now = probe.states.as_ref().map(|_| Snapshot::of(self.n_past(), &self.layers, row, &setup.meter));
         exchange(&mut self.layers);
+        if let Some(states) = &probe.states {
+            states.put_back(&self.layers, row);
+        }
         let is_scored =
             changed.is_empty() && setup.order.is_none() && setup.params.lazy.policy.most_foretold().is_some();
         let n_scored = n - probe.n_last + probe.n_last.min(N_SCORED);
@@ -381,6 +436,9 @@ impl Sequence {
         // The graph refers to caches that go.
         executor.forget();
         exchange(&mut self.layers);
+        if let Some(states) = now {
+            states.put_back(&self.layers, row);
+        }
         for (index, rows, exact) in &saved {
             self.layers[*index].put_rows(written.clone(), rows);
             self.layers[*index].put_exact_rows(exact);
@@ -400,7 +458,7 @@ impl Sequence {
         let (n_past, n) = (probe.start, probe.tokens.len());
         // The exact stores hold the newest tokens, and the probe goes back before them.
         let exact_from = self.exact_from(n_past, self.n_past());
-        let parts = [Part { first: 0, n, n_past, n_score, exact_from }];
+        let parts = [Part { first: 0, n, n_past, n_score, exact_from, state_row: self.place.state_row }];
         let caches: [&[LayerCache]; 1] = [&self.layers];
         let layers = 0..setup.layers.len();
         let rows: Vec<i32> = (0..probe.n_last).chain(probe.repeated.iter().copied()).map(|row| row as i32).collect();

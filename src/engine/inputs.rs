@@ -71,21 +71,48 @@ fn is_exact(exact: Span, position: usize, end: usize, part: &Part) -> bool {
 enum Fill {
     /// Token ids of the ubatch.
     Tokens,
-    /// Positions of the ubatch's tokens.
-    Positions,
+    /// Positions of the ubatch's tokens; of models that give each several, all first ones, then all second ones.
+    Positions {
+        per_token: usize,
+    },
     /// Numbers of the rows that outputs are wanted of.
     Outputs,
     /// The rows into which a part's tokens are written.
-    Rows { part: usize, span: Option<Span> },
+    Rows {
+        part: usize,
+        span: Option<Span>,
+    },
+    /// The row of recurrent layers' states that is read, or written.
+    StateRow {
+        part: usize,
+    },
+    NextStateRow {
+        part: usize,
+    },
     /// Which of the rows each token of a part sees: those of one or more groups, one after the other.
-    Mask { part: usize, keys: Vec<Keys> },
+    Mask {
+        part: usize,
+        keys: Vec<Keys>,
+    },
     /// For each of `n_rows` keys: 1 for the scored queries of a part to which `span` keeps it, else 0.
-    Kept { part: usize, span: Span, n_rows: usize },
+    Kept {
+        part: usize,
+        span: Span,
+        n_rows: usize,
+    },
     /// Positions of a part's tokens, as f32: exact below 2^24.
-    Queries { part: usize },
+    Queries {
+        part: usize,
+    },
     /// The position in each row, as f32; [`NOWHERE`] where there is none to be seen.
-    KeyPositions { part: usize, keys: Vec<Keys> },
+    KeyPositions {
+        part: usize,
+        keys: Vec<Keys>,
+    },
 }
+
+/// Positions of a token of text that are its place in the text, where it has several.
+const TEXT_POSITIONS: usize = 3;
 
 /// After every position.
 const NOWHERE: f32 = (1u32 << 30) as f32;
@@ -135,8 +162,9 @@ impl Inputs {
         self.input(graph, Type::I32, &[n], Fill::Tokens)
     }
 
-    pub fn positions(&mut self, graph: &Graph, n: usize) -> Tensor {
-        self.input(graph, Type::I32, &[n], Fill::Positions)
+    /// i32 `[n × per_token]`.
+    pub fn positions(&mut self, graph: &Graph, n: usize, per_token: usize) -> Tensor {
+        self.input(graph, Type::I32, &[n * per_token], Fill::Positions { per_token })
     }
 
     pub fn outputs(&mut self, graph: &Graph, n: usize) -> Tensor {
@@ -145,6 +173,14 @@ impl Inputs {
 
     pub fn rows(&mut self, graph: &Graph, n: usize, part: usize, span: Option<Span>) -> Tensor {
         self.input(graph, Type::I64, &[n], Fill::Rows { part, span })
+    }
+
+    /// The row of recurrent layers' states `[1]` that the part's sequence has, i32; and the one that it has afterwards, i64.
+    pub fn state_rows(&mut self, graph: &Graph, part: usize) -> [Tensor; 2] {
+        [
+            self.input(graph, Type::I32, &[1], Fill::StateRow { part }),
+            self.input(graph, Type::I64, &[1], Fill::NextStateRow { part }),
+        ]
     }
 
     /// f16 `[rows of all groups, n]`: 0 where a token of the part (number `index`) sees a row, else minus infinity. With a
@@ -229,9 +265,13 @@ impl Inputs {
         for (tensor, fill) in inputs.iter().filter(|(tensor, _)| tensor.is_allocated()) {
             match fill {
                 Fill::Tokens => tensor.write(0, tokens),
-                Fill::Positions => {
+                &Fill::Positions { per_token } => {
                     let positions = parts.iter().flat_map(|part| part.n_past..part.n_past + part.n);
-                    tensor.write(0, &positions.map(|position| position as i32).collect::<Vec<_>>());
+                    let positions: Vec<i32> = positions.map(|position| position as i32).collect();
+                    // A token of text is at the same place in all dimensions but the last, which has none.
+                    let mut all = positions.repeat(per_token.min(TEXT_POSITIONS));
+                    all.resize(positions.len() * per_token, 0);
+                    tensor.write(0, &all);
                 }
                 Fill::Outputs => tensor.write(0, outputs),
                 &Fill::Rows { part, span } => {
@@ -239,6 +279,8 @@ impl Inputs {
                     let row = |position| span.map_or(position, |span| span.row(position)) as i64;
                     tensor.write(0, &(n_past..n_past + n).map(row).collect::<Vec<_>>());
                 }
+                &Fill::StateRow { part } => tensor.write(0, &[parts[part].state_row as i32]),
+                &Fill::NextStateRow { part } => tensor.write(0, &[1 - parts[part].state_row as i64]),
                 Fill::Mask { part, keys } => {
                     fill_mask(mask, &parts[*part], keys);
                     tensor.write(0, mask);
@@ -353,7 +395,7 @@ mod tests {
             (n, n_score) in (1usize..30).prop_flat_map(|n| (Just(n), 1..=n)),
             slack in 0usize..10,
         ) {
-            let part = Part { first: 0, n, n_past, n_score, exact_from: 0 };
+            let part = Part { first: 0, n, n_past, n_score, exact_from: 0, state_row: 0 };
             let mut kept = Vec::new();
             fill_kept(&mut kept, &part, span, n_past + n + slack);
             for (key, cells) in kept.chunks_exact(n_score).enumerate() {
@@ -376,7 +418,7 @@ mod tests {
         ) {
             // As after a cut from `n_past + lost` tokens, where no ring had lost anything else.
             let exact_from = exact.map_or(0, |exact| exact.held_from(n_past + lost).min(n_past));
-            let part = Part { first: 0, n, n_past, n_score: 0, exact_from };
+            let part = Part { first: 0, n, n_past, n_score: 0, exact_from, state_row: 0 };
             let stored = |end: usize, has_own| {
                 let n_rows = span.map_or(end + slack, |span| span.used_rows(end));
                 Keys::Stored { span, n_rows, has_own, exact }
@@ -430,7 +472,7 @@ mod tests {
             slack in 0usize..10,
         ) {
             let n_score = n_score.min(n);
-            let part = Part { first: 0, n, n_past, n_score, exact_from: 0 };
+            let part = Part { first: 0, n, n_past, n_score, exact_from: 0, state_row: 0 };
             let stored = |end: usize, has_own| {
                 let n_rows = span.map_or(end + slack, |span| span.used_rows(end)).max(1);
                 Keys::Stored { span, n_rows, has_own, exact: None }

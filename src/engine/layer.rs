@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::setup::{BACK, LayerSetup, ROWS_STEP};
 use crate::{
-    cache::{Format, Move, Span, Store, move_rows},
+    cache::{Format, Move, Span, StateStore, Store, move_rows},
     ggml::{Error, Scheduler},
 };
 
@@ -24,6 +24,10 @@ pub(super) struct LayerCache {
     pub lazy: bool,
     pub score: Option<f32>,
     pub format: Format,
+    /// Whether it attends to the tokens before: it has no rows otherwise.
+    attends: bool,
+    /// Its recurrent state, where it has one.
+    pub state: Option<StateStore>,
 }
 
 /// The sink and the newest tokens of a layer in f16, beside its quantised store.
@@ -59,6 +63,12 @@ pub enum LayerKind {
     Lazy,
     /// A window: it is sliding-window by the model's design.
     Window,
+    /// The state of a recurrent layer, and no keys and values.
+    Recurrent,
+    /// The last columns of a convolution.
+    Convolution,
+    /// Nothing: a feed-forward alone.
+    Nothing,
 }
 
 impl fmt::Display for LayerKind {
@@ -67,6 +77,9 @@ impl fmt::Display for LayerKind {
             LayerKind::Full => "full",
             LayerKind::Lazy => "lazy",
             LayerKind::Window => "window",
+            LayerKind::Recurrent => "recurrent",
+            LayerKind::Convolution => "convolution",
+            LayerKind::Nothing => "nothing",
         })
     }
 }
@@ -82,24 +95,32 @@ pub struct LayerReport {
     pub kind: LayerKind,
     /// Recent tokens that it keeps, the newest included; `None` when it keeps all.
     pub window: Option<usize>,
-    /// Bytes of its buffers.
+    /// Bytes of its buffers, with those of its state.
     pub kv_bytes: usize,
+    /// Bytes of its recurrent state; a layer may have one beside keys and values.
+    pub state_bytes: usize,
 }
 
 impl LayerCache {
-    pub fn new(span: Option<Span>, lazy: bool, format: Format) -> LayerCache {
-        LayerCache { store: None, exact: None, span, held_from: 0, lazy, score: None, format }
+    pub fn new(span: Option<Span>, lazy: bool, format: Format, setup: &LayerSetup) -> LayerCache {
+        let attends = setup.plan.attends;
+        LayerCache { store: None, exact: None, span, held_from: 0, lazy, score: None, format, attends, state: None }
     }
 
     /// The layer in a sequence without tokens: full, unless it is restricted from the first token on.
     pub fn at_first(setup: &LayerSetup) -> LayerCache {
         let (span, format) = setup.at_first();
-        LayerCache::new(span, setup.starts_lazy, format)
+        LayerCache::new(span, setup.starts_lazy, format, setup)
     }
 
     /// Whether the policy may still make it lazy.
     pub fn is_active(&self) -> bool {
-        self.span.is_none()
+        self.attends && self.span.is_none()
+    }
+
+    /// Whether it has keys and values of the tokens before.
+    pub fn attends(&self) -> bool {
+        self.attends
     }
 
     /// Takes a store that the prompt is read over; [`LayerCache::keep_scratch`] or [`LayerCache::make_lazy`] follows.
@@ -164,7 +185,11 @@ impl LayerCache {
     }
 
     pub fn used_rows(&self, n_past: usize) -> usize {
-        self.span.map_or(n_past, |span| span.used_rows(n_past))
+        match self.span {
+            _ if !self.attends => 0,
+            Some(span) => span.used_rows(n_past),
+            None => n_past,
+        }
     }
 
     /// Rows that are read when the sequence has `n_past` tokens: those in use and some more, so that a decode graph
@@ -182,6 +207,10 @@ impl LayerCache {
         setup: &LayerSetup,
         scheduler: &mut Scheduler,
     ) -> Result<(), Error> {
+        self.reserve_state(setup)?;
+        if !self.attends {
+            return Ok(());
+        }
         let needed = self.used_rows(n_past + n);
         match &self.store {
             Some(store) if store.n_rows() >= needed => return Ok(()),
@@ -194,6 +223,14 @@ impl LayerCache {
                 // Rows are positions as long as a store grows, whatever its span.
                 self.store = Some(self.refilled(n_past, store, rows, self.format, setup, scheduler)?);
             }
+        }
+        Ok(())
+    }
+
+    /// Makes room for the layer's state, where it has one: it begins with nothing but zeros.
+    pub fn reserve_state(&mut self, setup: &LayerSetup) -> Result<(), Error> {
+        if self.state.is_none() {
+            self.state = setup.make_state()?;
         }
         Ok(())
     }
@@ -240,7 +277,14 @@ impl LayerCache {
         };
         let lazy = self.lazy || becomes_lazy;
         let held_from = lazy_span.map_or(self.held_from, |span| span.held_from(n_past));
-        Ok(LayerCache { store, exact, span: lazy_span.or(self.span), held_from, lazy, score: self.score, format })
+        let state = match &self.state {
+            Some(state) => {
+                setup.make_state()?.map(|copy| copy.copy_from(state, scheduler).map(|()| copy)).transpose()?
+            }
+            None => None,
+        };
+        let (span, score, attends) = (lazy_span.or(self.span), self.score, self.attends);
+        Ok(LayerCache { store, exact, span, held_from, lazy, score, format, attends, state })
     }
 
     /// Rows were written up to `end` tokens: a ring has lost what was in them.
@@ -252,18 +296,40 @@ impl LayerCache {
 
     pub fn report(&self, index: usize) -> LayerReport {
         let kind = match (self.lazy, self.span) {
+            _ if !self.attends => match &self.state {
+                Some(StateStore { matrices: Some(_), .. }) => LayerKind::Recurrent,
+                Some(_) => LayerKind::Convolution,
+                None => LayerKind::Nothing,
+            },
             (true, _) => LayerKind::Lazy,
             (false, Some(_)) => LayerKind::Window,
             (false, None) => LayerKind::Full,
         };
         let stores = self.store.iter().chain(self.exact.as_ref().map(|exact| &exact.store));
-        let kv_bytes = stores.map(Store::bytes).sum();
+        let state_bytes = self.state.as_ref().map_or(0, StateStore::bytes);
+        let kv_bytes = stores.map(Store::bytes).sum::<usize>() + state_bytes;
         let window = self.span.map(|span| span.n_window);
-        LayerReport { index, score: self.score, lazy: self.lazy, kind, window, kv_bytes }
+        LayerReport { index, score: self.score, lazy: self.lazy, kind, window, kv_bytes, state_bytes }
     }
 }
 
 impl LayerCache {
+    /// A row of the layer's state; nothing where it has none.
+    pub fn state_row(&self, row: usize) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        if let Some(state) = &self.state {
+            state.read_row(row, &mut bytes);
+        }
+        bytes
+    }
+
+    /// Puts [`LayerCache::state_row`] back.
+    pub fn put_state_row(&self, row: usize, bytes: &[u8]) {
+        if let Some(state) = &self.state {
+            state.write_row(row, bytes);
+        }
+    }
+
     pub fn exact_rows(&self) -> Vec<u8> {
         let Some(exact) = &self.exact else { return Vec::new() };
         let mut rows = Vec::new();

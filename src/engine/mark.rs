@@ -10,6 +10,7 @@ use std::sync::Arc;
 use super::{
     layer::{LayerCache, resumable},
     setup::BACK,
+    snapshot::Snapshot,
 };
 use crate::{
     cache::{Lease, Meter, Span},
@@ -27,6 +28,8 @@ pub(super) struct Place {
     pub scored: (usize, usize),
     /// Whether the next token's attention is to be scored ([`At::Decode`](crate::lazy::At::Decode)).
     pub score_next: bool,
+    /// The row of recurrent layers' states that is these tokens'.
+    pub state_row: usize,
 }
 
 /// The end of a prompt.
@@ -46,6 +49,8 @@ struct PromptEnd {
     logits: Vec<f32>,
     /// The rows of each layer's exact store; none where it has none.
     exact: Vec<Vec<u8>>,
+    /// Recurrent layers' states, where there are any: to tokens before the last one there is no way back then.
+    states: Option<Snapshot>,
     _lease: Lease,
 }
 
@@ -62,7 +67,9 @@ impl Mark {
         let exact: Vec<Vec<u8>> = layers.iter().map(LayerCache::exact_rows).collect();
         let bytes = exact.iter().map(Vec::len).sum::<usize>() + size_of_val(logits);
         let tail = tokens[tokens.len().saturating_sub(BACK)..].to_vec();
-        let end = PromptEnd { place, tail, logits: logits.to_vec(), exact, _lease: meter.lease(bytes) };
+        let is_recurrent = layers.iter().any(|layer| layer.state.is_some());
+        let states = is_recurrent.then(|| Snapshot::of(place.n_past, layers, place.state_row, meter));
+        let end = PromptEnd { place, tail, logits: logits.to_vec(), exact, states, _lease: meter.lease(bytes) };
         Mark { end: Arc::new(end), rings: None }
     }
 
@@ -73,7 +80,7 @@ impl Mark {
 
     /// The fewest tokens that one can go back to here.
     pub fn first(&self) -> usize {
-        self.end.place.n_past.saturating_sub(BACK)
+        self.end.place.n_past.saturating_sub(if self.end.states.is_some() { 0 } else { BACK })
     }
 
     /// The prompt's last tokens, [`BACK`] at most.
@@ -120,6 +127,9 @@ impl Mark {
 
     /// Puts the rows back that the layers had at the mark. Their rows before it must not have been written since.
     pub fn put_rows_back(&self, layers: &mut [LayerCache]) {
+        if let Some(states) = &self.end.states {
+            states.put_back(layers, self.end.place.state_row);
+        }
         for (index, layer) in layers.iter_mut().enumerate() {
             layer.put_exact_rows(&self.end.exact[index]);
             if let Some(rings) = &self.rings {

@@ -6,10 +6,11 @@ use serde::Serialize;
 
 use super::{
     error::Error,
+    layer::LayerKind,
     setup::{LayerPlan, SessionParams, kernel},
 };
 use crate::{
-    cache::{Format, Span},
+    cache::{Format, Span, StateStore},
     ggml::Device,
     lazy::{Policy, n_active},
     model::{Hparams, Model, ModelParams, Planned},
@@ -23,6 +24,8 @@ pub struct DevicePlan {
     pub device: String,
     /// Numbers of the layers on it.
     pub layers: Vec<usize>,
+    /// What these keep, in the same order.
+    pub caches: Vec<PlannedCache>,
     /// Whether the output matrix is on it.
     pub output: bool,
     pub weight_bytes: usize,
@@ -33,6 +36,21 @@ pub struct DevicePlan {
     pub lazy_kv_bytes: Option<usize>,
     /// Memory of the device that is free now.
     pub free_bytes: usize,
+}
+
+/// What one layer keeps of a sequence that fills the context.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct PlannedCache {
+    pub index: usize,
+    /// What it is by the model's design, or [`LayerKind::Lazy`] where the rule names it.
+    pub kind: LayerKind,
+    /// Bytes with no layer lazy, its recurrent state included.
+    pub kv_bytes: usize,
+    /// Bytes once it is lazy; the same where it cannot become so.
+    pub lazy_kv_bytes: usize,
+    /// Bytes of its recurrent state; 0 where it has none.
+    pub state_bytes: usize,
 }
 
 impl DevicePlan {
@@ -57,33 +75,58 @@ pub fn plan(path: &Path, model: &ModelParams, session: &SessionParams) -> Result
         let layers: Vec<usize> = (0..hparams.n_layer).filter(|&layer| placement.layer(layer) == device).collect();
         let kernel = kernel(session, &hparams, device);
         let plan = |&layer: &usize| LayerPlan::new(session, &hparams, layer, device, kernel);
-        let caches: Vec<[usize; 2]> = layers.iter().map(|layer| layer_bytes(&plan(layer), n_ctx, &hparams)).collect();
+        let cache = |layer: &usize| cache(&plan(layer), *layer, n_ctx, &hparams, &session.lazy.policy);
+        let caches: Vec<PlannedCache> = layers.iter().map(cache).collect();
         let lazy_bytes = |share: f64| {
-            let bytes = layers.iter().zip(&caches).map(|(layer, [full, lazy])| {
+            let bytes = caches.iter().map(|cache| {
                 let share = match &session.lazy.policy {
-                    Policy::Layers(set) => f64::from(u8::from(set.contains(layer))),
+                    Policy::Layers(_) => f64::from(u8::from(cache.kind == LayerKind::Lazy)),
                     _ => share,
                 };
-                *lazy as f64 * share + *full as f64 * (1.0 - share)
+                cache.lazy_kv_bytes as f64 * share + cache.kv_bytes as f64 * (1.0 - share)
             });
             bytes.sum::<f64>().round() as usize
         };
         DevicePlan {
             weight_bytes: weights.iter().filter(|(on, _)| *on == device).map(|(_, bytes)| bytes).sum(),
             output: placement.output() == device,
-            kv_bytes: caches.iter().map(|[full, _]| full).sum(),
+            kv_bytes: caches.iter().map(|cache| cache.kv_bytes).sum(),
             lazy_kv_bytes: share.map(lazy_bytes),
             free_bytes: device.memory().0,
             device: device.name(),
             layers,
+            caches,
         }
     });
     Ok(plans.collect())
 }
 
+/// What a layer keeps of `n_ctx` tokens.
+fn cache(plan: &LayerPlan, index: usize, n_ctx: usize, hparams: &Hparams, policy: &Policy) -> PlannedCache {
+    let [kv_bytes, lazy_kv_bytes] = layer_bytes(plan, n_ctx, hparams);
+    let is_named = matches!(policy, Policy::Layers(layers) if layers.contains(&index));
+    let kind = match (plan.attends, plan.state) {
+        (true, _) if is_named => LayerKind::Lazy,
+        (true, _) if plan.by_design.is_some() => LayerKind::Window,
+        (true, _) => LayerKind::Full,
+        (false, Some(state)) if state.matrices > 0 => LayerKind::Recurrent,
+        (false, Some(_)) => LayerKind::Convolution,
+        (false, None) => LayerKind::Nothing,
+    };
+    PlannedCache { index, kind, kv_bytes, lazy_kv_bytes, state_bytes: state_bytes(plan) }
+}
+
+fn state_bytes(plan: &LayerPlan) -> usize {
+    plan.state.map_or(0, |size| StateStore::bytes_of(size.columns, size.matrices))
+}
+
 /// Bytes of a layer's cache of `n_ctx` tokens, full and lazy.
 fn layer_bytes(plan: &LayerPlan, n_ctx: usize, hparams: &Hparams) -> [usize; 2] {
-    let bytes = |rows: usize, format: Format| rows * format.row_bytes(hparams.kv_width());
+    let state = state_bytes(plan);
+    if !plan.attends {
+        return [state; 2];
+    }
+    let bytes = |rows: usize, format: Format| rows * format.row_bytes(hparams.kv_width()) + state;
     let restricted = |span: Span, format: Format| bytes(n_ctx.min(plan.rows(span)), format);
     match plan.by_design {
         Some(span) => [restricted(span, plan.active); 2],

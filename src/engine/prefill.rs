@@ -10,14 +10,16 @@
 use std::ops::Range;
 
 use super::{
-    batch::{BatchEntry, Part, pieces},
+    batch::{BatchEntry, Part, pieces_cut},
     error::Error,
     executor::Executor,
+    guard,
     inputs::Inputs,
     layer::LayerCache,
     sequence::Sequence,
     sequences::Sequences,
     setup::Setup,
+    snapshot::Snapshot,
     step::{Step, Stretch},
 };
 use crate::{
@@ -98,7 +100,9 @@ fn read_layers(
     let hparams = setup.model.hparams();
     let device = |layer: usize| setup.layers[layer].plan.device;
     let piece = |tokens| Hidden::new(hparams.n_embd, tokens, device(0), &setup.meter);
-    let pieces = pieces(n_tokens, params.n_ubatch, params.lazy.n_queries);
+    let anchor = guard::anchor(sequence, entry, setup);
+    sequence.anchor = anchor.map(|at| Snapshot::empty(at, setup.layers.len()));
+    let pieces = pieces_cut(n_tokens, anchor, params.n_ubatch, params.lazy.n_queries);
     let mut hidden = pieces.into_iter().map(piece).collect::<Result<Vec<Hidden>, Error>>()?;
     let n_score = match params.lazy.at {
         At::Prefill if setup.scores_end(entry) => setup.n_score(n_tokens, n_tokens, At::Prefill),
@@ -117,6 +121,7 @@ fn read_layers(
         }
     }
     sequence.append(entry.tokens);
+    sequence.place.state_row = hidden.len() % 2;
     sequence.place.scored = (n_score, n_tokens);
     sequence.place.score_next = params.lazy.at == At::Decode && entry.prompt_end;
     Ok(hidden)
@@ -169,11 +174,13 @@ impl Prompt<'_> {
         progress: &mut dyn FnMut(f32),
     ) -> Result<Vec<Option<f32>>, Error> {
         let n_tokens = self.entry.tokens.len();
-        let layers = &mut sequence.layers;
+        let Sequence { layers, anchor, .. } = sequence;
         for index in self.group.clone() {
-            let layer = &mut layers[index];
-            let scratch = self.setup.layers[index].make(layer.used_rows(n_tokens), layer.span, Format::F16)?;
-            layer.put_scratch(scratch);
+            let (layer, setup) = (&mut layers[index], &self.setup.layers[index]);
+            layer.reserve_state(setup)?;
+            if layer.attends() {
+                layer.put_scratch(setup.make(layer.used_rows(n_tokens), layer.span, Format::F16)?);
+            }
         }
 
         // The last graphs are the largest. Where memory grew with each, a device would free and take it a hundred times.
@@ -182,19 +189,28 @@ impl Prompt<'_> {
         let is_new = first == 0 || plan(first - 1).device != plan(first).device;
         if is_new && plan(first).apart.is_some() {
             for hidden in &self.hidden[self.hidden.len().saturating_sub(2)..] {
-                let piece = self.piece(hidden, layers, Inputs::default());
+                let piece = self.piece(hidden, 0, layers, Inputs::default());
                 executor.scheduler.alloc(&piece.step.graph)?;
             }
         }
         let mut scores = vec![None; self.group.len()];
         let mut inputs = Inputs::default();
-        for hidden in self.hidden {
+        for (number, hidden) in self.hidden.iter().enumerate() {
+            let state_row = number % 2;
+            if let Some(anchor) = anchor.as_mut().filter(|anchor| anchor.n_past == hidden.tokens.start) {
+                self.group.clone().for_each(|i| anchor.keep(i, &layers[i], state_row, &self.setup.meter));
+            }
             // Built while the device computes the piece before.
             inputs.clear();
-            let Piece { mut step, part, rows } = self.piece(hidden, layers, inputs);
+            let Piece { mut step, part, rows } = self.piece(hidden, state_row, layers, inputs);
             executor.scheduler.alloc(&step.graph)?;
             let tokens = &self.entry.tokens[hidden.tokens.clone()];
-            for scored in executor.start(&mut step, &part, tokens, &rows)? {
+            let is_awaited = anchor.as_ref().is_some_and(|anchor| anchor.n_past == hidden.tokens.end);
+            let scored = match is_awaited {
+                true => executor.run(&mut step, &part, tokens, &rows)?,
+                false => executor.start(&mut step, &part, tokens, &rows)?,
+            };
+            for scored in scored {
                 scores[scored.layer - first] = Some(scored.value);
             }
             inputs = step.inputs;
@@ -205,11 +221,12 @@ impl Prompt<'_> {
         Ok(scores)
     }
 
-    /// A piece through the group, whose scratches are there.
-    fn piece(&self, Hidden { states, tokens: piece, .. }: &Hidden, layers: &[LayerCache], inputs: Inputs) -> Piece {
+    /// A piece through the group, whose scratches are there, and its states in this row.
+    fn piece(&self, hidden: &Hidden, state_row: usize, layers: &[LayerCache], inputs: Inputs) -> Piece {
+        let Hidden { states, tokens: piece, .. } = hidden;
         let n_tokens = self.entry.tokens.len();
         let n_score = if piece.end == n_tokens { self.n_score.min(piece.len()) } else { 0 };
-        let part = [Part { first: 0, n: piece.len(), n_past: piece.start, n_score, exact_from: 0 }];
+        let part = [Part { first: 0, n: piece.len(), n_past: piece.start, n_score, exact_from: 0, state_row }];
         // Of the last layer only the tokens with outputs are carried on; all have their keys and values stored.
         let wanted = match self.group.end == self.setup.layers.len() {
             true => self.entry.outputs.rows(n_tokens).start.clamp(piece.start, piece.end) - piece.start..piece.len(),

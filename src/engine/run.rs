@@ -4,13 +4,15 @@
 use std::{collections::BTreeSet, slice};
 
 use super::{
-    batch::{BatchEntry, MAX_PARTS, pieces},
+    batch::{BatchEntry, MAX_PARTS, pieces_cut},
     error::Error,
     executor::Executor,
+    guard,
     prefill::prefill,
     sequence::Sequence,
     sequences::Sequences,
     setup::Setup,
+    snapshot::Snapshot,
     ubatch::run_ubatch,
 };
 
@@ -97,8 +99,16 @@ fn run_alone(
     progress: &mut dyn FnMut(usize),
 ) -> Result<(), Error> {
     let (n, params) = (entry.tokens.len(), &setup.params);
-    for range in pieces(n, params.n_ubatch, params.lazy.n_queries) {
+    let anchor = guard::anchor(sequences.get_or_new(entry.seq, setup), entry, setup);
+    for range in pieces_cut(n, anchor, params.n_ubatch, params.lazy.n_queries) {
         let end = range.end;
+        if anchor == Some(range.start) {
+            let sequence = sequences.get_or_new(entry.seq, setup);
+            // A new sequence's states are there before its first token.
+            sequence.reserve(range.len(), setup, executor)?;
+            let (n_past, row) = (sequence.n_past(), sequence.place.state_row);
+            sequence.anchor = Some(Snapshot::of(n_past, &sequence.layers, row, &setup.meter));
+        }
         run_ubatch(setup, executor, sequences, slice::from_ref(&entry.piece(range)), end == n)?;
         if end < n {
             progress(end);
@@ -109,11 +119,16 @@ fn run_alone(
 
 fn entries_that_fit(setup: &Setup, sequences: &Sequences, batch: &[BatchEntry<'_>]) -> usize {
     let mut tokens = 0;
+    let has_anchor = |entry: &BatchEntry<'_>| match sequences.get(entry.seq) {
+        Some(sequence) => guard::anchor(sequence, entry, setup).is_some(),
+        None => guard::anchor(&Sequence::new(setup), entry, setup).is_some(),
+    };
     let fits = |entry: &&BatchEntry<'_>| {
         tokens += entry.tokens.len();
         tokens <= setup.params.n_ubatch
             && !reads_layer_major(setup, sequences, entry)
             && !sequences.get(entry.seq).is_some_and(Sequence::may_replay)
+            && !has_anchor(entry)
     };
     batch.iter().take(MAX_PARTS).take_while(fits).count()
 }

@@ -9,6 +9,7 @@ use super::{
     layer::{LayerCache, LayerReport, resumable},
     mark::{Mark, Place},
     setup::{BACK, Setup},
+    snapshot::Snapshot,
 };
 use crate::{
     cache::{Format, Meter},
@@ -29,6 +30,8 @@ pub(super) struct Sequence {
     mark: Option<Mark>,
     /// What was found when the last tokens were last looked at, before layers became lazy.
     pub looked: Option<Looked>,
+    /// Recurrent layers' states before the last tokens, which a look before dropping runs again.
+    pub anchor: Option<Snapshot>,
 }
 
 /// What a look before dropping found.
@@ -48,11 +51,16 @@ impl Sequence {
 
     /// A sequence of these tokens, whose rows the layers hold.
     pub fn of(place: Place, tokens: Vec<Token>, layers: Vec<LayerCache>) -> Sequence {
-        Sequence { place, layers, tokens, cut_off: Vec::new(), mark: None, looked: None }
+        Sequence { place, layers, tokens, cut_off: Vec::new(), mark: None, looked: None, anchor: None }
     }
 
     pub fn n_past(&self) -> usize {
         self.place.n_past
+    }
+
+    /// Whether a layer has a state, from which nothing can be taken back.
+    pub fn is_recurrent(&self) -> bool {
+        self.layers.iter().any(|layer| layer.state.is_some())
     }
 
     /// Each layer's score, whether it is lazy, its bytes.
@@ -130,7 +138,7 @@ impl Sequence {
 
     /// Whether the first `n` tokens can be continued from, by cutting or by going back to the last prompt's end.
     pub fn can_truncate(&self, n: usize) -> bool {
-        n >= self.n_past() || self.is_held_from(n) || self.mark_for(n).is_some()
+        n >= self.n_past() || (!self.is_recurrent() && self.is_held_from(n)) || self.mark_for(n).is_some()
     }
 
     /// The mark, where going back to it brings the first `n` tokens back.
@@ -140,6 +148,9 @@ impl Sequence {
 
     /// The fewest tokens from which on any number can be gone on from exactly.
     pub fn resumable(&self) -> usize {
+        if self.is_recurrent() {
+            return self.n_past();
+        }
         let of_rings = resumable(&self.layers, |_, layer| layer.held_from);
         if of_rings == 0 {
             return 0;
@@ -176,6 +187,7 @@ impl Sequence {
         self.wrote(end);
         self.place.n_past = self.place.n_past.min(n);
         let n_past = self.place.n_past;
+        self.anchor.take_if(|anchor| anchor.n_past > n_past);
         let mut cut_off = self.tokens.split_off(n_past);
         cut_off.append(&mut self.cut_off);
         self.cut_off = cut_off;
@@ -211,6 +223,7 @@ impl Sequence {
         self.tokens.extend_from_slice(&tail[tail.len() - n_tail.min(tail.len())..]);
         self.tokens.truncate(place.n_past);
         self.place = place;
+        self.anchor = None;
     }
 
     /// Makes the sequence as it was where a state of its first tokens was taken, whose rows the layers have again.
@@ -221,12 +234,13 @@ impl Sequence {
         self.tokens.truncate(place.n_past);
         self.cut_off.clear();
         self.place = place;
+        self.anchor = None;
     }
 
     /// Whether going back and giving the same tokens again needs care: what was computed of them then is not what would be
     /// computed now.
     fn is_inexact(&self) -> bool {
-        self.layers.iter().any(|layer| layer.span.is_some() || layer.exact.is_some())
+        self.layers.iter().any(|layer| layer.span.is_some() || layer.exact.is_some() || layer.state.is_some())
     }
 
     /// Whether the sequence was cut, so that [`Sequence::replay`] may serve its next tokens.
@@ -259,6 +273,10 @@ impl Sequence {
                 self.go_to(&mark);
                 return n;
             }
+        }
+        // A state has not seen them.
+        if self.is_recurrent() {
+            return 0;
         }
         // What has outputs, or ends a prompt, is computed.
         let most = n_tokens - n_wanted.max(usize::from(entry.prompt_end));

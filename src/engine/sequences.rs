@@ -49,8 +49,9 @@ impl Sequences {
     /// The positions that every layer of a sequence holds without a gap, up to the last one.
     pub fn held(&self, seq: SeqId) -> Option<RangeInclusive<usize>> {
         let sequence = self.get(seq).filter(|sequence| sequence.n_past() > 0)?;
-        let first = sequence.layers.iter().map(|layer| layer.held_from).max().unwrap_or(0);
-        Some(first..=sequence.n_past() - 1)
+        let last = sequence.n_past() - 1;
+        let of_layers = sequence.layers.iter().map(|layer| layer.held_from).max().unwrap_or(0);
+        Some(if sequence.is_recurrent() { last } else { of_layers }..=last)
     }
 
     /// What the caches take. Lazy and active layers are those of the longest sequence.
@@ -67,7 +68,7 @@ impl Sequences {
             peak_bytes: setup.meter.peak(),
             compression: if allocated_bytes == 0 { 0.0 } else { f16_bytes as f64 / allocated_bytes as f64 },
             lazy_layers,
-            active_layers: hparams.n_layer - lazy_layers,
+            active_layers: hparams.n_attending() - lazy_layers,
             foretold_kl: longest.and_then(|sequence| sequence.looked).map(|looked| looked.kl),
         }
     }

@@ -12,10 +12,10 @@ use super::{
     profile,
 };
 use crate::{
-    cache::{Format, KvRotate, Meter, Rotations, Span, Store},
+    cache::{Format, KvRotate, Meter, Rotations, Span, StateStore, Store},
     ggml::{self, Adapted, Device, Graph, Type},
     lazy::{At, LazyParams, Policy, Selector, default_threshold},
-    model::{Hparams, LoraAdapter, Model},
+    model::{Hparams, LoraAdapter, Model, StateSize},
 };
 
 /// Rows that attention reads are rounded up to this many, so that a decode graph serves as many steps (as in llama.cpp).
@@ -61,7 +61,7 @@ pub struct SessionParams {
     /// attention kernel, and is ignored without it.
     pub kv_exact: usize,
     /// Keep what is needed to take an answer back and to ask for it again exactly: each prompt's last logits, the newest
-    /// tokens' rows in f16 as they were then, and a long answer's first windows of lazy layers.
+    /// tokens' rows in f16 as they were then, recurrent layers' states, and a long answer's first windows of lazy layers.
     pub keep_prompt_end: bool,
     /// Prompts may come in several calls of [`Session::run`](super::Session::run), of which the last is marked as the prompt's end. The ends
     /// of all are scored then, so that a short last piece does not decide alone.
@@ -120,6 +120,10 @@ pub(super) struct LayerPlan {
     /// The device, unless the processor can read its memory.
     pub apart: Option<Device>,
     pub kernel: Kernel,
+    /// Whether the layer attends to the tokens before.
+    pub attends: bool,
+    /// What it carries from token to token, where it is recurrent.
+    pub state: Option<StateSize>,
     /// How the layer keeps its rows, and how it keeps them while it is lazy.
     pub active: Format,
     pub lazy: Format,
@@ -152,9 +156,11 @@ impl LayerPlan {
             device,
             apart,
             kernel,
+            attends: hparams.attends[index],
+            state: hparams.states[index],
             active: Format::new(params.type_k, params.type_v, params.kv_rotate),
             lazy: lazy_format(params, hparams.head_size),
-            narrow: narrow_format(params, hparams.head_size).filter(|_| hparams.windows[index].is_none()),
+            narrow: narrow_format(params, hparams.head_size).filter(|_| hparams.can_be_lazy(index)),
             by_design: hparams.windows[index].map(|n_window| Span { n_sink: 0, n_window, n_slack: lazy.n_slack }),
             lazy_span: Span { n_sink: lazy.n_sink, n_window: lazy.window(index), n_slack: lazy.n_slack },
             exact_span: (kernel == Kernel::Fused && params.kv_exact > 0).then_some(exact_span),
@@ -196,6 +202,14 @@ impl LayerSetup {
         let memory = self.plan.device.buffer_type();
         let most_rows = span.map(|span| self.plan.rows(span));
         Store::new(self.width, n_rows, self.plan.block, most_rows, format, memory, &self.meter)
+    }
+
+    /// A state on the layer's device, where the layer has one.
+    pub fn make_state(&self) -> Result<Option<StateStore>, ggml::Error> {
+        let make = |StateSize { columns, matrices }: StateSize| {
+            StateStore::new(columns, matrices, self.plan.device.buffer_type(), &self.meter)
+        };
+        self.plan.state.map(make).transpose()
     }
 
     /// What the layer keeps of a sequence from its first token on, and how.
@@ -271,7 +285,7 @@ impl Setup {
         let plan = LayerPlan::new(params, hparams, index, device, kernel);
         let is_known_lazy = params.lazy.windowed_prefill() && self.selector().is_known_lazy(index);
         Ok(LayerSetup {
-            starts_lazy: is_known_lazy && plan.by_design.is_none(),
+            starts_lazy: is_known_lazy && hparams.can_be_lazy(index),
             plan,
             rotations,
             width: hparams.kv_width(),
@@ -437,6 +451,10 @@ fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
     if let Policy::Layers(layers) = &params.lazy.policy {
         for &layer in layers {
             let why = match hparams.windows.get(layer) {
+                Some(_) if !hparams.attends[layer] => {
+                    "it keeps nothing that grows with the text (recurrent, or a feed-forward alone); leave it out"
+                        .to_owned()
+                }
                 Some(None) => continue,
                 Some(Some(window)) => format!("it is sliding-window by design (window {window}); leave it out"),
                 None => format!("the model has layers 0 to {}", n_layer - 1),

@@ -5,7 +5,7 @@
 //! first, then each length and each setting against the model and the session.
 //!
 //! A whole state has all rows. A partial one, a checkpoint's, has those that cutting a longer sequence cannot bring back:
-//! the rings' windows and the exact rows.
+//! the rings' windows and the exact rows. Both have recurrent layers' states.
 
 use std::{
     io::{self, Write},
@@ -23,9 +23,9 @@ use super::{
     setup::Setup,
 };
 use crate::{
-    cache::{Format, Span},
+    cache::{Format, Span, StateStore},
     ggml::{self, Type},
-    model::{FINGERPRINT_BYTES, Hparams},
+    model::{FINGERPRINT_BYTES, Hparams, StateSize},
     vocab::Token,
 };
 
@@ -231,6 +231,8 @@ pub(super) struct LayerRows<'a> {
     pub header: LayerHeader,
     pub rows: &'a [u8],
     pub exact: &'a [u8],
+    /// The recurrent state; empty where the layer has none.
+    pub state: &'a [u8],
 }
 
 /// Bytes of a state of a sequence, or of none.
@@ -243,7 +245,8 @@ pub(super) fn bytes(hparams: &Hparams, sequence: Option<&Sequence>, kind: Kind) 
             let header = LayerHeader::of(layer, sequence.n_past(), kind);
             let exact_rows = header.exact.map_or(0, Span::n_rows);
             let rows = header.rows * header.format.row_bytes(width);
-            LayerHeader::BYTES + rows + exact_rows * header.format.exact().row_bytes(width)
+            let state = layer.state.as_ref().map_or(0, StateStore::row_bytes);
+            LayerHeader::BYTES + rows + exact_rows * header.format.exact().row_bytes(width) + state
         };
         bytes += size_of_val(&sequence.tokens[..]) + sequence.layers.iter().map(layer).sum::<usize>();
     }
@@ -265,7 +268,7 @@ pub(super) fn save(setup: &Setup, sequence: Option<&Sequence>, kind: Kind, to: &
     for size in [hparams.n_layer, hparams.n_embd, hparams.kv_width(), hparams.head_size] {
         to.u32(size as u32)?;
     }
-    let Place { n_past, exact_from, scored: (n_scored, scored_at), score_next } =
+    let Place { n_past, exact_from, scored: (n_scored, scored_at), score_next, state_row } =
         sequence.map_or_else(Place::default, |sequence| sequence.place);
     to.u64(n_past)?;
     to.u64(exact_from)?;
@@ -284,6 +287,7 @@ pub(super) fn save(setup: &Setup, sequence: Option<&Sequence>, kind: Kind, to: &
         }
         to.bytes(&buffer)?;
         to.bytes(&layer.exact_rows())?;
+        to.bytes(&layer.state_row(state_row))?;
     }
     let checksum = to.hash.digest();
     to.to.write_all(&checksum.to_le_bytes())
@@ -326,13 +330,17 @@ pub(super) fn read(setup: &Setup, from: &[u8]) -> Result<(Option<Sequence>, usiz
 fn layer_of(saved: &LayerRows<'_>, index: usize, n_past: usize, setup: &Setup) -> Result<LayerCache, StateError> {
     let LayerHeader { lazy, score, span, format, held_from, rows, .. } = saved.header;
     let setup = &setup.layers[index];
-    let mut layer = LayerCache::new(span, lazy, format);
+    let mut layer = LayerCache::new(span, lazy, format, setup);
     (layer.score, layer.held_from) = (score, held_from);
-    let store = setup.make(rows, span, format)?;
-    store.write_rows(&saved.header.ranges(n_past, Kind::Whole), saved.rows);
-    layer.store = Some(store);
-    layer.exact = Exact::new(format, setup)?;
-    layer.put_exact_rows(saved.exact);
+    if layer.attends() {
+        let store = setup.make(rows, span, format)?;
+        store.write_rows(&saved.header.ranges(n_past, Kind::Whole), saved.rows);
+        layer.store = Some(store);
+        layer.exact = Exact::new(format, setup)?;
+        layer.put_exact_rows(saved.exact);
+    }
+    layer.reserve_state(setup)?;
+    layer.put_state_row(0, saved.state);
     Ok(layer)
 }
 
@@ -390,7 +398,7 @@ impl<'a> State<'a> {
         if tokens.iter().any(|&token| usize::try_from(token).map_or(true, |id| id >= hparams.n_vocab)) {
             return Err(StateError::Damaged("a token is none of the vocabulary"));
         }
-        let place = Place { n_past, exact_from, scored, score_next };
+        let place = Place { n_past, exact_from, scored, score_next, state_row: 0 };
         Ok(State { kind, place, tokens, rest: reader, length })
     }
 
@@ -401,7 +409,7 @@ impl<'a> State<'a> {
         let LayerHeader { lazy, span, format, held_from, rows, exact, .. } = header;
         let by_design = hparams.windows[index];
         match (lazy, span) {
-            (true, Some(_)) if by_design.is_none() => {}
+            (true, Some(_)) if hparams.can_be_lazy(index) => {}
             (false, span) if span.map(|span| (span.n_sink, span.n_window)) == by_design.map(|window| (0, window)) => {}
             _ => return Err(mismatch("what a layer keeps is not what this model's layers can keep")),
         }
@@ -426,10 +434,11 @@ impl<'a> State<'a> {
                     && (held_from == span.n_sink || span.resumable(held_from) <= n_past)
             }
         };
-        if !is_held || rows != header.ranges(n_past, kind).iter().map(Range::len).sum::<usize>() {
+        let kept = if plan.attends { header.ranges(n_past, kind).iter().map(Range::len).sum() } else { 0 };
+        if !is_held || rows != kept {
             return Err(StateError::Damaged("a layer has another number of rows than tokens"));
         }
-        if exact != plan.exact_span_for(format) {
+        if exact != plan.exact_span_for(format).filter(|_| plan.attends) {
             return Err(mismatch("another number of newest tokens is kept in f16 beside a quantised cache"));
         }
         // Asked before memory is: a length that lies must not allocate.
@@ -437,7 +446,9 @@ impl<'a> State<'a> {
         let bytes =
             rows.checked_mul(format.row_bytes(hparams.kv_width())).ok_or(StateError::Damaged("it ends too early"))?;
         let rows = reader.bytes(bytes)?;
-        Ok(LayerRows { header, rows, exact: reader.bytes(exact_rows * format.exact().row_bytes(hparams.kv_width()))? })
+        let exact = reader.bytes(exact_rows * format.exact().row_bytes(hparams.kv_width()))?;
+        let state = reader.bytes(plan.state.map_or(0, StateSize::bytes))?;
+        Ok(LayerRows { header, rows, exact, state })
     }
 }
 

@@ -82,6 +82,10 @@ struct SecondLook {
 }
 
 impl Setup {
+    fn positions_per_token(&self) -> usize {
+        self.model.hparams().rope.kind.positions_per_token()
+    }
+
     /// The graph of a stretch. `inputs` are empty; their memory is used again.
     pub fn step(&self, stretch: &Stretch<'_>, mut inputs: Inputs) -> Step {
         let Stretch { layers, parts, caches, entering, n_wanted } = stretch;
@@ -89,7 +93,7 @@ impl Setup {
         let n_layer = self.layers.len();
         let n_tokens = stretch.n_tokens();
         let graph = self.graph(Setup::max_nodes(layers.len()));
-        let positions = inputs.positions(&graph, n_tokens);
+        let positions = inputs.positions(&graph, n_tokens, self.positions_per_token());
         let is_cut = layers.end == n_layer && *n_wanted < n_tokens;
         let keep = is_cut.then(|| inputs.outputs(&graph, (*n_wanted).max(1)));
         let mut hidden = match entering {
@@ -97,17 +101,26 @@ impl Setup {
             None => architecture.embed(&graph, &inputs.tokens(&graph, n_tokens)),
         };
         let look = Look::First { scored: self.params.lazy.policy.measure() == Measure::Mass };
-        let mut attention =
-            CacheAttention { inputs: &mut inputs, parts, caches, setup: self, look, scores: Vec::new() };
+        let mut attention = CacheAttention {
+            inputs: &mut inputs,
+            parts,
+            caches,
+            setup: self,
+            look,
+            scores: Vec::new(),
+            recurred: None,
+        };
         let (mut looks, mut looked) = (self.second_looks(parts), Vec::new());
         for index in layers.clone() {
             let keep = keep.as_ref().filter(|_| index + 1 == n_layer);
             let step = LayerStep { index, hidden: &hidden, positions: &positions, keep, n_ctx: self.params.n_ctx };
             graph.set_device(self.layers[index].plan.apart);
+            attention.recurred = None;
             let result = architecture.layer(&graph, &step, &mut attention);
             let whole = Some(&result).filter(|_| keep.is_none());
             for look in &mut looks {
-                looked.extend(self.look_again(&graph, look, caches, index, &hidden, whole));
+                let recurred = attention.recurred.as_ref();
+                looked.extend(self.look_again(&graph, look, caches, index, &hidden, (whole, recurred)));
             }
             hidden = result;
         }
@@ -137,8 +150,8 @@ impl Setup {
     }
 
     /// The queries' second pass through a layer whose graph is built: `hidden` `[n_embd, tokens]` is what all tokens
-    /// of the ubatch entered it with, `result` what they left it with; `None` where not all of them did. No score of a
-    /// layer that is no candidate.
+    /// of the ubatch entered it with, `result` what they left it with; `None` where not all of them did; `recurred` what the
+    /// layer's state gave, where it has one. No score of a layer that is no candidate.
     fn look_again(
         &self,
         graph: &Graph,
@@ -146,7 +159,7 @@ impl Setup {
         caches: &[&[LayerCache]],
         index: usize,
         hidden: &Tensor,
-        result: Option<&Tensor>,
+        (result, recurred): (Option<&Tensor>, Option<&Tensor>),
     ) -> Option<Score> {
         let SecondLook { part, queries, inputs } = look;
         let caches = [caches[*part]];
@@ -159,12 +172,13 @@ impl Setup {
         }
         let first_node = graph.n_nodes();
         let entering = graph.rows(hidden, first, n);
-        let positions = inputs.positions(graph, n);
+        let positions = inputs.positions(graph, n, self.positions_per_token());
         let step = LayerStep { index, hidden: &entering, positions: &positions, keep: None, n_ctx: self.params.n_ctx };
         let mut pass = |span| {
             let look = Look::Again(span);
-            let mut attention =
-                CacheAttention { inputs, parts: &*queries, caches: &caches, setup: self, look, scores: Vec::new() };
+            let recurred = recurred.cloned();
+            let (parts, scores) = (&*queries, Vec::new());
+            let mut attention = CacheAttention { inputs, parts, caches: &caches, setup: self, look, scores, recurred };
             self.model.architecture().layer(graph, &step, &mut attention)
         };
         let restricted = pass(Some(self.layers[index].plan.lazy_span));

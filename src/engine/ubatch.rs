@@ -7,6 +7,7 @@ use super::{
     error::Error,
     executor::Executor,
     layer::LayerCache,
+    mark::Place,
     sequence::Sequence,
     sequences::Sequences,
     setup::Setup,
@@ -84,7 +85,8 @@ fn part(setup: &Setup, sequence: &Sequence, entry: &BatchEntry<'_>, first: usize
         At::Decode if sequence.place.score_next => setup.n_score(n, n_past + n, At::Decode),
         _ => 0,
     };
-    Part { first, n, n_past, n_score, exact_from: sequence.place.exact_from }
+    let Place { exact_from, state_row, .. } = sequence.place;
+    Part { first, n, n_past, n_score, exact_from, state_row }
 }
 
 /// Counts the tokens in, and lets layers become lazy where a prompt has ended.
@@ -97,6 +99,7 @@ fn advance(
     mut scores: Vec<(usize, f32)>,
 ) -> Result<(), Error> {
     sequence.append(entry.tokens);
+    sequence.place.state_row = 1 - sequence.place.state_row;
     sequence.note_scores(n_score, &mut scores, setup.params.lazy.n_queries);
     let decides = match setup.params.lazy.at {
         At::Prefill => entry.prompt_end,

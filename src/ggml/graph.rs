@@ -46,6 +46,23 @@ pub enum RopeKind {
     Norm,
     /// Halves: (0, n/2), (1, n/2 + 1), …
     Neox,
+    /// Halves by several positions a token (M-RoPE): as many pairs as each section says by its position.
+    Multi([usize; RopeKind::N_POSITIONS]),
+    /// As [`RopeKind::Multi`], the pairs of the first three sections in turn (interleaved M-RoPE).
+    Interleaved([usize; RopeKind::N_POSITIONS]),
+}
+
+impl RopeKind {
+    /// Positions of a token where it has several: time, height, width, and one more.
+    pub const N_POSITIONS: usize = 4;
+
+    /// Positions that a token has.
+    pub fn positions_per_token(self) -> usize {
+        match self {
+            RopeKind::Norm | RopeKind::Neox => 1,
+            RopeKind::Multi(_) | RopeKind::Interleaved(_) => RopeKind::N_POSITIONS,
+        }
+    }
 }
 
 /// RoPE's parameters, as `ggml_rope_ext` takes them.
@@ -213,6 +230,29 @@ impl Graph {
         node!(self, [a], ggml_clamp(a.raw(), min, f32::INFINITY))
     }
 
+    /// No element outside of ± `limit`. `a` itself is changed.
+    pub fn within(&self, a: &Tensor, limit: f32) -> Tensor {
+        node!(self, [a], ggml_clamp(a.raw(), -limit, limit))
+    }
+
+    pub fn square(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_sqr(a.raw()))
+    }
+
+    pub fn relu(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_relu(a.raw()))
+    }
+
+    pub fn gelu(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_gelu(a.raw()))
+    }
+
+    /// For `x` above 0 `a_p·x² + beta·x`, else `(eᵐ - 1)·a_n - x·a_n + beta·x`, where `m` is `x`, at most `eps`, `a_p` is
+    /// `softplus(alpha_p)`, and `a_n` is `beta + softplus(alpha_n)`.
+    pub fn xielu(&self, a: &Tensor, alpha_n: f32, alpha_p: f32, beta: f32, eps: f32) -> Tensor {
+        node!(self, [a], ggml_xielu(a.raw(), alpha_n, alpha_p, beta, eps))
+    }
+
     pub fn tanh(&self, a: &Tensor) -> Tensor {
         node!(self, [a], ggml_tanh(a.raw()))
     }
@@ -238,6 +278,17 @@ impl Graph {
     /// `n` times the row `a` `[width]` → `[width, n]`.
     pub fn repeat_row(&self, a: &Tensor, n: usize) -> Tensor {
         node!(self, [a], ggml_repeat_4d(a.raw(), a.shape()[0] as i64, n as i64, 1, 1))
+    }
+
+    /// `a` as often as it takes to fill the shape, whose dimensions are multiples of its own.
+    pub fn repeat(&self, a: &Tensor, shape: [usize; 3]) -> Tensor {
+        let [n0, n1, n2] = shape.map(|n| n as i64);
+        node!(self, [a], ggml_repeat_4d(a.raw(), n0, n1, n2, 1))
+    }
+
+    /// A tensor like `a` with this number in each element.
+    pub fn filled_like(&self, a: &Tensor, value: f32) -> Tensor {
+        node!(self, [a], ggml_fill(a.raw(), value))
     }
 
     /// The natural logarithm.
@@ -269,6 +320,11 @@ impl Graph {
         node!(self, [gate, up], ggml_geglu_split(gate.raw(), up.raw()))
     }
 
+    /// `relu(gate) × up`.
+    pub fn reglu(&self, gate: &Tensor, up: &Tensor) -> Tensor {
+        node!(self, [gate, up], ggml_reglu_split(gate.raw(), up.raw()))
+    }
+
     /// gpt-oss's activation: `g·sigmoid(alpha·g) × (1 + u)`, the gate `g` at most `limit`, `u` within ± `limit`.
     pub fn swiglu_clamped(&self, gate: &Tensor, up: &Tensor, alpha: f32, limit: f32) -> Tensor {
         node!(self, [gate, up], ggml_swiglu_oai(gate.raw(), up.raw(), alpha, limit))
@@ -277,6 +333,15 @@ impl Graph {
     /// `silu(gate) × up`, the gated activation of LLaMA's feed-forward.
     pub fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Tensor {
         node!(self, [gate, up], ggml_swiglu_split(gate.raw(), up.raw()))
+    }
+
+    pub fn silu(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_silu(a.raw()))
+    }
+
+    /// `ln(1 + e^a)`.
+    pub fn softplus(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_softplus(a.raw()))
     }
 
     /// `weight [k, n] × input [k, m]` → `[n, m]`.
@@ -400,11 +465,16 @@ impl Graph {
 
     // Attention.
 
-    /// Rotates `a` `[head size, heads, tokens]` by the positions `[tokens]` (i32). `factors` are frequency factors.
+    /// Rotates `a` `[head size, heads, tokens]` by the positions (i32) `[tokens]`, or, where a token has several
+    /// ([`RopeKind::positions_per_token`]), `[tokens × 4]`: all first ones, then all second ones. `factors` are frequency
+    /// factors.
     pub fn rope(&self, a: &Tensor, positions: &Tensor, factors: Option<&Tensor>, rope: &Rope) -> Tensor {
         let mode = match rope.kind {
             RopeKind::Norm => sys::GGML_ROPE_TYPE_NORMAL as i32,
             RopeKind::Neox => sys::GGML_ROPE_TYPE_NEOX as i32,
+            RopeKind::Multi(sections) | RopeKind::Interleaved(sections) => {
+                return self.rope_multi(a, positions, factors, rope, sections);
+            }
         };
         if let Some(factors) = factors {
             self.context.uses(factors);
@@ -417,6 +487,43 @@ impl Graph {
                 positions.raw(),
                 factors.map_or(std::ptr::null_mut(), Tensor::raw),
                 rope.n_rot as i32,
+                mode,
+                rope.n_ctx_orig as i32,
+                rope.freq_base,
+                rope.freq_scale,
+                rope.ext_factor,
+                rope.attn_factor,
+                rope.beta_fast,
+                rope.beta_slow
+            )
+        )
+    }
+
+    fn rope_multi(
+        &self,
+        a: &Tensor,
+        positions: &Tensor,
+        factors: Option<&Tensor>,
+        rope: &Rope,
+        sections: [usize; RopeKind::N_POSITIONS],
+    ) -> Tensor {
+        let mode = match rope.kind {
+            RopeKind::Interleaved(_) => sys::GGML_ROPE_TYPE_IMROPE as i32,
+            _ => sys::GGML_ROPE_TYPE_MROPE as i32,
+        };
+        let mut sections = sections.map(|n| n as i32);
+        if let Some(factors) = factors {
+            self.context.uses(factors);
+        }
+        node!(
+            self,
+            [a, positions],
+            ggml_rope_multi(
+                a.raw(),
+                positions.raw(),
+                factors.map_or(std::ptr::null_mut(), Tensor::raw),
+                rope.n_rot as i32,
+                sections.as_mut_ptr(),
                 mode,
                 rope.n_ctx_orig as i32,
                 rope.freq_base,
@@ -502,6 +609,43 @@ impl Graph {
             unsafe { sys::ggml_soft_max_add_sinks(result.raw(), sinks.raw()) };
         }
         result
+    }
+
+    // Recurrent layers, for the tokens of one sequence.
+
+    /// A convolution of each channel with its own kernel: `columns` `[width - 1 + n, channels]`, `kernel`
+    /// `[width, channels]` → `[channels, n]`.
+    pub fn ssm_conv(&self, columns: &Tensor, kernel: &Tensor) -> Tensor {
+        node!(self, [columns, kernel], ggml_ssm_conv(columns.raw(), kernel.raw()))
+    }
+
+    /// A gated delta net's tokens, one after the other: `q` and `k` `[size, key heads, n]`, `v` `[size, heads, n]`, the
+    /// logarithm of the decay `gate` and `beta` `[1, heads, n]`, `state` `[size, size, heads]`. Head `i` has the keys of
+    /// head `i` modulo their number. → `[size × heads, n + size]`: the outputs, then the state in as many elements.
+    pub fn gated_delta_net(&self, [q, k, v]: [&Tensor; 3], gate: &Tensor, beta: &Tensor, state: &Tensor) -> Tensor {
+        node!(
+            self,
+            [q, k, v, gate, beta, state],
+            ggml_gated_delta_net(q.raw(), k.raw(), v.raw(), gate.raw(), beta.raw(), state.raw(), 1)
+        )
+    }
+
+    /// A selective state-space scan (Mamba-2): `states` `[state size, head size, heads, rows]`, of which `row` (i32 `[1]`)
+    /// is meant, `x` `[head size, heads, n]`, `dt` `[heads, n]`, the decay `a` `[1, heads]`, `b` and `c`
+    /// `[state size, groups, n]` → the outputs, then the state, in one row.
+    pub fn ssm_scan(
+        &self,
+        states: &Tensor,
+        row: &Tensor,
+        [x, dt]: [&Tensor; 2],
+        a: &Tensor,
+        [b, c]: [&Tensor; 2],
+    ) -> Tensor {
+        node!(
+            self,
+            [states, row, x, dt, a, b, c],
+            ggml_ssm_scan(states.raw(), x.raw(), dt.raw(), a.raw(), b.raw(), c.raw(), row.raw(), 1)
+        )
     }
 
     // Rows and copies.

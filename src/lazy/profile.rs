@@ -29,7 +29,7 @@ pub struct Profile {
     pub n_window: usize,
     /// How the prompt was read when the cuts were measured.
     pub prefill: PrefillMode,
-    /// All layers, the least harmful first.
+    /// The layers that can become lazy, the least harmful first.
     pub order: Vec<usize>,
     pub model: Identity,
     pub text: CalibrationText,
@@ -183,12 +183,17 @@ impl Profile {
         }
         let n_layer = self.model.n_layer;
         let listed: BTreeSet<usize> = self.order.iter().copied().collect();
-        if self.order.len() != n_layer || !listed.iter().copied().eq(0..n_layer) {
-            return Err(format!("its order does not name each of the {n_layer} layers once"));
+        let measured: BTreeSet<usize> = self.layers.iter().map(|layer| layer.index).collect();
+        if self.order.len() != listed.len() || listed != measured {
+            return Err("its order does not name each of the layers that were measured once".to_owned());
+        }
+        if let Some(layer) = listed.last().filter(|&&layer| layer >= n_layer) {
+            return Err(format!("its order names layer {layer}, but the model has {n_layer}"));
         }
         for Cut { lazy, windows, .. } in &self.cuts {
-            if *lazy > n_layer {
-                return Err(format!("a cut of {lazy} lazy layers, but the model has {n_layer}"));
+            if *lazy > self.order.len() {
+                let n = self.order.len();
+                return Err(format!("a cut of {lazy} lazy layers, but {n} can become lazy"));
             }
             if !windows.is_empty() && (windows.len() != *lazy || windows.iter().any(|n| !WINDOWS.contains(n))) {
                 return Err(format!("the cut of {lazy} lazy layers has not as many windows of at least 1 token"));
@@ -284,6 +289,19 @@ mod tests {
         assert!(fs::read_to_string(&path).unwrap().contains("prefill = \"window\""));
     }
 
+    /// Of a model in which only some layers can become lazy.
+    #[test]
+    fn only_some_layers_need_to_be_measured() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.simlayer.toml");
+        let mut profile = profile();
+        profile.order = vec![3, 1];
+        profile.layers.retain(|layer| layer.index % 2 == 1);
+        profile.cuts.truncate(2);
+        profile.write(&path).unwrap();
+        assert_eq!(Profile::read(&path).unwrap().lazy_layers(Target::Share(0.5)), [3].into());
+    }
+
     #[test]
     fn cuts() {
         let lazy = |target| profile().lazy_layers(target);
@@ -324,8 +342,16 @@ mod tests {
             Profile::read(&path).unwrap_err().to_string()
         };
         assert!(message(&|profile| profile.version = 3).contains("version 3 is unknown"));
-        assert!(message(&|profile| profile.order = vec![0, 1, 1, 3]).contains("each of the 4 layers once"));
-        assert!(message(&|profile| profile.order = vec![0, 1, 2]).contains("each of the 4 layers once"));
+        assert!(
+            message(&|profile| profile.order = vec![0, 1, 1, 3]).contains("each of the layers that were measured once")
+        );
+        assert!(
+            message(&|profile| profile.order = vec![0, 1, 2]).contains("each of the layers that were measured once")
+        );
+        let other_layer = |profile: &mut Profile| {
+            (profile.order, profile.layers[3].index) = (vec![0, 1, 2, 4], 4);
+        };
+        assert!(message(&other_layer).contains("layer 4, but the model has 4"));
         assert!(message(&|profile| profile.cuts[0].windows = vec![8, 8]).contains("not as many windows"));
         assert!(message(&|profile| profile.cuts[0].windows = vec![0]).contains("at least 1 token"));
         assert!(message(&|profile| profile.cuts[0].lazy = 5).contains("cut of 5 lazy layers"));

@@ -22,7 +22,8 @@ pub(crate) trait Architecture: Send + Sync {
 pub(crate) struct LayerStep<'a> {
     pub index: usize,
     pub hidden: &'a Tensor,
-    /// Positions of the tokens `[n]` (i32).
+    /// Positions of the tokens (i32) `[n]`; `[n × 4]` where each has several, see
+    /// [`RopeKind::positions_per_token`](super::RopeKind::positions_per_token).
     pub positions: &'a Tensor,
     pub keep: Option<&'a Tensor>,
     /// Tokens that the sequence may grow to.
@@ -36,7 +37,7 @@ impl LayerStep<'_> {
     }
 }
 
-/// Attention over a cache, given by the engine.
+/// What a layer knows of the tokens before, given by the engine: attention over a cache, and a recurrent state.
 pub(crate) trait Attention {
     /// `q` `[head size, heads, n]`, `k` and `v` `[head size, KV heads, n]`, RoPE applied → `[head size × heads, n]`.
     fn attend(
@@ -48,6 +49,35 @@ pub(crate) trait Attention {
         v: &Tensor,
         options: &AttentionOptions<'_>,
     ) -> Tensor;
+
+    /// Tokens through the layer's recurrent state: `mix` is called for each sequence in turn, with the columns of all
+    /// `inputs` `[width, n]` that are its tokens', and with its state before them. → their outputs `[width, n]`.
+    fn recur(
+        &mut self,
+        graph: &Graph,
+        layer: usize,
+        inputs: &[&Tensor],
+        mix: &dyn Fn(&[Tensor], &State) -> Mixed,
+    ) -> Tensor;
+}
+
+/// A sequence's state in one layer before some tokens.
+pub(crate) struct State {
+    /// A convolution's last columns, `[elements]`.
+    pub columns: Tensor,
+    /// State matrices `[elements, rows]`, of which row `row` is the sequence's; none of a convolution alone.
+    pub matrices: Option<Tensor>,
+    /// i32 `[1]`.
+    pub row: Tensor,
+}
+
+/// What tokens of one sequence leave a recurrent layer with.
+pub(crate) struct Mixed {
+    /// `[width, n]`
+    pub output: Tensor,
+    /// The state after them, each in as many elements as before.
+    pub columns: Tensor,
+    pub matrices: Option<Tensor>,
 }
 
 /// How a layer's attention weights come from its queries and keys. Which keys a query sees is the engine's to know

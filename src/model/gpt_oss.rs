@@ -2,7 +2,7 @@
 
 use super::{
     Error,
-    parts::{Activation, Block, Builder, Decoder, Experts, Norm, Routing, SelfAttention},
+    parts::{Activation, Block, Builder, Decoder, Experts, Routing, SelfAttention},
 };
 use crate::ggml::{Rope, RopeKind};
 
@@ -21,12 +21,8 @@ pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
             attention.rope = Some(Rope { freq_base, ..b.hparams.rope.clone() });
         }
         let experts = Experts::load(b, i, n_ff, Routing::SoftmaxOfUsed, Activation::SiluClamped)?;
-        Ok(Block {
-            attn_norm: Some(Norm::of_layer(b, i, "attn_norm")?),
-            // Its place is before the feed-forward, whatever its name.
-            ffn_norm: Some(Norm::of_layer(b, i, "post_attention_norm")?),
-            ..Block::without_norms(attention, experts)
-        })
+        // Its place is before the feed-forward, whatever its name.
+        Block::pre_norm_named(b, i, attention, experts, "post_attention_norm")
     })?;
     Decoder::load(b, layers)
 }

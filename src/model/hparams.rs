@@ -34,6 +34,26 @@ pub struct Hparams {
     pub rope: Rope,
     /// For each layer the tokens that a query sees, its own included, when the layer is sliding-window by design.
     pub windows: Vec<Option<usize>>,
+    /// For each layer whether it attends to the tokens before: it then has keys and values of them.
+    pub attends: Vec<bool>,
+    /// For each layer what it carries from token to token besides, where it is recurrent.
+    pub states: Vec<Option<StateSize>>,
+}
+
+/// What a recurrent layer carries from token to token, in f32: as much after a thousand tokens as after one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StateSize {
+    /// Elements of a convolution's last columns.
+    pub columns: usize,
+    /// Elements of the state matrices; 0 for a convolution alone.
+    pub matrices: usize,
+}
+
+impl StateSize {
+    /// Bytes of it.
+    pub fn bytes(self) -> usize {
+        (self.columns + self.matrices) * size_of::<f32>()
+    }
 }
 
 impl Hparams {
@@ -59,12 +79,13 @@ impl Hparams {
         let Some(n_layer) = n_block.checked_sub(n_next).filter(|&n| n > 0) else {
             return Err(keys.error("nextn_predict_layers", format!("{n_next} of {n_block} layers; some must be left")));
         };
-        let one = |key: &str| {
-            let counts = keys.optional_counts(key, n_block, n_layer)?;
-            counts.map(|counts| keys.all_equal(key, &counts)).transpose()
-        };
-        let n_head = keys.require("attention.head_count", one("attention.head_count")?)?;
-        let n_head_kv = one("attention.head_count_kv")?.unwrap_or(n_head);
+        let counts = |key: &str| keys.optional_counts(key, n_block, n_layer);
+        let one = |key: &str, counts: &[usize]| keys.all_equal(key, counts);
+        let heads = keys.require("attention.head_count", counts("attention.head_count")?)?;
+        let n_head = one("attention.head_count", &heads)?;
+        // Layers that do not attend have none.
+        let kv_heads = counts("attention.head_count_kv")?.unwrap_or_else(|| heads.clone());
+        let n_head_kv = one("attention.head_count_kv", &kv_heads)?;
         if n_head % n_head_kv != 0 {
             let why = format!("{n_head_kv} KV heads do not divide the {n_head} heads");
             return Err(keys.error("attention.head_count_kv", why));
@@ -112,20 +133,24 @@ impl Hparams {
             norm_eps: keys.norm_eps()?,
             rope: keys.rope(n_rot, n_ctx_train)?,
             windows: vec![None; n_layer],
+            attends: heads.iter().zip(&kv_heads).map(|(&heads, &kv_heads)| heads > 0 && kv_heads > 0).collect(),
+            states: vec![None; n_layer],
             architecture: keys.architecture.to_owned(),
         })
     }
 
-    /// Bytes that one token takes in an uncompressed f16 cache, over all layers.
+    /// Bytes that one token takes in an uncompressed f16 cache, over all layers that attend.
     pub fn f16_kv_bytes_per_token(&self) -> usize {
-        self.n_layer * self.f16_kv_bytes_per_layer()
+        self.n_attending() * self.f16_kv_bytes_per_layer()
     }
 
-    /// Bytes that `n` tokens take in an uncompressed f16 cache: layers that are sliding-window by design hold their
-    /// window.
+    /// Bytes that a sequence of `n` tokens takes uncompressed, with an f16 cache: layers that are sliding-window by design
+    /// hold their window, recurrent ones their state.
     pub fn f16_kv_bytes(&self, n: usize) -> usize {
-        let tokens: usize = self.windows.iter().map(|window| window.map_or(n, |window| n.min(window))).sum();
-        tokens * self.f16_kv_bytes_per_layer()
+        let attending = self.windows.iter().zip(&self.attends).filter(|&(_, &attends)| attends);
+        let tokens: usize = attending.map(|(window, _)| window.map_or(n, |window| n.min(window))).sum();
+        let states: usize = self.states.iter().flatten().map(|state| state.bytes()).sum();
+        tokens * self.f16_kv_bytes_per_layer() + if n > 0 { states } else { 0 }
     }
 
     fn f16_kv_bytes_per_layer(&self) -> usize {
@@ -137,9 +162,24 @@ impl Hparams {
         self.head_size * self.n_head_kv
     }
 
-    /// Layers that can become lazy: those that are not sliding-window by design.
+    /// Layers that attend to the tokens before.
+    pub(crate) fn n_attending(&self) -> usize {
+        self.attends.iter().filter(|&&attends| attends).count()
+    }
+
+    /// Whether a layer can become lazy: it attends, and is not sliding-window by design.
+    pub fn can_be_lazy(&self, layer: usize) -> bool {
+        self.attends.get(layer) == Some(&true) && self.windows[layer].is_none()
+    }
+
+    /// Layers that can become lazy.
     pub(crate) fn n_scorable(&self) -> usize {
-        self.windows.iter().filter(|window| window.is_none()).count()
+        (0..self.n_layer).filter(|&layer| self.can_be_lazy(layer)).count()
+    }
+
+    /// Whether a layer carries a state.
+    pub fn is_recurrent(&self) -> bool {
+        self.states.iter().any(Option::is_some)
     }
 }
 
@@ -173,12 +213,20 @@ impl Keys<'_> {
         self.optional_u32(key)?.map(|count| self.nonzero(key, count)).transpose()
     }
 
+    /// A count that is 0 where the file does not say.
+    pub fn optional_count_or_zero(&self, key: &str) -> Result<usize, Error> {
+        match self.optional_u32(key)?.unwrap_or(0) {
+            0 => Ok(0),
+            count => self.nonzero(key, count),
+        }
+    }
+
     fn require<T>(&self, key: &str, value: Option<T>) -> Result<T, Error> {
         Ok(self.file.require(&self.name(key), value)?)
     }
 
     /// A count for each of the `n_layer` layers that are run: one number for all, or a list with one for each of the
-    /// file's `n_block`.
+    /// file's `n_block`, of which some may be 0: layers that lack what is counted.
     fn optional_counts(&self, key: &str, n_block: usize, n_layer: usize) -> Result<Option<Vec<usize>>, Error> {
         let counts = match self.file.get(&self.name(key)) {
             Some(Value::Array(list)) if list.len() != n_block => {
@@ -190,17 +238,30 @@ impl Keys<'_> {
                 None => return Ok(None),
             },
         };
-        counts.into_iter().take(n_layer).map(|count| self.nonzero(key, count)).collect::<Result<_, _>>().map(Some)
+        let counts: Vec<u32> = counts.into_iter().take(n_layer).collect();
+        let some = counts.iter().copied().max().unwrap_or(0);
+        self.nonzero(key, some)?;
+        Ok(Some(counts.into_iter().map(|count| count as usize).collect()))
     }
 
-    /// What all layers have alike.
+    /// That a count, which a layer's may be 0 of in a list, is not.
+    pub fn of_layer(&self, key: &str, counts: &[usize], layer: usize) -> Result<usize, Error> {
+        match counts.get(layer) {
+            Some(&count) if count > 0 => Ok(count),
+            _ => Err(self.error(key, format!("is zero for layer {layer}, which has the tensors of what it counts"))),
+        }
+    }
+
+    /// What all layers have alike, but for those that have none.
     fn all_equal(&self, key: &str, counts: &[usize]) -> Result<usize, Error> {
-        let first = counts.first().copied().unwrap_or_default();
-        match counts.iter().position(|&count| count != first) {
+        let first_layer = counts.iter().position(|&count| count > 0).unwrap_or(0);
+        let first = counts.get(first_layer).copied().unwrap_or_default();
+        match counts.iter().position(|&count| count > 0 && count != first) {
             None => Ok(first),
             Some(layer) => {
                 let why = format!(
-                    "{first} in layer 0, but {} in layer {layer}; layers that differ in their heads are unsupported",
+                    "{first} in layer {first_layer}, but {} in layer {layer}; layers that differ in their heads are \
+                     unsupported",
                     counts[layer]
                 );
                 Err(self.error(key, why))
@@ -238,26 +299,50 @@ impl Keys<'_> {
     /// The layers' windows when every `pattern`-th layer is global and the others have `window`.
     /// `attention.sliding_window_pattern` overrides the pattern, as a number or as a list of which layers have it.
     pub fn windows(&self, n_layer: usize, window: usize, pattern: u32) -> Result<Vec<Option<usize>>, Error> {
+        self.windows_where(n_layer, window, pattern, |layer, pattern| layer % pattern < pattern - 1)
+    }
+
+    /// As [`Keys::windows`], of every `pattern` layers the first global.
+    pub fn windows_after_global(
+        &self,
+        n_layer: usize,
+        window: usize,
+        pattern: u32,
+    ) -> Result<Vec<Option<usize>>, Error> {
+        self.windows_where(n_layer, window, pattern, |layer, pattern| layer % pattern != 0)
+    }
+
+    fn windows_where(
+        &self,
+        n_layer: usize,
+        window: usize,
+        pattern: u32,
+        has_window: impl Fn(usize, usize) -> bool,
+    ) -> Result<Vec<Option<usize>>, Error> {
         let key = "attention.sliding_window_pattern";
-        let has_window: Vec<bool> = match self.file.get(&self.name(key)) {
-            Some(Value::Array(list)) => {
-                let has = |value: Value<'_>| match value {
-                    Value::Bool(has) => Some(has),
-                    value => value.to_int::<u32>().map(|has| has != 0),
-                };
-                let list: Option<Vec<bool>> = list.iter().map(has).collect();
-                match list {
-                    Some(list) if list.len() >= n_layer => list,
-                    Some(list) => return Err(self.error(key, format!("{} entries for {n_layer} layers", list.len()))),
-                    None => return Err(self.error(key, "neither bools nor integers".into())),
-                }
-            }
-            _ => {
+        let has_window = match self.flags(key, n_layer)? {
+            Some(flags) => flags,
+            None => {
                 let pattern = self.optional_u32(key)?.unwrap_or(pattern) as usize;
-                (0..n_layer).map(|layer| pattern == 0 || layer % pattern < pattern - 1).collect()
+                (0..n_layer).map(|layer| pattern == 0 || has_window(layer, pattern)).collect()
             }
         };
-        Ok(has_window.into_iter().take(n_layer).map(|has| has.then_some(window)).collect())
+        Ok(has_window.into_iter().map(|has| has.then_some(window)).collect())
+    }
+
+    /// A list of which layers have something, where the key is one.
+    pub fn flags(&self, key: &str, n_layer: usize) -> Result<Option<Vec<bool>>, Error> {
+        let Some(Value::Array(list)) = self.file.get(&self.name(key)) else { return Ok(None) };
+        let has = |value: Value<'_>| match value {
+            Value::Bool(has) => Some(has),
+            value => value.to_int::<u32>().map(|has| has != 0),
+        };
+        let list: Option<Vec<bool>> = list.iter().map(has).collect();
+        match list {
+            Some(list) if list.len() >= n_layer => Ok(Some(list.into_iter().take(n_layer).collect())),
+            Some(list) => Err(self.error(key, format!("{} entries for {n_layer} layers", list.len()))),
+            None => Err(self.error(key, "neither bools nor integers".into())),
+        }
     }
 
     pub fn optional_bool(&self, key: &str) -> Result<Option<bool>, Error> {
@@ -266,6 +351,29 @@ impl Keys<'_> {
 
     pub fn optional_list(&self, key: &str) -> Result<Option<Vec<u32>>, Error> {
         Ok(self.file.u32s(&self.name(key))?)
+    }
+
+    /// `rope.dimension_sections`: how many of a head's pairs are rotated by each of a token's positions.
+    pub fn rope_sections(&self, n_rot: usize) -> Result<Option<[usize; RopeKind::N_POSITIONS]>, Error> {
+        let key = "rope.dimension_sections";
+        let Some(list) = self.optional_list(key)? else { return Ok(None) };
+        match <[u32; RopeKind::N_POSITIONS]>::try_from(list) {
+            Ok(sections) if sections.iter().map(|&n| u64::from(n)).sum::<u64>() <= n_rot as u64 => {
+                Ok(Some(sections.map(|n| n as usize)))
+            }
+            Ok(sections) => Err(self.error(key, format!("{sections:?} of {} pairs", n_rot / 2))),
+            Err(list) => Err(self.error(key, format!("{} numbers, expected {}", list.len(), RopeKind::N_POSITIONS))),
+        }
+    }
+
+    /// As [`Keys::rope_sections`], which must be there and rotate some pairs.
+    pub fn require_rope_sections(&self, n_rot: usize) -> Result<[usize; RopeKind::N_POSITIONS], Error> {
+        let key = "rope.dimension_sections";
+        let sections = self.require(key, self.rope_sections(n_rot)?)?;
+        if sections[..3].iter().all(|&n| n == 0) {
+            return Err(self.error(key, format!("{sections:?} leave no pair to rotate")));
+        }
+        Ok(sections)
     }
 
     /// A factor that must be there and not 0.
@@ -284,6 +392,20 @@ impl Keys<'_> {
             Some(value) if !value.is_finite() => Err(self.error(key, format!("{value} is not finite"))),
             value => Ok(value),
         }
+    }
+
+    /// A number for each layer: one for all, or a list. The key has no architecture in front.
+    pub fn floats_of_layers(&self, key: &str, n_layer: usize) -> Result<Vec<f32>, Error> {
+        let numbers = match self.file.get(key) {
+            Some(Value::Array(_)) => self.file.f32s(key)?,
+            _ => self.file.f32(key)?.map(|number| vec![number; n_layer]),
+        };
+        let numbers = self.file.require(key, numbers)?;
+        if numbers.len() < n_layer {
+            let why = format!("{} numbers for {n_layer} layers", numbers.len());
+            return Err(Error::Key { path: self.file.path().to_owned(), key: key.to_owned(), why });
+        }
+        Ok(numbers)
     }
 
     /// RoPE with linear or YaRN scaling, as llama.cpp derives it (its issue #17945 for YaRN's attention factor).

@@ -28,6 +28,6 @@ pub(super) fn feed_forward(b: &mut Builder<'_>, layer: usize) -> Result<FeedForw
     if b.keys.optional_u32("expert_count")?.unwrap_or(0) == 0 {
         return Ok(Gated::load(b, layer, Activation::Silu)?.into());
     }
-    let n_ff = b.hparams.n_ff[layer];
+    let n_ff = b.n_ff(layer)?;
     Ok(Experts::load(b, layer, n_ff, Routing::SoftmaxNormalised, Activation::Silu)?.into())
 }

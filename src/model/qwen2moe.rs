@@ -11,7 +11,7 @@ pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
     let n_shared = b.keys.optional_u32("expert_shared_feed_forward_length")?.filter(|&n| n > 0);
     let layers = b.layers(|b, i| {
         let n_ff = expert_width(b, i)?;
-        let n_shared = n_shared.map_or(b.hparams.n_ff[i], |n| n as usize);
+        let n_shared = n_shared.map_or_else(|| b.n_ff(i), |n| Ok(n as usize))?;
         let attention = SelfAttention::load(b, i)?;
         let experts =
             Experts::load(b, i, n_ff, Routing::Softmax, Activation::Silu)?.with_gated_shared(b, i, n_shared)?;
@@ -24,6 +24,6 @@ pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
 pub(super) fn expert_width(b: &Builder<'_>, layer: usize) -> Result<usize, Error> {
     match b.keys.optional_u32("expert_feed_forward_length")?.filter(|&n| n > 0) {
         Some(n) => Ok(n as usize),
-        None => Ok(b.hparams.n_ff[layer] / b.keys.count("expert_used_count")?),
+        None => Ok(b.n_ff(layer)? / b.keys.count("expert_used_count")?),
     }
 }

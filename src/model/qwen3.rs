@@ -7,7 +7,12 @@ use super::{
 use crate::ggml::RopeKind;
 
 pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
-    b.hparams.rope.kind = RopeKind::Neox;
+    build_with_rope(b, RopeKind::Neox)
+}
+
+/// The same layers with another RoPE.
+pub(super) fn build_with_rope(b: &mut Builder<'_>, kind: RopeKind) -> Result<Decoder, Error> {
+    b.hparams.rope.kind = kind;
     let layers = b.layers(|b, i| {
         let attention = SelfAttention::load(b, i)?.with_head_norms(b, i)?;
         let feed_forward = Gated::load(b, i, Activation::Silu)?;

@@ -2,7 +2,7 @@
 
 use super::{
     Error,
-    parts::{Activation, Block, Builder, Decoder, Gated, Norm, SelfAttention},
+    parts::{Activation, Block, Builder, Decoder, Gated, SelfAttention},
 };
 use crate::ggml::RopeKind;
 
@@ -11,12 +11,8 @@ pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
     let layers = b.layers(|b, i| {
         let attention = SelfAttention::load(b, i)?;
         let feed_forward = Gated::load(b, i, Activation::Silu)?;
-        Ok(Block {
-            attn_norm: Some(Norm::of_layer(b, i, "attn_norm")?),
-            // Its place is before the feed-forward, whatever its name.
-            ffn_norm: Some(Norm::of_layer(b, i, "post_attention_norm")?),
-            ..Block::without_norms(attention, feed_forward)
-        })
+        // Its place is before the feed-forward, whatever its name.
+        Block::pre_norm_named(b, i, attention, feed_forward, "post_attention_norm")
     })?;
     Decoder::load(b, layers)
 }

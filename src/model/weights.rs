@@ -98,6 +98,11 @@ impl<'a> Loader<'a> {
         self.floats(name, &[n])
     }
 
+    /// Several rows of f32, `[width, rows]`.
+    pub fn rows(&mut self, name: &str, shape: [usize; 2]) -> Result<Tensor, Error> {
+        self.floats(name, &shape)
+    }
+
     fn floats(&mut self, name: &str, shape: &[usize]) -> Result<Tensor, Error> {
         let info = self.require(name, shape)?;
         if info.ty != Type::F32 {

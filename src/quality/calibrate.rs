@@ -9,7 +9,10 @@
 //! single layers serve. Where windows of their own are asked for, each cut's layers exchange rows of their caches. At last
 //! the cuts of the order are measured in real runs on the first excerpt, in the way in which they will be used.
 
-use std::{collections::BTreeSet, ops::Range};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
 use super::{
     Excerpt, Excerpts,
@@ -65,7 +68,7 @@ pub fn calibrate_on(
     journal: &mut Journal,
     progress: &mut dyn FnMut(Stage),
 ) -> Result<Profile, Error> {
-    let n_layer = model.hparams().n_layer;
+    let n_candidates = model.hparams().n_scorable();
     let mut run = Calibration::start(model, params, excerpts, windows, journal, progress)?;
 
     let harms = run.harms()?;
@@ -73,13 +76,13 @@ pub fn calibrate_on(
     let masses = run.masses.clone();
     let prefill = params.lazy.prefill.unwrap_or(PrefillMode::Window);
     let mut proposals = Vec::new();
-    for lazy in cut_sizes(n_layer) {
+    for lazy in cut_sizes(n_candidates) {
         proposals.push(run.propose_windows(&order[..lazy], windows)?);
     }
     let mut cuts = Vec::new();
     let Calibration { base, mut meter, journal, .. } = run;
     let first = excerpts.excerpts.iter().zip(&base).next().ok_or(Error::Empty)?;
-    for (lazy, proposed) in cut_sizes(n_layer).into_iter().zip(proposals) {
+    for (lazy, proposed) in cut_sizes(n_candidates).into_iter().zip(proposals) {
         let mut measure = |windows: &[usize]| {
             let layers = &order[..lazy];
             let own: LayerWindows = layers.iter().copied().zip(windows.iter().copied()).collect();
@@ -126,16 +129,14 @@ pub fn calibrate_on(
         },
         layers: harms
             .iter()
-            .zip(masses)
-            .enumerate()
-            .map(|(index, (harm, mass))| ProfiledLayer { index, harm_kl: harm.kl, harm_nll: harm.nll, mass })
+            .map(|(&index, harm)| ProfiledLayer { index, harm_kl: harm.kl, harm_nll: harm.nll, mass: masses[index] })
             .collect(),
         cuts,
     })
 }
 
-fn cut_sizes(n_layer: usize) -> Vec<usize> {
-    let sizes = CUTS.iter().map(|share| (share * n_layer as f64).round() as usize).filter(|&n| n > 0);
+fn cut_sizes(n_candidates: usize) -> Vec<usize> {
+    let sizes = CUTS.iter().map(|share| (share * n_candidates as f64).round() as usize).filter(|&n| n > 0);
     sizes.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
@@ -211,6 +212,8 @@ struct Calibration<'a> {
     excerpts: &'a Excerpts,
     /// Of each excerpt.
     base: Vec<Base>,
+    /// The layers that can become lazy.
+    candidates: Vec<usize>,
     /// Each layer's attention mass, over all excerpts.
     masses: Vec<f32>,
     meter: Meter<'a>,
@@ -226,8 +229,13 @@ impl<'a> Calibration<'a> {
         journal: &'a mut Journal,
         progress: &'a mut dyn FnMut(Stage),
     ) -> Result<Calibration<'a>, Error> {
-        let n_layer = model.hparams().n_layer;
+        let hparams = model.hparams();
+        let candidates: Vec<usize> = (0..hparams.n_layer).filter(|&layer| hparams.can_be_lazy(layer)).collect();
+        let n_candidates = candidates.len();
         check(params, excerpts)?;
+        if candidates.is_empty() {
+            return Err(Error::Params("no layer of this model can become lazy".to_owned()));
+        }
         let n_window = params.lazy.n_window;
         let mut params = uncompressed(params);
         // No mass is above 1: the layers are scored, and all stay active.
@@ -235,13 +243,13 @@ impl<'a> Calibration<'a> {
         let mut session = Session::new(model, params)?;
         let n_excerpts = excerpts.excerpts.len();
         let longest = excerpts.excerpts.iter().map(|excerpt| excerpt.rest.len()).max().unwrap_or(0);
-        let mut steps = planned(n_layer, n_excerpts, n_window, windows);
+        let mut steps = planned(n_candidates, n_excerpts, n_window, windows);
         for trial in journal.trials() {
-            steps.remove(if trial.cut { Step::Cut } else { set(trial.lazy.len(), n_layer) });
+            steps.remove(if trial.cut { Step::Cut } else { set(trial.lazy.len(), n_candidates) });
         }
         let estimate = Estimate::new(steps, n_excerpts, excerpts.n_prompt, longest);
         let mut meter = Meter::new(estimate, progress);
-        let mut masses = vec![0.0; n_layer];
+        let mut masses = vec![0.0; hparams.n_layer];
         for (seq, excerpt) in (0..).zip(&excerpts.excerpts) {
             let entry = BatchEntry { seq, tokens: &excerpt.prompt, outputs: Outputs::None, prompt_end: true };
             session.run_with(&[entry], &mut |share| meter.part("the prompt", Step::Prompt, share))?;
@@ -250,7 +258,7 @@ impl<'a> Calibration<'a> {
                 *mass += layer.score.unwrap_or(1.0) / n_excerpts as f32;
             }
         }
-        let mut run = Calibration { session, excerpts, base: Vec::new(), masses, meter, journal };
+        let mut run = Calibration { session, excerpts, base: Vec::new(), candidates, masses, meter, journal };
         for (index, excerpt) in excerpts.excerpts.iter().enumerate() {
             run.continue_copy(index, &BTreeSet::new())?;
             run.base.push(Base::new(excerpt, run.session.logits()));
@@ -290,33 +298,35 @@ impl<'a> Calibration<'a> {
         }
         let found = sum.found(None);
         self.journal.note(trial, found)?;
-        self.meter.done(what, set(lazy.len(), self.masses.len()));
+        self.meter.done(what, set(lazy.len(), self.candidates.len()));
         Ok(found)
     }
 
     /// Each layer's harm when it alone is lazy.
-    fn harms(&mut self) -> Result<Vec<Found>, Error> {
+    fn harms(&mut self) -> Result<BTreeMap<usize, Found>, Error> {
         let alone = |layer| BTreeSet::from([layer]);
-        (0..self.masses.len())
-            .map(|layer| self.harm("one layer at a time", &alone(layer), &LayerWindows::default()))
-            .collect()
+        let candidates = self.candidates.clone();
+        let harm =
+            |layer| self.harm("one layer at a time", &alone(layer), &LayerWindows::default()).map(|harm| (layer, harm));
+        candidates.into_iter().map(harm).collect()
     }
 
     fn scale(&mut self) -> Result<Scale, Error> {
-        let all = (0..self.masses.len()).collect();
+        let all = self.candidates.iter().copied().collect();
         self.harm("all layers", &all, &LayerWindows::default()).map(Scale)
     }
 
-    /// All layers, the least harmful first.
-    fn order(&mut self, harms: &[Found]) -> Result<Vec<usize>, Error> {
+    /// All layers that can become lazy, the least harmful first.
+    fn order(&mut self, found: &BTreeMap<usize, Found>) -> Result<Vec<usize>, Error> {
         let scale = self.scale()?;
-        let harms: Vec<f64> = harms.iter().map(|&harm| scale.of(harm)).collect();
-        let mut lazy: BTreeSet<usize> = (0..harms.len()).collect();
+        let mut harms = vec![0.0; self.masses.len()];
+        found.iter().for_each(|(&layer, &harm)| harms[layer] = scale.of(harm));
+        let mut lazy: BTreeSet<usize> = self.candidates.iter().copied().collect();
         let mut harm = scale.of(scale.0);
         // What a layer's rescue was worth when it was tried last.
         let mut gains: Vec<Option<f64>> = vec![None; harms.len()];
         let mut rescued = Vec::new();
-        while lazy.len() > harms.len() / 2 {
+        while lazy.len() > self.candidates.len() / 2 {
             let mut best: Option<(f64, usize)> = None;
             for layer in candidates(&lazy, &harms, &gains) {
                 lazy.remove(&layer);
@@ -430,28 +440,28 @@ fn check(params: &SessionParams, excerpts: &Excerpts) -> Result<(), Error> {
 }
 
 /// The steps of a calibration, as many as it may take; the windows that a cut's layers are tried with are the most.
-fn planned(n_layer: usize, n_excerpts: usize, window: usize, windows: &[usize]) -> Steps {
+fn planned(n_candidates: usize, n_excerpts: usize, window: usize, windows: &[usize]) -> Steps {
     let mut steps = Steps::default();
     steps.add(Step::Prompt, n_excerpts);
     steps.add(Step::Base, n_excerpts);
-    steps.add(set(1, n_layer), n_layer);
-    steps.add(set(n_layer, n_layer), 1);
-    for n_lazy in n_layer / 2..n_layer {
-        steps.add(set(n_lazy, n_layer), CANDIDATES.min(n_lazy + 1));
+    steps.add(set(1, n_candidates), n_candidates);
+    steps.add(set(n_candidates, n_candidates), 1);
+    for n_lazy in n_candidates / 2..n_candidates {
+        steps.add(set(n_lazy, n_candidates), CANDIDATES.min(n_lazy + 1));
     }
-    for lazy in cut_sizes(n_layer) {
+    for lazy in cut_sizes(n_candidates) {
         steps.add(Step::Cut, 1);
         let tried = exchanges(lazy, window, windows).len();
         if tried > 0 {
-            steps.add(set(lazy, n_layer), 2 * lazy + 1 + tried);
+            steps.add(set(lazy, n_candidates), 2 * lazy + 1 + tried);
             steps.add(Step::Cut, 1);
         }
     }
     steps
 }
 
-fn set(n_lazy: usize, n_layer: usize) -> Step {
-    Step::Set { active: 1.0 - n_lazy as f64 / n_layer as f64 }
+fn set(n_lazy: usize, n_candidates: usize) -> Step {
+    Step::Set { active: 1.0 - n_lazy as f64 / n_candidates as f64 }
 }
 
 #[cfg(test)]

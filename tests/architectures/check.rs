@@ -51,8 +51,8 @@ pub(crate) fn write(random: &RandomDecoder, n_tokens: usize) -> Written {
 }
 
 pub(crate) fn global_layers(model: &Model) -> Vec<usize> {
-    let windows = &model.hparams().windows;
-    (0..windows.len()).filter(|&layer| windows[layer].is_none()).collect()
+    let hparams = model.hparams();
+    (0..hparams.n_layer).filter(|&layer| hparams.can_be_lazy(layer)).collect()
 }
 
 /// What every architecture must do, for each of its random models.

@@ -6,6 +6,9 @@
 mod check;
 #[path = "../common/mod.rs"]
 mod common;
+mod dense;
+mod experts;
+mod hybrid;
 
 use std::path::Path;
 

@@ -5,7 +5,7 @@ use std::io::Write;
 use indicatif::HumanBytes;
 use serde_json::{Value, json};
 use simlayer::{
-    DevicePlan,
+    DevicePlan, PlannedCache,
     ggml::{Device, DeviceKind},
     plan,
 };
@@ -42,6 +42,9 @@ pub fn run(args: DevicesArgs) -> Result<(), Failure> {
     }
     for plan in &plans {
         writeln!(out, "{}", plan_text(plan))?;
+        for line in cache_lines(&plan.caches) {
+            writeln!(out, "{:<8} {line}", "")?;
+        }
     }
     Ok(())
 }
@@ -82,6 +85,43 @@ fn plan_text(plan: &DevicePlan) -> String {
         bytes(plan.kv_bytes),
         bytes(plan.free_bytes),
     )
+}
+
+/// What layers keep, those that are alike in one line.
+fn cache_lines(caches: &[PlannedCache]) -> Vec<String> {
+    let mut groups: Vec<Vec<&PlannedCache>> = Vec::new();
+    let what = |cache: &PlannedCache| (cache.kind, cache.kv_bytes, cache.lazy_kv_bytes, cache.state_bytes);
+    for cache in caches {
+        match groups.iter_mut().find(|group| what(group[0]) == what(cache)) {
+            Some(group) => group.push(cache),
+            None => groups.push(vec![cache]),
+        }
+    }
+    let line = |group: Vec<&PlannedCache>| {
+        let indices: Vec<usize> = group.iter().map(|cache| cache.index).collect();
+        let PlannedCache { kind, kv_bytes, lazy_kv_bytes, state_bytes, .. } = *group[0];
+        let lazy = if lazy_kv_bytes < kv_bytes { format!(", {} lazy", bytes(lazy_kv_bytes)) } else { String::new() };
+        let state = match state_bytes {
+            0 => String::new(),
+            _ if state_bytes == kv_bytes => ", whatever the context".to_owned(),
+            _ => format!(", a recurrent state of {} among them", bytes(state_bytes)),
+        };
+        format!("{kind}: {} each{lazy}{state}: {}", bytes(kv_bytes), ranges(&indices))
+    };
+    groups.into_iter().map(line).collect()
+}
+
+/// Numbers in ascending order as `0-3, 5`.
+fn ranges(numbers: &[usize]) -> String {
+    let mut runs: Vec<(usize, usize)> = Vec::new();
+    for &number in numbers {
+        match runs.last_mut() {
+            Some((_, last)) if *last + 1 == number => *last = number,
+            _ => runs.push((number, number)),
+        }
+    }
+    let run = |(first, last)| if first == last { format!("{first}") } else { format!("{first}-{last}") };
+    runs.into_iter().map(run).collect::<Vec<_>>().join(", ")
 }
 
 fn bytes(n: usize) -> HumanBytes {

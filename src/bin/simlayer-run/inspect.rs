@@ -60,11 +60,14 @@ pub fn run(args: InspectArgs) -> Result<(), Failure> {
         serde_json::to_writer(&mut out, &object)?;
         writeln!(out)?;
     } else {
-        writeln!(out, "{:>5} {:>7}  {:<7} {:>11}", "layer", "score", "kind", "KV")?;
+        let has_states = layers.iter().any(|layer| layer.state_bytes > 0);
+        let state_title = if has_states { "state" } else { "" };
+        writeln!(out, "{:>5} {:>7}  {:<11} {:>11} {state_title:>11}", "layer", "score", "kind", "cache")?;
         for layer in &layers {
             let score = layer.score.map_or("–".to_owned(), |score| format!("{score:.4}"));
             let bytes = HumanBytes(layer.kv_bytes as u64).to_string();
-            writeln!(out, "{:>5} {score:>7}  {:<7} {bytes:>11}", layer.index, layer.kind)?;
+            let state = if has_states { HumanBytes(layer.state_bytes as u64).to_string() } else { String::new() };
+            writeln!(out, "{:>5} {score:>7}  {:<11} {bytes:>11} {state:>11}", layer.index, layer.kind)?;
         }
     }
     out.flush()?;

@@ -10,10 +10,16 @@ use crate::{
 /// plain one; an architecture sets the members that its own has besides.
 pub(in crate::model) struct SelfAttention {
     pub projections: Projections,
+    /// Whether each head's queries are followed by as much that gates its output, by a sigmoid.
+    pub gate_in_queries: bool,
     pub head_size: usize,
     /// Norms of queries and keys: of each head, or of all heads together when they are as wide.
     pub q_norm: Option<Norm>,
     pub k_norm: Option<Norm>,
+    /// Whether RoPE comes before these norms.
+    pub rope_before_norms: bool,
+    /// Queries, keys and values lie within ± this.
+    pub clamp: Option<f32>,
     /// `None` for a layer without positions.
     pub rope: Option<Rope>,
     pub rope_factors: RopeFactors,
@@ -24,6 +30,8 @@ pub(in crate::model) struct SelfAttention {
     pub query_scale: Option<f32>,
     pub softcap: Option<f32>,
     pub sinks: Option<Tensor>,
+    /// The sigmoid of its product with the input weighs what attention gives: each element, or each head.
+    pub gate: Option<Linear>,
     pub output: Linear,
 }
 
@@ -35,8 +43,22 @@ pub(in crate::model) enum Projections {
 impl SelfAttention {
     /// `attn_q`, `attn_k`, `attn_v` (or `attn_qkv` for all three) and `attn_output` of a layer, with the model's RoPE.
     pub fn load(b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
+        SelfAttention::load_with(b, layer, false)
+    }
+
+    /// As [`SelfAttention::load`], with a gate of the output behind each head's queries.
+    pub fn load_gated(b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
+        SelfAttention::load_with(b, layer, true)
+    }
+
+    fn load_with(b: &mut Builder<'_>, layer: usize, gate_in_queries: bool) -> Result<SelfAttention, Error> {
+        if !b.hparams.attends[layer] {
+            let why = format!("is zero for layer {layer}, which attends in this architecture");
+            return Err(b.keys.error("attention.head_count_kv", why));
+        }
         let (n_embd, head_size) = (b.hparams.n_embd, b.hparams.head_size);
-        let (q_width, kv_width) = (head_size * b.hparams.n_head, head_size * b.hparams.n_head_kv);
+        let (attended_width, kv_width) = (head_size * b.hparams.n_head, head_size * b.hparams.n_head_kv);
+        let q_width = if gate_in_queries { 2 * attended_width } else { attended_width };
         let name = |part: &str| format!("blk.{layer}.attn_{part}");
         let projections = if b.loader.has(&format!("{}.weight", name("qkv"))) {
             let qkv = Linear::load(b, &name("qkv"), [n_embd, q_width + 2 * kv_width])?;
@@ -50,9 +72,12 @@ impl SelfAttention {
         };
         Ok(SelfAttention {
             projections,
+            gate_in_queries,
             head_size,
             q_norm: None,
             k_norm: None,
+            rope_before_norms: false,
+            clamp: None,
             rope: Some(b.hparams.rope.clone()),
             rope_factors: RopeFactors::default(),
             temperature: None,
@@ -60,7 +85,8 @@ impl SelfAttention {
             query_scale: None,
             softcap: None,
             sinks: None,
-            output: Linear::load(b, &name("output"), [q_width, n_embd])?,
+            gate: None,
+            output: Linear::load(b, &name("output"), [attended_width, n_embd])?,
         })
     }
 
@@ -68,6 +94,30 @@ impl SelfAttention {
     pub fn with_head_norms(mut self, b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
         self.q_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_q_norm"), self.head_size)?);
         self.k_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_k_norm"), self.head_size)?);
+        Ok(self)
+    }
+
+    /// As [`SelfAttention::with_head_norms`], where the file has them.
+    pub fn with_optional_head_norms(self, b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
+        match b.loader.has(&format!("blk.{layer}.attn_q_norm.weight")) {
+            true => self.with_head_norms(b, layer),
+            false => Ok(self),
+        }
+    }
+
+    /// Adds LayerNorms `attn_q_norm` and `attn_k_norm` of each head, with weights of its own.
+    pub fn with_centred_head_norms(mut self, b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
+        let (n_head, n_head_kv) = (b.hparams.n_head, b.hparams.n_head_kv);
+        let name = |part: &str| format!("blk.{layer}.attn_{part}_norm");
+        self.q_norm = Some(Norm::centred_heads(b, &name("q"), [self.head_size, n_head])?);
+        self.k_norm = Some(Norm::centred_heads(b, &name("k"), [self.head_size, n_head_kv])?);
+        Ok(self)
+    }
+
+    /// Adds the gate `attn_gate` with a weight for each element, or for each head.
+    pub fn with_gate(mut self, b: &mut Builder<'_>, layer: usize, n_weights: usize) -> Result<SelfAttention, Error> {
+        let n_embd = b.hparams.n_embd;
+        self.gate = Some(Linear::load(b, &format!("blk.{layer}.attn_gate"), [n_embd, n_weights])?);
         Ok(self)
     }
 
@@ -88,8 +138,9 @@ impl SelfAttention {
     /// `input` `[n_embd, n]` → `[n_embd, n]`.
     pub fn apply(&self, graph: &Graph, step: &LayerStep<'_>, input: &Tensor, attention: &mut dyn Attention) -> Tensor {
         let [q, k, v] = self.project(graph, input);
-        let q = self.rotate(graph, step, &self.norm_heads(graph, &q, self.q_norm.as_ref()));
-        let k = self.rotate(graph, step, &self.norm_heads(graph, &k, self.k_norm.as_ref()));
+        let (q, gate) = self.split_gate(graph, q);
+        let q = self.norm_and_rotate(graph, step, &q, self.q_norm.as_ref());
+        let k = self.norm_and_rotate(graph, step, &k, self.k_norm.as_ref());
         let q = match &self.temperature {
             Some(temperature) => graph.mul(&q, &temperature.of(graph, step.positions)),
             None => q,
@@ -98,15 +149,48 @@ impl SelfAttention {
         let v = self.heads(graph, &v);
         let [q, k, v] = [q, k, v].map(|heads| graph.contiguous_if_needed(&heads));
         let options = AttentionOptions { scale: self.scale, softcap: self.softcap, sinks: self.sinks.as_ref() };
-        self.output.apply(graph, &attention.attend(graph, step.index, &q, &k, &v, &options))
+        let attended = attention.attend(graph, step.index, &q, &k, &v, &options);
+        let attended = match gate {
+            Some(gate) => graph.mul(&attended, &graph.sigmoid(&gate)),
+            None => self.gated(graph, input, attended),
+        };
+        self.output.apply(graph, &attended)
+    }
+
+    /// Queries, and the gate of what they attend to `[head size × heads, n]`, where it lies between them.
+    fn split_gate(&self, graph: &Graph, q: Tensor) -> (Tensor, Option<Tensor>) {
+        if !self.gate_in_queries {
+            return (q, None);
+        }
+        let [width, n, ..] = q.shape();
+        let [element_bytes, row_bytes, ..] = q.strides();
+        let shape = [self.head_size, width / (2 * self.head_size), n];
+        let half_bytes = self.head_size * element_bytes;
+        let [q, gate] = [0, half_bytes].map(|offset| {
+            let half = graph.view(&q, shape, [2 * half_bytes, row_bytes], offset);
+            graph.reshape(&graph.contiguous(&half), &[width / 2, n])
+        });
+        (q, Some(gate))
+    }
+
+    /// `attended` `[head size × heads, n]` weighed by the gate of `input`.
+    fn gated(&self, graph: &Graph, input: &Tensor, attended: Tensor) -> Tensor {
+        let Some(gate) = &self.gate else { return attended };
+        let weights = graph.sigmoid(&gate.apply(graph, input));
+        let ([width, n, ..], [n_weights, ..]) = (attended.shape(), weights.shape());
+        let heads = graph.reshape(&attended, &[width / n_weights, n_weights, n]);
+        let weighed = graph.mul(&heads, &graph.reshape(&weights, &[1, n_weights, n]));
+        graph.reshape(&weighed, &[width, n])
     }
 
     /// Queries, keys and values as rows.
     fn project(&self, graph: &Graph, input: &Tensor) -> [Tensor; 3] {
         match &self.projections {
-            Projections::Separate { q, k, v } => [q, k, v].map(|linear| linear.apply(graph, input)),
+            Projections::Separate { q, k, v } => {
+                [q, k, v].map(|linear| self.clamped(graph, linear.apply(graph, input)))
+            }
             Projections::Fused { qkv, q_width, kv_width } => {
-                let all = qkv.apply(graph, input);
+                let all = self.clamped(graph, qkv.apply(graph, input));
                 let [_, n, ..] = all.shape();
                 let [element_bytes, row_bytes, ..] = all.strides();
                 let part = |width: usize, first: usize| {
@@ -115,6 +199,18 @@ impl SelfAttention {
                 [part(*q_width, 0), part(*kv_width, *q_width), part(*kv_width, q_width + kv_width)]
             }
         }
+    }
+
+    fn clamped(&self, graph: &Graph, rows: Tensor) -> Tensor {
+        self.clamp.map_or_else(|| rows.clone(), |limit| graph.within(&rows, limit))
+    }
+
+    fn norm_and_rotate(&self, graph: &Graph, step: &LayerStep<'_>, rows: &Tensor, norm: Option<&Norm>) -> Tensor {
+        if self.rope_before_norms {
+            let rotated = self.rotate(graph, step, &self.heads(graph, rows));
+            return norm.map_or_else(|| rotated.clone(), |norm| norm.apply(graph, &rotated));
+        }
+        self.rotate(graph, step, &self.norm_heads(graph, rows, norm))
     }
 
     fn norm_heads(&self, graph: &Graph, rows: &Tensor, norm: Option<&Norm>) -> Tensor {

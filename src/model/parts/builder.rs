@@ -1,7 +1,7 @@
 //! What an architecture's file is given to build from.
 
 use super::{Error, Layer};
-use crate::model::{Hparams, hparams::Keys, weights::Loader};
+use crate::model::{Hparams, RopeKind, hparams::Keys, weights::Loader};
 
 /// What an architecture is built from: the file's keys and tensors. It may correct the hyper-parameters.
 pub(in crate::model) struct Builder<'a> {
@@ -17,6 +17,30 @@ impl Builder<'_> {
         let n_layer = self.hparams.n_layer;
         (n_layer..n_layer + n_next).for_each(|layer| self.loader.ignore(format!("blk.{layer}.")));
         Ok(())
+    }
+
+    /// RoPE by several positions where the file has sections of it, as models have that see images.
+    pub fn use_rope_sections(&mut self) -> Result<(), Error> {
+        if let Some(sections) = self.keys.rope_sections(self.hparams.rope.n_rot)?
+            && sections[0] > 0
+            && sections[1] > 0
+        {
+            self.hparams.rope.kind = RopeKind::Multi(sections);
+        }
+        Ok(())
+    }
+
+    /// A layer's `feed_forward_length`, which not all layers need to have.
+    pub fn n_ff(&self, layer: usize) -> Result<usize, Error> {
+        self.keys.of_layer("feed_forward_length", &self.hparams.n_ff, layer)
+    }
+
+    /// Tokens that a convolution spans, of which it keeps all but one.
+    pub fn kernel_width(&self, key: &str) -> Result<usize, Error> {
+        match self.keys.count(key)? {
+            width @ 2.. => Ok(width),
+            width => Err(self.keys.error(key, format!("{width}: a convolution spans at least 2 tokens"))),
+        }
     }
 
     /// One layer after the other.

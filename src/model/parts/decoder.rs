@@ -1,6 +1,6 @@
 //! How a layer's parts go together (norms, residuals, scales), and the layers to a model.
 
-use super::{Builder, Error, FeedForward, Layer, Linear, Norm, SelfAttention};
+use super::{Builder, Error, FeedForward, Layer, Linear, Mixer, Norm};
 use crate::{
     ggml::{Graph, Tensor},
     model::{Architecture, Attention, LayerStep},
@@ -70,10 +70,10 @@ impl Architecture for Decoder {
     }
 }
 
-/// The usual layer: attention, then feed-forward, each with a residual and with norms before it, after it, or both.
+/// The usual layer: attention (or what stands for it), then feed-forward, each with a residual and with norms before it, after it, or both.
 pub(in crate::model) struct Block {
     pub attn_norm: Option<Norm>,
-    pub attention: SelfAttention,
+    pub mixer: Mixer,
     pub attn_post_norm: Option<Norm>,
     pub ffn_norm: Option<Norm>,
     pub feed_forward: FeedForward,
@@ -87,13 +87,38 @@ impl Block {
     pub fn pre_norm(
         b: &mut Builder<'_>,
         layer: usize,
-        attention: SelfAttention,
+        mixer: impl Into<Mixer>,
         feed_forward: impl Into<FeedForward>,
+    ) -> Result<Block, Error> {
+        Block::pre_norm_named(b, layer, mixer, feed_forward, "ffn_norm")
+    }
+
+    /// As [`Block::pre_norm`] where the feed-forward's norm has another name.
+    pub fn pre_norm_named(
+        b: &mut Builder<'_>,
+        layer: usize,
+        mixer: impl Into<Mixer>,
+        feed_forward: impl Into<FeedForward>,
+        ffn_norm: &str,
     ) -> Result<Block, Error> {
         Ok(Block {
             attn_norm: Some(Norm::of_layer(b, layer, "attn_norm")?),
-            ffn_norm: Some(Norm::of_layer(b, layer, "ffn_norm")?),
-            ..Block::without_norms(attention, feed_forward)
+            ffn_norm: Some(Norm::of_layer(b, layer, ffn_norm)?),
+            ..Block::without_norms(mixer, feed_forward)
+        })
+    }
+
+    /// As [`Block::pre_norm`] with LayerNorms.
+    pub fn pre_norm_centred(
+        b: &mut Builder<'_>,
+        layer: usize,
+        mixer: impl Into<Mixer>,
+        feed_forward: impl Into<FeedForward>,
+    ) -> Result<Block, Error> {
+        Ok(Block {
+            attn_norm: Some(Norm::centred_of_layer(b, layer, "attn_norm")?),
+            ffn_norm: Some(Norm::centred_of_layer(b, layer, "ffn_norm")?),
+            ..Block::without_norms(mixer, feed_forward)
         })
     }
 
@@ -101,13 +126,13 @@ impl Block {
     pub fn post_norm(
         b: &mut Builder<'_>,
         layer: usize,
-        attention: SelfAttention,
+        mixer: impl Into<Mixer>,
         feed_forward: impl Into<FeedForward>,
     ) -> Result<Block, Error> {
         Ok(Block {
             attn_post_norm: Some(Norm::of_layer(b, layer, "post_attention_norm")?),
             ffn_post_norm: Some(Norm::of_layer(b, layer, "post_ffw_norm")?),
-            ..Block::without_norms(attention, feed_forward)
+            ..Block::without_norms(mixer, feed_forward)
         })
     }
 
@@ -115,20 +140,20 @@ impl Block {
     pub fn sandwich(
         b: &mut Builder<'_>,
         layer: usize,
-        attention: SelfAttention,
+        mixer: impl Into<Mixer>,
         feed_forward: impl Into<FeedForward>,
     ) -> Result<Block, Error> {
         Ok(Block {
             attn_norm: Some(Norm::of_layer(b, layer, "attn_norm")?),
             ffn_norm: Some(Norm::of_layer(b, layer, "ffn_norm")?),
-            ..Block::post_norm(b, layer, attention, feed_forward)?
+            ..Block::post_norm(b, layer, mixer, feed_forward)?
         })
     }
 
-    pub fn without_norms(attention: SelfAttention, feed_forward: impl Into<FeedForward>) -> Block {
+    pub fn without_norms(mixer: impl Into<Mixer>, feed_forward: impl Into<FeedForward>) -> Block {
         Block {
             attn_norm: None,
-            attention,
+            mixer: mixer.into(),
             attn_post_norm: None,
             ffn_norm: None,
             feed_forward: feed_forward.into(),
@@ -141,7 +166,7 @@ impl Block {
 impl Layer for Block {
     fn apply(&self, graph: &Graph, step: &LayerStep<'_>, attention: &mut dyn Attention) -> Tensor {
         let input = normed(graph, step.hidden, self.attn_norm.as_ref());
-        let attended = self.attention.apply(graph, step, &input, attention);
+        let attended = self.mixer.apply(graph, step, &input, attention);
         let (attended, hidden) = (step.kept(graph, &attended), step.kept(graph, step.hidden));
         let attended = normed(graph, &attended, self.attn_post_norm.as_ref());
         let hidden = graph.add(&scaled(graph, attended, self.residual_scale), &hidden);

@@ -10,6 +10,8 @@ pub(in crate::model) enum Activation {
     Silu,
     /// `gelu(g) × u`
     Gelu,
+    /// `relu(g) × u`
+    Relu,
     /// gpt-oss's own; see [`Graph::swiglu_clamped`].
     SiluClamped,
 }
@@ -19,6 +21,7 @@ impl Activation {
         match self {
             Activation::Silu => graph.swiglu(gate, up),
             Activation::Gelu => graph.geglu(gate, up),
+            Activation::Relu => graph.reglu(gate, up),
             // The model's constants: no file names them.
             Activation::SiluClamped => graph.swiglu_clamped(gate, up, 1.702, 7.0),
         }
@@ -44,7 +47,7 @@ enum Up {
 impl Gated {
     /// `ffn_gate`, `ffn_up` and `ffn_down` of a layer.
     pub fn load(b: &mut Builder<'_>, layer: usize, activation: Activation) -> Result<Gated, Error> {
-        let n_ff = b.hparams.n_ff[layer];
+        let n_ff = b.n_ff(layer)?;
         Gated::load_named(b, layer, "", n_ff, activation)
     }
 
@@ -65,7 +68,7 @@ impl Gated {
 
     /// `ffn_up`, which holds the gate as well, and `ffn_down`.
     pub fn load_fused(b: &mut Builder<'_>, layer: usize) -> Result<Gated, Error> {
-        let (n_embd, n_ff) = (b.hparams.n_embd, b.hparams.n_ff[layer]);
+        let (n_embd, n_ff) = (b.hparams.n_embd, b.n_ff(layer)?);
         let name = |part: &str| format!("blk.{layer}.ffn_{part}");
         let up = Linear::load(b, &name("up"), [n_embd, 2 * n_ff])?;
         Ok(Gated { up: Up::Fused(up), down: Linear::load(b, &name("down"), [n_ff, n_embd])? })

@@ -9,3 +9,9 @@ use crate::{
 pub(in crate::model) trait Layer: Send + Sync {
     fn apply(&self, graph: &Graph, step: &LayerStep<'_>, attention: &mut dyn Attention) -> Tensor;
 }
+
+impl Layer for Box<dyn Layer> {
+    fn apply(&self, graph: &Graph, step: &LayerStep<'_>, attention: &mut dyn Attention) -> Tensor {
+        (**self).apply(graph, step, attention)
+    }
+}

@@ -7,10 +7,11 @@
 
 use std::{env, process::ExitCode};
 
-use simlayer_testkit::{RandomDecoder, Shape, WeightType};
+use simlayer_testkit::{RandomDecoder, Shape, Ssm, WeightType, gguf::Meta};
 
 const USAGE: &str = "usage: random_model SHAPE WEIGHTS FILE
-SHAPE    llama-3.2-1b, qwen3-8b, qwen3moe (8 of 32 experts, 1.3 thousand million weights)
+SHAPE    llama-3.2-1b, qwen3-8b, qwen3moe (8 of 32 experts, 1.3 thousand million weights),
+         qwen35 (6 delta nets, 2 layers that attend, 190 million weights)
 WEIGHTS  a type (q8_0, q6_K, iq4_xs, ...), TYPE+TYPE (the second for values, the feed-forward's output and the output in
          the layers where a mixture of medium size has more bits), or q4_K_M (q4_K+q6_K) or q5_K_M (q5_K+q6_K)";
 
@@ -98,6 +99,41 @@ fn qwen3moe(shape: Shape) -> RandomDecoder {
     model
 }
 
+/// Qwen 3.5's kind, small: two of eight layers attend.
+fn qwen35(shape: Shape) -> RandomDecoder {
+    const SIZES: Ssm = Ssm { width: 4, head: 128, heads: 16, state: 128, groups: 8 };
+    let mut model = RandomDecoder::new(
+        "qwen35",
+        Shape {
+            n_layer: 8,
+            n_embd: 1024,
+            n_head: 8,
+            n_head_kv: 2,
+            head_size: 128,
+            n_ff: 3072,
+            n_vocab: 32_000,
+            ..shape
+        },
+    );
+    model.key("context_length", 131_072u32);
+    model.key("rope.freq_base", 10_000_000f32);
+    model.key("rope.dimension_count", 64u32);
+    model.key("rope.dimension_sections", Meta::array([11i32, 11, 10, 0]));
+    model.ssm_keys(SIZES);
+    for layer in model.layers() {
+        model.norm(layer, "attn_norm");
+        model.norm(layer, "post_attention_norm");
+        model.gated(layer);
+        if layer % 4 == 3 {
+            model.gated_attention(layer);
+        } else {
+            model.delta_net(layer, SIZES, false);
+            model.delta_rates(layer, SIZES, false);
+        }
+    }
+    model
+}
+
 /// The types of a mixture: of most matrices, and of those that have more bits.
 fn types(weights: &str) -> Option<(WeightType, Option<WeightType>)> {
     let weights = match weights.to_lowercase().as_str() {
@@ -122,6 +158,7 @@ fn main() -> ExitCode {
         "llama-3.2-1b" => llama,
         "qwen3-8b" => qwen3_8b,
         "qwen3moe" => qwen3moe,
+        "qwen35" => qwen35,
         _ => {
             eprintln!("{shape} is no shape\n{USAGE}");
             return ExitCode::FAILURE;

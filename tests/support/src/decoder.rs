@@ -76,6 +76,27 @@ impl Shape {
     }
 }
 
+/// The sizes of state-space layers and delta nets.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Ssm {
+    /// Tokens that the convolution spans.
+    pub width: usize,
+    /// Elements of a head.
+    pub head: usize,
+    pub heads: usize,
+    /// Elements of the state for each of a head's; of a delta net a head's own.
+    pub state: usize,
+    /// Groups of heads that share what is read and written; of a delta net heads of keys.
+    pub groups: usize,
+}
+
+impl Ssm {
+    /// Elements of all heads.
+    pub fn inner(self) -> usize {
+        self.head * self.heads
+    }
+}
+
 /// A model being put together: [`RandomDecoder::new`] writes what all have, the test adds its architecture's own keys
 /// and, for each layer, its parts.
 ///
@@ -117,7 +138,7 @@ impl RandomDecoder {
         }
         model.weights(|w| {
             w.matrix("token_embd", shape.n_embd, n_vocab, 2.5);
-            w.norm("output_norm", shape.n_embd);
+            w.norm(if architecture.starts_with("lfm2") { "token_embd_norm" } else { "output_norm" }, shape.n_embd);
             if !shape.tied {
                 w.matrix("output", shape.n_embd, n_vocab, 2.5);
             }
@@ -167,6 +188,14 @@ impl RandomDecoder {
         self.weights(|w| w.norm(&format!("blk.{layer}.{part}"), n));
     }
 
+    /// Any other row of weights around 1, under a name that does not end as weights' do.
+    pub fn bare_row(&mut self, name: &str, n: usize) {
+        self.weights(|w| {
+            let values: Vec<f32> = (0..n).map(|_| 1.0 + 0.1 * w.rng.normal()).collect();
+            w.floats(name, &values);
+        });
+    }
+
     /// A norm of what attention or feed-forward gives.
     pub fn post_norm(&mut self, layer: usize, part: &str) {
         let Shape { n_embd, post_norm, .. } = self.shape;
@@ -195,6 +224,100 @@ impl RandomDecoder {
             w.matrix(&name("k"), n_embd, n_kv, 1.6);
             w.matrix(&name("v"), n_embd, n_kv, 1.0);
             w.matrix(&name("output"), n_q, n_embd, residual);
+        });
+    }
+
+    /// As [`RandomDecoder::attention`], each head's queries followed by a gate of its output, with norms on each head.
+    pub fn gated_attention(&mut self, layer: usize) {
+        let (n_embd, n_q, n_kv, residual) = (self.shape.n_embd, self.q_width(), self.kv_width(), self.residual());
+        let name = |part: &str| format!("blk.{layer}.attn_{part}");
+        self.weights(|w| {
+            w.matrix(&name("q"), n_embd, 2 * n_q, 1.6);
+            w.matrix(&name("k"), n_embd, n_kv, 1.6);
+            w.matrix(&name("v"), n_embd, n_kv, 1.0);
+            // The gate is a half on average.
+            w.matrix(&name("output"), n_q, n_embd, 2.0 * residual);
+        });
+        self.head_norms(layer);
+    }
+
+    /// A short convolution over `width` tokens: `shortconv.in_proj`, `shortconv.conv`, `shortconv.out_proj`.
+    pub fn short_conv(&mut self, layer: usize, width: usize) {
+        let (n_embd, residual) = (self.shape.n_embd, self.residual());
+        let name = |part: &str| format!("blk.{layer}.shortconv.{part}");
+        self.weights(|w| {
+            w.matrix(&name("in_proj"), n_embd, 3 * n_embd, 1.0);
+            w.kernels(&name("conv"), width, n_embd);
+            w.matrix(&name("out_proj"), n_embd, n_embd, residual);
+        });
+    }
+
+    /// The keys of state-space layers and delta nets.
+    pub fn ssm_keys(&mut self, sizes: Ssm) {
+        self.key("ssm.conv_kernel", sizes.width as u32);
+        self.key("ssm.inner_size", sizes.inner() as u32);
+        self.key("ssm.state_size", sizes.state as u32);
+        self.key("ssm.time_step_rank", sizes.heads as u32);
+        self.key("ssm.group_count", sizes.groups as u32);
+    }
+
+    /// A gated delta net; `joint`: its projections in two matrices, as the first Qwen3-Next has them.
+    pub fn delta_net(&mut self, layer: usize, sizes: Ssm, joint: bool) {
+        let (n_embd, residual) = (self.shape.n_embd, self.residual());
+        let Ssm { width, state, heads, groups, .. } = sizes;
+        let (keys, values) = (state * groups, state * heads);
+        let name = |part: &str| format!("blk.{layer}.{part}");
+        self.weights(|w| {
+            if joint {
+                w.matrix(&name("ssm_in"), n_embd, 2 * keys + 2 * values, 1.0);
+            } else {
+                w.matrix(&name("attn_qkv"), n_embd, 2 * keys + values, 1.0);
+                w.matrix(&name("attn_gate"), n_embd, values, 1.0);
+            }
+            w.kernels(&name("ssm_conv1d"), width, 2 * keys + values);
+            w.bias(&name("ssm_dt"), heads, 1.0);
+            // What is written fades after some ten tokens in one head, after some hundred in another.
+            let decays: Vec<f32> = (0..heads).map(|head| -0.2 / (1.0 + 5.0 * head as f32)).collect();
+            w.floats(&name("ssm_a"), &decays);
+            w.norm(&name("ssm_norm"), state);
+            w.matrix(&name("ssm_out"), values, n_embd, residual);
+        });
+    }
+
+    /// The rates of a delta net: `ssm_beta` and `ssm_alpha`, or `ssm_ba` for both.
+    pub fn delta_rates(&mut self, layer: usize, sizes: Ssm, joint: bool) {
+        let n_embd = self.shape.n_embd;
+        let name = |part: &str| format!("blk.{layer}.ssm_{part}");
+        self.weights(|w| {
+            if joint {
+                w.matrix(&name("ba"), n_embd, 2 * sizes.heads, 1.0);
+            } else {
+                w.matrix(&name("beta"), n_embd, sizes.heads, 1.0);
+                w.matrix(&name("alpha"), n_embd, sizes.heads, 1.0);
+            }
+        });
+    }
+
+    /// A Mamba-2 layer; its norm is optional.
+    pub fn mamba2(&mut self, layer: usize, sizes: Ssm, has_norm: bool) {
+        let (n_embd, residual) = (self.shape.n_embd, self.residual());
+        let Ssm { width, state, heads, groups, .. } = sizes;
+        let (inner, channels) = (sizes.inner(), sizes.inner() + 2 * groups * state);
+        let name = |part: &str| format!("blk.{layer}.ssm_{part}");
+        self.weights(|w| {
+            w.matrix(&name("in"), n_embd, inner + channels + heads, 1.0);
+            w.kernels(&name("conv1d"), width, channels);
+            w.bias(&name("conv1d"), channels, 0.2);
+            w.bias(&name("dt"), heads, 1.0);
+            let decays: Vec<f32> = (0..heads).map(|head| -0.5 / (1.0 + 5.0 * head as f32)).collect();
+            w.floats_of_shape(&name("a"), &[1, heads], &decays);
+            let shares: Vec<f32> = (0..heads).map(|_| 1.0 + 0.3 * w.rng.normal()).collect();
+            w.floats_of_shape(&name("d"), &[1, heads], &shares);
+            if has_norm {
+                let norms: Vec<f32> = (0..inner).map(|_| 1.0 + 0.1 * w.rng.normal()).collect();
+                w.floats_of_shape(&format!("{}.weight", name("norm")), &[inner / groups, groups], &norms);
+            }
+            w.matrix(&name("out"), inner, n_embd, residual);
         });
     }
 
@@ -236,6 +359,55 @@ impl RandomDecoder {
         self.qk_norms(layer, [self.shape.head_size; 2]);
     }
 
+    /// `attn_q_norm` and `attn_k_norm` with weights of each head's own.
+    pub fn norms_of_each_head(&mut self, layer: usize) {
+        let Shape { head_size, n_head, n_head_kv, .. } = self.shape;
+        self.weights(|w| {
+            w.norm_rows(&format!("blk.{layer}.attn_q_norm"), [head_size, n_head], 1.6);
+            w.norm_rows(&format!("blk.{layer}.attn_k_norm"), [head_size, n_head_kv], 1.6);
+        });
+    }
+
+    /// `attn_gate`, whose sigmoid weighs what attention gives: each element, or each head.
+    pub fn attention_gate(&mut self, layer: usize, n_weights: usize) {
+        let n_embd = self.shape.n_embd;
+        self.weights(|w| w.matrix(&format!("blk.{layer}.attn_gate"), n_embd, n_weights, 2.0));
+    }
+
+    /// A layer that predicts a further token, beyond those that are run: its norms of the two inputs and their product.
+    /// The rest of it is the test's to add.
+    pub fn next_token_layer(&mut self) -> usize {
+        let Shape { n_layer, n_embd, .. } = self.shape;
+        self.key("block_count", n_layer as u32 + 1);
+        self.key("nextn_predict_layers", 1u32);
+        self.matrix(&format!("blk.{n_layer}.nextn.eh_proj"), 2 * n_embd, n_embd);
+        self.row(&format!("blk.{n_layer}.nextn.enorm"), n_embd);
+        self.row(&format!("blk.{n_layer}.nextn.hnorm"), n_embd);
+        n_layer
+    }
+
+    /// The key of norms that take the mean off first, in place of the other.
+    pub fn centred_norms(&mut self) {
+        self.remove_key("attention.layer_norm_rms_epsilon");
+        self.key("attention.layer_norm_epsilon", 1e-5f32);
+    }
+
+    /// A bias of a layer's norm.
+    pub fn norm_bias(&mut self, layer: usize, part: &str) {
+        let n = self.shape.n_embd;
+        self.bias(&format!("blk.{layer}.{part}"), n);
+    }
+
+    /// Takes a tensor out again.
+    pub fn remove_tensor(&mut self, name: &str) {
+        self.file.remove_tensor(name);
+    }
+
+    /// A key without the architecture's name in front.
+    pub fn plain_key(&mut self, name: &str, value: impl Into<Meta>) {
+        self.file.set(name, value);
+    }
+
     /// A learned sink for each head.
     pub fn sinks(&mut self, layer: usize) {
         let n_head = self.shape.n_head;
@@ -258,6 +430,32 @@ impl RandomDecoder {
             w.matrix(&name("gate"), n_embd, n_ff, 1.0);
             w.matrix(&name("up"), n_embd, n_ff, 1.0);
             w.matrix(&name("down"), n_ff, n_embd, residual);
+        });
+    }
+
+    /// `ffn_up` and `ffn_down` without a gate.
+    pub fn plain(&mut self, layer: usize) {
+        self.plain_named(layer, "", self.shape.n_ff);
+    }
+
+    /// As [`RandomDecoder::plain`] for names that end in `suffix`.
+    pub fn plain_named(&mut self, layer: usize, suffix: &str, n_ff: usize) {
+        let (n_embd, residual) = (self.shape.n_embd, self.residual());
+        self.weights(|w| {
+            w.matrix(&format!("blk.{layer}.ffn_up{suffix}"), n_embd, n_ff, 1.0);
+            w.matrix(&format!("blk.{layer}.ffn_down{suffix}"), n_ff, n_embd, residual);
+        });
+    }
+
+    /// A router and experts without gates, of inputs and outputs `n_in` wide.
+    pub fn plain_experts(&mut self, layer: usize, n_in: usize, n_ff: usize) {
+        let (Shape { n_embd, n_expert, expert_type, .. }, residual) = (self.shape, self.residual());
+        let name = |part: &str| format!("blk.{layer}.ffn_{part}");
+        self.weights(|w| {
+            w.experts(&name("up_exps"), [n_in, n_ff, n_expert], 1.0, expert_type);
+            w.experts(&name("down_exps"), [n_ff, n_in, n_expert], residual, expert_type);
+            (w.weight_type, w.larger) = (WeightType::F32, None);
+            w.matrix(&name("gate_inp"), n_embd, n_expert, 1.0);
         });
     }
 
@@ -289,6 +487,24 @@ impl RandomDecoder {
             (w.weight_type, w.larger) = (WeightType::F32, None);
             w.matrix(&name("gate_inp"), n_embd, n_expert, 1.0);
         });
+    }
+
+    /// As [`RandomDecoder::experts`], the gates in the first half of `ffn_gate_up_exps`.
+    pub fn fused_experts(&mut self, layer: usize, n_ff: usize) {
+        let (Shape { n_embd, n_expert, expert_type, .. }, residual) = (self.shape, self.residual());
+        let name = |part: &str| format!("blk.{layer}.ffn_{part}");
+        self.weights(|w| {
+            w.experts(&name("gate_up_exps"), [n_embd, 2 * n_ff, n_expert], 1.0, expert_type);
+            w.experts(&name("down_exps"), [n_ff, n_embd, n_expert], residual, expert_type);
+            (w.weight_type, w.larger) = (WeightType::F32, None);
+            w.matrix(&name("gate_inp"), n_embd, n_expert, 1.0);
+        });
+    }
+
+    /// `exp_probs_b`: what is added to an expert's score for the choice alone, as large as scores differ.
+    pub fn selection_bias(&mut self, layer: usize) {
+        let n_expert = self.shape.n_expert;
+        self.weights(|w| w.bias(&format!("blk.{layer}.exp_probs_b"), n_expert, 0.2));
     }
 
     /// Biases of the router and the experts.

@@ -64,6 +64,13 @@ impl Weights<'_> {
         self.floats(&format!("{name}.weight"), &values);
     }
 
+    /// Several norms' weights in one tensor, a row for each.
+    pub fn norm_rows(&mut self, name: &str, shape: [usize; 2], gain: f32) {
+        let values = (0..shape[0] * shape[1]).map(|_| gain * (1.0 + 0.1 * self.rng.normal()));
+        let data = values.flat_map(f32::to_le_bytes).collect();
+        self.file.add_tensor(&format!("{name}.weight"), WeightType::F32.0, &shape.map(|n| n as u64), data);
+    }
+
     pub fn bias(&mut self, name: &str, n: usize, deviation: f32) {
         let values: Vec<f32> = (0..n).map(|_| deviation * self.rng.normal()).collect();
         self.floats(&format!("{name}.bias"), &values);
@@ -77,7 +84,20 @@ impl Weights<'_> {
     }
 
     pub fn floats(&mut self, name: &str, values: &[f32]) {
+        self.floats_of_shape(name, &[values.len()], values);
+    }
+
+    /// Any tensor in f32.
+    pub fn floats_of_shape(&mut self, name: &str, shape: &[usize], values: &[f32]) {
         let data = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        self.file.add_tensor(name, WeightType::F32.0, &[values.len() as u64], data);
+        let dims: Vec<u64> = shape.iter().map(|&n| n as u64).collect();
+        self.file.add_tensor(name, WeightType::F32.0, &dims, data);
+    }
+
+    /// The kernels of a convolution over `width` tokens, one for each channel.
+    pub fn kernels(&mut self, name: &str, width: usize, channels: usize) {
+        let deviation = 1.5 / (width as f32).sqrt();
+        let values: Vec<f32> = (0..width * channels).map(|_| deviation * self.rng.normal()).collect();
+        self.floats_of_shape(&format!("{name}.weight"), &[width, channels], &values);
     }
 }

@@ -236,9 +236,9 @@ fn contenders(
         all.insert(0, (Outcome::new(LAZY, settled), params.lazy.policy.clone().into()));
     }
     if usual {
-        // Layers that are sliding-window by design cannot be lazy.
-        let lazy = model.hparams().windows.iter().enumerate().filter(|(_, window)| window.is_none());
-        let lazy = Policy::Layers(lazy.map(|(layer, _)| layer).collect());
+        // Layers that are sliding-window by design, or recurrent, cannot be lazy.
+        let hparams = model.hparams();
+        let lazy = Policy::Layers((0..hparams.n_layer).filter(|&layer| hparams.can_be_lazy(layer)).collect());
         let other = |name: &str, policy: Policy, types| {
             (Outcome::new(name, policy.to_string()), Contender { policy, types, narrow_keys: false })
         };
