@@ -7,7 +7,7 @@ use super::{
 
 pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
     if b.keys.optional_list("rope.dimension_sections")?.is_some_and(|sections| sections.iter().any(|&n| n > 0)) {
-        return Err(b.keys.error("rope.dimension_sections", "RoPE for images is not supported".into()));
+        return Err(b.keys.unsupported("rope.dimension_sections", "RoPE for images is not supported".into()));
     }
     b.ignore_next_token_layers()?;
     let layers = b.layers(|b, i| {

@@ -39,6 +39,7 @@ pub use loaded::Model;
 pub(crate) use loaded::Planned;
 pub use params::{ModelParams, Progress};
 pub(crate) use placement::Placement;
+pub use registry::check_architecture;
 
 #[doc(inline)]
 pub use crate::ggml::{Rope, RopeKind};
