@@ -17,7 +17,7 @@ use simlayer::{
     Hparams, ModelParams, Progress, Vocab,
     ggml::{RopeKind, logging::keep_logs},
     gguf::{Gguf, Override, Value, check_vocab},
-    model::check_architecture,
+    model::{self, check_architecture},
 };
 
 use crate::{
@@ -59,8 +59,11 @@ pub(crate) struct Model {
 
 /// Why there is no model.
 enum LoadError {
-    /// simlayer does not run it.
-    NotOurs(String),
+    /// simlayer does not run it: what it is, in short, and the error.
+    NotOurs {
+        what: String,
+        why: String,
+    },
     Failed(Failure),
 }
 
@@ -74,21 +77,30 @@ where
 }
 
 /// For errors of the engine, which says what it does not run.
-fn engine_error(error: simlayer::model::Error) -> LoadError {
-    if error.is_unsupported() { LoadError::NotOurs(error.to_string()) } else { error.into() }
+fn engine_error(error: model::Error) -> LoadError {
+    let why = error.to_string();
+    match error {
+        model::Error::Architecture { path, architecture, .. } => {
+            LoadError::NotOurs { what: format!("{}: architecture \"{architecture}\"", path.display()), why }
+        }
+        error if error.is_unsupported() => LoadError::NotOurs { what: why.clone(), why },
+        error => error.into(),
+    }
 }
 
-/// What the model is for, if that is not to say how a text goes on.
-fn other_use(file: &Gguf) -> std::result::Result<(), LoadError> {
-    let key = |name: &str| Ok::<_, LoadError>(format!("{}.{name}", file.architecture()?));
-    let (pooling, causal) = (key("pooling_type")?, key("attention.causal")?);
-    if file.u32(&pooling)?.is_some_and(|pooling| pooling as i32 != sys::LLAMA_POOLING_TYPE_NONE) {
-        return Err(LoadError::NotOurs(format!("{}: embeddings are pooled ({pooling})", file.path().display())));
-    }
-    if file.bool(&causal)? == Some(false) {
-        return Err(LoadError::NotOurs(format!("{}: tokens see what follows them ({causal})", file.path().display())));
-    }
-    Ok(())
+/// Refuses models that are not there to say how a text goes on.
+fn check_use(file: &Gguf) -> std::result::Result<(), LoadError> {
+    let architecture = file.architecture()?;
+    let (pooling, causal) = (format!("{architecture}.pooling_type"), format!("{architecture}.attention.causal"));
+    let what = match (file.u32(&pooling)?, file.bool(&causal)?) {
+        (Some(kind), _) if kind as i32 != sys::LLAMA_POOLING_TYPE_NONE => {
+            format!("its embeddings are pooled ({pooling} {kind})")
+        }
+        (_, Some(false)) => format!("its tokens see those that follow ({causal})"),
+        _ => return Ok(()),
+    };
+    let what = format!("{}: {what}", file.path().display());
+    Err(LoadError::NotOurs { why: what.clone(), what })
 }
 
 impl Model {
@@ -122,7 +134,7 @@ impl Model {
         if !params.vocab_only {
             check_architecture(&file).map_err(engine_error)?;
             if !any_use {
-                other_use(&file)?;
+                check_use(&file)?;
             }
         }
         if params.check_tensors {
@@ -305,15 +317,15 @@ fn load(
     let model = match Model::load(path, params, false) {
         Ok(model) => model,
         Err(LoadError::Failed(failure)) => return Err(failure),
-        Err(LoadError::NotOurs(why)) => match Library::get() {
-            Ok(library) => return load_there(library, &why, theirs),
+        Err(LoadError::NotOurs { what, why }) => match Library::get() {
+            Ok(library) => return load_there(library, &what, &why, theirs),
             Err(Failure(missing)) => match Model::load(path, params, true) {
                 Ok(model) => {
-                    log::warn("simlayer", &format!("{why}, which is not done here: {missing}"));
+                    log::warn("simlayer", &format!("{what}, but here it runs as any other: {missing}"));
                     model
                 }
                 Err(LoadError::Failed(failure)) => return Err(failure),
-                Err(LoadError::NotOurs(why)) => fail!("{why}; unmodified llama.cpp may run it, but {missing}"),
+                Err(LoadError::NotOurs { why, .. }) => fail!("{why}; unmodified llama.cpp may run it, but {missing}"),
             },
         },
     };
@@ -327,8 +339,10 @@ fn load(
     Ok(MODELS.insert(model))
 }
 
+/// `what` the model is, and `why` it is not ours.
 fn load_there(
     library: &Library,
+    what: &str,
     why: &str,
     theirs: impl FnOnce(&Library) -> Result<*mut sys::llama_model>,
 ) -> Result<*mut sys::llama_model> {
@@ -336,7 +350,7 @@ fn load_there(
     if model.is_null() {
         fail!("{why}; nor does unmodified llama.cpp load it, which says why in the log");
     }
-    log::warn("simlayer", &format!("{why}: it runs in unmodified llama.cpp, and no layer will be lazy"));
+    log::warn("simlayer", &format!("{what}: it runs in unmodified llama.cpp, and no layer will be lazy"));
     upstream::note(model, None);
     Ok(model)
 }
@@ -449,13 +463,28 @@ api! {
         })
     }
 
+    // Unmodified llama.cpp does it.
     fn llama_model_init_from_user(
-        _metadata: *mut sys::gguf_context,
-        _set_tensor_data: sys::llama_model_set_tensor_data_t,
-        _data: *mut c_void,
-        _params: sys::llama_model_params,
+        metadata: *mut sys::gguf_context,
+        set_tensor_data: sys::llama_model_set_tensor_data_t,
+        data: *mut c_void,
+        params: sys::llama_model_params,
     ) -> *mut sys::llama_model, or ptr::null_mut(), {
-        fail!("models that are not files are not supported")
+        type Init = unsafe extern "C" fn(
+            *mut sys::gguf_context, sys::llama_model_set_tensor_data_t, *mut c_void, sys::llama_model_params,
+        ) -> *mut sys::llama_model;
+        if metadata.is_null() {
+            fail!("metadata: a null pointer");
+        }
+        let what = "a model that is no file";
+        load_there(Library::get()?, what, what, |library| {
+            let function = library.symbol(c"llama_model_init_from_user")?;
+            // SAFETY: the function has that type; its arguments are the caller's.
+            unsafe {
+                let init = std::mem::transmute::<NonNull<c_void>, Init>(function);
+                Ok(init(metadata, set_tensor_data, data, params))
+            }
+        })
     }
 
     fn llama_model_save_to_file(_model: *const sys::llama_model, _path: *const c_char), or (), {

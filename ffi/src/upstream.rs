@@ -45,6 +45,9 @@ impl Library {
     /// The library, loaded if it is not yet.
     pub fn get() -> Result<&'static Library> {
         static LOADING: Mutex<()> = Mutex::new(());
+        if let Some(library) = LIBRARY.get() {
+            return Ok(library);
+        }
         let _one_at_a_time = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(library) = LIBRARY.get() {
             return Ok(library);

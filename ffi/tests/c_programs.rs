@@ -361,19 +361,23 @@ fn other_models_fall_through() {
     let (neox, encoder, llama) = (path("neox.gguf"), path("bert.gguf"), programs.model());
     let model = gpt_neox();
     model.write(&neox);
+    model.gguf().write_split(programs.path(), "parts", 3);
     bert().write(&encoder);
 
     let decode = |program: &Path, name: &str| {
-        let [answers, rows, state] = ["answers", "rows", "state"].map(|file| path(&format!("{name}.{file}")));
-        let said = programs.run(program, &["decode", &neox, &llama, &answers, &rows, &state]);
+        let files = ["answers", "rows", "state", "quantised"].map(|file| path(&format!("{name}.{file}")));
+        let [answers, rows, state, quantised] = &files;
+        let parts = path("parts");
+        let said = programs.run(program, &["decode", &neox, &llama, answers, rows, state, &parts, quantised]);
         let (tokens, notes) = said.split_once('\n').expect("two lines");
         let tokens: Vec<i32> = tokens.split_whitespace().map(|token| token.parse().expect("a token")).collect();
         let read = |file| std::fs::read(file).expect("the program has written it");
+        assert!(!read(quantised).is_empty());
         (tokens, read(answers), read(rows), notes.trim().to_owned())
     };
     let (tokens, answers, rows, notes) = decode(&ours, "ours");
     let (their_tokens, their_answers, their_rows, their_notes) = decode(&theirs, "theirs");
-    assert_eq!((&*notes, &*their_notes), ("1", "0"));
+    assert_eq!((&*notes, &*their_notes), ("6", "0"));
     assert_eq!((tokens.len(), &tokens), (20, &their_tokens));
     assert!(answers == their_answers, "answers differ");
     assert!(rows == their_rows, "logits differ");
@@ -387,14 +391,30 @@ fn other_models_fall_through() {
         reference.logits(neox.as_ref(), what).concat().into_iter().flat_map(f32::to_le_bytes).collect();
     assert!(rows == expected, "logits differ from the reference program's");
 
-    let embed = |program: &Path, name: &str| {
+    // An encoder, and a model whose architecture simlayer runs, for embeddings.
+    let pooled = path("pooled.gguf");
+    RandomModel::default().gguf().set("llama.pooling_type", 3u32).write(&pooled);
+    let embed = |program: &Path, name: &str, model: &str| {
         let answers = path(&format!("{name}.embeddings"));
-        let notes = programs.run(program, &["embed", &encoder, &answers]);
+        let notes = programs.run(program, &["embed", model, &answers]);
         (std::fs::read(answers).expect("the program has written it"), notes)
     };
-    let (ours, theirs) = (embed(&ours, "ours"), embed(&theirs, "theirs"));
-    assert_eq!((&*ours.1, &*theirs.1), ("1\n", "0\n"));
-    assert!(ours.0 == theirs.0, "embeddings differ");
+    for model in [&encoder, &pooled] {
+        let (ours, theirs) = (embed(&ours, "ours", model), embed(&theirs, "theirs", model));
+        assert_eq!((&*ours.1, &*theirs.1), ("1\n", "0\n"));
+        assert!(ours.0 == theirs.0, "{model}: embeddings differ");
+    }
+
+    // Without that library an encoder is none of ours, and the other is run all the same.
+    let alone = |model: &str| {
+        let mut command = Command::new(&ours);
+        command.args(["embed", model, &path("alone")]).env("SIMLAYER_UPSTREAM_LIB", path("none.so"));
+        command.output().expect("the program starts")
+    };
+    let refused = alone(&encoder);
+    let why = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && why.contains("none.so is missing"), "{why}");
+    assert_eq!(String::from_utf8_lossy(&alone(&pooled).stdout), "0\n");
 }
 
 /// A function of llama.h.

@@ -2,6 +2,9 @@
 // unmodified llama.cpp run it, or that library itself. All that is answered goes to a file, to be compared.
 #include "check.h"
 
+#include "ggml-backend.h"
+#include "gguf.h"
+
 static FILE * out;
 static int    n_notes = 0;
 
@@ -228,8 +231,9 @@ static void embed(struct llama_model * model, enum llama_pooling_type pooling) {
             add(&batch, token_at(model, 100 * seq + i), i, seq, true);
         }
     }
-    CHECK(llama_encode(ctx, batch) == 0);
+    CHECK((llama_get_memory(ctx) == NULL ? llama_encode(ctx, batch) : llama_decode(ctx, batch)) == 0);
     const int n_embd = llama_model_n_embd_out(model);
+    pooling          = llama_pooling_type(ctx);
     for (int seq = 0; seq < 3 && pooling != LLAMA_POOLING_TYPE_NONE; seq++) {
         put_floats("pooled", llama_get_embeddings_seq(ctx, seq), n_embd);
     }
@@ -240,13 +244,81 @@ static void embed(struct llama_model * model, enum llama_pooling_type pooling) {
     llama_free(ctx);
 }
 
-// Arguments: "decode", the model, another that simlayer runs, and files for the answers, the rows of logits and a state;
-// or "embed", the model and the file for the answers. The last line says how often it was said that a model runs in
+// A few tokens of a model, which is freed.
+static void glance(struct llama_model * model) {
+    CHECK(model != NULL);
+    put("parameters", (long long) llama_model_n_params(model));
+    struct llama_context * ctx = llama_init_from_model(model, settings());
+    CHECK(ctx != NULL);
+    decode_text(ctx, 0, 5, 0);
+    put_floats("logits", llama_get_logits_ith(ctx, -1), llama_vocab_n_tokens(llama_model_get_vocab(model)));
+    llama_free(ctx);
+    llama_model_free(model);
+}
+
+// Weights of no file.
+static void set_tensor(struct ggml_tensor * tensor, void * data) {
+    (void) data;
+    const int64_t n      = ggml_nelements(tensor);
+    float *       values = malloc((size_t) n * sizeof(float));
+    CHECK(values != NULL && ggml_nbytes(tensor) == (size_t) n * sizeof(float));
+    for (int64_t i = 0; i < n; i++) {
+        values[i] = (float) (i * 37 % 101 - 50) / 200;
+    }
+    ggml_backend_tensor_set(tensor, values, 0, ggml_nbytes(tensor));
+    free(values);
+}
+
+// A model's other ways in, and quantised.
+static void other_ways(const char * path, const char * parts, const char * quantised) {
+    FILE * file = fopen(path, "rb");
+    CHECK(file != NULL);
+    glance(llama_model_load_from_file_ptr(file, llama_model_default_params()));
+    fclose(file);
+
+    char         names[3][512];
+    const char * paths[3];
+    for (int i = 0; i < 3; i++) {
+        CHECK(llama_split_path(names[i], sizeof(names[i]), parts, i, 3) > 0);
+        paths[i] = names[i];
+    }
+    glance(llama_model_load_from_splits(paths, 3, llama_model_default_params()));
+    glance(llama_model_load_from_file(paths[0], llama_model_default_params()));
+
+    struct gguf_context * metadata = gguf_init_from_file(path, (struct gguf_init_params) { true, NULL });
+    CHECK(metadata != NULL);
+    glance(llama_model_init_from_user(metadata, set_tensor, NULL, llama_model_default_params()));
+    gguf_free(metadata);
+
+    struct llama_model_quantize_params params = llama_model_quantize_default_params();
+    params.ftype                              = LLAMA_FTYPE_MOSTLY_Q8_0;
+    params.nthread                            = 1;
+    CHECK(llama_model_quantize(path, quantised, &params) == 0);
+    glance(llama_model_load_from_file(quantised, llama_model_default_params()));
+}
+
+// The vocabulary alone, which simlayer reads of any model.
+static void vocabulary(const char * path) {
+    struct llama_model_params params = llama_model_default_params();
+    params.vocab_only                = true;
+    struct llama_model * model       = llama_model_load_from_file(path, params);
+    CHECK(model != NULL);
+    llama_token tokens[64];
+    const int   n = llama_tokenize(llama_model_get_vocab(model), "of the world", 12, tokens, 64, true, false);
+    put("vocabulary", n);
+    for (int i = 0; i < n; i++) {
+        put("token", tokens[i]);
+    }
+    llama_model_free(model);
+}
+
+// Arguments: "decode", the model, another that simlayer runs, files for the answers, the rows of logits and a state, the
+// beginning of the names of the model's parts, and a file for it quantised; or "embed", the model and the file for the answers. The last line says how often it was said that a model runs in
 // unmodified llama.cpp.
 int main(int argc, char ** argv) {
     CHECK(argc > 3);
     if (strcmp(argv[1], "decode") == 0) {
-        CHECK(argc == 7);
+        CHECK(argc == 9);
         out = fopen(argv[4], "wb");
         CHECK(out != NULL);
         struct llama_model * model = load(argv[2]);
@@ -262,10 +334,12 @@ int main(int argc, char ** argv) {
         llama_free(between);
         llama_model_free(other);
         llama_model_free(model);
+        other_ways(argv[2], argv[7], argv[8]);
     } else {
         out = fopen(argv[3], "wb");
         CHECK(out != NULL);
         struct llama_model * model = load(argv[2]);
+        vocabulary(argv[2]);
         describe(model);
         embed(model, LLAMA_POOLING_TYPE_UNSPECIFIED);
         embed(model, LLAMA_POOLING_TYPE_MEAN);
