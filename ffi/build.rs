@@ -6,6 +6,7 @@ use std::{env, path::PathBuf};
 fn main() {
     println!("cargo:rerun-if-changed=src/ext.cpp");
     println!("cargo:rerun-if-changed=src/reused.cpp");
+    println!("cargo:rerun-if-changed=src/upstream.h");
     let source = PathBuf::from(env::var_os("DEP_GGML_SOURCE").expect("ggml-sys says where its source is"));
     // For the layout test.
     println!("cargo:rustc-env=LLAMA_SOURCE={}", source.display());

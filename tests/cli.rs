@@ -8,7 +8,7 @@ use std::{
 };
 
 use serde_json::Value;
-use simlayer_testkit::{RandomLora, smollm2_path};
+use simlayer_testkit::{RandomLora, RandomModel, smollm2_path};
 
 /// What a run wrote, and how it ended.
 struct Ran {
@@ -180,9 +180,14 @@ fn failures_have_code_1_and_say_what_failed() {
     let not_a_model = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(not_a_model.path(), "this is no model").unwrap();
     let not_a_model = not_a_model.path().to_str().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let others = folder.path().join("others.gguf");
+    RandomModel::tiny().gguf().set("general.architecture", "gptneox").write(&others);
+    let others = others.to_str().unwrap();
     let cases: &[(&[&str], &str)] = &[
         (&["-m", "no/such/model.gguf", "-p", "x"], "no/such/model.gguf"),
         (&["-m", not_a_model, "-p", "x"], not_a_model),
+        (&["-m", others, "-p", "x"], "llama.cpp's own programs may run it, also on simlayer's libllama.so.0"),
         (&["@", "-f", "no/such/prompt.txt"], "no/such/prompt.txt"),
         (&["@", "-p", "x", "--grammar-file", "no/such.gbnf"], "no/such.gbnf"),
         (&["@", "-p", "x", "--lazy-profile", "no/such.toml"], "no/such.toml"),

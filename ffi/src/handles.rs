@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use crate::border::Result;
+use crate::{border::Result, upstream};
 
 /// The living objects of one kind.
 pub(crate) struct Registry<T> {
@@ -17,8 +17,9 @@ pub(crate) struct Registry<T> {
 }
 
 /// Handles look like aligned pointers, but are none: nothing else is told of an object, and no number comes twice, so
-/// that one that was freed is known for good.
-static NEXT: AtomicUsize = AtomicUsize::new(0x1000);
+/// that one that was freed is known for good. Where pointers have 64 bits they are such as no object has, so that
+/// unmodified llama.cpp's, which are pointers, are never one of them.
+static NEXT: AtomicUsize = AtomicUsize::new(0x1000 + if usize::BITS == 64 { 0x51 << (usize::BITS - 8) } else { 0 });
 
 impl<T> Registry<T> {
     pub const fn new(what: &'static str) -> Registry<T> {
@@ -41,6 +42,9 @@ impl<T> Registry<T> {
         let living = self.living.read().unwrap_or_else(PoisonError::into_inner);
         match living.as_ref().and_then(|living| living.get(&handle.addr())) {
             Some(object) => Ok(Arc::clone(object)),
+            None if upstream::is_upstreams(handle) => {
+                fail!("{}: it runs in unmodified llama.cpp, where no layer is lazy", self.what)
+            }
             None => fail!("{}: {handle:p} is none, or was freed", self.what),
         }
     }

@@ -4,7 +4,8 @@
 //! Every function is called through `border::guard`: a failure becomes a line in llama.cpp's log and the function's
 //! error value, and so does a panic. Handles are looked up in a table of the living ones, so that a null pointer or one
 //! that was freed is an error. The vocabulary, samplers and grammars are llama.cpp's own code behind checks of ours
-//! (`reused.cpp`).
+//! (`reused.cpp`). Calls about models that simlayer does not run go to unmodified llama.cpp in a library of its own
+//! (`upstream`).
 
 #[macro_use]
 mod border;
@@ -24,6 +25,7 @@ mod settings;
 mod simlayer_api;
 mod state;
 mod system;
+mod upstream;
 
 #[cfg(test)]
 mod layout;

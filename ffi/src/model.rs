@@ -5,7 +5,7 @@ use std::{
     ffi::{CStr, CString, c_char, c_void},
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
-    ptr,
+    ptr::{self, NonNull},
     sync::{
         Arc, PoisonError, RwLock,
         atomic::{AtomicBool, Ordering},
@@ -17,6 +17,7 @@ use simlayer::{
     Hparams, ModelParams, Progress, Vocab,
     ggml::{RopeKind, logging::keep_logs},
     gguf::{Gguf, Override, Value, check_vocab},
+    model::{self, check_architecture},
 };
 
 use crate::{
@@ -26,6 +27,7 @@ use crate::{
     log,
     lora::forget_adapters,
     settings::LazySettings,
+    upstream::{self, Library},
 };
 
 pub(crate) static MODELS: Registry<Model> = Registry::new("model");
@@ -56,6 +58,52 @@ pub(crate) struct Model {
     lazy: AtomicBool,
 }
 
+/// Why there is no model.
+enum LoadError {
+    /// simlayer does not run it: what it is, in short, and the error.
+    NotOurs {
+        what: String,
+        why: String,
+    },
+    Failed(Failure),
+}
+
+impl<E> From<E> for LoadError
+where
+    Failure: From<E>,
+{
+    fn from(error: E) -> LoadError {
+        LoadError::Failed(error.into())
+    }
+}
+
+/// For errors of the engine, which says what it does not run.
+fn engine_error(error: model::Error) -> LoadError {
+    let why = error.to_string();
+    match error {
+        model::Error::Architecture { path, architecture, .. } => {
+            LoadError::NotOurs { what: format!("{}: architecture \"{architecture}\"", path.display()), why }
+        }
+        error if error.is_unsupported() => LoadError::NotOurs { what: why.clone(), why },
+        error => error.into(),
+    }
+}
+
+/// Refuses models that are not there to say how a text goes on.
+fn check_use(file: &Gguf) -> std::result::Result<(), LoadError> {
+    let architecture = file.architecture()?;
+    let (pooling, causal) = (format!("{architecture}.pooling_type"), format!("{architecture}.attention.causal"));
+    let what = match (file.u32(&pooling)?, file.bool(&causal)?) {
+        (Some(kind), _) if kind as i32 != sys::LLAMA_POOLING_TYPE_NONE => {
+            format!("its embeddings are pooled ({pooling} {kind})")
+        }
+        (_, Some(false)) => format!("its tokens see those that follow ({causal})"),
+        _ => return Ok(()),
+    };
+    let what = format!("{}: {what}", file.path().display());
+    Err(LoadError::NotOurs { why: what.clone(), what })
+}
+
 impl Model {
     /// Says that layers may become lazy in one of the model's contexts.
     pub fn note_lazy(&self) {
@@ -73,7 +121,8 @@ impl Model {
         by_design.max(usize::from(by_design == 0 && may_be_lazy()))
     }
 
-    fn load(path: &Path, params: &sys::llama_model_params) -> Result<Model> {
+    /// `any_use` also takes models that embed texts for models that go on with them.
+    fn load(path: &Path, params: &sys::llama_model_params, any_use: bool) -> std::result::Result<Model, LoadError> {
         keep_logs();
         // SAFETY: reads a clock.
         let start_us = unsafe { sys::ggml_time_us() };
@@ -83,6 +132,12 @@ impl Model {
         for (key, value) in &overrides {
             file.set_override(key, value.clone());
         }
+        if !params.vocab_only {
+            check_architecture(&file).map_err(engine_error)?;
+            if !any_use {
+                check_use(&file)?;
+            }
+        }
         if params.check_tensors {
             check_tensors(&file)?;
         }
@@ -91,13 +146,13 @@ impl Model {
             check_vocab(&file)?;
             // The vocabulary of the engine's own loader, without the weights.
             let vocab = Vocab::load_with(path, &load.overrides)?;
-            let hparams = if params.vocab_only { None } else { Some(Hparams::of(&file)?) };
+            let hparams = if params.vocab_only { None } else { Some(Hparams::of(&file).map_err(engine_error)?) };
             (None, vocab, hparams)
         } else {
             // SAFETY: lists of the caller's, as llama.h describes them.
             unsafe { devices::place(params, &mut load) }?;
             load.progress = progress(params);
-            let engine = simlayer::Model::load(path, &load)?;
+            let engine = simlayer::Model::load(path, &load).map_err(engine_error)?;
             load.progress = None;
             let (vocab, hparams) = (engine.vocab().clone(), engine.hparams().clone());
             (Some(engine), vocab, Some(hparams))
@@ -265,8 +320,27 @@ fn check_tensors(file: &Gguf) -> Result<()> {
     Ok(())
 }
 
-fn load(path: &Path, params: &sys::llama_model_params) -> Result<*mut sys::llama_model> {
-    let model = Model::load(path, params)?;
+/// Loads a model, or has unmodified llama.cpp load it by `theirs`, which calls that library's function.
+fn load(
+    path: &Path,
+    params: &sys::llama_model_params,
+    theirs: impl FnOnce(&Library) -> Result<*mut sys::llama_model>,
+) -> Result<*mut sys::llama_model> {
+    let model = match Model::load(path, params, false) {
+        Ok(model) => model,
+        Err(LoadError::Failed(failure)) => return Err(failure),
+        Err(LoadError::NotOurs { what, why }) => match Library::get() {
+            Ok(library) => return load_there(library, &what, &why, theirs),
+            Err(Failure(missing)) => match Model::load(path, params, true) {
+                Ok(model) => {
+                    log::warn("simlayer", &format!("{what}, but here it runs as any other: {missing}"));
+                    model
+                }
+                Err(LoadError::Failed(failure)) => return Err(failure),
+                Err(LoadError::NotOurs { why, .. }) => fail!("{why}; unmodified llama.cpp may run it, but {missing}"),
+            },
+        },
+    };
     log::info("simlayer", &format!("{}: {}, {} tokens", path.display(), model.description, model.n_vocab()));
     if let Some(engine) = &model.engine {
         for device in engine.devices() {
@@ -275,6 +349,49 @@ fn load(path: &Path, params: &sys::llama_model_params) -> Result<*mut sys::llama
         }
     }
     Ok(MODELS.insert(model))
+}
+
+/// `what` the model is, and `why` it is not ours.
+fn load_there(
+    library: &Library,
+    what: &str,
+    why: &str,
+    theirs: impl FnOnce(&Library) -> Result<*mut sys::llama_model>,
+) -> Result<*mut sys::llama_model> {
+    let model = theirs(library)?;
+    if model.is_null() {
+        fail!("{why}; nor does unmodified llama.cpp load it, which says why in the log");
+    }
+    log::warn("simlayer", &format!("{what}: it runs in unmodified llama.cpp, and no layer will be lazy"));
+    upstream::note(model, None);
+    Ok(model)
+}
+
+/// Functions of unmodified llama.cpp that load a model from this and with these parameters.
+type LoadFunction<From> = unsafe extern "C" fn(From, sys::llama_model_params) -> *mut sys::llama_model;
+
+/// # Safety
+/// The library's function of that name has the type of a [`LoadFunction`], and can be called with `from` and `params`.
+unsafe fn load_from<From>(
+    library: &Library,
+    name: &CStr,
+    from: From,
+    params: sys::llama_model_params,
+) -> Result<*mut sys::llama_model> {
+    let function = library.symbol(name)?;
+    // SAFETY: the caller's promise.
+    unsafe { Ok(std::mem::transmute::<NonNull<c_void>, LoadFunction<From>>(function)(from, params)) }
+}
+
+/// # Safety
+/// As [`c_str`], and `params` as llama.h describes them.
+unsafe fn load_file(path_model: *const c_char, params: sys::llama_model_params) -> Result<*mut sys::llama_model> {
+    // SAFETY: the caller's promise.
+    let path = unsafe { path(path_model) }?;
+    load(path, &params, |library| {
+        // SAFETY: the function has that type; the rest is the caller's promise.
+        unsafe { load_from(library, c"llama_model_load_from_file", path_model, params) }
+    })
 }
 
 /// # Safety
@@ -315,24 +432,29 @@ api! {
 
     fn llama_model_load_from_file(path_model: *const c_char, params: sys::llama_model_params) -> *mut sys::llama_model,
     or ptr::null_mut(), {
-        // SAFETY: a C string of the caller's.
-        load(unsafe { path(path_model) }?, &params)
+        // SAFETY: a C string and parameters of the caller's.
+        unsafe { load_file(path_model, params) }
     }
 
     fn llama_load_model_from_file(path_model: *const c_char, params: sys::llama_model_params) -> *mut sys::llama_model,
     or ptr::null_mut(), {
-        // SAFETY: a C string of the caller's.
-        load(unsafe { path(path_model) }?, &params)
+        // SAFETY: a C string and parameters of the caller's.
+        unsafe { load_file(path_model, params) }
     }
 
     fn llama_model_load_from_splits(paths: *mut *const c_char, n_paths: usize, params: sys::llama_model_params)
     -> *mut sys::llama_model, or ptr::null_mut(), {
         // SAFETY: an array of as many C strings of the caller's.
-        let paths = unsafe { slice(paths, n_paths, "paths") }?;
-        let Some(&first) = paths.first() else { fail!("no paths were given") };
-        check_split_names(paths)?;
+        let strings = unsafe { slice(paths, n_paths, "paths") }?;
+        let Some(&first) = strings.first() else { fail!("no paths were given") };
+        check_split_names(strings)?;
         // SAFETY: a C string of the caller's.
-        load(unsafe { path(first) }?, &params)
+        load(unsafe { path(first) }?, &params, |library| {
+            type Load = unsafe extern "C" fn(*mut *const c_char, usize, sys::llama_model_params) -> *mut sys::llama_model;
+            let function = library.symbol(c"llama_model_load_from_splits")?;
+            // SAFETY: the function has that type; its arguments are the caller's.
+            unsafe { Ok(std::mem::transmute::<NonNull<c_void>, Load>(function)(paths, n_paths, params)) }
+        })
     }
 
     fn llama_model_load_from_file_ptr(file: *mut sys::FILE, params: sys::llama_model_params) -> *mut sys::llama_model,
@@ -347,16 +469,34 @@ api! {
         }
         let link = PathBuf::from(format!("/proc/self/fd/{fd}"));
         let named = std::fs::read_link(&link).ok().filter(|path| path.is_file());
-        load(&named.unwrap_or(link), &params)
+        load(&named.unwrap_or(link), &params, |library| {
+            // SAFETY: the function has that type; its arguments are the caller's.
+            unsafe { load_from(library, c"llama_model_load_from_file_ptr", file, params) }
+        })
     }
 
+    // Unmodified llama.cpp does it.
     fn llama_model_init_from_user(
-        _metadata: *mut sys::gguf_context,
-        _set_tensor_data: sys::llama_model_set_tensor_data_t,
-        _data: *mut c_void,
-        _params: sys::llama_model_params,
+        metadata: *mut sys::gguf_context,
+        set_tensor_data: sys::llama_model_set_tensor_data_t,
+        data: *mut c_void,
+        params: sys::llama_model_params,
     ) -> *mut sys::llama_model, or ptr::null_mut(), {
-        fail!("models that are not files are not supported")
+        type Init = unsafe extern "C" fn(
+            *mut sys::gguf_context, sys::llama_model_set_tensor_data_t, *mut c_void, sys::llama_model_params,
+        ) -> *mut sys::llama_model;
+        if metadata.is_null() {
+            fail!("metadata: a null pointer");
+        }
+        let what = "a model that is no file";
+        load_there(Library::get()?, what, what, |library| {
+            let function = library.symbol(c"llama_model_init_from_user")?;
+            // SAFETY: the function has that type; its arguments are the caller's.
+            unsafe {
+                let init = std::mem::transmute::<NonNull<c_void>, Init>(function);
+                Ok(init(metadata, set_tensor_data, data, params))
+            }
+        })
     }
 
     fn llama_model_save_to_file(_model: *const sys::llama_model, _path: *const c_char), or (), {

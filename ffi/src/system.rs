@@ -2,7 +2,7 @@
 
 use std::{
     ffi::{CStr, CString, c_char, c_void},
-    ptr,
+    ptr::{self, NonNull},
     sync::OnceLock,
 };
 
@@ -13,6 +13,7 @@ use crate::{
     border::{Failure, Result, c_str, slice, text},
     devices::MAX_DEVICES,
     log,
+    upstream::Library,
 };
 
 /// As upstream has it: no context has more sequences.
@@ -144,12 +145,25 @@ api! {
         Ok(no_quantize_params())
     }
 
+    // Unmodified llama.cpp does it.
     fn llama_model_quantize(
-        _input: *const c_char,
-        _output: *const c_char,
-        _params: *const sys::llama_model_quantize_params,
+        input: *const c_char,
+        output: *const c_char,
+        params: *const sys::llama_model_quantize_params,
     ) -> u32, or 1, {
-        not_supported("quantising models")
+        type Quantize = unsafe extern "C" fn(
+            *const c_char, *const c_char, *const sys::llama_model_quantize_params,
+        ) -> u32;
+        // SAFETY: C strings of the caller's, and parameters as llama.h describes them; the function has that type.
+        unsafe {
+            c_str(input, "input")?;
+            c_str(output, "output")?;
+            if params.is_null() {
+                fail!("params: a null pointer");
+            }
+            let function = Library::get()?.symbol(c"llama_model_quantize")?;
+            Ok(std::mem::transmute::<NonNull<c_void>, Quantize>(function)(input, output, params))
+        }
     }
 
     fn llama_opt_param_filter_all(_tensor: *const sys::ggml_tensor, _data: *mut c_void) -> bool, or true, {

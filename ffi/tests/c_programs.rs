@@ -14,7 +14,8 @@ use std::{
 
 use simlayer::{AddBos, LayerKind, Session, SessionParams, Special, ggml::Type};
 use simlayer_testkit::{
-    Logits, RandomLora, RandomModel, Rng, UpstreamRef, Vocabulary,
+    Logits, RandomDecoder, RandomLora, RandomModel, Rng, Shape, UpstreamRef, Vocabulary,
+    gguf::GgufFile,
     metrics::{kl, read_rows, top},
     pre_tokenizers_by_expressions, smollm2_path, workspace_root,
 };
@@ -62,16 +63,22 @@ impl Programs {
         path.display().to_string()
     }
 
-    /// Compiles `ffi/tests/c/NAME.c`.
+    /// Compiles `ffi/tests/c/NAME.c` and links it with our library.
     fn build(&self, name: &str, flags: &[&str]) -> PathBuf {
+        let source = workspace_root().join("ffi/tests/c").join(name).with_extension("c");
+        self.compile(&source, name, "-lllama", flags)
+    }
+
+    /// Compiles a file to a program, or what the flags say, and links it with a library.
+    fn compile(&self, source: &Path, name: &str, library: &str, flags: &[&str]) -> PathBuf {
         let program = self.path().join(name);
         let lib = self.dist.join("lib");
         let mut cc = Command::new("cc");
         cc.args(["-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror"]).args(flags);
-        cc.arg(format!("-I{}", self.dist.join("include").display()));
-        cc.arg(workspace_root().join("ffi/tests/c").join(name).with_extension("c")).arg("-o").arg(&program);
-        cc.arg("-L").arg(&lib).arg(format!("-Wl,-rpath,{}", lib.display()));
-        succeed(cc.args(["-lllama", "-lggml", "-lggml-cpu", "-lggml-rpc", "-lggml-base", "-lpthread", "-lm"]));
+        cc.arg("-I").arg(self.dist.join("include")).arg("-I").arg(workspace_root().join("ffi/tests/c"));
+        cc.arg(source).arg("-o").arg(&program);
+        cc.arg("-L").arg(&lib).arg(format!("-Wl,-rpath,{}", lib.display())).arg(library);
+        succeed(cc.args(["-lggml", "-lggml-cpu", "-lggml-rpc", "-lggml-base", "-lpthread", "-lm"]));
         program
     }
 
@@ -127,6 +134,12 @@ fn exports_are_llama_cpps_and_simlayers() {
     assert_eq!((llama.len(), cpp.len(), simlayer.len()), (255, 14, 9));
     assert_eq!(c, llama.union(&simlayer).cloned().collect());
     assert!(cpp.iter().all(|name| name.contains("llama_")), "{cpp:?}");
+
+    // The same but for ours is in the library that others fall through to.
+    let mut nm = Command::new("nm");
+    nm.args(["-D", "--defined-only", "--format=just-symbols"]).arg(dist.join("lib/libsimlayer-upstream.so"));
+    let text = String::from_utf8(succeed(&mut nm).stdout).expect("text");
+    assert_eq!(text.lines().map(str::to_owned).collect::<BTreeSet<_>>(), &cpp | &llama);
 }
 
 #[test]
@@ -372,6 +385,295 @@ fn examples() {
     let report = programs.run(&programs.path().join("layers"), &[&model, &story, "budget:0.5", "256"]);
     assert_eq!(report.matches("  lazy  ").count(), 15, "{report}");
     assert!(report.contains(", 15 lazy layers, cache"), "{report}");
+}
+
+/// A small model of an architecture that only unmodified llama.cpp runs.
+fn gpt_neox() -> RandomDecoder {
+    let mut model = RandomDecoder::new("gptneox", Shape { n_head_kv: 4, ..Shape::default() });
+    let (n_embd, n_ff) = (model.shape.n_embd, model.shape.n_ff);
+    model.remove_key("attention.layer_norm_rms_epsilon");
+    model.key("attention.layer_norm_epsilon", 1e-5f32);
+    model.key("use_parallel_residual", true);
+    model.key("rope.dimension_count", 8u32);
+    model.bias("output_norm", n_embd);
+    for layer in model.layers() {
+        let name = |part: &str| format!("blk.{layer}.{part}");
+        model.pre_norms(layer);
+        model.fused_attention(layer);
+        model.matrix(&name("ffn_up"), n_embd, n_ff);
+        model.matrix(&name("ffn_down"), n_ff, n_embd);
+        for (part, n) in [("attn_norm", n_embd), ("ffn_norm", n_embd), ("attn_qkv", 3 * n_embd)] {
+            model.bias(&name(part), n);
+        }
+        for (part, n) in [("attn_output", n_embd), ("ffn_up", n_ff), ("ffn_down", n_embd)] {
+            model.bias(&name(part), n);
+        }
+    }
+    model
+}
+
+/// A small encoder, which by itself gives the mean of a text's embeddings.
+fn bert() -> GgufFile {
+    let mut model = RandomDecoder::new("bert", Shape { n_head_kv: 4, tied: true, ..Shape::default() });
+    let (n_embd, n_ff, n_vocab) = (model.shape.n_embd, model.shape.n_ff, model.n_vocab);
+    model.key("context_length", 128u32);
+    model.key("attention.layer_norm_epsilon", 1e-12f32);
+    model.key("attention.causal", false);
+    model.key("pooling_type", 1u32);
+    model.matrix("token_types", n_embd, 2);
+    model.matrix("position_embd", n_embd, 128);
+    let norm = |model: &mut RandomDecoder, name: &str| {
+        model.row(name, n_embd);
+        model.bias(name, n_embd);
+    };
+    norm(&mut model, "token_embd_norm");
+    for layer in model.layers() {
+        let name = |part: &str| format!("blk.{layer}.{part}");
+        model.attention(layer);
+        model.qkv_biases(layer);
+        model.bias(&name("attn_output"), n_embd);
+        norm(&mut model, &name("attn_output_norm"));
+        norm(&mut model, &name("layer_output_norm"));
+        model.matrix(&name("ffn_up"), n_embd, n_ff);
+        model.bias(&name("ffn_up"), n_ff);
+        model.matrix(&name("ffn_down"), n_ff, n_embd);
+        model.bias(&name("ffn_down"), n_embd);
+    }
+    let mut file = model.gguf().clone();
+    assert!(n_vocab > 300, "the program asks for tokens below that");
+    file.set("tokenizer.ggml.token_type_count", 2u32).remove_tensor("output_norm.weight");
+    file
+}
+
+/// What simlayer does not run gives in our library what it gives in unmodified llama.cpp.
+#[test]
+fn other_models_fall_through() {
+    let Some(programs) = Programs::new() else { return };
+    let path = |name: &str| programs.path().join(name).display().to_string();
+    let source = workspace_root().join("ffi/tests/c/fall_through.c");
+    let ours = programs.build("fall_through", &["-fsanitize=address"]);
+    let theirs = programs.compile(&source, "unmodified", "-lsimlayer-upstream", &[]);
+    let (neox, encoder, llama) = (path("neox.gguf"), path("bert.gguf"), programs.model());
+    let model = gpt_neox();
+    model.write(&neox);
+    model.gguf().write_split(programs.path(), "parts", 3);
+    bert().write(&encoder);
+
+    let decode = |program: &Path, name: &str| {
+        let files = ["answers", "rows", "state", "quantised"].map(|file| path(&format!("{name}.{file}")));
+        let [answers, rows, state, quantised] = &files;
+        let parts = path("parts");
+        let said = programs.run(program, &["decode", &neox, &llama, answers, rows, state, &parts, quantised]);
+        let (tokens, notes) = said.split_once('\n').expect("two lines");
+        let tokens: Vec<i32> = tokens.split_whitespace().map(|token| token.parse().expect("a token")).collect();
+        let read = |file| std::fs::read(file).expect("the program has written it");
+        assert!(!read(quantised).is_empty());
+        (tokens, read(answers), read(rows), notes.trim().to_owned())
+    };
+    let (tokens, answers, rows, notes) = decode(&ours, "ours");
+    let (their_tokens, their_answers, their_rows, their_notes) = decode(&theirs, "theirs");
+    assert_eq!((&*notes, &*their_notes), ("6", "0"));
+    assert_eq!((tokens.len(), &tokens), (20, &their_tokens));
+    assert!(answers == their_answers, "answers differ");
+    assert!(rows == their_rows, "logits differ");
+
+    // And in a program of its own, built as its authors build it.
+    let n_vocab = model.n_vocab;
+    let prompt: Vec<i32> = (0..40u32).map(|i| ((i * 7919 + 13) % n_vocab as u32) as i32).collect();
+    let reference = UpstreamRef::new().with_options(&["-fa", "on", "-t", "1"]);
+    let what = Logits { prompts: &[prompt], all: false, decode: Some(&[tokens]) };
+    let expected: Vec<u8> =
+        reference.logits(neox.as_ref(), what).concat().into_iter().flat_map(f32::to_le_bytes).collect();
+    assert!(rows == expected, "logits differ from the reference program's");
+
+    // An encoder, and a model whose architecture simlayer runs, for embeddings.
+    let pooled = path("pooled.gguf");
+    RandomModel::default().gguf().set("llama.pooling_type", 3u32).write(&pooled);
+    let embed = |program: &Path, name: &str, model: &str| {
+        let answers = path(&format!("{name}.embeddings"));
+        let notes = programs.run(program, &["embed", model, &answers]);
+        (std::fs::read(answers).expect("the program has written it"), notes)
+    };
+    for model in [&encoder, &pooled] {
+        let (ours, theirs) = (embed(&ours, "ours", model), embed(&theirs, "theirs", model));
+        assert_eq!((&*ours.1, &*theirs.1), ("1\n", "0\n"));
+        assert!(ours.0 == theirs.0, "{model}: embeddings differ");
+    }
+
+    // Without that library an encoder is none of ours, and the other is run all the same.
+    let alone = |model: &str| {
+        let mut command = Command::new(&ours);
+        command.args(["embed", model, &path("alone")]).env("SIMLAYER_UPSTREAM_LIB", path("none.so"));
+        command.output().expect("the program starts")
+    };
+    let refused = alone(&encoder);
+    let why = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && why.contains("none.so is missing"), "{why}");
+    assert_eq!(String::from_utf8_lossy(&alone(&pooled).stdout), "0\n");
+}
+
+/// A function of llama.h.
+struct Declaration {
+    result: String,
+    name: String,
+    /// The types of its parameters.
+    parameters: Vec<String>,
+}
+
+/// What `cc` leaves of llama.h, without attributes.
+fn preprocessed(dist: &Path) -> String {
+    let mut cc = Command::new("cc");
+    cc.args(["-E", "-P", "-x", "c", "-include", "llama.h", "/dev/null"]).arg("-I").arg(dist.join("include"));
+    let mut text = String::from_utf8(succeed(&mut cc).stdout).expect("text");
+    while let Some(start) = text.find("__attribute__") {
+        let mut depth = 0;
+        let end = text[start..].find(|c| {
+            depth += i32::from(c == '(') - i32::from(c == ')');
+            c == ')' && depth == 0
+        });
+        text.replace_range(start..=start + end.expect("a closing parenthesis"), "");
+    }
+    text
+}
+
+fn declarations(text: &str) -> Vec<Declaration> {
+    let mut depth = 0;
+    let statements = text.split(|c| {
+        depth += i32::from(c == '{') - i32::from(c == '}');
+        c == ';' && depth == 0
+    });
+    let functions = statements.filter(|statement| !statement.contains('{') && !statement.contains("typedef"));
+    let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let function = |statement: &str| {
+        let (head, parameters) = statement.split_once('(')?;
+        let head = words(head);
+        let at = head.rfind("llama_").filter(|&at| !head[at..].contains([' ', '*']))?;
+        let parameters = words(parameters.trim_end().strip_suffix(')').expect("a closing parenthesis"));
+        assert!(!parameters.contains('('), "{parameters}: a parameter whose name is not last");
+        let ty = |parameter: &str| {
+            let parameter = parameter.trim();
+            let ty = parameter.trim_end_matches(|c: char| c.is_ascii_alphanumeric() || c == '_').trim();
+            if ty.is_empty() { parameter.to_owned() } else { ty.to_owned() }
+        };
+        let parameters = parameters.split(',').map(ty).filter(|ty| ty != "void").collect();
+        Some(Declaration { result: head[..at].trim().to_owned(), name: head[at..].to_owned(), parameters })
+    };
+    functions.filter_map(function).collect()
+}
+
+/// Structs of llama.h that nobody outside knows: pointers to them are handles.
+fn handles(text: &str) -> BTreeSet<String> {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let (mut opaque, mut known) = (BTreeSet::new(), BTreeSet::new());
+    for (at, _) in text.match_indices("struct llama_") {
+        let rest = &text[at + "struct ".len()..];
+        let name: String = rest.chars().take_while(|&c| is_name(c)).collect();
+        let has_body = rest[name.len()..].trim_start().starts_with('{');
+        if has_body { &mut known } else { &mut opaque }.insert(name);
+    }
+    &opaque - &known
+}
+
+/// Every function of llama.h that takes a handle, and of llama-ext.h those that we export, reaches the other library with
+/// one of its handles: here a library made for this, whose functions say only that they were called.
+#[test]
+fn every_function_with_a_handle_falls_through() {
+    let Some(programs) = Programs::new() else { return };
+    let header = preprocessed(&programs.dist);
+    let functions = declarations(&header);
+    assert_eq!(functions.len(), declared(&programs.dist, "llama.h", "llama_").len());
+    let kinds: Vec<String> = handles(&header).into_iter().collect();
+    let known = ["adapter_lora", "batch_ext", "context", "memory_i", "model", "vocab"];
+    assert_eq!(kinds, known.map(|kind| format!("llama_{kind}")), "a new kind of handle");
+    // The place of a type among them.
+    let kind = |ty: &str| {
+        let ty = ty.replace("llama_memory_t", "struct llama_memory_i *");
+        let pointee = ty.strip_suffix('*')?.trim().rsplit(' ').next()?.to_owned();
+        kinds.iter().position(|kind| *kind == pointee)
+    };
+    let mut nm = Command::new("nm");
+    nm.args(["-D", "--defined-only", "--format=just-symbols"]).arg(programs.dist.join("lib/libllama.so.0"));
+    let exports = String::from_utf8(succeed(&mut nm).stdout).expect("text");
+    let extensions: Vec<&str> = exports.lines().filter(|name| name.starts_with("_Z")).collect();
+    assert_eq!(extensions.len(), 14);
+
+    let mut fake = String::from(
+        "#include \"llama.h\"\n#include \"ggml.h\"\n#include <string.h>\n\
+         #ifndef VERSION\n#define VERSION ggml_version()\n#endif\n\
+         static char called[128];\nstatic long long objects[6][2];\n\
+         const char * fake_called(void) { return called; }\nvoid fake_clear(void) { called[0] = 0; }\n",
+    );
+    for Declaration { result, name, parameters } in &functions {
+        let parameters: Vec<String> = parameters.iter().enumerate().map(|(i, ty)| format!("{ty} p{i}")).collect();
+        let value = match (&**result, kind(result)) {
+            _ if name == "llama_version" => "return VERSION;".to_owned(),
+            ("void", _) => String::new(),
+            (_, Some(kind)) => format!("return ({result}) objects[{kind}];"),
+            (_, None) => format!("return ({result}) {{ 0 }};"),
+        };
+        let parameters = if parameters.is_empty() { "void".to_owned() } else { parameters.join(", ") };
+        fake += &format!("{result} {name}({parameters}) {{ strcpy(called, \"{name}\"); {value} }}\n");
+    }
+    for (i, name) in extensions.iter().enumerate() {
+        fake += &format!("void * extension{i}(void) __asm__(\"{name}\");\n");
+        fake += &format!("void * extension{i}(void) {{ strcpy(called, \"{name}\"); return 0; }}\n");
+    }
+
+    // Calls with handles, and with nothing otherwise.
+    let (mut calls, mut ends, mut n_calls) = (String::new(), String::new(), 0);
+    for Declaration { name, parameters, .. } in &functions {
+        if !parameters.iter().any(|ty| kind(ty).is_some()) {
+            continue;
+        }
+        n_calls += 1;
+        let arguments: Vec<String> = parameters
+            .iter()
+            .map(|ty| match kind(ty) {
+                Some(kind) => format!("({ty}) objects[{kind}]"),
+                None => format!("({ty}) {{ 0 }}"),
+            })
+            .collect();
+        let arguments = arguments.join(", ");
+        if name.contains("free") {
+            ends += &format!("    get();\n    REACHES({name}, {name}({arguments}));\n");
+            ends += &format!("    DOES_NOT_REACH({name}({arguments}));\n");
+        } else {
+            calls += &format!("    REACHES({name}, {name}({arguments}));\n");
+        }
+    }
+    assert!(n_calls > 100, "{n_calls}");
+    let mut declared = String::new();
+    for (i, name) in extensions.iter().enumerate() {
+        // What is no number is returned where the caller says.
+        let room = if name.contains("breakdown") { "room, " } else { "" };
+        let handle = if name.contains("11llama_model") { "model" } else { "context" };
+        let handle = kinds.iter().position(|kind| kind.ends_with(handle)).expect("a kind");
+        declared += &format!("void * extension{i}() __asm__(\"{name}\");\n");
+        calls += &format!("    REACHES({name}, extension{i}({room}objects[{handle}], 0, 0));\n");
+    }
+    for (file, text) in [("fake.c", &fake), ("calls.h", &calls), ("ends.h", &ends), ("extensions.h", &declared)] {
+        std::fs::write(programs.path().join(file), text).expect("written");
+    }
+    let include = format!("-I{}", programs.path().display());
+    let quiet = ["-Wno-unused-parameter", "-Wno-deprecated-declarations", "-Wno-strict-prototypes"];
+    let fake = programs.path().join("fake.c");
+    let library = programs.compile(&fake, "libfake.so", "-lggml-base", &[&quiet[..], &["-shared", "-fPIC"]].concat());
+    let other = ["-shared", "-fPIC", "-DVERSION=\"another\""];
+    let other = programs.compile(&fake, "libother.so", "-lggml-base", &[&quiet[..], &other].concat());
+    let program = programs.build("routes", &[&quiet[..], &["-fsanitize=address", &include]].concat());
+    let model = programs.path().join("neox.gguf").display().to_string();
+    gpt_neox().write(&model);
+    let run = |library: &Path, what: &str| {
+        let mut command = Command::new(&program);
+        command.args([&*model, &programs.model(), what]).env("SIMLAYER_UPSTREAM_LIB", library);
+        String::from_utf8(succeed(&mut command).stdout).expect("text")
+    };
+    assert_eq!(run(&library, "calls"), "ok\n");
+    let refused = run(&other, "refused");
+    assert!(refused.contains("another revision (another, but ggml here is "), "{refused}");
+    let missing = run(&programs.path().join("none.so"), "refused");
+    assert!(missing.contains("architecture \"gptneox\" is not supported"), "{missing}");
+    assert!(missing.contains("none.so is missing; it belongs beside libllama.so.0"), "{missing}");
 }
 
 /// What `cargo xtask valgrind` runs. Valgrind knows no AVX-512, so that the library has to be a portable one.

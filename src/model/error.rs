@@ -14,6 +14,9 @@ pub enum Error {
     Architecture { path: PathBuf, architecture: String, supported: String },
     #[error("{path}: key {key}: {why}")]
     Key { path: PathBuf, key: String, why: String },
+    /// A model of a kind that is not run, though its architecture is.
+    #[error("{path}: key {key}: {why}")]
+    Unsupported { path: PathBuf, key: String, why: String },
     #[error("{path}: tensor {tensor} is missing; the file is incomplete or of another architecture")]
     MissingTensor { path: PathBuf, tensor: String },
     #[error("{path}: tensor {tensor}: {why}")]
@@ -24,4 +27,11 @@ pub enum Error {
     Cancelled { path: PathBuf },
     #[error("{path}: {source}")]
     Ggml { path: PathBuf, source: ggml::Error },
+}
+
+impl Error {
+    /// Whether the file is as it should be, of a model that this crate does not run.
+    pub fn is_unsupported(&self) -> bool {
+        matches!(self, Error::Architecture { .. } | Error::Unsupported { .. })
+    }
 }

@@ -104,7 +104,7 @@ impl Hparams {
         let value_size = keys.optional_count("attention.value_length")?.unwrap_or(head_size);
         if value_size != head_size {
             let why = format!("{value_size}, but keys have {head_size} elements a head; other sizes are unsupported");
-            return Err(keys.error("attention.value_length", why));
+            return Err(keys.unsupported("attention.value_length", why));
         }
         let n_rot = keys.optional_count("rope.dimension_count")?.unwrap_or(head_size);
         if n_rot > head_size || n_rot % 2 != 0 {
@@ -199,6 +199,11 @@ impl Keys<'_> {
         Error::Key { path: self.file.path().to_owned(), key: self.name(key), why }
     }
 
+    /// For what may be right and is not run.
+    pub fn unsupported(&self, key: &str, why: String) -> Error {
+        Error::Unsupported { path: self.file.path().to_owned(), key: self.name(key), why }
+    }
+
     pub fn optional_u32(&self, key: &str) -> Result<Option<u32>, Error> {
         Ok(self.file.u32(&self.name(key))?)
     }
@@ -264,7 +269,7 @@ impl Keys<'_> {
                      unsupported",
                     counts[layer]
                 );
-                Err(self.error(key, why))
+                Err(self.unsupported(key, why))
             }
         }
     }
@@ -426,7 +431,7 @@ impl Keys<'_> {
             Some("yarn") => (1.0 / factor, 1.0),
             Some(other) => {
                 let why = format!("\"{other}\" is not supported (supported: none, linear, yarn, longrope)");
-                return Err(self.error("rope.scaling.type", why));
+                return Err(self.unsupported("rope.scaling.type", why));
             }
         };
         // ggml multiplies by 1 + 0.1 ln(factor) itself; below a factor of 1 that must be taken back.

@@ -74,6 +74,7 @@ pub(crate) use loaded::Planned;
 pub use lora::LoraAdapter;
 pub use params::{ModelParams, Progress};
 pub(crate) use placement::Placement;
+pub use registry::check_architecture;
 
 #[doc(inline)]
 pub use crate::ggml::{Rope, RopeKind};

@@ -6,7 +6,7 @@ use super::{
     Error,
     parts::{Builder, Decoder},
 };
-use crate::gguf;
+use crate::gguf::{self, Gguf};
 
 /// Builds a model of one architecture, whose tensors are checked and have no memory yet.
 pub(super) type Build = fn(&mut Builder<'_>) -> Result<Decoder, Error>;
@@ -80,4 +80,12 @@ pub(super) fn find(name: &str, path: &Path) -> Result<Build, Error> {
             supported: ARCHITECTURES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", "),
         }),
     }
+}
+
+/// Checks that models of the file's architecture are run.
+///
+/// # Errors
+/// When they are not ([`Error::is_unsupported`]), or the file names none.
+pub fn check_architecture(file: &Gguf) -> Result<(), Error> {
+    find(file.architecture()?, file.path()).map(|_| ())
 }

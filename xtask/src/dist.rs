@@ -1,5 +1,5 @@
-//! What C programs are given: `dist/lib` with a drop-in `libllama.so.0` and the ggml libraries that it shares with its
-//! frontends, `dist/include`, files for pkg-config and CMake, and the terms of all that is in them.
+//! What C programs are given: `dist/lib` with a drop-in `libllama.so.0`, the ggml libraries that it shares with its
+//! frontends and unmodified llama.cpp for what it does not run, `dist/include`, files for pkg-config and CMake, and the terms of all that is in them.
 //!
 //! A Rust shared library hides the symbols of C++ objects inside it, so Rust's part is built as a static library and
 //! linked by the C++ compiler. ggml's objects in it are left out: there is one ggml in the process, in libraries of the
@@ -16,6 +16,7 @@ use crate::notices;
 use crate::prepare::{self, Env};
 use crate::root;
 use crate::sh;
+use crate::upstream_library;
 
 /// The C++ names of llama-ext.h that llama.cpp's own tools import.
 pub const EXTENSIONS: [&str; 14] = [
@@ -34,6 +35,9 @@ pub const EXTENSIONS: [&str; 14] = [
     "llama_set_embeddings_nextn",
     "llama_set_nextn_layer_offset",
 ];
+
+/// What runs the models that ours does not.
+const UPSTREAM: &str = "libsimlayer-upstream.so";
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -87,11 +91,31 @@ pub fn build(env: &Env, out: &Path, portable: bool) -> Result<PathBuf> {
     linker.link("libllama.so", &[ours], &["libggml.so", "libggml-cpu.so", "libggml-base.so"], Some(&script))?;
     check_exports(&lib.join("libllama.so.0"), &exports)?;
     symlink("libllama.so.0", &lib.join("libsimlayer.so"))?;
+    unmodified(&linker, &source, &built, &work, exports)?;
 
     headers(&source, &out.join("include"))?;
     packages(out)?;
     terms(env, &source, out, portable)?;
     Ok(out.to_path_buf())
+}
+
+/// The library that runs what ours does not. It has llama.cpp's names, which ours has as well, so that it must call its own
+/// functions wherever those of ours are found first; ours finds its functions by name.
+fn unmodified(
+    linker: &Linker<'_>,
+    source: &Path,
+    built: &Built,
+    work: &Path,
+    mut exports: BTreeSet<String>,
+) -> Result<()> {
+    let objects = upstream_library::objects(linker.env, || linker.compiler(), source, &built.ggml)?;
+    exports.retain(|name| !name.starts_with("simlayer_"));
+    let script = work.join("upstream.map");
+    std::fs::write(&script, version_script(&exports))?;
+    let needs = ["libggml.so", "libggml-base.so"];
+    let mut link = linker.shared(UPSTREAM, &objects, &needs, Some(&script));
+    sh::output(link.arg("-Wl,-Bsymbolic"))?;
+    check_exports(&linker.lib.join(UPSTREAM), &exports)
 }
 
 /// llama.cpp's folder in the pinned package, or the one that GGML_SOURCE_DIR names.
@@ -150,9 +174,15 @@ impl Linker<'_> {
     /// Links `name.0` and makes `name` a link to it.
     fn link(&self, name: &str, inputs: &[PathBuf], needs: &[&str], exports: Option<&Path>) -> Result<()> {
         let versioned = format!("{name}.0");
+        sh::output(&mut self.shared(&versioned, inputs, needs, exports))?;
+        symlink(&versioned, &self.lib.join(name))
+    }
+
+    /// The command that links the library `name` of the inputs and the libraries that it needs.
+    fn shared(&self, name: &str, inputs: &[PathBuf], needs: &[&str], exports: Option<&Path>) -> Command {
         let mut command = self.compiler();
-        command.args(["-shared", "-o"]).arg(self.lib.join(&versioned));
-        command.arg(format!("-Wl,-soname,{versioned}"));
+        command.args(["-shared", "-o"]).arg(self.lib.join(name));
+        command.arg(format!("-Wl,-soname,{name}"));
         // A library finds the others beside it, wherever the folder is.
         command.args(["-Wl,-rpath,$ORIGIN", "-Wl,-z,defs", "-Wl,--gc-sections", "-Wl,--strip-debug"]);
         command.arg("-Wl,--whole-archive").args(inputs).arg("-Wl,--no-whole-archive");
@@ -162,8 +192,7 @@ impl Linker<'_> {
         command.arg("-L").arg(self.lib).args(needs.iter().map(|name| format!("-l:{name}.0")));
         // What waits for its threads by OpenMP needs gcc's library of it; the others get no such dependency.
         command.args(["-Wl,--as-needed", "-lgomp", "-lpthread", "-ldl", "-lm"]);
-        sh::output(&mut command)?;
-        symlink(&versioned, &self.lib.join(name))
+        command
     }
 
     fn compiler(&self) -> Command {

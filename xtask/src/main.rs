@@ -15,6 +15,7 @@ mod rss;
 mod sh;
 mod test;
 mod upstream;
+mod upstream_library;
 mod valgrind;
 mod vulkan_check;
 

@@ -12,7 +12,8 @@ use crate::prepare::Env;
 use crate::sh;
 
 /// Where in llama.cpp's folder the compiled files lie.
-const COMPILED: [&str; 6] = ["src", "include", "ggml/include", "ggml/src", "ggml/src/ggml-cpu", "ggml/src/ggml-rpc"];
+const COMPILED: [&str; 7] =
+    ["src", "src/models", "include", "ggml/include", "ggml/src", "ggml/src/ggml-cpu", "ggml/src/ggml-rpc"];
 
 /// Text for everything that the libraries contain: ggml and llama.cpp in `source`, and the crates of `package`.
 pub fn text(env: &Env, source: &Path, package: &str, features: &[&str]) -> Result<String> {

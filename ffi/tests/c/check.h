@@ -10,11 +10,15 @@
 #include <stdlib.h>
 #include <string.h>
 
+// Not there where a program is linked with unmodified llama.cpp.
+#pragma weak simlayer_last_error
+#define LAST_ERROR() (simlayer_last_error != NULL ? simlayer_last_error() : "of another library")
+
 #define CHECK(condition)                                                                      \
     do {                                                                                      \
         if (!(condition)) {                                                                   \
             fprintf(stderr, "%s:%d: not true: %s (last error: %s)\n", __FILE__, __LINE__,     \
-                    #condition, simlayer_last_error());                                       \
+                    #condition, LAST_ERROR());                                                \
             exit(1);                                                                          \
         }                                                                                     \
     } while (0)

@@ -76,6 +76,18 @@ fn option(error: &simlayer::Error) -> Option<&'static str> {
     }
 }
 
+/// What this program does not run, programs of llama.cpp may.
+impl From<simlayer::model::Error> for Failure {
+    fn from(error: simlayer::model::Error) -> Failure {
+        if !error.is_unsupported() {
+            return Failure::run(error);
+        }
+        Failure::Run(format!(
+            "{error}; llama.cpp's own programs may run it, also on simlayer's libllama.so.0 (docs/c-abi.md)"
+        ))
+    }
+}
+
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Failure {
         match error.kind() {
@@ -103,7 +115,6 @@ macro_rules! failed_while_running {
 
 failed_while_running!(
     simlayer::ggml::Error,
-    simlayer::model::Error,
     simlayer::vocab::VocabError,
     simlayer::sampling::SamplingError,
     simlayer::chat::ChatError,
