@@ -225,9 +225,14 @@ impl Graph {
         node!(self, [a], ggml_scale_bias(a.raw(), factor, bias))
     }
 
-    /// No element below `min`.
+    /// No element below `min`. `a` itself is changed.
     pub fn at_least(&self, a: &Tensor, min: f32) -> Tensor {
         node!(self, [a], ggml_clamp(a.raw(), min, f32::INFINITY))
+    }
+
+    /// No element above `max`. `a` itself is changed.
+    pub fn at_most(&self, a: &Tensor, max: f32) -> Tensor {
+        node!(self, [a], ggml_clamp(a.raw(), f32::NEG_INFINITY, max))
     }
 
     /// No element outside of ± `limit`. `a` itself is changed.
@@ -241,6 +246,10 @@ impl Graph {
 
     pub fn relu(&self, a: &Tensor) -> Tensor {
         node!(self, [a], ggml_relu(a.raw()))
+    }
+
+    pub fn silu(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_silu(a.raw()))
     }
 
     pub fn gelu(&self, a: &Tensor) -> Tensor {

@@ -63,6 +63,7 @@ mod smallthinker;
 mod smollm3;
 mod stablelm;
 mod starcoder2;
+mod step35;
 mod weights;
 
 pub(crate) use architecture::{Architecture, Attention, AttentionOptions, LayerStep, Mixed, State};
