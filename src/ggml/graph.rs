@@ -344,10 +344,6 @@ impl Graph {
         node!(self, [gate, up], ggml_swiglu_split(gate.raw(), up.raw()))
     }
 
-    pub fn silu(&self, a: &Tensor) -> Tensor {
-        node!(self, [a], ggml_silu(a.raw()))
-    }
-
     /// `ln(1 + e^a)`.
     pub fn softplus(&self, a: &Tensor) -> Tensor {
         node!(self, [a], ggml_softplus(a.raw()))

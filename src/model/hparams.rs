@@ -124,6 +124,7 @@ impl Hparams {
             }
         };
 
+        let attends = n_heads.iter().zip(&kv_heads).map(|(&heads, &kv_heads)| heads > 0 && kv_heads > 0).collect();
         Ok(Hparams {
             n_vocab,
             n_ctx_train,
@@ -138,7 +139,7 @@ impl Hparams {
             norm_eps: keys.norm_eps()?,
             rope: keys.rope(n_rot, n_ctx_train)?,
             windows: vec![None; n_layer],
-            attends: n_heads.iter().zip(&kv_heads).map(|(&heads, &kv_heads)| heads > 0 && kv_heads > 0).collect(),
+            attends,
             states: vec![None; n_layer],
             architecture: keys.architecture.to_owned(),
         })
