@@ -9,6 +9,8 @@
 
 #[macro_use]
 mod border;
+#[macro_use]
+mod api;
 
 mod adapters;
 mod batch;

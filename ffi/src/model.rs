@@ -84,6 +84,8 @@ fn engine_error(error: model::Error) -> LoadError {
         model::Error::Architecture { path, architecture, .. } => {
             LoadError::NotOurs { what: format!("{}: architecture \"{architecture}\"", path.display()), why }
         }
+        // A part that may be in another form there.
+        model::Error::MissingTensor { .. } => LoadError::NotOurs { what: why.clone(), why },
         error if error.is_unsupported() => LoadError::NotOurs { what: why.clone(), why },
         error => error.into(),
     }

@@ -14,7 +14,7 @@ use std::{
 
 use simlayer::{AddBos, LayerKind, Session, SessionParams, Special, ggml::Type};
 use simlayer_testkit::{
-    Logits, RandomDecoder, RandomLora, RandomModel, Rng, Shape, UpstreamRef, Vocabulary,
+    Logits, RandomDecoder, RandomLora, RandomModel, Rng, Shape, UpstreamRef, Vocabulary, WeightType,
     gguf::GgufFile,
     metrics::{kl, read_rows, top},
     pre_tokenizers_by_expressions, smollm2_path, workspace_root,
@@ -486,15 +486,17 @@ fn other_models_fall_through() {
         reference.logits(neox.as_ref(), what).concat().into_iter().flat_map(f32::to_le_bytes).collect();
     assert!(rows == expected, "logits differ from the reference program's");
 
-    // An encoder, and a model whose architecture simlayer runs, for embeddings.
-    let pooled = path("pooled.gguf");
+    // An encoder, a model whose architecture simlayer runs, for embeddings, and one with parts that it does not know.
+    let (pooled, scaled) = (path("pooled.gguf"), path("scaled.gguf"));
     RandomModel::default().gguf().set("llama.pooling_type", 3u32).write(&pooled);
+    let scale = 0.5f32.to_le_bytes().to_vec();
+    RandomModel::default().gguf().add_tensor("blk.1.attn_output.scale", WeightType::F32.0, &[1], scale).write(&scaled);
     let embed = |program: &Path, name: &str, model: &str| {
         let answers = path(&format!("{name}.embeddings"));
         let notes = programs.run(program, &["embed", model, &answers]);
         (std::fs::read(answers).expect("the program has written it"), notes)
     };
-    for model in [&encoder, &pooled] {
+    for model in [&encoder, &pooled, &scaled] {
         let (ours, theirs) = (embed(&ours, "ours", model), embed(&theirs, "theirs", model));
         assert_eq!((&*ours.1, &*theirs.1), ("1\n", "0\n"));
         assert!(ours.0 == theirs.0, "{model}: embeddings differ");

@@ -19,6 +19,8 @@ pub enum Error {
     Unsupported { path: PathBuf, key: String, why: String },
     #[error("{path}: tensor {tensor} is missing; the file is incomplete or of another architecture")]
     MissingTensor { path: PathBuf, tensor: String },
+    #[error("{path}: tensor {tensor}: is not known to this architecture")]
+    UnknownTensor { path: PathBuf, tensor: String },
     #[error("{path}: tensor {tensor}: {why}")]
     Tensor { path: PathBuf, tensor: String, why: String },
     #[error("{path}: vocabulary: {source}")]
@@ -30,8 +32,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether the file is as it should be, of a model that this crate does not run.
+    /// Whether the file may be as it should be, of a model that this crate does not run.
     pub fn is_unsupported(&self) -> bool {
-        matches!(self, Error::Architecture { .. } | Error::Unsupported { .. })
+        matches!(self, Error::Architecture { .. } | Error::Unsupported { .. } | Error::UnknownTensor { .. })
     }
 }

@@ -217,7 +217,7 @@ impl<'a> Loader<'a> {
             !self.asked.contains(&*info.name) && !self.ignored.iter().any(|prefix| info.name.starts_with(prefix))
         };
         if let Some(info) = self.file.tensors().iter().find(unknown) {
-            return Err(self.wrong(info, "is not known to this architecture".into()));
+            return Err(Error::UnknownTensor { path: path.to_owned(), tensor: info.name.clone() });
         }
         let failed = |source| Error::Ggml { path: path.to_owned(), source };
         let total: usize = self.contexts.iter().flat_map(|(_, _, tensors)| tensors).map(|(_, info)| info.n_bytes).sum();
