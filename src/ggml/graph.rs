@@ -218,9 +218,14 @@ impl Graph {
         node!(self, [a], ggml_scale_bias(a.raw(), factor, bias))
     }
 
-    /// No element below `min`.
+    /// No element below `min`. `a` itself is changed.
     pub fn at_least(&self, a: &Tensor, min: f32) -> Tensor {
         node!(self, [a], ggml_clamp(a.raw(), min, f32::INFINITY))
+    }
+
+    /// No element above `max`. `a` itself is changed.
+    pub fn at_most(&self, a: &Tensor, max: f32) -> Tensor {
+        node!(self, [a], ggml_clamp(a.raw(), f32::NEG_INFINITY, max))
     }
 
     /// No element outside of ± `limit`. `a` itself is changed.
@@ -234,6 +239,10 @@ impl Graph {
 
     pub fn relu(&self, a: &Tensor) -> Tensor {
         node!(self, [a], ggml_relu(a.raw()))
+    }
+
+    pub fn silu(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_silu(a.raw()))
     }
 
     pub fn gelu(&self, a: &Tensor) -> Tensor {
@@ -326,10 +335,6 @@ impl Graph {
     /// `silu(gate) × up`, the gated activation of LLaMA's feed-forward.
     pub fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Tensor {
         node!(self, [gate, up], ggml_swiglu_split(gate.raw(), up.raw()))
-    }
-
-    pub fn silu(&self, a: &Tensor) -> Tensor {
-        node!(self, [a], ggml_silu(a.raw()))
     }
 
     /// `ln(1 + e^a)`.

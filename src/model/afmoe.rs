@@ -17,10 +17,9 @@ pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
     }
     let freq_base = b.keys.optional_f32("rope.freq_base_swa")?.unwrap_or(b.hparams.rope.freq_base);
     let n_ff = b.keys.count("expert_feed_forward_length")?;
-    let q_width = b.hparams.head_size * b.hparams.n_head;
 
     let layers = b.layers(|b, i| {
-        let mut attention = SelfAttention::load(b, i)?.with_head_norms(b, i)?.with_gate(b, i, q_width)?;
+        let mut attention = SelfAttention::load(b, i)?.with_head_norms(b, i)?.with_gate(b, i)?;
         if b.hparams.windows[i].is_some() {
             attention.rope = Some(Rope { freq_base, ..b.hparams.rope.clone() });
         }

@@ -9,7 +9,7 @@ use crate::ggml::RopeKind;
 pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
     b.hparams.rope.kind = RopeKind::Neox;
     let n_layer = b.hparams.n_layer;
-    let constants = |part: &str| b.keys.floats_of_layers(&format!("xielu.{part}"), n_layer);
+    let constants = |part: &str| b.keys.require_plain_floats_of_layers(&format!("xielu.{part}"), n_layer);
     let [alpha_n, alpha_p] = [constants("alpha_n")?, constants("alpha_p")?];
     let [beta, eps] = [constants("beta")?, constants("eps")?];
     let rope_factors = RopeFactors::load(b)?;

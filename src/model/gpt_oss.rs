@@ -8,7 +8,7 @@ use crate::ggml::{Rope, RopeKind};
 
 pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
     b.hparams.rope.kind = RopeKind::Neox;
-    let (n_layer, n_head) = (b.hparams.n_layer, b.hparams.n_head);
+    let n_layer = b.hparams.n_layer;
     let window = b.keys.count("attention.sliding_window")?;
     b.hparams.windows = b.keys.windows(n_layer, window, 2)?;
     let freq_base = b.keys.optional_f32("rope.freq_base_swa")?.unwrap_or(b.hparams.rope.freq_base);
@@ -16,6 +16,7 @@ pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
 
     let layers = b.layers(|b, i| {
         let mut attention = SelfAttention::load(b, i)?;
+        let n_head = b.hparams.n_heads[i];
         attention.sinks = Some(b.loader.vector(&format!("blk.{i}.attn_sinks.weight"), n_head)?);
         if b.hparams.windows[i].is_some() {
             attention.rope = Some(Rope { freq_base, ..b.hparams.rope.clone() });

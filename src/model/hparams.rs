@@ -21,9 +21,11 @@ pub struct Hparams {
     /// Width of the hidden states.
     pub n_embd: usize,
     pub n_layer: usize,
-    /// Query heads of a layer.
+    /// Query heads of the first layer.
     pub n_head: usize,
-    /// Key and value heads of a layer; each serves `n_head / n_head_kv` query heads.
+    /// Query heads of each layer.
+    pub n_heads: Vec<usize>,
+    /// Key and value heads of a layer; each serves `n_heads[layer] / n_head_kv` query heads.
     pub n_head_kv: usize,
     /// Elements of a head.
     pub head_size: usize,
@@ -80,13 +82,19 @@ impl Hparams {
             return Err(keys.error("nextn_predict_layers", format!("{n_next} of {n_block} layers; some must be left")));
         };
         let counts = |key: &str| keys.optional_counts(key, n_block, n_layer);
-        let one = |key: &str, counts: &[usize]| keys.all_equal(key, counts);
-        let heads = keys.require("attention.head_count", counts("attention.head_count")?)?;
-        let n_head = one("attention.head_count", &heads)?;
+        let n_heads = keys.require("attention.head_count", counts("attention.head_count")?)?;
         // Layers that do not attend have none.
-        let kv_heads = counts("attention.head_count_kv")?.unwrap_or_else(|| heads.clone());
-        let n_head_kv = one("attention.head_count_kv", &kv_heads)?;
-        if n_head % n_head_kv != 0 {
+        let (n_head_kv, attends) = match counts("attention.head_count_kv")? {
+            Some(kv_heads) => {
+                let attends = n_heads.iter().zip(&kv_heads).map(|(&heads, &kv_heads)| heads > 0 && kv_heads > 0);
+                (keys.all_equal("attention.head_count_kv", &kv_heads)?, attends.collect())
+            }
+            None => {
+                (keys.all_equal("attention.head_count", &n_heads)?, n_heads.iter().map(|&heads| heads > 0).collect())
+            }
+        };
+        let n_head = n_heads.iter().copied().find(|&heads| heads > 0).unwrap_or_default();
+        if let Some(n_head) = n_heads.iter().find(|&n_head| n_head % n_head_kv != 0) {
             let why = format!("{n_head_kv} KV heads do not divide the {n_head} heads");
             return Err(keys.error("attention.head_count_kv", why));
         }
@@ -126,6 +134,7 @@ impl Hparams {
             n_embd,
             n_layer,
             n_head,
+            n_heads,
             n_head_kv,
             head_size,
             n_ff: keys
@@ -133,7 +142,7 @@ impl Hparams {
             norm_eps: keys.norm_eps()?,
             rope: keys.rope(n_rot, n_ctx_train)?,
             windows: vec![None; n_layer],
-            attends: heads.iter().zip(&kv_heads).map(|(&heads, &kv_heads)| heads > 0 && kv_heads > 0).collect(),
+            attends,
             states: vec![None; n_layer],
             architecture: keys.architecture.to_owned(),
         })
@@ -253,7 +262,7 @@ impl Keys<'_> {
     }
 
     /// What all layers have alike, but for those that have none.
-    fn all_equal(&self, key: &str, counts: &[usize]) -> Result<usize, Error> {
+    pub fn all_equal(&self, key: &str, counts: &[usize]) -> Result<usize, Error> {
         let first_layer = counts.iter().position(|&count| count > 0).unwrap_or(0);
         let first = counts.get(first_layer).copied().unwrap_or_default();
         match counts.iter().position(|&count| count > 0 && count != first) {
@@ -394,18 +403,28 @@ impl Keys<'_> {
         }
     }
 
-    /// A number for each layer: one for all, or a list. The key has no architecture in front.
-    pub fn floats_of_layers(&self, key: &str, n_layer: usize) -> Result<Vec<f32>, Error> {
-        let numbers = match self.file.get(key) {
-            Some(Value::Array(_)) => self.file.f32s(key)?,
-            _ => self.file.f32(key)?.map(|number| vec![number; n_layer]),
+    /// A number for each layer: one for all, or a list.
+    pub fn optional_floats_of_layers(&self, key: &str, n_layer: usize) -> Result<Option<Vec<f32>>, Error> {
+        self.floats_of_layers(&self.name(key), n_layer)
+    }
+
+    /// As [`Keys::optional_floats_of_layers`]; it must be there, and has no architecture in front.
+    pub fn require_plain_floats_of_layers(&self, key: &str, n_layer: usize) -> Result<Vec<f32>, Error> {
+        Ok(self.file.require(key, self.floats_of_layers(key, n_layer)?)?)
+    }
+
+    fn floats_of_layers(&self, name: &str, n_layer: usize) -> Result<Option<Vec<f32>>, Error> {
+        let numbers = match self.file.get(name) {
+            Some(Value::Array(_)) => self.file.f32s(name)?,
+            _ => self.file.f32(name)?.map(|number| vec![number; n_layer]),
         };
-        let numbers = self.file.require(key, numbers)?;
-        if numbers.len() < n_layer {
-            let why = format!("{} numbers for {n_layer} layers", numbers.len());
-            return Err(Error::Key { path: self.file.path().to_owned(), key: key.to_owned(), why });
+        match numbers {
+            Some(numbers) if numbers.len() < n_layer => {
+                let why = format!("{} numbers for {n_layer} layers", numbers.len());
+                Err(Error::Key { path: self.file.path().to_owned(), key: name.to_owned(), why })
+            }
+            numbers => Ok(numbers),
         }
-        Ok(numbers)
     }
 
     /// RoPE with linear or YaRN scaling, as llama.cpp derives it (its issue #17945 for YaRN's attention factor).

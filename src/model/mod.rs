@@ -62,6 +62,7 @@ mod smallthinker;
 mod smollm3;
 mod stablelm;
 mod starcoder2;
+mod step35;
 mod weights;
 
 pub(crate) use architecture::{Architecture, Attention, AttentionOptions, LayerStep, Mixed, State};

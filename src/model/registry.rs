@@ -68,6 +68,7 @@ const ARCHITECTURES: &[(&str, Build)] = &[
     ("smollm3", super::smollm3::build),
     ("stablelm", super::stablelm::build),
     ("starcoder2", super::starcoder2::build),
+    ("step35", super::step35::build),
 ];
 
 /// How the architecture is built that the file at `path` names.

@@ -377,6 +377,55 @@ fn cohere2moe() {
     }));
 }
 
+/// Layers with windows have other numbers of heads.
+#[test]
+fn step35() {
+    let shapes = [Shape { head_size: 32, ..Shape::default() }, Shape { tied: false, n_head_kv: 3, ..Shape::other() }];
+    check(shapes.map(|shape| {
+        let mut m = with_keys("step35", shape);
+        let is_full = shape.seed == 2;
+        let has_window = |i: usize| i % 3 != 2;
+        let n_head = |i: usize| if is_full && has_window(i) { 9 } else { shape.n_head };
+        m.key("attention.sliding_window", 40u32);
+        m.key("expert_shared_feed_forward_length", 64u32);
+        let mut layers: Vec<usize> = m.layers().collect();
+        if is_full {
+            layers.push(m.next_token_layer());
+            m.key("attention.head_count", Meta::array(layers.iter().map(|&i| n_head(i) as u32)));
+            m.key("attention.key_length", shape.head_size as u32);
+            m.key("attention.value_length", shape.head_size as u32);
+            m.key("rope.freq_base_swa", 2_000f32);
+            m.key("rope.dimension_count_swa", 12u32);
+            m.key("expert_weights_norm", true);
+            m.key("expert_weights_scale", 1.7f32);
+            // Some layers cut nothing.
+            m.key("swiglu_clamp_exp", Meta::array(layers.iter().map(|&i| if i == 3 { 0.0 } else { 0.6f32 })));
+            m.key("swiglu_clamp_shexp", Meta::array(layers.iter().map(|&i| if i == 2 { 0.0 } else { 0.4f32 })));
+        } else {
+            m.rope_factors("rope_freqs.weight", shape.head_size, 8.0);
+        }
+        m.key("attention.sliding_window_pattern", Meta::array(layers.iter().map(|&i| has_window(i))));
+        for i in layers {
+            m.pre_norms(i);
+            m.attention_of(i, n_head(i));
+            if is_full {
+                m.head_norms(i);
+                m.attention_gate(i, n_head(i));
+            }
+            if i == 0 {
+                m.gated(i);
+                continue;
+            }
+            m.experts(i, N_FF);
+            m.shared_expert(i, 64, false);
+            if is_full {
+                m.selection_bias(i);
+            }
+        }
+        m
+    }));
+}
+
 /// Keys of routers and of RoPE's sections that make no sense are refused by name.
 #[test]
 fn wrong_keys_are_named() {

@@ -442,9 +442,17 @@ fn a_look_leaves_no_trace(name: &str, Written { tokens, model, .. }: &Written) {
         } else {
             assert!(expected == at_end && expected_next == next, "{name}");
         }
+        let n_candidates = (0..model.hparams().n_layer).filter(|&layer| model.hparams().can_be_lazy(layer)).count();
         let (foretold, n_lazy, ..) = looked("kl:1000");
         assert!(foretold.is_some_and(|kl| kl > 0.0), "{name}: {foretold:?}");
-        assert_eq!(n_lazy, (0..model.hparams().n_layer).filter(|&layer| model.hparams().can_be_lazy(layer)).count());
+        assert_eq!(n_lazy, n_candidates, "{name}");
+
+        // As llama-server gives a prompt: the look at its end goes back into the piece before.
+        let mut session = session(model, SessionParams { split_prompts: true, ..params("kl:1000") });
+        run(&mut session, &tokens[..296], false);
+        run(&mut session, &tokens[296..300], true);
+        assert!(session.foretold(0).is_some_and(|kl| kl > 0.0), "{name}: in pieces");
+        assert_eq!(session.kv().lazy_layers, n_candidates, "{name}: in pieces");
     }
 }
 

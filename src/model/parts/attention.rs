@@ -43,11 +43,18 @@ pub(in crate::model) enum Projections {
 impl SelfAttention {
     /// `attn_q`, `attn_k`, `attn_v` (or `attn_qkv` for all three) and `attn_output` of a layer, with the model's RoPE.
     pub fn load(b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
+        b.keys.all_equal("attention.head_count", &b.hparams.n_heads)?;
+        SelfAttention::load_with(b, layer, false)
+    }
+
+    /// As [`SelfAttention::load`] where layers may differ in their query heads.
+    pub fn load_with_own_heads(b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
         SelfAttention::load_with(b, layer, false)
     }
 
     /// As [`SelfAttention::load`], with a gate of the output behind each head's queries.
     pub fn load_gated(b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
+        b.keys.all_equal("attention.head_count", &b.hparams.n_heads)?;
         SelfAttention::load_with(b, layer, true)
     }
 
@@ -57,7 +64,7 @@ impl SelfAttention {
             return Err(b.keys.error("attention.head_count_kv", why));
         }
         let (n_embd, head_size) = (b.hparams.n_embd, b.hparams.head_size);
-        let (attended_width, kv_width) = (head_size * b.hparams.n_head, head_size * b.hparams.n_head_kv);
+        let (attended_width, kv_width) = (head_size * b.hparams.n_heads[layer], head_size * b.hparams.n_head_kv);
         let q_width = if gate_in_queries { 2 * attended_width } else { attended_width };
         let name = |part: &str| format!("blk.{layer}.attn_{part}");
         let projections = if b.loader.has(&format!("{}.weight", name("qkv"))) {
@@ -107,15 +114,26 @@ impl SelfAttention {
 
     /// Adds LayerNorms `attn_q_norm` and `attn_k_norm` of each head, with weights of its own.
     pub fn with_centred_head_norms(mut self, b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
-        let (n_head, n_head_kv) = (b.hparams.n_head, b.hparams.n_head_kv);
+        let (n_head, n_head_kv) = (b.hparams.n_heads[layer], b.hparams.n_head_kv);
         let name = |part: &str| format!("blk.{layer}.attn_{part}_norm");
         self.q_norm = Some(Norm::centred_heads(b, &name("q"), [self.head_size, n_head])?);
         self.k_norm = Some(Norm::centred_heads(b, &name("k"), [self.head_size, n_head_kv])?);
         Ok(self)
     }
 
-    /// Adds the gate `attn_gate` with a weight for each element, or for each head.
-    pub fn with_gate(mut self, b: &mut Builder<'_>, layer: usize, n_weights: usize) -> Result<SelfAttention, Error> {
+    /// Adds the gate `attn_gate` of each element.
+    pub fn with_gate(self, b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
+        let n_weights = self.head_size * b.hparams.n_heads[layer];
+        self.with_gate_of(b, layer, n_weights)
+    }
+
+    /// Adds the gate `attn_gate` of each head.
+    pub fn with_head_gate(self, b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
+        let n_weights = b.hparams.n_heads[layer];
+        self.with_gate_of(b, layer, n_weights)
+    }
+
+    fn with_gate_of(mut self, b: &mut Builder<'_>, layer: usize, n_weights: usize) -> Result<SelfAttention, Error> {
         let n_embd = b.hparams.n_embd;
         self.gate = Some(Linear::load(b, &format!("blk.{layer}.attn_gate"), [n_embd, n_weights])?);
         Ok(self)
@@ -123,7 +141,7 @@ impl SelfAttention {
 
     /// Adds the norms `attn_q_norm` and `attn_k_norm` over all heads together.
     pub fn with_row_norms(mut self, b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
-        let (q_width, kv_width) = (self.head_size * b.hparams.n_head, self.head_size * b.hparams.n_head_kv);
+        let (q_width, kv_width) = (self.head_size * b.hparams.n_heads[layer], self.head_size * b.hparams.n_head_kv);
         self.q_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_q_norm"), q_width)?);
         self.k_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_k_norm"), kv_width)?);
         Ok(self)
@@ -251,6 +269,11 @@ impl RopeFactors {
     /// `rope_freqs`, or `rope_factors_short` and `rope_factors_long`, where the file has them.
     pub fn load(b: &mut Builder<'_>) -> Result<RopeFactors, Error> {
         let n = b.hparams.rope.n_rot / 2;
+        RopeFactors::load_of(b, n)
+    }
+
+    /// As [`RopeFactors::load`], `n` factors each. A RoPE of fewer pairs takes the first ones.
+    pub fn load_of(b: &mut Builder<'_>, n: usize) -> Result<RopeFactors, Error> {
         Ok(RopeFactors {
             always: b.loader.optional_vector("rope_freqs.weight", n)?,
             short: b.loader.optional_vector("rope_factors_short.weight", n)?,

@@ -152,6 +152,12 @@ impl Experts {
         Ok(self)
     }
 
+    /// With other activations: of the experts, and of the shared one.
+    pub fn with_activations(self, activation: Activation, of_shared: Activation) -> Experts {
+        let with = |shared: Shared| Shared { expert: shared.expert.with_activation(of_shared), ..shared };
+        Experts { activation, shared: self.shared.map(with), ..self }
+    }
+
     /// The shared expert's last product summed in f32.
     pub(super) fn with_f32_sums_of_shared(self) -> Experts {
         let shared = self.shared.map(|shared| Shared { expert: shared.expert.with_f32_sums(), ..shared });

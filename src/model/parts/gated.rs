@@ -12,16 +12,27 @@ pub(in crate::model) enum Activation {
     Gelu,
     /// `relu(g) × u`
     Relu,
+    /// `silu(g) × u`, `silu(g)` at most the limit, `u` within ± the limit.
+    SiluCut(f32),
     /// gpt-oss's own; see [`Graph::swiglu_clamped`].
     SiluClamped,
 }
 
 impl Activation {
+    /// Silu, cut where there is a limit.
+    pub fn silu_within(limit: Option<f32>) -> Activation {
+        limit.filter(|&limit| limit > 1e-6).map_or(Activation::Silu, Activation::SiluCut)
+    }
+
     pub(super) fn apply(self, graph: &Graph, gate: &Tensor, up: &Tensor) -> Tensor {
         match self {
             Activation::Silu => graph.swiglu(gate, up),
             Activation::Gelu => graph.geglu(gate, up),
             Activation::Relu => graph.reglu(gate, up),
+            Activation::SiluCut(limit) => {
+                let up = graph.within(up, limit);
+                graph.mul(&graph.at_most(&graph.silu(gate), limit), &up)
+            }
             // The model's constants: no file names them.
             Activation::SiluClamped => graph.swiglu_clamped(gate, up, 1.702, 7.0),
         }
@@ -72,6 +83,15 @@ impl Gated {
         let name = |part: &str| format!("blk.{layer}.ffn_{part}");
         let up = Linear::load(b, &name("up"), [n_embd, 2 * n_ff])?;
         Ok(Gated { up: Up::Fused(up), down: Linear::load(b, &name("down"), [n_ff, n_embd])? })
+    }
+
+    /// With another activation, where gate and up are apart.
+    pub fn with_activation(self, activation: Activation) -> Gated {
+        let up = match self.up {
+            Up::Separate { gate, up, .. } => Up::Separate { gate, up, activation },
+            fused @ Up::Fused(_) => fused,
+        };
+        Gated { up, ..self }
     }
 
     /// The last product summed in f32.

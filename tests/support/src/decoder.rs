@@ -216,7 +216,13 @@ impl RandomDecoder {
 
     /// `attn_q`, `attn_k`, `attn_v`, `attn_output`.
     pub fn attention(&mut self, layer: usize) {
-        let (n_embd, n_q, n_kv, residual) = (self.shape.n_embd, self.q_width(), self.kv_width(), self.residual());
+        self.attention_of(layer, self.shape.n_head);
+    }
+
+    /// As [`RandomDecoder::attention`], of another number of query heads.
+    pub fn attention_of(&mut self, layer: usize, n_head: usize) {
+        let (n_embd, n_q) = (self.shape.n_embd, n_head * self.shape.head_size);
+        let (n_kv, residual) = (self.kv_width(), self.residual());
         let name = |part: &str| format!("blk.{layer}.attn_{part}");
         self.weights(|w| {
             // Scores have deviation 1.6² ≈ 2.6 before the softmax.
