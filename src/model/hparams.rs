@@ -36,6 +36,8 @@ pub struct Hparams {
     pub rope: Rope,
     /// For each layer the tokens that a query sees, its own included, when the layer is sliding-window by design.
     pub windows: Vec<Option<usize>>,
+    /// Whether these are chunks: a query sees of its own chunk what is before it.
+    pub chunked: bool,
 }
 
 impl Hparams {
@@ -120,6 +122,7 @@ impl Hparams {
             norm_eps: keys.norm_eps()?,
             rope: keys.rope(n_rot, n_ctx_train)?,
             windows: vec![None; n_layer],
+            chunked: false,
             architecture: keys.architecture.to_owned(),
         })
     }

@@ -28,6 +28,7 @@ mod hunyuan_moe;
 mod identity;
 mod internlm2;
 mod llama;
+mod llama4;
 mod loaded;
 mod minicpm;
 mod minimax_m2;

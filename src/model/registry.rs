@@ -38,6 +38,7 @@ const ARCHITECTURES: &[(&str, Build)] = &[
     ("hunyuan-moe", super::hunyuan_moe::build),
     ("internlm2", super::internlm2::build),
     ("llama", super::llama::build),
+    ("llama4", super::llama4::build),
     ("minicpm", super::minicpm::build),
     ("minimax-m2", super::minimax_m2::build),
     ("mistral3", super::mistral3::build),
