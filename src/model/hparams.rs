@@ -36,6 +36,8 @@ pub struct Hparams {
     pub rope: Rope,
     /// For each layer the tokens that a query sees, its own included, when the layer is sliding-window by design.
     pub windows: Vec<Option<usize>>,
+    /// Whether these are chunks: a query sees of its own chunk what is before it.
+    pub chunked: bool,
     /// For each layer whether it attends to the tokens before: it then has keys and values of them.
     pub attends: Vec<bool>,
     /// For each layer what it carries from token to token besides, where it is recurrent.
@@ -144,6 +146,7 @@ impl Hparams {
             windows: vec![None; n_layer],
             attends,
             states: vec![None; n_layer],
+            chunked: false,
             architecture: keys.architecture.to_owned(),
         })
     }
