@@ -12,6 +12,9 @@ pub(crate) struct Span {
     pub n_sink: usize,
     pub n_window: usize,
     pub n_slack: usize,
+    /// Whether positions come in chunks of `n_window`: a query sees of its own chunk what is before it, and nothing of the
+    /// chunks before.
+    pub chunked: bool,
 }
 
 impl Span {
@@ -37,9 +40,17 @@ impl Span {
         if held_from <= self.n_sink { 0 } else { held_from + self.n_window - 1 }
     }
 
+    /// The first position after the sink that the query at position `query` attends to.
+    pub fn seen_from(self, query: usize) -> usize {
+        match self.chunked {
+            true => query / self.n_window * self.n_window,
+            false => (query + 1).saturating_sub(self.n_window),
+        }
+    }
+
     /// Whether the query at position `query` attends to `key`.
     pub fn sees(self, query: usize, key: usize) -> bool {
-        key <= query && (key < self.n_sink || key + self.n_window > query)
+        key <= query && (key < self.n_sink || key >= self.seen_from(query))
     }
 
     /// The row of a position: the sink has rows of its own, the window and the slack are a ring after it. Until the
@@ -96,7 +107,12 @@ mod tests {
     use super::*;
 
     fn spans() -> impl Strategy<Value = Span> {
-        (0usize..6, 1usize..40, 0usize..20).prop_map(|(n_sink, n_window, n_slack)| Span { n_sink, n_window, n_slack })
+        (0usize..6, 1usize..40, 0usize..20).prop_map(|(n_sink, n_window, n_slack)| Span {
+            n_sink,
+            n_window,
+            n_slack,
+            chunked: false,
+        })
     }
 
     /// What is held of `n_past` tokens: what a query with a window as long as the ring would see.
@@ -180,8 +196,20 @@ mod tests {
 
     #[test]
     fn the_window_counts_the_query() {
-        let span = Span { n_sink: 2, n_window: 3, n_slack: 4 };
+        let span = Span { n_sink: 2, n_window: 3, n_slack: 4, chunked: false };
         let seen: Vec<usize> = (0..12).filter(|&key| span.sees(10, key)).collect();
         assert_eq!(seen, [0, 1, 8, 9, 10]);
+    }
+
+    #[test]
+    fn chunks_are_seen_up_to_the_query() {
+        let span = Span { n_sink: 0, n_window: 4, n_slack: 0, chunked: true };
+        let seen = |query: usize| (0..20).filter(|&key| span.sees(query, key)).collect::<Vec<_>>();
+        assert_eq!(seen(3), [0, 1, 2, 3]);
+        assert_eq!(seen(4), [4]);
+        assert_eq!(seen(6), [4, 5, 6]);
+        // A ring of a window holds all of it.
+        let window = Span { chunked: false, ..span };
+        assert!((0..20).all(|query| seen(query).iter().all(|&key| window.sees(query, key))));
     }
 }

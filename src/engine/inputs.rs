@@ -252,9 +252,19 @@ impl Inputs {
         let positions = place(graph.repeat_row(&positions, n));
         let ahead = place(graph.sub(&positions, &queries));
         let later = place(graph.step(&ahead));
-        let Some(Span { n_sink, n_window, .. }) = span else { return later };
-        // Not among the newest `n_window`, the query's own counted, and not of the sink.
-        let old = place(graph.step(&place(graph.scale_bias(&ahead, -1.0, 0.5 - n_window as f32))));
+        let Some(Span { n_sink, n_window, chunked, .. }) = span else { return later };
+        let n_window = n_window as f32;
+        let old = if chunked {
+            // Before the query's chunk. Half a position more, so that a quotient that should be whole is not below it.
+            let chunks = place(graph.scale_bias(&queries, 1.0 / n_window, 0.5 / n_window));
+            let starts = place(graph.scale(&place(graph.floor(&chunks)), n_window));
+            let into_chunk = place(graph.sub(&positions, &starts));
+            place(graph.step(&place(graph.scale_bias(&into_chunk, -1.0, -0.5))))
+        } else {
+            // Not among the newest `n_window`, the query's own counted.
+            place(graph.step(&place(graph.scale_bias(&ahead, -1.0, 0.5 - n_window))))
+        };
+        // And not of the sink.
         let after_sink = place(graph.step(&place(graph.scale_bias(&positions, 1.0, 0.5 - n_sink as f32))));
         place(graph.add(&later, &place(graph.mul(&old, &after_sink))))
     }
@@ -323,7 +333,7 @@ fn fill_mask(mask: &mut Vec<u16>, part: &Part, keys: &[Keys]) {
         for (cells, query) in mask.chunks_exact_mut(n_rows).zip(part.n_past..) {
             let cells = &mut cells[first..first + keys.n_rows()];
             // What the query sees: the sink, and what is recent.
-            let (sink, recent) = span.map_or((0, 0), |span| (span.n_sink, (query + 1).saturating_sub(span.n_window)));
+            let (sink, recent) = span.map_or((0, 0), |span| (span.n_sink, span.seen_from(query)));
             for &(row, from, len) in &runs {
                 for (low, high) in [(0, sink.min(recent).min(query + 1)), (recent, query + 1)] {
                     let (low, high) = (low.max(from), high.min(from + len));
@@ -341,7 +351,7 @@ fn fill_kept(kept: &mut Vec<f32>, part: &Part, span: Span, n_rows: usize) {
     kept.clear();
     kept.resize(n_rows * part.n_score, 0.0);
     let first = part.n_past + part.n - part.n_score;
-    let recent = (first + 1).saturating_sub(span.n_window);
+    let recent = span.seen_from(first);
     for (key, cells) in kept.chunks_exact_mut(part.n_score).enumerate() {
         if key < span.n_sink || key >= recent {
             for (cell, query) in cells.iter_mut().zip(first..) {
@@ -380,7 +390,12 @@ mod tests {
     }
 
     fn a_span() -> impl Strategy<Value = Span> {
-        (0usize..5, 1usize..20, 0usize..10).prop_map(|(n_sink, n_window, n_slack)| Span { n_sink, n_window, n_slack })
+        (0usize..5, 1usize..20, 0usize..10, any::<bool>()).prop_map(|(n_sink, n_window, n_slack, chunked)| Span {
+            n_sink,
+            n_window,
+            n_slack,
+            chunked,
+        })
     }
 
     fn spans() -> impl Strategy<Value = Option<Span>> {

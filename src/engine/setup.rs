@@ -151,7 +151,10 @@ impl LayerPlan {
             n_window: params.kv_exact,
             // So that one can go back to just before a prompt's end.
             n_slack: if params.keep_prompt_end { BACK } else { 0 },
+            chunked: false,
         };
+        let chunked = hparams.chunked;
+        let by_design = |n_window| Span { n_sink: 0, n_window, n_slack: lazy.n_slack, chunked };
         LayerPlan {
             device,
             apart,
@@ -161,8 +164,13 @@ impl LayerPlan {
             active: Format::new(params.type_k, params.type_v, params.kv_rotate),
             lazy: lazy_format(params, hparams.head_size),
             narrow: narrow_format(params, hparams.head_size).filter(|_| hparams.can_be_lazy(index)),
-            by_design: hparams.windows[index].map(|n_window| Span { n_sink: 0, n_window, n_slack: lazy.n_slack }),
-            lazy_span: Span { n_sink: lazy.n_sink, n_window: lazy.window(index), n_slack: lazy.n_slack },
+            by_design: hparams.windows[index].map(by_design),
+            lazy_span: Span {
+                n_window: lazy.window(index),
+                n_sink: lazy.n_sink,
+                n_slack: lazy.n_slack,
+                chunked: false,
+            },
             exact_span: (kernel == Kernel::Fused && params.kv_exact > 0).then_some(exact_span),
             // ggml's kernels divide their work by the number of rows, and llama.cpp gives them a multiple of 256.
             block: if kernel == Kernel::Fused { 64 } else { ROWS_STEP },

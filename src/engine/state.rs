@@ -200,7 +200,7 @@ const SPAN_BYTES: usize = 1 + 8 + 8 + 8;
 
 fn write_span(to: &mut Writer<'_>, span: Option<Span>) -> io::Result<()> {
     to.u8(u8::from(span.is_some()))?;
-    let span = span.unwrap_or(Span { n_sink: 0, n_window: 0, n_slack: 0 });
+    let span = span.unwrap_or(Span { n_sink: 0, n_window: 0, n_slack: 0, chunked: false });
     to.u64(span.n_sink)?;
     to.u64(span.n_window)?;
     to.u64(span.n_slack)
@@ -208,7 +208,8 @@ fn write_span(to: &mut Writer<'_>, span: Option<Span>) -> io::Result<()> {
 
 fn read_span(from: &mut Reader<'_>) -> Result<Option<Span>, StateError> {
     let is_there = from.flag()?;
-    let span = Span { n_sink: from.size()?, n_window: from.size()?, n_slack: from.size()? };
+    // Whether there are chunks is the model's to say.
+    let span = Span { n_sink: from.size()?, n_window: from.size()?, n_slack: from.size()?, chunked: false };
     let is_possible = span.n_window > 0 && span.n_sink.max(span.n_window).max(span.n_slack) <= i32::MAX as usize;
     if is_there && !is_possible {
         return Err(StateError::Damaged("what a layer keeps makes no sense"));
@@ -405,7 +406,10 @@ impl<'a> State<'a> {
     fn layer(&mut self, setup: &Setup, index: usize) -> Result<LayerRows<'a>, StateError> {
         let (kind, n_past, reader) = (self.kind, self.place.n_past, &mut self.rest);
         let (hparams, plan) = (setup.model.hparams(), &setup.layers[index].plan);
-        let header = LayerHeader::read(reader)?;
+        let mut header = LayerHeader::read(reader)?;
+        if !header.lazy {
+            header.span = header.span.map(|span| Span { chunked: hparams.chunked, ..span });
+        }
         let LayerHeader { lazy, span, format, held_from, rows, exact, .. } = header;
         let by_design = hparams.windows[index];
         match (lazy, span) {

@@ -10,7 +10,7 @@ pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
     b.hparams.rope.kind = RopeKind::Neox;
     let n_embd = b.hparams.n_embd;
     let layers = b.layers(|b, i| {
-        let mixer = Mixer::Both(SelfAttention::load(b, i)?, Mamba2::load(b, i)?);
+        let mixer = Mixer::Both(Box::new((SelfAttention::load(b, i)?, Mamba2::load(b, i)?)));
         let feed_forward = Gated::load(b, i, Activation::Silu)?;
         Ok(Block {
             attn_norm: Some(Norm::of_layer(b, i, "attn_norm")?),

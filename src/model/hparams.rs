@@ -36,6 +36,8 @@ pub struct Hparams {
     pub rope: Rope,
     /// For each layer the tokens that a query sees, its own included, when the layer is sliding-window by design.
     pub windows: Vec<Option<usize>>,
+    /// Whether these are chunks: a query sees of its own chunk what is before it.
+    pub chunked: bool,
     /// For each layer whether it attends to the tokens before: it then has keys and values of them.
     pub attends: Vec<bool>,
     /// For each layer what it carries from token to token besides, where it is recurrent.
@@ -84,12 +86,16 @@ impl Hparams {
         let counts = |key: &str| keys.optional_counts(key, n_block, n_layer);
         let n_heads = keys.require("attention.head_count", counts("attention.head_count")?)?;
         // Layers that do not attend have none.
-        let (kv_key, kv_heads) = match counts("attention.head_count_kv")? {
-            Some(kv_heads) => ("attention.head_count_kv", kv_heads),
-            None => ("attention.head_count", n_heads.clone()),
+        let (n_head_kv, attends) = match counts("attention.head_count_kv")? {
+            Some(kv_heads) => {
+                let attends = n_heads.iter().zip(&kv_heads).map(|(&heads, &kv_heads)| heads > 0 && kv_heads > 0);
+                (keys.all_equal("attention.head_count_kv", &kv_heads)?, attends.collect())
+            }
+            None => {
+                (keys.all_equal("attention.head_count", &n_heads)?, n_heads.iter().map(|&heads| heads > 0).collect())
+            }
         };
-        let n_head_kv = keys.all_equal(kv_key, &kv_heads)?;
-        let n_head = n_heads.iter().copied().find(|&n_head| n_head > 0).unwrap_or_default();
+        let n_head = n_heads.iter().copied().find(|&heads| heads > 0).unwrap_or_default();
         if let Some(n_head) = n_heads.iter().find(|&n_head| n_head % n_head_kv != 0) {
             let why = format!("{n_head_kv} KV heads do not divide the {n_head} heads");
             return Err(keys.error("attention.head_count_kv", why));
@@ -124,7 +130,6 @@ impl Hparams {
             }
         };
 
-        let attends = n_heads.iter().zip(&kv_heads).map(|(&heads, &kv_heads)| heads > 0 && kv_heads > 0).collect();
         Ok(Hparams {
             n_vocab,
             n_ctx_train,
@@ -141,6 +146,7 @@ impl Hparams {
             windows: vec![None; n_layer],
             attends,
             states: vec![None; n_layer],
+            chunked: false,
             architecture: keys.architecture.to_owned(),
         })
     }

@@ -17,7 +17,7 @@ pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
         }
     }
     let step = rope.n_ctx_orig;
-    let temperature = b.keys.factor("attention.temperature_scale")?.map(|scale| Temperature { scale, step });
+    let temperature = b.keys.factor("attention.temperature_scale")?.map(|scale| Temperature { scale, step, offset: 0 });
     let rope_factors = RopeFactors::load(b)?;
 
     let layers = b.layers(|b, i| {

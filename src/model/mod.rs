@@ -32,6 +32,7 @@ mod internlm2;
 mod lfm2;
 mod lfm2moe;
 mod llama;
+mod llama4;
 mod loaded;
 mod lora;
 mod minicpm;

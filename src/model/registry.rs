@@ -42,6 +42,7 @@ const ARCHITECTURES: &[(&str, Build)] = &[
     ("lfm2", super::lfm2::build),
     ("lfm2moe", super::lfm2moe::build),
     ("llama", super::llama::build),
+    ("llama4", super::llama4::build),
     ("minicpm", super::minicpm::build),
     ("minimax-m2", super::minimax_m2::build),
     ("mistral3", super::mistral3::build),

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use simlayer::{Model, SessionParams, Token, ggml::Type, lazy::PrefillMode};
+use simlayer::{BatchEntry, Model, Outputs, SessionParams, Token, ggml::Type, lazy::PrefillMode};
 use simlayer_testkit::{
     Logits, RandomDecoder, Rng, UpstreamRef, WeightType,
     metrics::{self, entropy, mean_kl},
@@ -62,6 +62,7 @@ pub(crate) fn check(models: impl IntoIterator<Item = RandomDecoder>) {
         let written = write(&random, 360);
         has_upstreams_logits(&name, &written);
         restricted_layers_are_upstreams(&name, &written);
+        sequences_and_states_go_on(&name, &written);
     }
 }
 
@@ -157,6 +158,48 @@ pub(crate) fn restricted_layers_are_upstreams(name: &str, written: &Written) {
     let full = rows(&in_one_thread(plain()));
     let theirs = simlayer_testkit::metrics::read_rows(&rows_path, n_vocab);
     assert!(mean_kl(&full, &theirs) > 10.0 * MAX_KL, "{name}: restricting {lazy:?} changes nothing");
+}
+
+/// Two sequences of different lengths in one batch have the logits of each alone; a state of the longer one, loaded into a
+/// fresh session, is gone on from as if nothing had been.
+pub(crate) fn sequences_and_states_go_on(name: &str, Written { tokens, model, .. }: &Written) {
+    let (prompts, decoded) = ([&tokens[..300], &tokens[100..140]], &tokens[tokens.len() - 20..]);
+    for layer_major in [true, false] {
+        let mut params = in_one_thread(plain());
+        (params.layer_major, params.n_ubatch) = (layer_major, 64);
+        // Nobody rounds, so that no router has to decide by it.
+        (params.type_k, params.type_v) = (Type::F32, Type::F32);
+        let alone = prompts.map(|prompt| logits(model, &params, prompt, decoded));
+        let mut both = session(model, params.clone());
+        let mut run = |fed: [&[Token]; 2], prompt_end: bool| -> Vec<Vec<f32>> {
+            let entry = |seq| BatchEntry { seq, tokens: fed[seq as usize], outputs: Outputs::Last, prompt_end };
+            both.run(&[entry(0), entry(1)]).expect("run");
+            both.logits().chunks_exact(model.hparams().n_vocab).map(<[f32]>::to_vec).collect()
+        };
+        let mut together = vec![run(prompts, true)];
+        together.extend(decoded.iter().map(|token| run([std::slice::from_ref(token); 2], false)));
+        for (seq, alone) in alone.iter().enumerate() {
+            let rows: Vec<Vec<f32>> = together.iter().map(|rows| rows[seq].clone()).collect();
+            let kl = mean_kl(alone, &rows);
+            println!("{name}: sequence {seq} of two, layer-major {layer_major}: mean KL {kl:.2e}");
+            assert!(kl < MAX_KL, "{name}: sequence {seq} of two, layer-major {layer_major}: mean KL {kl}");
+        }
+        states_go_on(&format!("{name}, layer-major {layer_major}"), model, &params, prompts[0], decoded);
+    }
+}
+
+/// A state saved after a prompt, loaded into a fresh session, is gone on from as if nothing had been.
+pub(crate) fn states_go_on(name: &str, model: &Model, params: &SessionParams, prompt: &[Token], decoded: &[Token]) {
+    let mut first = session(model, params.clone());
+    first.prefill(prompt).expect("prefill");
+    let mut state = Vec::new();
+    first.save_seq(0, &mut state).expect("saved");
+    let mut loaded = session(model, params.clone());
+    loaded.load_seq(0, &state).expect("loaded");
+    for &token in decoded {
+        let [kept, back] = [&mut first, &mut loaded].map(|session| session.decode(token).expect("decode").to_vec());
+        assert_eq!(kept, back, "{name}: loaded from a state");
+    }
 }
 
 /// Attention mass on sink and window, of the layers that are global by design; the others have no score.

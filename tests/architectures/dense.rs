@@ -163,7 +163,8 @@ fn apertus() {
 /// Models of 64 layers and more have norms of each head.
 #[test]
 fn command_r() {
-    check([Shape { tied: true, ..Shape::default() }, Shape { n_layer: 64, ..Shape::other() }].map(|shape| {
+    let deep = Shape { n_layer: 64, n_embd: 32, n_head: 2, n_head_kv: 1, n_ff: 48, ..Shape::other() };
+    check([Shape { tied: true, ..Shape::default() }, deep].map(|shape| {
         let mut m = RandomDecoder::new("command-r", shape);
         m.centred_norms();
         if shape.n_layer == 64 {

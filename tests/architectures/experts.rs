@@ -1,9 +1,12 @@
 //! Architectures whose tokens go through few of many experts.
 
-use simlayer::{Model, ModelParams};
-use simlayer_testkit::{RandomDecoder, Shape, gguf::Meta};
+use simlayer::{Model, ModelParams, ggml::Type};
+use simlayer_testkit::{Logits, RandomDecoder, Shape, gguf::Meta, metrics::mean_kl};
 
-use crate::check::check;
+use crate::{
+    check::{MAX_KL, Written, check, in_one_thread, states_go_on, upstream, write},
+    common::{logits, plain},
+};
 
 /// Values of `expert_gating_func`.
 const SOFTMAX: u32 = 1;
@@ -424,6 +427,59 @@ fn step35() {
         }
         m
     }));
+}
+
+/// Every layer has experts, or every other.
+fn random_llama4(shape: Shape) -> RandomDecoder {
+    let mut m = with_keys("llama4", shape);
+    let step = if shape.tied { 2 } else { 1 };
+    m.key("interleave_moe_layer_step", step as u32);
+    if shape.tied {
+        m.key("rope.freq_base_swa", 2_000f32);
+        m.rope_factors("rope_freqs.weight", shape.head_size, 8.0);
+    }
+    for i in m.layers() {
+        m.pre_norms(i);
+        m.attention(i);
+        if (i + 1) % step != 0 {
+            m.gated(i);
+            continue;
+        }
+        m.experts(i, N_FF);
+        m.shared_expert(i, N_FF, false);
+    }
+    m
+}
+
+#[test]
+fn llama4() {
+    // Maverick, told by its experts, has no norms of queries and keys.
+    let maverick = Shape { n_expert: 128, n_expert_used: 1, n_layer: 8, ..Shape::other() };
+    check([Shape { head_size: 32, ..Shape::default() }, maverick].map(random_llama4));
+}
+
+/// Chunks hold 8192 tokens: a prompt that ends shortly after the first one, and tokens decoded from there.
+#[test]
+fn llama4_beyond_a_chunk() {
+    const PROMPT: usize = 8200;
+    let shape = Shape { n_head_kv: 1, n_embd: 32, n_head: 2, n_ff: 32, ..Shape::default() };
+    let Written { path, tokens, model, _folder, .. } = &write(&random_llama4(shape), PROMPT + 20);
+    let (prompts, decoded) = ([tokens[..PROMPT].to_vec()], [tokens[PROMPT..].to_vec()]);
+    let what = Logits { prompts: &prompts, all: false, decode: Some(&decoded) };
+    for (ty, fused) in [(Type::F16, false), (Type::F32, true)] {
+        let options = ["-fa", if fused { "off" } else { "on" }, "-ctk", ty.name(), "-ctv", ty.name()];
+        let theirs = upstream().with_options(&options).logits(path, what);
+        let mut params = in_one_thread(plain());
+        (params.n_ctx, params.type_k, params.type_v, params.fused_attention) = (PROMPT + 56, ty, ty, fused);
+        for layer_major in [true, false] {
+            params.layer_major = layer_major;
+            let ours = logits(model, &params, &prompts[0], &decoded[0]);
+            let kl = mean_kl(&theirs, &ours);
+            println!("fused {fused}, layer-major {layer_major}: mean KL {kl:.2e}");
+            assert!(kl < MAX_KL, "fused {fused}, layer-major {layer_major}: mean KL {kl}");
+        }
+        states_go_on("llama4", model, &params, &prompts[0], &decoded[0]);
+    }
 }
 
 /// Keys of routers and of RoPE's sections that make no sense are refused by name.

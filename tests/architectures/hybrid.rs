@@ -4,7 +4,10 @@ use simlayer::{BatchEntry, Error, LayerKind, Model, ModelParams, Outputs, Sessio
 use simlayer_testkit::{Logits, RandomDecoder, Shape, Ssm, gguf::Meta, metrics::mean_kl};
 
 use crate::{
-    check::{MAX_KL, Written, has_upstreams_logits, in_one_thread, restricted_layers_are_upstreams, upstream, write},
+    check::{
+        MAX_KL, Written, has_upstreams_logits, in_one_thread, restricted_layers_are_upstreams,
+        sequences_and_states_go_on, upstream, write,
+    },
     common::{ggmls_attention, plain, session},
 };
 
@@ -289,7 +292,7 @@ fn check(models: impl IntoIterator<Item = RandomDecoder>) {
         has_upstreams_logits(&name, &written);
         restricted_layers_are_upstreams(&name, &written);
         sequences_in_a_batch_are_upstreams(&name, &written);
-        a_state_goes_on(&name, &written);
+        sequences_and_states_go_on(&name, &written);
         going_back_is_as_if_nothing_had_been(&name, &written);
         states_do_not_grow(&name, &written);
         a_look_leaves_no_trace(&name, &written);
@@ -336,21 +339,6 @@ fn sequences_in_a_batch_are_upstreams(name: &str, Written { path, tokens, model,
     let kl = mean_kl(&theirs, &ours.concat());
     println!("{name}: two sequences in a batch: mean KL {kl:.2e}");
     assert!(kl < MAX_KL, "{name}: two sequences in a batch: mean KL {kl}");
-}
-
-/// Saved at 300 tokens, read in a fresh session: the next 20 tokens are the same to the bit.
-fn a_state_goes_on(name: &str, Written { tokens, model, .. }: &Written) {
-    for layer_major in [true, false] {
-        let params = SessionParams { n_ubatch: 128, layer_major, ..in_one_thread(plain()) };
-        let mut first = session(model, params.clone());
-        run(&mut first, &tokens[..300], true);
-        let mut state = Vec::new();
-        first.save_seq(0, &mut state).expect("saved");
-        assert_eq!(state.len(), first.seq_state_bytes(0), "{name}");
-        let mut second = session(model, params);
-        second.load_seq(0, &state).expect("read");
-        assert!(decode(&mut first, &tokens[300..320]) == decode(&mut second, &tokens[300..320]), "{name}");
-    }
 }
 
 /// From a prompt's end and from a checkpoint; where there is no snapshot, no way back is claimed.
@@ -442,9 +430,17 @@ fn a_look_leaves_no_trace(name: &str, Written { tokens, model, .. }: &Written) {
         } else {
             assert!(expected == at_end && expected_next == next, "{name}");
         }
+        let n_candidates = (0..model.hparams().n_layer).filter(|&layer| model.hparams().can_be_lazy(layer)).count();
         let (foretold, n_lazy, ..) = looked("kl:1000");
         assert!(foretold.is_some_and(|kl| kl > 0.0), "{name}: {foretold:?}");
-        assert_eq!(n_lazy, (0..model.hparams().n_layer).filter(|&layer| model.hparams().can_be_lazy(layer)).count());
+        assert_eq!(n_lazy, n_candidates, "{name}");
+
+        // As llama-server gives a prompt: the look at its end goes back into the piece before.
+        let mut session = session(model, SessionParams { split_prompts: true, ..params("kl:1000") });
+        run(&mut session, &tokens[..296], false);
+        run(&mut session, &tokens[296..300], true);
+        assert!(session.foretold(0).is_some_and(|kl| kl > 0.0), "{name}: in pieces");
+        assert_eq!(session.kv().lazy_layers, n_candidates, "{name}: in pieces");
     }
 }
 

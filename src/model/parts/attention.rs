@@ -289,20 +289,21 @@ impl RopeFactors {
 }
 
 /// Queries grow with their position `p`, so that attention does not flatten in long contexts:
-/// `1 + scale·ln(1 + ⌊p / step⌋)`.
+/// `1 + scale·ln(1 + ⌊(p + offset) / step⌋)`.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::model) struct Temperature {
     pub scale: f32,
     pub step: usize,
+    pub offset: usize,
 }
 
 impl Temperature {
     /// Positions `[n]` (i32) → factors `[1, 1, n]`.
     fn of(self, graph: &Graph, positions: &Tensor) -> Tensor {
         let positions = graph.cast(positions, Type::F32);
-        let step = self.step as f32;
+        let (step, offset) = (self.step as f32, self.offset as f32);
         // Half a position more, so that a quotient that should be whole is never rounded below it.
-        let steps = graph.floor(&graph.scale_bias(&positions, 1.0 / step, 0.5 / step));
+        let steps = graph.floor(&graph.scale_bias(&positions, 1.0 / step, (offset + 0.5) / step));
         let factors = graph.scale_bias(&graph.log(&graph.scale_bias(&steps, 1.0, 1.0)), self.scale, 1.0);
         let [n, ..] = factors.shape();
         graph.reshape(&factors, &[1, 1, n])

@@ -13,7 +13,7 @@ pub(in crate::model) enum Mixer {
     Mamba2(Mamba2),
     ShortConv(ShortConv),
     /// Attention and a state beside each other, of the same input.
-    Both(SelfAttention, Mamba2),
+    Both(Box<(SelfAttention, Mamba2)>),
 }
 
 impl Mixer {
@@ -24,7 +24,8 @@ impl Mixer {
             Mixer::DeltaNet(net) => net.apply(graph, step, input, attention),
             Mixer::Mamba2(mamba) => mamba.apply(graph, step, input, attention),
             Mixer::ShortConv(conv) => conv.apply(graph, step, input, attention),
-            Mixer::Both(own, mamba) => {
+            Mixer::Both(both) => {
+                let (own, mamba) = &**both;
                 let attended = own.apply(graph, step, input, attention);
                 graph.add(&attended, &mamba.apply(graph, step, input, attention))
             }

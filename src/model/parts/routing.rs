@@ -16,6 +16,8 @@ pub(in crate::model) enum Routing {
     Sigmoid,
     /// The sigmoid of each expert's logit, the used ones' weights then divided by their sum.
     SigmoidNormalised,
+    /// The sigmoid of the used experts' logits, which are chosen by the logits themselves.
+    SigmoidOfUsed,
 }
 
 impl Routing {
@@ -52,7 +54,7 @@ impl Routing {
         match self {
             Routing::Softmax | Routing::SoftmaxNormalised => graph.soft_max_rows(&logits),
             Routing::Sigmoid | Routing::SigmoidNormalised => graph.sigmoid(&logits),
-            Routing::SoftmaxOfUsed => logits,
+            Routing::SoftmaxOfUsed | Routing::SigmoidOfUsed => logits,
         }
     }
 
@@ -61,6 +63,7 @@ impl Routing {
         match self {
             Routing::Softmax | Routing::Sigmoid => used,
             Routing::SoftmaxOfUsed => graph.soft_max_rows(&used),
+            Routing::SigmoidOfUsed => graph.sigmoid(&used),
             Routing::SoftmaxNormalised | Routing::SigmoidNormalised => {
                 // The smallest f16 that is not subnormal keeps the quotient finite.
                 let sum = graph.at_least(&graph.sum_rows(&used), 6.103_515_6e-5);
