@@ -63,7 +63,7 @@ fn ropes(b: &Builder<'_>) -> Result<Ropes, Error> {
         let why = format!("{n_rot}, expected an even number up to the head's {} elements", b.hparams.head_size);
         return Err(b.keys.error("rope.dimension_count_swa", why));
     }
-    if rope.n_rot % 4 != 0 {
+    if !rope.n_rot.is_multiple_of(4) {
         return Err(b.keys.error("rope.dimension_count", format!("half of {} is odd", rope.n_rot)));
     }
     Ok(Ropes {

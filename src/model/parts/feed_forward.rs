@@ -7,7 +7,7 @@ use crate::ggml::{Graph, Tensor};
 pub(in crate::model) enum FeedForward {
     Gated(Gated),
     Plain(Plain),
-    Experts(Experts),
+    Experts(Box<Experts>),
 }
 
 impl FeedForward {
@@ -44,7 +44,7 @@ impl FeedForward {
 
 impl From<Experts> for FeedForward {
     fn from(experts: Experts) -> FeedForward {
-        FeedForward::Experts(experts)
+        FeedForward::Experts(Box::new(experts))
     }
 }
 

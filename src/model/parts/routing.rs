@@ -88,7 +88,7 @@ impl Groups {
     pub fn of_keys(b: &Builder<'_>, n_expert: usize) -> Result<Option<Groups>, Error> {
         let key = "expert_group_count";
         let Some(n_group) = b.keys.optional_u32(key)?.map(|n| n as usize).filter(|&n| n > 1) else { return Ok(None) };
-        if n_expert % n_group != 0 || n_expert / n_group < BEST_OF_GROUP {
+        if !n_expert.is_multiple_of(n_group) || n_expert / n_group < BEST_OF_GROUP {
             return Err(b.keys.error(key, format!("{n_group} groups of {n_expert} experts")));
         }
         let n_used = b.keys.count("expert_group_used_count")?;
