@@ -11,12 +11,18 @@ use crate::{
 
 /// Reads the command line; wrong usage ends the process with code 2.
 pub fn parse() -> Command {
-    try_parse(std::env::args_os()).unwrap_or_else(|error| error.exit())
+    try_parse(std::env::args_os(), &|name| std::env::var_os(name)).unwrap_or_else(|error| error.exit())
 }
 
-fn try_parse(argv: impl IntoIterator<Item = OsString>) -> Result<Command, clap::Error> {
+/// The environment: a variable's value.
+type Environment<'a> = &'a dyn Fn(&str) -> Option<OsString>;
+
+fn try_parse(
+    argv: impl IntoIterator<Item = OsString>,
+    environment: Environment<'_>,
+) -> Result<Command, clap::Error> {
     let command = command_line();
-    let matches = command.clone().try_get_matches_from(rewrite(argv, &command)?)?;
+    let matches = command.clone().try_get_matches_from(rewrite(argv, environment, &command)?)?;
     match matches.subcommand_name() {
         Some(_) => Command::from_arg_matches(&matches),
         None => GenerateArgs::from_arg_matches(&matches).map(Command::Generate),
@@ -25,7 +31,7 @@ fn try_parse(argv: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
 
 /// Spells the short options of several letters out, and moves the command's name to the front, so that
 /// `-m MODEL chat` is the same as `chat -m MODEL`. Values of options stay as they are. Of llama.cpp's options those go that
-/// do nothing here.
+/// do nothing here; what its variables say comes first, so that options take its place.
 ///
 /// # Errors
 /// When an option of llama.cpp's is not supported, or a word is no option that anybody could mean.
@@ -40,6 +46,13 @@ fn rewrite(argv: impl IntoIterator<Item = OsString>, command: &clap::Command) ->
     let of_command = options_of(named.unwrap_or(command));
     let mut out: Vec<OsString> = program.into_iter().collect();
     out.extend(named.map(|named| named.get_name().into()));
+    for (variable, option) in llama_cpp::VARIABLES {
+        if let Some(value) = environment(variable).filter(|value| !value.is_empty() && of_command.contains_key(*option)) {
+            let mut word = OsString::from(format!("{option}="));
+            word.push(value);
+            out.push(word);
+        }
+    }
     let mut is_named = false;
     for word in words {
         let (name, value, next) = match word {
@@ -172,11 +185,13 @@ fn options_of(command: &clap::Command) -> HashMap<String, bool> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     fn rewritten(words: &str) -> String {
         let argv = std::iter::once("simlayer-run").chain(words.split(' ')).map(OsString::from);
-        let out = rewrite(argv, &command_line()).unwrap_or_else(|error| panic!("{error}"));
+        let out = rewrite(argv, &|_| None, &command_line()).unwrap_or_else(|error| panic!("{error}"));
         let out: Vec<_> = out.into_iter().map(|word| word.into_string().unwrap()).collect();
         out[1..].join(" ")
     }
@@ -204,7 +219,7 @@ mod tests {
     }
 
     fn parse(words: &str) -> Result<Command, clap::Error> {
-        try_parse(std::iter::once("simlayer-run").chain(words.split(' ')).map(OsString::from))
+        try_parse(std::iter::once("simlayer-run").chain(words.split(' ')).map(OsString::from), &|_| None)
     }
 
     #[test]
@@ -311,14 +326,14 @@ mod tests {
         match known.meaning {
             Meaning::Ours(option @ ("--help" | "--version")) => {
                 counts[0] += 1;
-                let error = try_parse(words(&[], values, option)).unwrap_err();
+                let error = try_parse(words(&[], values, option), &|_| None).unwrap_err();
                 let expected = [ErrorKind::DisplayHelp, ErrorKind::DisplayVersion];
                 assert!(expected.contains(&error.kind()), "{name}: {error}");
             }
             Meaning::Ours(option) => {
                 counts[0] += 1;
-                let generate = try_parse(words(&[], values, option));
-                let chat = try_parse(words(&["chat"], values, option));
+                let generate = try_parse(words(&[], values, option), &|_| None);
+                let chat = try_parse(words(&["chat"], values, option), &|_| None);
                 assert!(generate.is_ok() || chat.is_ok(), "{name}: {:?}, {:?}", generate.err(), chat.err());
                 let n = |parsed: Result<Command, clap::Error>| match parsed {
                     Ok(Command::Generate(args)) => args.n_predict,
@@ -334,19 +349,59 @@ mod tests {
             }
             Meaning::Nothing => {
                 counts[1] += 1;
-                let with = try_parse(words(&[], values, name)).unwrap_or_else(|error| panic!("{name}: {error}"));
-                let without = try_parse(["simlayer-run", "-m", "m", "-p", "x", "-n", "7"].map(OsString::from)).unwrap();
+                let with = try_parse(words(&[], values, name), &|_| None).unwrap_or_else(|error| panic!("{name}: {error}"));
+                let without = try_parse(["simlayer-run", "-m", "m", "-p", "x", "-n", "7"].map(OsString::from), &|_| None).unwrap();
                 assert_eq!(format!("{with:?}"), format!("{without:?}"), "{name}");
             }
             Meaning::Refused(instead) => {
                 counts[2] += 1;
                 for command in [&[][..], &["chat"]] {
-                    let error = try_parse(words(command, values, name)).unwrap_err();
+                    let error = try_parse(words(command, values, name), &|_| None).unwrap_err();
                     assert_eq!(error.exit_code(), 2, "{name}");
                     assert_eq!(error.to_string(), format!("error: {name} is not supported: {instead}\n"));
                 }
             }
         }
+    }
+
+    /// The variables are those of llama.cpp's tables, for options that are ours.
+    #[test]
+    fn variables_are_llama_cpps() {
+        let mut theirs = BTreeMap::new();
+        for tool in ["cli", "completion", "server"] {
+            let path = format!("{}/tools/{tool}/README.md", ggml_sys::LLAMA_SOURCE);
+            let readme = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
+            for line in readme.lines() {
+                let (Some((names, _)), Some((_, rest))) = (row(line), line.split_once("(env: ")) else { continue };
+                let (variable, _) = rest.split_once(')').expect("a bracket ends");
+                if let Some(Meaning::Ours(option)) = llama_cpp::find(&names[0]).map(|known| known.meaning) {
+                    theirs.insert(variable.to_owned(), option);
+                }
+            }
+        }
+        let ours: BTreeMap<String, &str> =
+            llama_cpp::VARIABLES.iter().map(|&(variable, option)| (variable.to_owned(), option)).collect();
+        assert_eq!(ours, theirs);
+    }
+
+    #[test]
+    fn variables_come_before_options() {
+        let environment = |name: &str| match name {
+            "LLAMA_ARG_MODEL" => Some("of the environment".into()),
+            "LLAMA_ARG_CTX_SIZE" => Some("512".into()),
+            "LLAMA_ARG_TEMPERATURE" => Some(String::new().into()),
+            "LLAMA_ARG_N_PREDICT" => Some("-1".into()),
+            _ => None,
+        };
+        let words = |words: &str| words.split(' ').map(OsString::from).collect::<Vec<_>>();
+        let Ok(Command::Generate(args)) = try_parse(words("simlayer-run -p x -c 1024"), &environment) else {
+            panic!("the model is named");
+        };
+        assert_eq!((args.common.model.to_str(), args.common.ctx_size), (Some("of the environment"), 1024));
+        assert_eq!((args.sampling.temp, args.n_predict), (0.8, -1));
+        // A command takes what it has.
+        let Ok(Command::Bench(args)) = try_parse(words("simlayer-run bench -m x"), &environment) else { panic!("it is right") };
+        assert_eq!((args.common.model.to_str(), args.common.ctx_size), (Some("x"), 512));
     }
 
     #[test]

@@ -32,6 +32,37 @@ pub struct Known {
     pub meaning: Meaning,
 }
 
+/// Variables of the environment that stand for options of ours, as in llama.cpp's tools.
+pub const VARIABLES: &[(&str, &str)] = &[
+    ("LLAMA_ARG_THREADS", "--threads"),
+    ("LLAMA_ARG_CTX_SIZE", "--ctx-size"),
+    ("LLAMA_ARG_N_PREDICT", "--predict"),
+    ("LLAMA_ARG_BATCH", "--batch-size"),
+    ("LLAMA_ARG_UBATCH", "--ubatch-size"),
+    ("LLAMA_ARG_FLASH_ATTN", "--flash-attn"),
+    ("LLAMA_ARG_ROPE_SCALING_TYPE", "--rope-scaling"),
+    ("LLAMA_ARG_ROPE_SCALE", "--rope-scale"),
+    ("LLAMA_ARG_ROPE_FREQ_BASE", "--rope-freq-base"),
+    ("LLAMA_ARG_ROPE_FREQ_SCALE", "--rope-freq-scale"),
+    ("LLAMA_ARG_YARN_ORIG_CTX", "--yarn-orig-ctx"),
+    ("LLAMA_ARG_CACHE_TYPE_K", "--cache-type-k"),
+    ("LLAMA_ARG_CACHE_TYPE_V", "--cache-type-v"),
+    ("LLAMA_ARG_RPC", "--rpc"),
+    ("LLAMA_ARG_DEVICE", "--device"),
+    ("LLAMA_ARG_N_GPU_LAYERS", "--gpu-layers"),
+    ("LLAMA_ARG_TENSOR_SPLIT", "--tensor-split"),
+    ("LLAMA_ARG_MODEL", "--model"),
+    ("LLAMA_ARG_TEMPERATURE", "--temp"),
+    ("LLAMA_ARG_TOP_K", "--top-k"),
+    ("LLAMA_ARG_TOP_P", "--top-p"),
+    ("LLAMA_ARG_MIN_P", "--min-p"),
+    ("LLAMA_ARG_REPEAT_PENALTY", "--repeat-penalty"),
+    ("LLAMA_ARG_PRESENCE_PENALTY", "--presence-penalty"),
+    ("LLAMA_ARG_FREQUENCY_PENALTY", "--frequency-penalty"),
+    ("LLAMA_ARG_CHAT_TEMPLATE", "--chat-template"),
+    ("LLAMA_ARG_CHAT_TEMPLATE_FILE", "--chat-template-file"),
+];
+
 /// What is known of an option, by any of its spellings.
 pub fn find(name: &str) -> Option<&'static Known> {
     OPTIONS.iter().find(|known| known.names.contains(&name))
