@@ -11,6 +11,11 @@ pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
     if let Some(alpha) = b.keys.optional_f32("rope.scaling.alpha")?.filter(|&alpha| alpha > 0.0) {
         let size = b.hparams.head_size as f32;
         b.hparams.rope.freq_base *= alpha.powf(size / (size - 2.0));
+        if !b.hparams.rope.freq_base.is_finite() {
+            return Err(b
+                .keys
+                .error("rope.scaling.alpha", format!("{alpha} stretches heads of {size} elements too far")));
+        }
     }
     let layers = b.layers(|b, i| {
         let loaded = SelfAttention::load(b, i)?.with_head_norms(b, i)?;
