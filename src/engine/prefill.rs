@@ -190,7 +190,9 @@ impl Prompt<'_> {
         if is_new && plan(first).apart.is_some() {
             for hidden in &self.hidden[self.hidden.len().saturating_sub(2)..] {
                 let piece = self.piece(hidden, 0, layers, Inputs::default());
-                executor.scheduler.alloc(&piece.step.graph)?;
+                if piece.step.graph.n_nodes() > 0 {
+                    executor.scheduler.alloc(&piece.step.graph)?;
+                }
             }
         }
         let mut scores = vec![None; self.group.len()];
@@ -203,6 +205,11 @@ impl Prompt<'_> {
             // Built while the device computes the piece before.
             inputs.clear();
             let Piece { mut step, part, rows } = self.piece(hidden, state_row, layers, inputs);
+            // Nothing is to be done of a feed-forward alone at the model's end for tokens without outputs.
+            if step.graph.n_nodes() == 0 {
+                inputs = step.inputs;
+                continue;
+            }
             executor.scheduler.alloc(&step.graph)?;
             let tokens = &self.entry.tokens[hidden.tokens.clone()];
             let is_awaited = anchor.as_ref().is_some_and(|anchor| anchor.n_past == hidden.tokens.end);
