@@ -17,10 +17,7 @@ pub fn parse() -> Command {
 /// The environment: a variable's value.
 type Environment<'a> = &'a dyn Fn(&str) -> Option<OsString>;
 
-fn try_parse(
-    argv: impl IntoIterator<Item = OsString>,
-    environment: Environment<'_>,
-) -> Result<Command, clap::Error> {
+fn try_parse(argv: impl IntoIterator<Item = OsString>, environment: Environment<'_>) -> Result<Command, clap::Error> {
     let command = command_line();
     let matches = command.clone().try_get_matches_from(rewrite(argv, environment, &command)?)?;
     match matches.subcommand_name() {
@@ -35,7 +32,11 @@ fn try_parse(
 ///
 /// # Errors
 /// When an option of llama.cpp's is not supported, or a word is no option that anybody could mean.
-fn rewrite(argv: impl IntoIterator<Item = OsString>, command: &clap::Command) -> Result<Vec<OsString>, clap::Error> {
+fn rewrite(
+    argv: impl IntoIterator<Item = OsString>,
+    environment: Environment<'_>,
+    command: &clap::Command,
+) -> Result<Vec<OsString>, clap::Error> {
     let mut argv = argv.into_iter();
     let program = argv.next();
     let (words, rest) = split(argv, command);
@@ -47,7 +48,8 @@ fn rewrite(argv: impl IntoIterator<Item = OsString>, command: &clap::Command) ->
     let mut out: Vec<OsString> = program.into_iter().collect();
     out.extend(named.map(|named| named.get_name().into()));
     for (variable, option) in llama_cpp::VARIABLES {
-        if let Some(value) = environment(variable).filter(|value| !value.is_empty() && of_command.contains_key(*option)) {
+        if let Some(value) = environment(variable).filter(|value| !value.is_empty() && of_command.contains_key(*option))
+        {
             let mut word = OsString::from(format!("{option}="));
             word.push(value);
             out.push(word);
@@ -349,8 +351,11 @@ mod tests {
             }
             Meaning::Nothing => {
                 counts[1] += 1;
-                let with = try_parse(words(&[], values, name), &|_| None).unwrap_or_else(|error| panic!("{name}: {error}"));
-                let without = try_parse(["simlayer-run", "-m", "m", "-p", "x", "-n", "7"].map(OsString::from), &|_| None).unwrap();
+                let with =
+                    try_parse(words(&[], values, name), &|_| None).unwrap_or_else(|error| panic!("{name}: {error}"));
+                let without =
+                    try_parse(["simlayer-run", "-m", "m", "-p", "x", "-n", "7"].map(OsString::from), &|_| None)
+                        .unwrap();
                 assert_eq!(format!("{with:?}"), format!("{without:?}"), "{name}");
             }
             Meaning::Refused(instead) => {
@@ -400,7 +405,9 @@ mod tests {
         assert_eq!((args.common.model.to_str(), args.common.ctx_size), (Some("of the environment"), 1024));
         assert_eq!((args.sampling.temp, args.n_predict), (0.8, -1));
         // A command takes what it has.
-        let Ok(Command::Bench(args)) = try_parse(words("simlayer-run bench -m x"), &environment) else { panic!("it is right") };
+        let Ok(Command::Bench(args)) = try_parse(words("simlayer-run bench -m x"), &environment) else {
+            panic!("it is right")
+        };
         assert_eq!((args.common.model.to_str(), args.common.ctx_size), (Some("x"), 512));
     }
 
