@@ -11,7 +11,7 @@ use std::{
 use ggml_sys as sys;
 
 use super::{
-    Adapted, Context, Device, Tensor, Type,
+    Adapted, Context, Device, LowRank, Tensor, Type,
     attention::{FusedAttention, KvSegment, Op, Partials},
     mul_mat::{Kernel, Scheme},
     processor::Features,
@@ -351,15 +351,20 @@ impl Graph {
 
     /// `weight [k, n] × input [k, m]` → `[n, m]`.
     pub fn mul_mat(&self, weight: &Tensor, input: &Tensor) -> Tensor {
-        self.with_low_rank(weight, input, self.plain_mul_mat(weight, input))
+        self.adapted_product(weight, input, self.plain_mul_mat(weight, input))
     }
 
-    /// A product of a weight, with what is added to it.
-    fn with_low_rank(&self, weight: &Tensor, input: &Tensor, product: Tensor) -> Tensor {
-        self.adapted.of(weight).iter().fold(product, |sum, low_rank| {
-            let added = self.plain_mul_mat(&low_rank.b, &self.plain_mul_mat(&low_rank.a, input));
-            self.add(&sum, &self.scale(&added, low_rank.scale))
-        })
+    /// What a weight gives, with what is added to it: `added` makes it of the two matrices.
+    fn with_low_rank(&self, weight: &Tensor, given: Tensor, added: impl Fn(&LowRank) -> Tensor) -> Tensor {
+        self.adapted
+            .of(weight)
+            .iter()
+            .fold(given, |sum, low_rank| self.add(&sum, &self.scale(&added(low_rank), low_rank.scale)))
+    }
+
+    /// As [`Graph::with_low_rank`], of a product with `input`.
+    fn adapted_product(&self, weight: &Tensor, input: &Tensor, product: Tensor) -> Tensor {
+        self.with_low_rank(weight, product, |LowRank { a, b, .. }| self.plain_mul_mat(b, &self.plain_mul_mat(a, input)))
     }
 
     fn plain_mul_mat(&self, weight: &Tensor, input: &Tensor) -> Tensor {
@@ -408,7 +413,7 @@ impl Graph {
         let product = self.ggml_mul_mat(weight, input);
         // SAFETY: sets a parameter of the node just made.
         unsafe { sys::ggml_prec_set_acc(product.raw(), sys::GGML_PREC_F32) };
-        self.with_low_rank(weight, input, product)
+        self.adapted_product(weight, input, product)
     }
 
     /// As [`Graph::mul_mat`] with a Walsh-Hadamard matrix, which a device may turn into a fast transform.
@@ -425,9 +430,8 @@ impl Graph {
     /// `[k, 1 or n_used, tokens]` → `[n, n_used, tokens]`.
     pub fn mul_mat_id(&self, experts: &Tensor, input: &Tensor, ids: &Tensor) -> Tensor {
         let product = self.plain_mul_mat_id(experts, input, ids);
-        self.adapted.of(experts).iter().fold(product, |sum, low_rank| {
-            let added = self.plain_mul_mat_id(&low_rank.b, &self.plain_mul_mat_id(&low_rank.a, input, ids), ids);
-            self.add(&sum, &self.scale(&added, low_rank.scale))
+        self.with_low_rank(experts, product, |LowRank { a, b, .. }| {
+            self.plain_mul_mat_id(b, &self.plain_mul_mat_id(a, input, ids), ids)
         })
     }
 
@@ -662,9 +666,8 @@ impl Graph {
 
     /// As [`Graph::get_rows`] of a table of weights, with what is added to its rows.
     pub fn embed(&self, table: &Tensor, ids: &Tensor) -> Tensor {
-        self.adapted.of(table).iter().fold(self.get_rows(table, ids), |sum, low_rank| {
-            let added = self.plain_mul_mat(&low_rank.b, &self.get_rows(&low_rank.a, ids));
-            self.add(&sum, &self.scale(&added, low_rank.scale))
+        self.with_low_rank(table, self.get_rows(table, ids), |LowRank { a, b, .. }| {
+            self.plain_mul_mat(b, &self.get_rows(a, ids))
         })
     }
 

@@ -1,19 +1,11 @@
-//! `nemotron`: Nemotron and Minitron 4: LayerNorm, a feed-forward of squared relu, partial RoPE.
+//! `nemotron`: Nemotron and Minitron 4: as StarCoder 2 with a feed-forward of squared relu; partial RoPE.
 
 use super::{
     Error,
-    parts::{Block, Builder, Decoder, Norm, Plain, SelfAttention, Unary},
+    parts::{Builder, Decoder, Unary},
+    starcoder2,
 };
-use crate::ggml::RopeKind;
 
 pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
-    b.hparams.rope.kind = RopeKind::Neox;
-    let n_embd = b.hparams.n_embd;
-    let layers = b.layers(|b, i| {
-        let attention = SelfAttention::load(b, i)?;
-        let feed_forward = Plain::load(b, i, Unary::ReluSquared)?;
-        Block::pre_norm_centred(b, i, attention, feed_forward)
-    })?;
-    let output_norm = Norm::centred(b, "output_norm", n_embd)?;
-    Decoder::load_with_norm(b, layers, output_norm)
+    starcoder2::build_with(b, Unary::ReluSquared)
 }

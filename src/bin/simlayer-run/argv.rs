@@ -117,10 +117,10 @@ enum Word {
 }
 
 /// The words, and what stands from `--` on.
-fn split(mut argv: impl Iterator<Item = OsString>, command: &clap::Command) -> (Vec<Word>, Vec<OsString>) {
+fn split(argv: impl Iterator<Item = OsString>, command: &clap::Command) -> (Vec<Word>, Vec<OsString>) {
     let takes_value = options_with_values(command);
     let mut words = Vec::new();
-    let mut argv = std::iter::from_fn(move || argv.next()).peekable();
+    let mut argv = argv.peekable();
     while let Some(word) = argv.next() {
         let Some(text) = word.to_str().filter(|text| text.starts_with('-') && text.len() > 1) else {
             words.push(Word::Plain(word));
