@@ -271,8 +271,10 @@ fn start(
             // The answers are llama.cpp's, bit for bit: its kernel, and no exact copies.
             session.fused_attention = false;
             session.kv_exact = 0;
-            // Heads of other sizes it does not rotate.
-            if !engine.hparams().head_size.is_multiple_of(64) {
+            // Heads of other sizes it does not rotate, nor those whose values are in their keys.
+            let hparams = engine.hparams();
+            let sizes = [hparams.head_size, hparams.value_size];
+            if hparams.values_in_keys || !sizes.iter().all(|size| size.is_multiple_of(64)) {
                 session.kv_rotate = KvRotate::Never;
             }
         } else {

@@ -39,7 +39,8 @@ impl LayerStep<'_> {
 
 /// What a layer knows of the tokens before, given by the engine: attention over a cache, and a recurrent state.
 pub(crate) trait Attention {
-    /// `q` `[head size, heads, n]`, `k` and `v` `[head size, KV heads, n]`, RoPE applied → `[head size × heads, n]`.
+    /// `q` `[head size, heads, n]`, `k` `[head size, KV heads, n]` and `v` `[value size, KV heads, n]`, RoPE applied →
+    /// `[value size × heads, n]`. Where a model's values are in its keys `v` is not looked at.
     fn attend(
         &mut self,
         graph: &Graph,
