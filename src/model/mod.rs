@@ -8,6 +8,7 @@ mod bailingmoe2;
 mod cohere2;
 mod cohere2moe;
 mod command_r;
+mod deepseek2;
 mod dots1;
 mod ernie4_5;
 mod ernie4_5_moe;
