@@ -35,6 +35,8 @@ pub(in crate::model) struct SelfAttention {
     /// The sigmoid of its product with the input weighs what attention gives: each element, or each head.
     pub gate: Option<Linear>,
     pub output: Linear,
+    /// What comes out is multiplied by this.
+    pub output_scale: Option<f32>,
 }
 
 pub(in crate::model) enum Projections {
@@ -109,6 +111,7 @@ impl SelfAttention {
             sinks: None,
             gate: None,
             output: Linear::load(b, &name("output"), [value_size * n_head, n_embd])?,
+            output_scale: None,
         })
     }
 
@@ -187,7 +190,8 @@ impl SelfAttention {
             Some(gate) => graph.mul(&attended, &graph.sigmoid(&gate)),
             None => self.gated(graph, input, attended),
         };
-        self.output.apply(graph, &attended)
+        let output = self.output.apply(graph, &attended);
+        self.output_scale.map_or_else(|| output.clone(), |factor| graph.scale(&output, factor))
     }
 
     /// Queries, and the gate of what they attend to `[head size × heads, n]`, where it lies between them.
@@ -300,7 +304,7 @@ impl RopeFactors {
     }
 
     /// The factors for a sequence that may grow to `n_ctx` tokens.
-    fn get(&self, rope: &Rope, n_ctx: usize) -> Option<&Tensor> {
+    pub(super) fn get(&self, rope: &Rope, n_ctx: usize) -> Option<&Tensor> {
         let by_length = if n_ctx > rope.n_ctx_orig { &self.long } else { &self.short };
         self.always.as_ref().or(by_length.as_ref())
     }

@@ -2,7 +2,7 @@
 //! vector, and from a few elements that RoPE turns and all heads share.
 
 use super::{
-    Builder, Error, Linear, Norm, Temperature,
+    Builder, Error, Linear, Norm, RopeFactors, Temperature,
     short_conv::{columns, heads},
 };
 use crate::{
@@ -22,6 +22,7 @@ pub(in crate::model) struct LatentAttention {
     heads: Heads,
     sizes: Sizes,
     rope: Rope,
+    pub rope_factors: RopeFactors,
     output: Linear,
     pub temperature: Option<Temperature>,
     /// Products of queries and keys are multiplied by this.
@@ -121,6 +122,7 @@ impl LatentAttention {
             },
             sizes,
             rope: b.hparams.rope.clone(),
+            rope_factors: RopeFactors::default(),
             output: Linear::load(b, &name("output"), [heads * value, n_embd])?,
             temperature: None,
             scale: 1.0 / (sizes.key() as f32).sqrt(),
@@ -130,7 +132,8 @@ impl LatentAttention {
     /// `input` `[n_embd, n]` → `[n_embd, n]`.
     pub fn apply(&self, graph: &Graph, step: &LayerStep<'_>, input: &Tensor, attention: &mut dyn Attention) -> Tensor {
         let Sizes { heads: n_head, rank, n_rot, plain, value, .. } = self.sizes;
-        let rotate = |part: &Tensor| graph.rope(part, step.positions, None, &self.rope);
+        let factors = self.rope_factors.get(&self.rope, step.n_ctx);
+        let rotate = |part: &Tensor| graph.rope(part, step.positions, factors, &self.rope);
         let q = self.queries.apply(graph, input);
         let [_, n, ..] = q.shape();
         // Of each head's elements some: `[size, heads, n]`.
