@@ -124,11 +124,16 @@ impl CacheAttention<'_> {
             k = rotations.rotate_key(graph, &k);
         }
         // `[head size, tokens, heads]`: what attention wants.
-        let queries = graph.permute(&q, [0, 2, 1, 3]);
-        // `[value size, heads, tokens]` → `[value size × heads, tokens]`
-        let joined = |attended: Tensor| {
-            let attended = if format.rotate_v { rotations.rotate_value(graph, &attended) } else { attended };
-            rows(graph, &attended)
+        let queries = swapped(graph, &q);
+        // `[value size, tokens, heads]` → `[value size × heads, tokens]`
+        let joined = |mut attended: Tensor| {
+            if format.rotate_v {
+                attended = swapped(graph, &rotations.rotate_value(graph, &swapped(graph, &attended)));
+            }
+            if let Some(matrices) = options.outputs {
+                attended = graph.mul_mat(matrices, &attended);
+            }
+            rows(graph, &graph.contiguous_if_needed(&swapped(graph, &attended)))
         };
         if let Look::Again(span) = self.look {
             return joined(self.attend_again(graph, (index, layer), cache, &queries, span, options));
@@ -161,7 +166,7 @@ impl CacheAttention<'_> {
         joined(attended)
     }
 
-    /// Attends to a span of what the layer holds, the tokens included. → `[value size, heads, tokens]`
+    /// Attends to a span of what the layer holds, the tokens included. → `[value size, tokens, heads]`
     fn attend_again(
         &mut self,
         graph: &Graph,
@@ -209,7 +214,7 @@ impl CacheAttention<'_> {
     }
 
     /// Attends to what the layer keeps, and to the tokens themselves. `has_own`: they are in the cache already.
-    /// → `[value size, heads, tokens]`
+    /// → `[value size, tokens, heads]`
     fn attend_cache(
         &mut self,
         graph: &Graph,
@@ -265,7 +270,7 @@ impl CacheAttention<'_> {
                 .collect();
             let segments: Vec<KvSegment<'_>> =
                 views.iter().map(|[k, v, mask]| KvSegment { k, v, mask: Some(mask) }).collect();
-            return fused(graph, &own.queries, &segments, options);
+            return swapped(graph, &fused(graph, &own.queries, &segments, options));
         }
         match &groups[..] {
             [(k, v, keys)] if has_own => {
@@ -344,11 +349,11 @@ fn store(cache: &LayerCache) -> &Store {
 
 /// Attention by our own operation. → `[value size, heads, tokens]`
 fn fused(graph: &Graph, queries: &Tensor, segments: &[KvSegment<'_>], options: &AttentionOptions<'_>) -> Tensor {
-    let AttentionOptions { scale, softcap, sinks } = *options;
+    let AttentionOptions { scale, softcap, sinks, .. } = *options;
     graph.fused_attention(queries, segments, &FusedAttention { scale, soft_cap: softcap, sinks })
 }
 
-/// Attention to keys and values in one piece, on the layer's device. → `[value size, heads, tokens]`
+/// Attention to keys and values in one piece, on the layer's device. → `[value size, tokens, heads]`
 fn attention(
     graph: &Graph,
     plan: &LayerPlan,
@@ -364,20 +369,25 @@ fn attention(
         node
     };
     if plan.kernel == Kernel::Fused {
-        return fused(graph, queries, &[KvSegment { k: keys, v: values, mask: Some(mask) }], options);
+        return swapped(graph, &fused(graph, queries, &[KvSegment { k: keys, v: values, mask: Some(mask) }], options));
     }
     if plan.kernel == Kernel::Flash {
-        let AttentionOptions { scale, softcap, sinks } = *options;
+        let AttentionOptions { scale, softcap, sinks, .. } = *options;
         // As llama.cpp does it, so that the logits are its own.
         let halved = |rows: &Tensor| if rows.ty() == Type::F32 { graph.cast(rows, Type::F16) } else { rows.clone() };
         let (keys, values) = (&halved(keys), &halved(values));
-        return place(graph.flash_attn(queries, keys, values, mask, scale, softcap.unwrap_or(0.0), sinks));
+        let attended = place(graph.flash_attn(queries, keys, values, mask, scale, softcap.unwrap_or(0.0), sinks));
+        return swapped(graph, &attended);
     }
     let weights = place(weights(graph, queries, keys, mask, options));
     let values = if values.ty().is_quantized() { graph.cast(values, Type::F32) } else { values.clone() };
     let transposed = graph.contiguous(&graph.permute(&values, [1, 0, 2, 3]));
-    let attended = place(graph.mul_mat(&transposed, &weights));
-    graph.contiguous(&graph.permute(&attended, [0, 2, 1, 3]))
+    place(graph.mul_mat(&transposed, &weights))
+}
+
+/// Heads and tokens in each other's place.
+fn swapped(graph: &Graph, heads: &Tensor) -> Tensor {
+    graph.permute(heads, [0, 2, 1, 3])
 }
 
 /// A part's tokens, rotated as the store is: queries `[head size, tokens, heads]`, keys and values as rows.
@@ -446,7 +456,7 @@ fn columns(graph: &Graph, mask: &Tensor, first: usize, n: usize) -> Tensor {
 
 /// Attention weights `[rows, tokens, heads]` of queries `[head size, tokens, heads]`.
 fn weights(graph: &Graph, queries: &Tensor, keys: &Tensor, mask: &Tensor, options: &AttentionOptions<'_>) -> Tensor {
-    let AttentionOptions { scale, softcap, sinks } = *options;
+    let AttentionOptions { scale, softcap, sinks, .. } = *options;
     let products = graph.mul_mat_f32(keys, queries);
     match softcap {
         Some(cap) => graph.soft_max(&graph.tanh(&graph.scale(&products, scale / cap)), mask, cap, sinks),

@@ -91,4 +91,7 @@ pub(crate) struct AttentionOptions<'a> {
     pub softcap: Option<f32>,
     /// A learned logit of each head `[heads]`, f32: it counts in the softmax's sum and has no value.
     pub sinks: Option<&'a Tensor>,
+    /// A matrix of each head `[value size, output size, heads]`, which what it attends to is multiplied with: outputs have that
+    /// size then.
+    pub outputs: Option<&'a Tensor>,
 }

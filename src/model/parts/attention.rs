@@ -184,7 +184,8 @@ impl SelfAttention {
         let q = self.query_scale.map_or_else(|| q.clone(), |factor| graph.scale(&q, factor));
         let v = heads(graph, &v, self.value_size);
         let [q, k, v] = [q, k, v].map(|heads| graph.contiguous_if_needed(&heads));
-        let options = AttentionOptions { scale: self.scale, softcap: self.softcap, sinks: self.sinks.as_ref() };
+        let (scale, softcap, sinks) = (self.scale, self.softcap, self.sinks.as_ref());
+        let options = AttentionOptions { scale, softcap, sinks, outputs: None };
         let attended = attention.attend(graph, step.index, &q, &k, &v, &options);
         let attended = match gate {
             Some(gate) => graph.mul(&attended, &graph.sigmoid(&gate)),

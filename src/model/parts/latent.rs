@@ -148,34 +148,27 @@ impl LatentAttention {
         let latent = self.norm.apply(graph, &columns(graph, &down, 0, rank));
         let k_turned = rotate(&heads(graph, &down, rank, n_rot, 1));
 
-        let attend = |attention: &mut dyn Attention, q_plain: &Tensor, k: &Tensor, v: &Tensor| {
-            let q = graph.concat(q_plain, &q_turned, 0);
-            let q = match &self.temperature {
-                Some(temperature) => graph.mul(&q, &temperature.of(graph, step.positions)),
-                None => q,
-            };
-            let options = AttentionOptions { scale: self.scale, softcap: None, sinks: None };
-            attention.attend(graph, step.index, &q, k, v, &options)
-        };
-        // Heads and tokens in each other's place: products of heads' own matrices take them so.
-        let swapped = |heads: &Tensor| graph.permute(heads, [0, 2, 1, 3]);
-        let attended = match &self.heads {
+        let (q_plain, k, v, outputs) = match &self.heads {
             Heads::Absorbed { k: of_queries, v: of_values } => {
+                // Products of heads' own matrices take tokens before heads.
+                let swapped = |heads: &Tensor| graph.permute(heads, [0, 2, 1, 3]);
                 let absorbed = swapped(&graph.mul_mat(of_queries, &swapped(&q_plain)));
                 let latent = graph.reshape(&latent, &[rank, 1, n]);
-                let k = graph.concat(&latent, &k_turned, 0);
-                let attended = attend(attention, &absorbed, &k, &latent);
-                let attended = graph.reshape(&attended, &[rank, n_head, n]);
-                let values = swapped(&graph.mul_mat(of_values, &swapped(&attended)));
-                graph.reshape(&graph.contiguous(&values), &[value * n_head, n])
+                (absorbed, graph.concat(&latent, &k_turned, 0), latent, Some(of_values))
             }
             Heads::Expanded(up) => {
                 let both = up.apply(graph, &latent);
                 let k = graph.concat(&part(&both, plain, 0), &graph.repeat(&k_turned, [n_rot, n_head, n]), 0);
-                let v = graph.contiguous(&part(&both, value, plain));
-                attend(attention, &q_plain, &k, &v)
+                (q_plain, k, graph.contiguous(&part(&both, value, plain)), None)
             }
         };
+        let q = graph.concat(&q_plain, &q_turned, 0);
+        let q = match &self.temperature {
+            Some(temperature) => graph.mul(&q, &temperature.of(graph, step.positions)),
+            None => q,
+        };
+        let options = AttentionOptions { scale: self.scale, softcap: None, sinks: None, outputs };
+        let attended = attention.attend(graph, step.index, &q, &k, &v, &options);
         self.output.apply(graph, &attended)
     }
 }
