@@ -28,19 +28,13 @@ pub enum KvRotate {
     Quantized,
     /// In stores of any type; of use for tests only.
     Always,
+    /// Where llama.cpp does: keys, and values, of a quantised type and of heads whose size is a multiple of 64, but none where
+    /// values are in the keys.
+    LlamaCpp,
 }
 
 impl Format {
     pub const F16: Format = Format { k: Type::F16, v: Type::F16, rotate_k: false, rotate_v: false };
-
-    pub fn new(k: Type, v: Type, rotate: KvRotate) -> Format {
-        let rotates = |ty: Type| match rotate {
-            KvRotate::Never => false,
-            KvRotate::Quantized => ty.is_quantized(),
-            KvRotate::Always => true,
-        };
-        Format { k, v, rotate_k: rotates(k), rotate_v: rotates(v) }
-    }
 
     /// The same rows in f16, rotated alike: queries can then attend to both.
     pub fn exact(self) -> Format {
@@ -74,7 +68,14 @@ impl RowShape {
 
     /// The format of rows with keys and values of these types.
     pub fn format(self, k: Type, v: Type, rotate: KvRotate) -> Format {
-        Format::new(k, if self.values_in_keys { k } else { v }, rotate)
+        let v = if self.values_in_keys { k } else { v };
+        let rotates = |ty: Type, size: usize| match rotate {
+            KvRotate::Never => false,
+            KvRotate::Quantized => ty.is_quantized(),
+            KvRotate::Always => true,
+            KvRotate::LlamaCpp => ty.is_quantized() && size.is_multiple_of(64) && !self.values_in_keys,
+        };
+        Format { k, v, rotate_k: rotates(k, self.key_size), rotate_v: rotates(v, self.value_size) }
     }
 
     /// Whether each head's key is a whole number of a type's blocks, and its value.
@@ -199,5 +200,30 @@ impl Store {
                 from = rest;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_different_sizes() {
+        let shape = RowShape { heads: 2, key_size: 192, value_size: 128, values_in_keys: false };
+        assert_eq!((shape.key_width(), shape.value_width()), (384, 256));
+        let format = shape.format(Type::Q8_0, Type::F16, KvRotate::Quantized);
+        assert_eq!((format.k, format.v, format.rotate_k, format.rotate_v), (Type::Q8_0, Type::F16, true, false));
+        assert_eq!(shape.row_bytes(format), 384 / 32 * 34 + 512);
+        let odd = RowShape { value_size: 24, ..shape };
+        assert!(odd.fits(Type::Q4_0, Type::F16) && !odd.fits(Type::F16, Type::Q4_0));
+    }
+
+    #[test]
+    fn values_in_keys_take_nothing_and_are_as_the_keys() {
+        let shape = RowShape { heads: 1, key_size: 576, value_size: 512, values_in_keys: true };
+        let format = shape.format(Type::Q4_0, Type::F32, KvRotate::Quantized);
+        assert_eq!((format.v, format.rotate_v, shape.row_bytes(format)), (Type::Q4_0, true, 576 / 32 * 18));
+        // The view of the values must be whole blocks as well.
+        assert!(!RowShape { key_size: 64, value_size: 48, ..shape }.fits(Type::Q8_0, Type::F16));
     }
 }

@@ -46,7 +46,8 @@ pub struct SessionParams {
     pub n_threads: usize,
     /// Threads for reading prompts; 0 for as many as for decoding.
     pub n_threads_batch: usize,
-    /// Types of the active layers' keys and values.
+    /// Types of the active layers' keys and values. Of a model whose values are in its keys the first counts for both, and so it
+    /// is with lazy layers' types.
     pub type_k: Type,
     pub type_v: Type,
     /// Attention in one operation, without the matrix of all weights.
