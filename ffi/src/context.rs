@@ -271,10 +271,7 @@ fn start(
             // The answers are llama.cpp's, bit for bit: its kernel, and no exact copies.
             session.fused_attention = false;
             session.kv_exact = 0;
-            // Heads of other sizes it does not rotate.
-            if !engine.hparams().head_size.is_multiple_of(64) {
-                session.kv_rotate = KvRotate::Never;
-            }
+            session.kv_rotate = KvRotate::LlamaCpp;
         } else {
             // The answers are simlayer-run's, whatever llama.cpp's kernels a frontend asks for (llama-cpp-python's
             // default is the one without flash attention).

@@ -14,7 +14,7 @@ use std::{
 
 use simlayer::{AddBos, LayerKind, Session, SessionParams, Special, ggml::Type};
 use simlayer_testkit::{
-    Logits, RandomDecoder, RandomLora, RandomModel, Rng, Shape, UpstreamRef, Vocabulary, WeightType,
+    Latent, Logits, RandomDecoder, RandomLora, RandomModel, Rng, Shape, UpstreamRef, Vocabulary, WeightType,
     gguf::GgufFile,
     metrics::{kl, read_rows, top},
     pre_tokenizers_by_expressions, smollm2_path, workspace_root,
@@ -220,6 +220,53 @@ fn caches_of_any_type_give_llama_cpps_logits() {
             let what = Logits { prompts: &prompts, all: false, decode: Some(&decode) };
             let theirs = reference.logits(model.as_ref(), what).concat();
             assert_eq!(theirs.len(), random.n_vocab() * (1 + fed.len()));
+            let ours = std::fs::read(&rows).expect("the program has written it");
+            assert!(ours == theirs.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>(), "{case}");
+        }
+    }
+}
+
+/// Latent attention as well, over caches of keys alone, and over those of heads whose keys and values differ in size.
+#[test]
+fn latent_caches_give_llama_cpps_logits() {
+    let Some(programs) = Programs::new() else { return };
+    let program = programs.build("logits", &[]);
+    let path = |name: &str| programs.path().join(name).display().to_string();
+    let rows = path("rows.f32");
+    let mut rng = Rng::new(23);
+    for absorbed in [true, false] {
+        let sizes = Latent { rank: 64, q_rank: 0, plain: 32, n_rot: 32, value: 32, absorbed };
+        let mut random = RandomDecoder::new("deepseek2", Shape::default());
+        random.latent_keys(sizes);
+        random.expert_keys();
+        random.key("expert_feed_forward_length", 48u32);
+        random.key("expert_shared_count", 1u32);
+        random.key("leading_dense_block_count", 2u32);
+        for i in random.layers() {
+            random.pre_norms(i);
+            random.latent_attention(i, sizes);
+            if i < 2 {
+                random.gated(i);
+            } else {
+                random.experts(i, 48);
+                random.shared_expert(i, 48, false);
+            }
+        }
+        let model = path(&format!("{absorbed}.gguf"));
+        random.write(&model);
+        let (prompt, fed) = (rng.tokens(200, random.n_vocab), rng.tokens(10, random.n_vocab));
+        let words = |tokens: &[i32]| tokens.iter().map(i32::to_string).collect::<Vec<_>>();
+        let tokens = [words(&prompt), vec!["--".to_owned()], words(&fed)].concat();
+        let cases = [("f16", "on"), ("f16", "off"), ("f32", "off"), ("q8_0", "on"), ("q4_0", "on")];
+        for (ty, flash_attn) in cases {
+            let case = format!("absorbed {absorbed}, {ty}, flash attention {flash_attn}");
+            let options = [&*model, flash_attn, ty, ty, &*rows];
+            let arguments: Vec<&str> = options.into_iter().chain(tokens.iter().map(String::as_str)).collect();
+            assert_eq!(programs.run(&program, &arguments), "ok\n", "{case}");
+            let reference = UpstreamRef::new().with_options(&["-fa", flash_attn, "-t", "1", "-ctk", ty, "-ctv", ty]);
+            let (prompts, decode) = ([prompt.clone()], [fed.clone()]);
+            let what = Logits { prompts: &prompts, all: false, decode: Some(&decode) };
+            let theirs = reference.logits(model.as_ref(), what).concat();
             let ours = std::fs::read(&rows).expect("the program has written it");
             assert!(ours == theirs.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>(), "{case}");
         }

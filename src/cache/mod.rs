@@ -14,7 +14,7 @@ pub(crate) use shrink::{Move, move_rows};
 pub(crate) use span::Span;
 pub(crate) use state::StateStore;
 pub use store::KvRotate;
-pub(crate) use store::{Format, Store};
+pub(crate) use store::{Format, RowShape, Store};
 
 /// What the cache takes. Bytes are those of the real buffers, not of a formula.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use super::RowShape;
 use crate::ggml::{BufferType, Context, Error, Graph, Tensor, Type};
 
 /// The largest block that values are rotated in; larger ones lose more (llama.cpp #21038, measured there).
@@ -19,10 +20,15 @@ pub(crate) struct Rotations {
 }
 
 impl Rotations {
-    /// Matrices for heads of this size: rotated in blocks of the largest power of two that divides it.
-    pub fn new(head_size: usize, memory: BufferType) -> Result<Rotations, Error> {
-        let key_block = 1 << head_size.trailing_zeros();
-        let value_block = key_block.min(MAX_VALUE_BLOCK);
+    /// Matrices for keys and values of these sizes: rotated in blocks of the largest power of two that divides them. Values
+    /// that are in the keys have the keys' blocks, of which they are a whole number.
+    pub fn new(shape: RowShape, memory: BufferType) -> Result<Rotations, Error> {
+        let largest = |size: usize| 1 << size.trailing_zeros();
+        let value_block = largest(shape.value_size).min(MAX_VALUE_BLOCK);
+        let [key_block, value_block] = match shape.values_in_keys {
+            true => [largest(shape.key_size).min(value_block); 2],
+            false => [largest(shape.key_size), value_block],
+        };
         let context = Context::new(2);
         let mut matrices = BTreeMap::new();
         for n in [key_block, value_block] {

@@ -25,11 +25,10 @@ pub(crate) fn move_rows(
     let graph = Graph::new(32 * moves.len().max(1));
     for Move { from: rows, to: first } in moves {
         let n = rows.len();
-        let pairs = [
-            (&from.k, &to.k, from.format.rotate_k != to.format.rotate_k, true),
-            (&from.v, &to.v, from.format.rotate_v != to.format.rotate_v, false),
-        ];
-        for (source, target, turn, is_key) in pairs {
+        let keys = (&from.k, &to.k, from.format.rotate_k != to.format.rotate_k, true);
+        let values = from.own_value_rows().zip(to.own_value_rows());
+        let values = values.map(|(from_v, to_v)| (from_v, to_v, from.format.rotate_v != to.format.rotate_v, false));
+        for (source, target, turn, is_key) in std::iter::once(keys).chain(values) {
             let source_rows = graph.rows(source, rows.start, n);
             let target_rows = graph.rows(target, *first, n);
             let source_rows = converted(&graph, &source_rows, &target_rows, turn, is_key, rotations);

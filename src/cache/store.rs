@@ -28,24 +28,13 @@ pub enum KvRotate {
     Quantized,
     /// In stores of any type; of use for tests only.
     Always,
+    /// Where llama.cpp does: keys, and values, of a quantised type and of heads whose size is a multiple of 64, but none where
+    /// values are in the keys.
+    LlamaCpp,
 }
 
 impl Format {
     pub const F16: Format = Format { k: Type::F16, v: Type::F16, rotate_k: false, rotate_v: false };
-
-    pub fn new(k: Type, v: Type, rotate: KvRotate) -> Format {
-        let rotates = |ty: Type| match rotate {
-            KvRotate::Never => false,
-            KvRotate::Quantized => ty.is_quantized(),
-            KvRotate::Always => true,
-        };
-        Format { k, v, rotate_k: rotates(k), rotate_v: rotates(v) }
-    }
-
-    /// Bytes of a token's key and value of `width` elements each.
-    pub fn row_bytes(self, width: usize) -> usize {
-        self.k.row_bytes(width) + self.v.row_bytes(width)
-    }
 
     /// The same rows in f16, rotated alike: queries can then attend to both.
     pub fn exact(self) -> Format {
@@ -53,12 +42,78 @@ impl Format {
     }
 }
 
+/// What a token's row of keys and its row of values are made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RowShape {
+    /// KV heads.
+    pub heads: usize,
+    /// Elements of a head's key.
+    pub key_size: usize,
+    /// Elements of a head's value.
+    pub value_size: usize,
+    /// Whether a value is the beginning of its key: it then has no row of its own, and the keys' type and rotation.
+    pub values_in_keys: bool,
+}
+
+impl RowShape {
+    /// Elements of a row of keys.
+    pub fn key_width(self) -> usize {
+        self.heads * self.key_size
+    }
+
+    /// Elements of a row of values; 0 where they have none.
+    pub fn value_width(self) -> usize {
+        if self.values_in_keys { 0 } else { self.heads * self.value_size }
+    }
+
+    /// The format of rows with keys and values of these types.
+    pub fn format(self, k: Type, v: Type, rotate: KvRotate) -> Format {
+        let v = if self.values_in_keys { k } else { v };
+        let rotates = |ty: Type, size: usize| match rotate {
+            KvRotate::Never => false,
+            KvRotate::Quantized => ty.is_quantized(),
+            KvRotate::Always => true,
+            KvRotate::LlamaCpp => ty.is_quantized() && size.is_multiple_of(64) && !self.values_in_keys,
+        };
+        Format { k, v, rotate_k: rotates(k, self.key_size), rotate_v: rotates(v, self.value_size) }
+    }
+
+    /// Whether each head's key is a whole number of a type's blocks, and its value.
+    pub fn fits(self, k: Type, v: Type) -> bool {
+        let v = if self.values_in_keys { k } else { v };
+        self.key_size.is_multiple_of(k.block_size()) && self.value_size.is_multiple_of(v.block_size())
+    }
+
+    /// Bytes of a token's key and value.
+    pub fn row_bytes(self, format: Format) -> usize {
+        format.k.row_bytes(self.key_width()) + format.v.row_bytes(self.value_width())
+    }
+
+    /// Keys `0..n` of rows as `[key size, n, KV heads]`, the form in which attention reads them.
+    pub fn keys(self, graph: &Graph, rows: &Tensor, n: usize) -> Tensor {
+        self.of_heads(graph, rows, self.key_size, n)
+    }
+
+    /// Values `0..n` of the rows that they are in, which are the keys' where they have none, as `[value size, n, KV heads]`.
+    pub fn values(self, graph: &Graph, rows: &Tensor, n: usize) -> Tensor {
+        self.of_heads(graph, rows, self.value_size, n)
+    }
+
+    /// The first `size` elements of each head.
+    fn of_heads(self, graph: &Graph, rows: &Tensor, size: usize, n: usize) -> Tensor {
+        let ([width, ..], [_, row_bytes, ..]) = (rows.shape(), rows.strides());
+        let head_bytes = rows.ty().row_bytes(width / self.heads);
+        graph.view(rows, [size, n, self.heads], [row_bytes, head_bytes], 0)
+    }
+}
+
 /// Key and value rows of one layer in memory of their own. Which position is in which row is the layer's span's to say.
 #[derive(Debug)]
 pub(crate) struct Store {
-    /// `[head size × KV heads, rows]`.
+    /// `[key size × KV heads, rows]`.
     pub k: Tensor,
-    pub v: Tensor,
+    /// `[value size × KV heads, rows]`; none where values are in the keys.
+    v: Option<Tensor>,
     pub format: Format,
     n_rows: usize,
     id: u64,
@@ -66,10 +121,9 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    /// A store of at least `n_rows` zeroed rows of `width` elements, in blocks of `block`. With `max_rows` it never gets
-    /// more.
+    /// A store of at least `n_rows` zeroed rows, in blocks of `block`. With `max_rows` it never gets more.
     pub fn new(
-        width: usize,
+        shape: RowShape,
         n_rows: usize,
         block: usize,
         max_rows: Option<usize>,
@@ -81,11 +135,26 @@ impl Store {
         let n_rows = n_rows.max(1).next_multiple_of(block);
         let n_rows = max_rows.map_or(n_rows, |max| n_rows.min(max));
         let context = Context::new(2);
-        let k = context.tensor(format.k, &[width, n_rows]).named("cache_k");
-        let v = context.tensor(format.v, &[width, n_rows]).named("cache_v");
+        let k = context.tensor(format.k, &[shape.key_width(), n_rows]).named("cache_k");
+        let v =
+            (!shape.values_in_keys).then(|| context.tensor(format.v, &[shape.value_width(), n_rows]).named("cache_v"));
         let bytes = context.alloc(memory, "the KV cache")?;
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         Ok(Store { k, v, format, n_rows, id, lease: meter.lease(bytes) })
+    }
+
+    /// The rows that values are in: see [`RowShape::values`].
+    pub fn value_rows(&self) -> &Tensor {
+        self.v.as_ref().unwrap_or(&self.k)
+    }
+
+    /// Values' own rows, where they have some.
+    pub fn own_value_rows(&self) -> Option<&Tensor> {
+        self.v.as_ref()
+    }
+
+    fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        std::iter::once(&self.k).chain(&self.v)
     }
 
     /// Rows allocated.
@@ -110,7 +179,7 @@ impl Store {
 
     /// Appends the bytes of rows: the keys of all ranges, then the values.
     pub fn read_rows(&self, ranges: &[Range<usize>], to: &mut Vec<u8>) {
-        for rows in [&self.k, &self.v] {
+        for rows in self.tensors() {
             let row_bytes = rows.strides()[1];
             for range in ranges {
                 let start = to.len();
@@ -123,7 +192,7 @@ impl Store {
     /// Writes what [`Store::read_rows`] read.
     pub fn write_rows(&self, ranges: &[Range<usize>], from: &[u8]) {
         let mut from = from;
-        for rows in [&self.k, &self.v] {
+        for rows in self.tensors() {
             let row_bytes = rows.strides()[1];
             for range in ranges {
                 let (bytes, rest) = from.split_at(range.len() * row_bytes);
@@ -132,12 +201,29 @@ impl Store {
             }
         }
     }
+}
 
-    /// Rows `0..n` of a tensor of this store as `[head size, n, KV heads]`, the form in which attention reads them.
-    pub fn heads(graph: &Graph, rows: &Tensor, head_size: usize, n: usize) -> Tensor {
-        let head_bytes = rows.ty().row_bytes(head_size);
-        let [width, ..] = rows.shape();
-        let [_, row_bytes, ..] = rows.strides();
-        graph.view(rows, [head_size, n, width / head_size], [row_bytes, head_bytes], 0)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_different_sizes() {
+        let shape = RowShape { heads: 2, key_size: 192, value_size: 128, values_in_keys: false };
+        assert_eq!((shape.key_width(), shape.value_width()), (384, 256));
+        let format = shape.format(Type::Q8_0, Type::F16, KvRotate::Quantized);
+        assert_eq!((format.k, format.v, format.rotate_k, format.rotate_v), (Type::Q8_0, Type::F16, true, false));
+        assert_eq!(shape.row_bytes(format), 384 / 32 * 34 + 512);
+        let odd = RowShape { value_size: 24, ..shape };
+        assert!(odd.fits(Type::Q4_0, Type::F16) && !odd.fits(Type::F16, Type::Q4_0));
+    }
+
+    #[test]
+    fn values_in_keys_take_nothing_and_are_as_the_keys() {
+        let shape = RowShape { heads: 1, key_size: 576, value_size: 512, values_in_keys: true };
+        let format = shape.format(Type::Q4_0, Type::F32, KvRotate::Quantized);
+        assert_eq!((format.v, format.rotate_v, shape.row_bytes(format)), (Type::Q4_0, true, 576 / 32 * 18));
+        // The view of the values must be whole blocks as well.
+        assert!(!RowShape { key_size: 64, value_size: 48, ..shape }.fits(Type::Q8_0, Type::F16));
     }
 }

@@ -105,10 +105,6 @@ impl CacheAttention<'_> {
         &self.setup.layers[layer].plan
     }
 
-    fn head_size(&self) -> usize {
-        self.setup.model.hparams().head_size
-    }
-
     fn attend_part(
         &mut self,
         graph: &Graph,
@@ -122,26 +118,34 @@ impl CacheAttention<'_> {
         let layers: &[LayerCache] = self.caches[index];
         let (cache, rotations) = (&layers[layer], &self.setup.layers[layer].rotations);
         let format = store(cache).format;
-        let (mut q, mut k, mut v) = (slice(graph, q, &part), slice(graph, k, &part), slice(graph, v, &part));
+        let (mut q, mut k) = (slice(graph, q, &part), slice(graph, k, &part));
         if format.rotate_k {
             q = rotations.rotate_key(graph, &q);
             k = rotations.rotate_key(graph, &k);
         }
-        if format.rotate_v {
-            v = rotations.rotate_value(graph, &v);
-        }
         // `[head size, tokens, heads]`: what attention wants.
-        let queries = graph.permute(&q, [0, 2, 1, 3]);
-        // `[head size, heads, tokens]` → `[head size × heads, tokens]`
-        let joined = |attended: Tensor| {
-            let attended = if format.rotate_v { rotations.rotate_value(graph, &attended) } else { attended };
-            let [head_size, heads, n, _] = attended.shape();
-            graph.reshape(&attended, &[head_size * heads, n])
+        let queries = swapped(graph, &q);
+        // `[value size, tokens, heads]` → `[value size × heads, tokens]`
+        let joined = |mut attended: Tensor| {
+            if format.rotate_v {
+                attended = swapped(graph, &rotations.rotate_value(graph, &swapped(graph, &attended)));
+            }
+            if let Some(matrices) = options.outputs {
+                attended = graph.mul_mat(matrices, &attended);
+            }
+            rows(graph, &graph.contiguous_if_needed(&swapped(graph, &attended)))
         };
         if let Look::Again(span) = self.look {
             return joined(self.attend_again(graph, (index, layer), cache, &queries, span, options));
         }
-        let own = Own { queries, k: rows(graph, &k), v: rows(graph, &v) };
+        let k = rows(graph, &k);
+        let v = if self.plan(layer).rows.values_in_keys {
+            k.clone()
+        } else {
+            let v = slice(graph, v, &part);
+            rows(graph, &if format.rotate_v { rotations.rotate_value(graph, &v) } else { v })
+        };
+        let own = Own { queries, k, v };
 
         // Several tokens read their own keys as they come and are written afterwards where a ring would overwrite rows
         // that an earlier one's window still holds, or where the newest tokens of a quantised cache are to be exact.
@@ -162,7 +166,7 @@ impl CacheAttention<'_> {
         joined(attended)
     }
 
-    /// Attends to a span of what the layer holds, the tokens included. → `[head size, heads, tokens]`
+    /// Attends to a span of what the layer holds, the tokens included. → `[value size, tokens, heads]`
     fn attend_again(
         &mut self,
         graph: &Graph,
@@ -176,7 +180,8 @@ impl CacheAttention<'_> {
         let n_rows = cache.rows_read(part.n_past + part.n);
         let device = self.plan(layer).apart;
         let mask = self.inputs.mask(graph, &part, index, &[Keys::All { span, n_rows }], device);
-        let [k, v] = [&store.k, &store.v].map(|rows| Store::heads(graph, rows, self.head_size(), n_rows));
+        let rows = self.plan(layer).rows;
+        let (k, v) = (rows.keys(graph, &store.k, n_rows), rows.values(graph, store.value_rows(), n_rows));
         attention(graph, self.plan(layer), queries, [&k, &v], &mask, options)
     }
 
@@ -188,7 +193,8 @@ impl CacheAttention<'_> {
             cache.exact.as_ref().map(|exact| (&exact.store, Some(exact.span))),
         ];
         for (store, span) in stores.into_iter().flatten() {
-            for (own, stored) in [(&own.k, &store.k), (&own.v, &store.v)] {
+            let values = store.own_value_rows().map(|stored| (&own.v, stored));
+            for (own, stored) in std::iter::once((&own.k, &store.k)).chain(values) {
                 let Some(span) = span.filter(|_| part.n > 1) else {
                     let rows = self.inputs.rows(graph, part.n, index, span);
                     graph.expand(&graph.set_rows(stored, own, &rows));
@@ -208,7 +214,7 @@ impl CacheAttention<'_> {
     }
 
     /// Attends to what the layer keeps, and to the tokens themselves. `has_own`: they are in the cache already.
-    /// → `[head size, heads, tokens]`
+    /// → `[value size, tokens, heads]`
     fn attend_cache(
         &mut self,
         graph: &Graph,
@@ -218,7 +224,7 @@ impl CacheAttention<'_> {
         has_own: bool,
         options: &AttentionOptions<'_>,
     ) -> Tensor {
-        let (part, span, head_size) = (self.parts[index], cache.span, self.head_size());
+        let (part, span, shape) = (self.parts[index], cache.span, self.plan(layer).rows);
         let (kernel, device) = (self.plan(layer).kernel, self.plan(layer).apart);
         // Rounded as they will be stored. Not quantised though: that would lose more than is needed.
         let rounded = |rows: &Tensor, stored: &Tensor| match stored.ty() {
@@ -230,17 +236,17 @@ impl CacheAttention<'_> {
             .store
             .as_ref()
             .filter(|_| !has_own)
-            .map(|store| (rounded(&own.k, &store.k), rounded(&own.v, &store.v)));
+            .map(|store| (rounded(&own.k, &store.k), rounded(&own.v, store.value_rows())));
         let mut groups: Vec<(&Tensor, &Tensor, Keys)> = Vec::new();
         if let Some(store) = &cache.store {
             let n_past = part.n_past;
             let n_rows = if has_own { cache.rows_read(n_past + part.n) } else { cache.used_rows(n_past) };
             let exact = cache.exact.as_ref().map(|exact| exact.span);
-            groups.push((&store.k, &store.v, Keys::Stored { span, n_rows, has_own, exact }));
+            groups.push((&store.k, store.value_rows(), Keys::Stored { span, n_rows, has_own, exact }));
         }
         if let Some(exact) = &cache.exact {
             let keys = Keys::Exact { span, exact: exact.span, has_own };
-            groups.push((&exact.store.k, &exact.store.v, keys));
+            groups.push((&exact.store.k, exact.store.value_rows(), keys));
         }
         if part.n_past == 0 && !has_own {
             groups.clear();
@@ -250,7 +256,7 @@ impl CacheAttention<'_> {
         }
         let keys: Vec<Keys> = groups.iter().map(|(.., keys)| *keys).collect();
         let mask = self.inputs.mask(graph, &part, index, &keys, device);
-        let heads = |rows: &Tensor, keys: &Keys| Store::heads(graph, rows, head_size, keys.n_rows());
+        let heads = |k: &Tensor, v: &Tensor, n: usize| [shape.keys(graph, k, n), shape.values(graph, v, n)];
         if kernel == Kernel::Fused {
             let mut first = 0;
             let views: Vec<[Tensor; 3]> = groups
@@ -258,16 +264,18 @@ impl CacheAttention<'_> {
                 .map(|(k, v, keys)| {
                     let mask = columns(graph, &mask, first, keys.n_rows());
                     first += keys.n_rows();
-                    [heads(k, keys), heads(v, keys), mask]
+                    let [k, v] = heads(k, v, keys.n_rows());
+                    [k, v, mask]
                 })
                 .collect();
             let segments: Vec<KvSegment<'_>> =
                 views.iter().map(|[k, v, mask]| KvSegment { k, v, mask: Some(mask) }).collect();
-            return fused(graph, &own.queries, &segments, options);
+            return swapped(graph, &fused(graph, &own.queries, &segments, options));
         }
         match &groups[..] {
             [(k, v, keys)] if has_own => {
-                attention(graph, self.plan(layer), &own.queries, [&heads(k, keys), &heads(v, keys)], &mask, options)
+                let [k, v] = heads(k, v, keys.n_rows());
+                attention(graph, self.plan(layer), &own.queries, [&k, &v], &mask, options)
             }
             groups => {
                 // In one piece, one after the other: ggml's operations know one tensor only.
@@ -276,12 +284,13 @@ impl CacheAttention<'_> {
                         .iter()
                         .map(|group| graph.cast(&graph.rows(&tensor(group), 0, group.2.n_rows()), Type::F32));
                     let all = parts.reduce(|all, more| graph.concat(&all, &more, 1)).expect("at least the tokens' own");
-                    let n = all.shape()[1];
                     // What ggml reads of a cache that is not f32.
                     let is_f32 = groups.iter().all(|group| tensor(group).ty() == Type::F32);
-                    Store::heads(graph, &if is_f32 { all } else { graph.cast(&all, Type::F16) }, head_size, n)
+                    if is_f32 { all } else { graph.cast(&all, Type::F16) }
                 };
-                let (k, v) = (joined(|group| group.0.clone()), joined(|group| group.1.clone()));
+                let k = joined(|group| group.0.clone());
+                let v = if shape.values_in_keys { k.clone() } else { joined(|group| group.1.clone()) };
+                let [k, v] = heads(&k, &v, k.shape()[1]);
                 attention(graph, self.plan(layer), &own.queries, [&k, &v], &mask, options)
             }
         }
@@ -302,8 +311,8 @@ impl CacheAttention<'_> {
         graph.expand(queries);
         let first_node = graph.n_nodes();
         let n_rows = cache.rows_read(n_past + n);
-        let keys = Store::heads(graph, &store(cache).k, self.head_size(), n_rows);
-        let LayerPlan { apart, lazy_span, kernel, .. } = *self.plan(layer);
+        let LayerPlan { apart, lazy_span, kernel, rows, .. } = *self.plan(layer);
+        let keys = rows.keys(graph, &store(cache).k, n_rows);
         let stored = Keys::Stored { span: None, n_rows, has_own: true, exact: None };
         let mask = self.inputs.mask(graph, &self.parts[index], index, &[stored], apart);
         let kept = self.inputs.kept(graph, &self.parts[index], index, lazy_span, n_rows, apart);
@@ -340,11 +349,11 @@ fn store(cache: &LayerCache) -> &Store {
 
 /// Attention by our own operation. → `[value size, heads, tokens]`
 fn fused(graph: &Graph, queries: &Tensor, segments: &[KvSegment<'_>], options: &AttentionOptions<'_>) -> Tensor {
-    let AttentionOptions { scale, softcap, sinks } = *options;
+    let AttentionOptions { scale, softcap, sinks, .. } = *options;
     graph.fused_attention(queries, segments, &FusedAttention { scale, soft_cap: softcap, sinks })
 }
 
-/// Attention to keys and values in one piece, on the layer's device. → `[head size, heads, tokens]`
+/// Attention to keys and values in one piece, on the layer's device. → `[value size, tokens, heads]`
 fn attention(
     graph: &Graph,
     plan: &LayerPlan,
@@ -360,26 +369,32 @@ fn attention(
         node
     };
     if plan.kernel == Kernel::Fused {
-        return fused(graph, queries, &[KvSegment { k: keys, v: values, mask: Some(mask) }], options);
+        return swapped(graph, &fused(graph, queries, &[KvSegment { k: keys, v: values, mask: Some(mask) }], options));
     }
     if plan.kernel == Kernel::Flash {
-        let AttentionOptions { scale, softcap, sinks } = *options;
+        let AttentionOptions { scale, softcap, sinks, .. } = *options;
         // As llama.cpp does it, so that the logits are its own.
         let halved = |rows: &Tensor| if rows.ty() == Type::F32 { graph.cast(rows, Type::F16) } else { rows.clone() };
         let (keys, values) = (&halved(keys), &halved(values));
-        return place(graph.flash_attn(queries, keys, values, mask, scale, softcap.unwrap_or(0.0), sinks));
+        let attended = place(graph.flash_attn(queries, keys, values, mask, scale, softcap.unwrap_or(0.0), sinks));
+        return swapped(graph, &attended);
     }
     let weights = place(weights(graph, queries, keys, mask, options));
     let values = if values.ty().is_quantized() { graph.cast(values, Type::F32) } else { values.clone() };
     let transposed = graph.contiguous(&graph.permute(&values, [1, 0, 2, 3]));
-    let attended = place(graph.mul_mat(&transposed, &weights));
-    graph.contiguous(&graph.permute(&attended, [0, 2, 1, 3]))
+    place(graph.mul_mat(&transposed, &weights))
+}
+
+/// Heads and tokens in each other's place.
+fn swapped(graph: &Graph, heads: &Tensor) -> Tensor {
+    graph.permute(heads, [0, 2, 1, 3])
 }
 
 /// A part's tokens, rotated as the store is: queries `[head size, tokens, heads]`, keys and values as rows.
 struct Own {
     queries: Tensor,
     k: Tensor,
+    /// The keys, where values are in them.
     v: Tensor,
 }
 
@@ -441,7 +456,7 @@ fn columns(graph: &Graph, mask: &Tensor, first: usize, n: usize) -> Tensor {
 
 /// Attention weights `[rows, tokens, heads]` of queries `[head size, tokens, heads]`.
 fn weights(graph: &Graph, queries: &Tensor, keys: &Tensor, mask: &Tensor, options: &AttentionOptions<'_>) -> Tensor {
-    let AttentionOptions { scale, softcap, sinks } = *options;
+    let AttentionOptions { scale, softcap, sinks, .. } = *options;
     let products = graph.mul_mat_f32(keys, queries);
     match softcap {
         Some(cap) => graph.soft_max(&graph.tanh(&graph.scale(&products, scale / cap)), mask, cap, sinks),

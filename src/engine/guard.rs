@@ -481,7 +481,7 @@ fn key_loss(
     executor: &mut Executor,
 ) -> Result<f64, Error> {
     let Some(store) = &layer.store else { return Ok(0.0) };
-    let n_rows = layer.used_rows(n_past).min(KEY_ROWS);
+    let (n_rows, width) = (layer.used_rows(n_past).min(KEY_ROWS), setup.plan.rows.key_width());
     let mut first_rows = |from: &Store, format: Format| {
         let to = setup.make(n_rows, None, format)?;
         move_rows(&mut executor.scheduler, from, &to, &[Move { from: 0..n_rows, to: 0 }], &setup.rotations)?;
@@ -492,17 +492,17 @@ fn key_loss(
     let exact = Format { k: Type::F32, v: Type::F32, ..store.format };
     let [before, after] = [first_rows(store, exact)?, first_rows(&narrow, exact)?].map(|store| {
         let mut keys = store.k.to_f32();
-        keys.truncate(n_rows * setup.width);
+        keys.truncate(n_rows * width);
         keys
     });
     let square = |x: f64| x * x;
     let lost: f64 = before.iter().zip(&after).map(|(a, b)| square(f64::from(a - b))).sum();
     let spread = |channel: usize| {
-        let values = || before.iter().skip(channel).step_by(setup.width).map(|&x| f64::from(x));
+        let values = || before.iter().skip(channel).step_by(width).map(|&x| f64::from(x));
         let mean = values().sum::<f64>() / n_rows.max(1) as f64;
         values().map(|x| square(x - mean)).sum::<f64>()
     };
-    let told: f64 = (0..setup.width).map(spread).sum();
+    let told: f64 = (0..width).map(spread).sum();
     Ok(if told > 0.0 { lost / told } else { f64::INFINITY })
 }
 

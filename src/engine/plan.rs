@@ -13,7 +13,7 @@ use crate::{
     cache::{Format, Span, StateStore},
     ggml::Device,
     lazy::{Policy, n_active},
-    model::{Hparams, Model, ModelParams, Planned},
+    model::{Model, ModelParams, Planned},
 };
 
 /// What a model and a full context would take on one device. Intermediate results of the computation come on top.
@@ -75,7 +75,7 @@ pub fn plan(path: &Path, model: &ModelParams, session: &SessionParams) -> Result
         let layers: Vec<usize> = (0..hparams.n_layer).filter(|&layer| placement.layer(layer) == device).collect();
         let kernel = kernel(session, &hparams, device);
         let plan = |&layer: &usize| LayerPlan::new(session, &hparams, layer, device, kernel);
-        let cache = |layer: &usize| cache(&plan(layer), *layer, n_ctx, &hparams, &session.lazy.policy);
+        let cache = |layer: &usize| cache(&plan(layer), *layer, n_ctx, &session.lazy.policy);
         let caches: Vec<PlannedCache> = layers.iter().map(cache).collect();
         let lazy_bytes = |share: f64| {
             let bytes = caches.iter().map(|cache| {
@@ -102,8 +102,8 @@ pub fn plan(path: &Path, model: &ModelParams, session: &SessionParams) -> Result
 }
 
 /// What a layer keeps of `n_ctx` tokens.
-fn cache(plan: &LayerPlan, index: usize, n_ctx: usize, hparams: &Hparams, policy: &Policy) -> PlannedCache {
-    let [kv_bytes, lazy_kv_bytes] = layer_bytes(plan, n_ctx, hparams);
+fn cache(plan: &LayerPlan, index: usize, n_ctx: usize, policy: &Policy) -> PlannedCache {
+    let [kv_bytes, lazy_kv_bytes] = layer_bytes(plan, n_ctx);
     let is_named = matches!(policy, Policy::Layers(layers) if layers.contains(&index));
     let kind = match (plan.attends, plan.state) {
         (true, _) if is_named => LayerKind::Lazy,
@@ -121,13 +121,13 @@ fn state_bytes(plan: &LayerPlan) -> usize {
 }
 
 /// Bytes of a layer's cache of `n_ctx` tokens, full and lazy.
-fn layer_bytes(plan: &LayerPlan, n_ctx: usize, hparams: &Hparams) -> [usize; 2] {
+fn layer_bytes(plan: &LayerPlan, n_ctx: usize) -> [usize; 2] {
     let state = state_bytes(plan);
     if !plan.attends {
         return [state; 2];
     }
-    let bytes = |rows: usize, format: Format| rows * format.row_bytes(hparams.kv_width()) + state;
-    let restricted = |span: Span, format: Format| bytes(n_ctx.min(plan.rows(span)), format);
+    let bytes = |rows: usize, format: Format| rows * plan.rows.row_bytes(format) + state;
+    let restricted = |span: Span, format: Format| bytes(n_ctx.min(plan.most_rows(span)), format);
     match plan.by_design {
         Some(span) => [restricted(span, plan.active); 2],
         None => [bytes(n_ctx, plan.active), restricted(plan.lazy_span, plan.lazy)],

@@ -12,7 +12,7 @@ use super::{
     profile,
 };
 use crate::{
-    cache::{Format, KvRotate, Meter, Rotations, Span, StateStore, Store},
+    cache::{Format, KvRotate, Meter, Rotations, RowShape, Span, StateStore, Store},
     ggml::{self, Adapted, Device, Graph, Type},
     lazy::{At, LazyParams, Policy, Selector, default_threshold},
     model::{Hparams, LoraAdapter, Model, StateSize},
@@ -46,7 +46,8 @@ pub struct SessionParams {
     pub n_threads: usize,
     /// Threads for reading prompts; 0 for as many as for decoding.
     pub n_threads_batch: usize,
-    /// Types of the active layers' keys and values.
+    /// Types of the active layers' keys and values. Of a model whose values are in its keys the first counts for both, and so it
+    /// is with lazy layers' types.
     pub type_k: Type,
     pub type_v: Type,
     /// Attention in one operation, without the matrix of all weights.
@@ -124,6 +125,8 @@ pub(super) struct LayerPlan {
     pub attends: bool,
     /// What it carries from token to token, where it is recurrent.
     pub state: Option<StateSize>,
+    /// What its rows of keys and values are made of.
+    pub rows: RowShape,
     /// How the layer keeps its rows, and how it keeps them while it is lazy.
     pub active: Format,
     pub lazy: Format,
@@ -153,7 +156,7 @@ impl LayerPlan {
             n_slack: if params.keep_prompt_end { BACK } else { 0 },
             chunked: false,
         };
-        let chunked = hparams.chunked;
+        let (chunked, rows) = (hparams.chunked, rows(hparams));
         let by_design = |n_window| Span { n_sink: 0, n_window, n_slack: lazy.n_slack, chunked };
         LayerPlan {
             device,
@@ -161,9 +164,10 @@ impl LayerPlan {
             kernel,
             attends: hparams.attends[index],
             state: hparams.states[index],
-            active: Format::new(params.type_k, params.type_v, params.kv_rotate),
-            lazy: lazy_format(params, hparams.head_size),
-            narrow: narrow_format(params, hparams.head_size).filter(|_| hparams.can_be_lazy(index)),
+            rows,
+            active: rows.format(params.type_k, params.type_v, params.kv_rotate),
+            lazy: lazy_format(params, rows),
+            narrow: narrow_format(params, rows).filter(|_| hparams.can_be_lazy(index)),
             by_design: hparams.windows[index].map(by_design),
             lazy_span: Span {
                 n_window: lazy.window(index),
@@ -180,7 +184,7 @@ impl LayerPlan {
     }
 
     /// Rows that a store of this span has at most.
-    pub fn rows(&self, span: Span) -> usize {
+    pub fn most_rows(&self, span: Span) -> usize {
         span.n_rows().next_multiple_of(self.ring_block)
     }
 
@@ -197,8 +201,6 @@ pub(super) struct LayerSetup {
     /// Whether it is lazy from a sequence's first token on.
     pub starts_lazy: bool,
     pub rotations: Arc<Rotations>,
-    /// Elements of a token's keys: head size × KV heads.
-    pub width: usize,
     /// Rows that a store never needs to exceed.
     pub n_ctx: usize,
     meter: Meter,
@@ -208,8 +210,8 @@ impl LayerSetup {
     /// A store of at least `n_rows` rows on the layer's device.
     pub fn make(&self, n_rows: usize, span: Option<Span>, format: Format) -> Result<Store, ggml::Error> {
         let memory = self.plan.device.buffer_type();
-        let most_rows = span.map(|span| self.plan.rows(span));
-        Store::new(self.width, n_rows, self.plan.block, most_rows, format, memory, &self.meter)
+        let most_rows = span.map(|span| self.plan.most_rows(span));
+        Store::new(self.plan.rows, n_rows, self.plan.block, most_rows, format, memory, &self.meter)
     }
 
     /// A state on the layer's device, where the layer has one.
@@ -286,7 +288,7 @@ impl Setup {
         let (kernel, rotations) = match neighbour {
             Some(layer) => (layer.plan.kernel, Arc::clone(&layer.rotations)),
             None => {
-                let rotations = Rotations::new(hparams.head_size, device.buffer_type())?;
+                let rotations = Rotations::new(rows(hparams), device.buffer_type())?;
                 (kernel(params, hparams, device), Arc::new(rotations))
             }
         };
@@ -296,7 +298,6 @@ impl Setup {
             starts_lazy: is_known_lazy && hparams.can_be_lazy(index),
             plan,
             rotations,
-            width: hparams.kv_width(),
             n_ctx: params.n_ctx,
             meter: self.meter.clone(),
         })
@@ -328,7 +329,7 @@ impl Setup {
     pub fn active_format(&self, type_k: Type, type_v: Type) -> Result<Format, Error> {
         let params = SessionParams { type_k, type_v, ..self.params.clone() };
         check(&params, self.model.hparams())?;
-        Ok(Format::new(type_k, type_v, params.kv_rotate))
+        Ok(rows(self.model.hparams()).format(type_k, type_v, params.kv_rotate))
     }
 
     /// The rule for the next prompt of a sequence.
@@ -389,9 +390,15 @@ fn adapted(model: &Model, adapters: &[(LoraAdapter, f32)]) -> Result<Adapted, Er
     Ok(adapted)
 }
 
-/// How lazy layers keep their rows: in four bits where nothing else is asked for and the head size allows it.
-fn lazy_format(params: &SessionParams, head_size: usize) -> Format {
-    let fits = head_size.is_multiple_of(Type::Q4_0.block_size());
+/// What rows of keys and values are made of.
+pub(super) fn rows(hparams: &Hparams) -> RowShape {
+    let &Hparams { n_head_kv: heads, head_size: key_size, value_size, values_in_keys, .. } = hparams;
+    RowShape { heads, key_size, value_size, values_in_keys }
+}
+
+/// How lazy layers keep their rows: in four bits where nothing else is asked for and the head sizes allow it.
+fn lazy_format(params: &SessionParams, rows: RowShape) -> Format {
+    let fits = rows.fits(Type::Q4_0, Type::Q4_0);
     // There are models whose keys four bits ruin: who asks for no harm gets eight.
     let (k, v) = match &params.lazy.policy {
         _ if !fits => (Type::F16, Type::F16),
@@ -399,38 +406,42 @@ fn lazy_format(params: &SessionParams, head_size: usize) -> Format {
         _ => (Type::Q4_0, Type::Q4_0),
     };
     let (k, v) = (params.lazy.type_k.unwrap_or(k), params.lazy.type_v.unwrap_or(v));
-    Format::new(k, v, params.kv_rotate)
+    rows.format(k, v, params.kv_rotate)
 }
 
 /// How active layers keep their rows once their keys are narrow: in four bits, where they have more and the head size
 /// allows it.
-fn narrow_format(params: &SessionParams, head_size: usize) -> Option<Format> {
+fn narrow_format(params: &SessionParams, rows: RowShape) -> Option<Format> {
     let block = Type::Q4_0.block_size();
     let is_narrower = params.type_k.row_bytes(block) > Type::Q4_0.row_bytes(block);
-    let is_due = params.lazy.narrow_keys && is_narrower && head_size.is_multiple_of(block);
-    is_due.then(|| Format::new(Type::Q4_0, params.type_v, params.kv_rotate))
+    let is_due = params.lazy.narrow_keys && is_narrower && rows.fits(Type::Q4_0, params.type_v);
+    is_due.then(|| rows.format(Type::Q4_0, params.type_v, params.kv_rotate))
 }
 
 /// What computes attention on a device.
 pub(super) fn kernel(params: &SessionParams, hparams: &Hparams, device: Device) -> Kernel {
-    let &Hparams { head_size, n_head, n_head_kv, .. } = hparams;
-    let lazy = lazy_format(params, head_size);
-    let narrow = narrow_format(params, head_size).map_or((lazy.k, lazy.v), |narrow| (narrow.k, narrow.v));
-    let types = [(Type::F16, Type::F16), (params.type_k, params.type_v), (lazy.k, lazy.v), narrow];
+    let rows = rows(hparams);
+    let active = rows.format(params.type_k, params.type_v, params.kv_rotate);
+    let lazy = lazy_format(params, rows);
+    let formats = [Format::F16, active, lazy, narrow_format(params, rows).unwrap_or(lazy)];
+    let can_attend = |format: &Format| {
+        let sizes = [rows.key_size, rows.value_size];
+        device.can_attend(sizes, [hparams.n_head, rows.heads], format.k, format.v)
+    };
     match params.flash_attn {
         false => Kernel::Separate,
         // Our kernel reads tensors by pointer.
         true if params.fused_attention && device.buffer_type().is_host() => Kernel::Fused,
         true if device == Device::cpu() => Kernel::Flash,
         // Where a device lacks a pair of types, the scheduler would move whole caches to the processor and back.
-        true if types.iter().all(|&(k, v)| device.can_attend(head_size, n_head, n_head_kv, k, v)) => Kernel::Flash,
+        true if formats.iter().all(can_attend) => Kernel::Flash,
         true => Kernel::Separate,
     }
 }
 
 /// Refuses what does not fit together, or does not fit the model.
 fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
-    let &Hparams { head_size, n_layer, .. } = hparams;
+    let n_layer = hparams.n_layer;
     let wrong = |why: &str| Err(Error::Params(why.to_owned()));
     if params.n_ubatch == 0 {
         return wrong("a ubatch of 0 tokens: give at least 1");
@@ -470,16 +481,22 @@ fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
             return Err(Error::LazyLayer { layer, why });
         }
     }
-    let types = [Some(params.type_k), Some(params.type_v), params.lazy.type_k, params.lazy.type_v];
-    for ty in types.into_iter().flatten() {
-        if !Type::CACHE.contains(&ty) {
-            return Err(Error::Params(format!("{ty} is no cache type")));
-        }
-        if !head_size.is_multiple_of(ty.block_size()) {
-            return Err(Error::CacheType { ty, block: ty.block_size(), head_size });
+    let rows = rows(hparams);
+    // Values that are in the keys have the keys' types.
+    let sizes_v = if rows.values_in_keys { vec![] } else { vec![rows.value_size] };
+    let sizes_k = if rows.values_in_keys { vec![rows.key_size, rows.value_size] } else { vec![rows.key_size] };
+    let (k, v) = ([Some(params.type_k), params.lazy.type_k], [Some(params.type_v), params.lazy.type_v]);
+    for (types, sizes) in [(k, sizes_k), (v, sizes_v)] {
+        for ty in types.into_iter().flatten() {
+            if !Type::CACHE.contains(&ty) {
+                return Err(Error::Params(format!("{ty} is no cache type")));
+            }
+            if let Some(&head_size) = sizes.iter().find(|size| !size.is_multiple_of(ty.block_size())) {
+                return Err(Error::CacheType { ty, block: ty.block_size(), head_size });
+            }
         }
     }
-    if !params.flash_attn && params.type_v.is_quantized() {
+    if !params.flash_attn && rows.format(params.type_k, params.type_v, params.kv_rotate).v.is_quantized() {
         return Err(Error::FlashAttention);
     }
     Ok(())

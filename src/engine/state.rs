@@ -20,7 +20,7 @@ use super::{
     layer::{Exact, LayerCache},
     mark::Place,
     sequence::Sequence,
-    setup::Setup,
+    setup::{Setup, rows},
 };
 use crate::{
     cache::{Format, Span, StateStore},
@@ -241,13 +241,13 @@ pub(super) fn bytes(hparams: &Hparams, sequence: Option<&Sequence>, kind: Kind) 
     let sizes = 1 + FINGERPRINT_BYTES + 4 + hparams.architecture.len() + 4 * 4;
     let mut bytes = HEADER_BYTES + sizes + 8 + 8 + 1 + 8 + 8 + CHECKSUM_BYTES;
     if let Some(sequence) = sequence {
-        let width = hparams.kv_width();
+        let shape = rows(hparams);
         let layer = |layer: &LayerCache| {
             let header = LayerHeader::of(layer, sequence.n_past(), kind);
             let exact_rows = header.exact.map_or(0, Span::n_rows);
-            let rows = header.rows * header.format.row_bytes(width);
+            let rows = header.rows * shape.row_bytes(header.format);
             let state = layer.state.as_ref().map_or(0, StateStore::row_bytes);
-            LayerHeader::BYTES + rows + exact_rows * header.format.exact().row_bytes(width) + state
+            LayerHeader::BYTES + rows + exact_rows * shape.row_bytes(header.format.exact()) + state
         };
         bytes += size_of_val(&sequence.tokens[..]) + sequence.layers.iter().map(layer).sum::<usize>();
     }
@@ -266,7 +266,7 @@ pub(super) fn save(setup: &Setup, sequence: Option<&Sequence>, kind: Kind, to: &
     to.bytes(setup.model.fingerprint())?;
     to.u32(hparams.architecture.len() as u32)?;
     to.bytes(hparams.architecture.as_bytes())?;
-    for size in [hparams.n_layer, hparams.n_embd, hparams.kv_width(), hparams.head_size] {
+    for size in [hparams.n_layer, hparams.n_embd, hparams.key_width(), hparams.head_size] {
         to.u32(size as u32)?;
     }
     let Place { n_past, exact_from, scored: (n_scored, scored_at), score_next, state_row } =
@@ -375,7 +375,7 @@ impl<'a> State<'a> {
         for (name, size) in [
             ("layers", hparams.n_layer),
             ("embedding length", hparams.n_embd),
-            ("width of keys", hparams.kv_width()),
+            ("width of keys", hparams.key_width()),
             ("head size", hparams.head_size),
         ] {
             let found = reader.u32()? as usize;
@@ -417,8 +417,7 @@ impl<'a> State<'a> {
             (false, span) if span.map(|span| (span.n_sink, span.n_window)) == by_design.map(|window| (0, window)) => {}
             _ => return Err(mismatch("what a layer keeps is not what this model's layers can keep")),
         }
-        let types_fit = [format.k, format.v].iter().all(|ty| hparams.head_size.is_multiple_of(ty.block_size()));
-        if !types_fit {
+        if !plan.rows.fits(format.k, format.v) {
             return Err(mismatch("a layer's cache types cannot be used here"));
         }
         if !lazy && format != plan.active && Some(format) != plan.narrow {
@@ -447,10 +446,9 @@ impl<'a> State<'a> {
         }
         // Asked before memory is: a length that lies must not allocate.
         let exact_rows = exact.map_or(0, Span::n_rows);
-        let bytes =
-            rows.checked_mul(format.row_bytes(hparams.kv_width())).ok_or(StateError::Damaged("it ends too early"))?;
+        let bytes = rows.checked_mul(plan.rows.row_bytes(format)).ok_or(StateError::Damaged("it ends too early"))?;
         let rows = reader.bytes(bytes)?;
-        let exact = reader.bytes(exact_rows * format.exact().row_bytes(hparams.kv_width()))?;
+        let exact = reader.bytes(exact_rows * plan.rows.row_bytes(format.exact()))?;
         let state = reader.bytes(plan.state.map_or(0, StateSize::bytes))?;
         Ok(LayerRows { header, rows, exact, state })
     }

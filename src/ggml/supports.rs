@@ -36,12 +36,14 @@ impl Device {
         }
     }
     /// Whether ggml's flash attention can run here over caches of these types.
-    pub(crate) fn can_attend(self, head_size: usize, n_head: usize, n_head_kv: usize, k: Type, v: Type) -> bool {
+    ///
+    /// `sizes` are elements of a key and of a value, `heads` heads of queries and of keys.
+    pub(crate) fn can_attend(self, sizes: [usize; 2], heads: [usize; 2], k: Type, v: Type) -> bool {
         // Of rows and tokens the answer does not depend.
         const ROWS: usize = 256;
         let context = Context::new(8);
-        let query = context.tensor(Type::F32, &[head_size, 1, n_head]);
-        let [k, v] = [k, v].map(|ty| context.tensor(ty, &[head_size, ROWS, n_head_kv]));
+        let query = context.tensor(Type::F32, &[sizes[0], 1, heads[0]]);
+        let [k, v] = [(k, sizes[0]), (v, sizes[1])].map(|(ty, size)| context.tensor(ty, &[size, ROWS, heads[1]]));
         let mask = context.tensor(Type::F16, &[ROWS, 1]);
         // SAFETY: live tensors of fitting shapes; the node is asked about and never computed.
         unsafe {

@@ -39,7 +39,8 @@ impl LayerStep<'_> {
 
 /// What a layer knows of the tokens before, given by the engine: attention over a cache, and a recurrent state.
 pub(crate) trait Attention {
-    /// `q` `[head size, heads, n]`, `k` and `v` `[head size, KV heads, n]`, RoPE applied → `[head size × heads, n]`.
+    /// `q` `[head size, heads, n]`, `k` `[head size, KV heads, n]` and `v` `[value size, KV heads, n]`, RoPE applied →
+    /// `[value size × heads, n]`. Where a model's values are in its keys `v` is not looked at.
     fn attend(
         &mut self,
         graph: &Graph,
@@ -90,4 +91,7 @@ pub(crate) struct AttentionOptions<'a> {
     pub softcap: Option<f32>,
     /// A learned logit of each head `[heads]`, f32: it counts in the softmax's sum and has no value.
     pub sinks: Option<&'a Tensor>,
+    /// A matrix of each head `[value size, output size, heads]`, which what it attends to is multiplied with: outputs have that
+    /// size then.
+    pub outputs: Option<&'a Tensor>,
 }

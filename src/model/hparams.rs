@@ -27,8 +27,12 @@ pub struct Hparams {
     pub n_heads: Vec<usize>,
     /// Key and value heads of a layer; each serves `n_heads[layer] / n_head_kv` query heads.
     pub n_head_kv: usize,
-    /// Elements of a head.
+    /// Elements of a head's queries and keys.
     pub head_size: usize,
+    /// Elements of a head's values.
+    pub value_size: usize,
+    /// Whether a head's value is the beginning of its key, so that the cache holds keys alone.
+    pub values_in_keys: bool,
     /// For each layer the width of its feed-forward.
     pub n_ff: Vec<usize>,
     /// ε of the norms.
@@ -112,10 +116,6 @@ impl Hparams {
             return Err(keys.error("attention.key_length", format!("a head of {head_size} elements is odd")));
         }
         let value_size = keys.optional_count("attention.value_length")?.unwrap_or(head_size);
-        if value_size != head_size {
-            let why = format!("{value_size}, but keys have {head_size} elements a head; other sizes are unsupported");
-            return Err(keys.unsupported("attention.value_length", why));
-        }
         let n_rot = keys.optional_count("rope.dimension_count")?.unwrap_or(head_size);
         if n_rot > head_size || n_rot % 2 != 0 {
             let why = format!("{n_rot}, expected an even number up to the head's {head_size} elements");
@@ -139,6 +139,8 @@ impl Hparams {
             n_heads,
             n_head_kv,
             head_size,
+            value_size,
+            values_in_keys: false,
             n_ff: keys
                 .require("feed_forward_length", keys.optional_counts("feed_forward_length", n_block, n_layer)?)?,
             norm_eps: keys.norm_eps()?,
@@ -166,12 +168,17 @@ impl Hparams {
     }
 
     fn f16_kv_bytes_per_layer(&self) -> usize {
-        2 * self.kv_width() * 2
+        (self.key_width() + if self.values_in_keys { 0 } else { self.value_width() }) * 2
     }
 
-    /// Elements of a token's keys in one layer, and of its values.
-    pub(crate) fn kv_width(&self) -> usize {
+    /// Elements of a token's keys in one layer.
+    pub(crate) fn key_width(&self) -> usize {
         self.head_size * self.n_head_kv
+    }
+
+    /// Elements of a token's values in one layer.
+    pub(crate) fn value_width(&self) -> usize {
+        self.value_size * self.n_head_kv
     }
 
     /// Layers that attend to the tokens before.

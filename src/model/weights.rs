@@ -70,6 +70,18 @@ impl<'a> Loader<'a> {
         Ok(self.multiplied(info, &shape))
     }
 
+    /// A matrix of each head, `[input width, output width, heads]`: all are multiplied at once, each by an input of its own.
+    pub fn matrices(&mut self, name: &str, shape: [usize; 3]) -> Result<Tensor, Error> {
+        let info = self.require(name, &shape)?;
+        self.check_weight_type(info)?;
+        let device = self.placement.tensor(&info.name);
+        if device != Device::cpu() && self.can_multiply(device, device.buffer_type(), info.ty, &shape[..2]) {
+            return Ok(self.add(Place::Memory(device.buffer_type()), info));
+        }
+        // What is repacked is multiplied one by one.
+        Ok(self.add(Loader::unpacked(Device::cpu(), info), info))
+    }
+
     /// A bias of each expert, `[width, experts]`, f32.
     pub fn optional_expert_biases(&mut self, name: &str, shape: [usize; 2]) -> Result<Option<Tensor>, Error> {
         self.has(name).then(|| self.floats(name, &shape)).transpose()

@@ -9,6 +9,7 @@ mod common;
 mod dense;
 mod experts;
 mod hybrid;
+mod latent;
 
 use std::path::Path;
 

@@ -13,6 +13,8 @@ pub(in crate::model) struct SelfAttention {
     /// Whether each head's queries are followed by as much that gates its output, by a sigmoid.
     pub gate_in_queries: bool,
     pub head_size: usize,
+    /// Elements of a head's values.
+    pub value_size: usize,
     /// Norms of queries and keys: of each head, or of all heads together when they are as wide.
     pub q_norm: Option<Norm>,
     pub k_norm: Option<Norm>,
@@ -33,11 +35,21 @@ pub(in crate::model) struct SelfAttention {
     /// The sigmoid of its product with the input weighs what attention gives: each element, or each head.
     pub gate: Option<Linear>,
     pub output: Linear,
+    /// What comes out is multiplied by this.
+    pub output_scale: Option<f32>,
 }
 
 pub(in crate::model) enum Projections {
-    Separate { q: Linear, k: Linear, v: Linear },
-    Fused { qkv: Linear, q_width: usize, kv_width: usize },
+    Separate {
+        q: Linear,
+        k: Linear,
+        v: Linear,
+    },
+    /// Widths of queries, keys and values.
+    Fused {
+        qkv: Linear,
+        widths: [usize; 3],
+    },
 }
 
 impl SelfAttention {
@@ -63,24 +75,29 @@ impl SelfAttention {
             let why = format!("is zero for layer {layer}, which attends in this architecture");
             return Err(b.keys.error("attention.head_count_kv", why));
         }
-        let (n_embd, head_size) = (b.hparams.n_embd, b.hparams.head_size);
-        let (attended_width, kv_width) = (head_size * b.hparams.n_heads[layer], head_size * b.hparams.n_head_kv);
-        let q_width = if gate_in_queries { 2 * attended_width } else { attended_width };
+        let (n_embd, head_size, value_size) = (b.hparams.n_embd, b.hparams.head_size, b.hparams.value_size);
+        if gate_in_queries && value_size != head_size {
+            let why = format!("{value_size}; gates of {head_size} elements are unsupported for it");
+            return Err(b.keys.unsupported("attention.value_length", why));
+        }
+        let (n_head, k_width, v_width) = (b.hparams.n_heads[layer], b.hparams.key_width(), b.hparams.value_width());
+        let q_width = head_size * n_head * if gate_in_queries { 2 } else { 1 };
         let name = |part: &str| format!("blk.{layer}.attn_{part}");
         let projections = if b.loader.has(&format!("{}.weight", name("qkv"))) {
-            let qkv = Linear::load(b, &name("qkv"), [n_embd, q_width + 2 * kv_width])?;
-            Projections::Fused { qkv, q_width, kv_width }
+            let qkv = Linear::load(b, &name("qkv"), [n_embd, q_width + k_width + v_width])?;
+            Projections::Fused { qkv, widths: [q_width, k_width, v_width] }
         } else {
             Projections::Separate {
                 q: Linear::load(b, &name("q"), [n_embd, q_width])?,
-                k: Linear::load(b, &name("k"), [n_embd, kv_width])?,
-                v: Linear::load(b, &name("v"), [n_embd, kv_width])?,
+                k: Linear::load(b, &name("k"), [n_embd, k_width])?,
+                v: Linear::load(b, &name("v"), [n_embd, v_width])?,
             }
         };
         Ok(SelfAttention {
             projections,
             gate_in_queries,
             head_size,
+            value_size,
             q_norm: None,
             k_norm: None,
             rope_before_norms: false,
@@ -93,7 +110,8 @@ impl SelfAttention {
             softcap: None,
             sinks: None,
             gate: None,
-            output: Linear::load(b, &name("output"), [attended_width, n_embd])?,
+            output: Linear::load(b, &name("output"), [value_size * n_head, n_embd])?,
+            output_scale: None,
         })
     }
 
@@ -123,7 +141,7 @@ impl SelfAttention {
 
     /// Adds the gate `attn_gate` of each element.
     pub fn with_gate(self, b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
-        let n_weights = self.head_size * b.hparams.n_heads[layer];
+        let n_weights = self.value_size * b.hparams.n_heads[layer];
         self.with_gate_of(b, layer, n_weights)
     }
 
@@ -141,9 +159,9 @@ impl SelfAttention {
 
     /// Adds the norms `attn_q_norm` and `attn_k_norm` over all heads together.
     pub fn with_row_norms(mut self, b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
-        let (q_width, kv_width) = (self.head_size * b.hparams.n_heads[layer], self.head_size * b.hparams.n_head_kv);
+        let (q_width, k_width) = (self.head_size * b.hparams.n_heads[layer], b.hparams.key_width());
         self.q_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_q_norm"), q_width)?);
-        self.k_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_k_norm"), kv_width)?);
+        self.k_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_k_norm"), k_width)?);
         Ok(self)
     }
 
@@ -164,15 +182,17 @@ impl SelfAttention {
             None => q,
         };
         let q = self.query_scale.map_or_else(|| q.clone(), |factor| graph.scale(&q, factor));
-        let v = self.heads(graph, &v);
+        let v = heads(graph, &v, self.value_size);
         let [q, k, v] = [q, k, v].map(|heads| graph.contiguous_if_needed(&heads));
-        let options = AttentionOptions { scale: self.scale, softcap: self.softcap, sinks: self.sinks.as_ref() };
+        let (scale, softcap, sinks) = (self.scale, self.softcap, self.sinks.as_ref());
+        let options = AttentionOptions { scale, softcap, sinks, outputs: None };
         let attended = attention.attend(graph, step.index, &q, &k, &v, &options);
         let attended = match gate {
             Some(gate) => graph.mul(&attended, &graph.sigmoid(&gate)),
             None => self.gated(graph, input, attended),
         };
-        self.output.apply(graph, &attended)
+        let output = self.output.apply(graph, &attended);
+        self.output_scale.map_or_else(|| output.clone(), |factor| graph.scale(&output, factor))
     }
 
     /// Queries, and the gate of what they attend to `[head size × heads, n]`, where it lies between them.
@@ -207,14 +227,14 @@ impl SelfAttention {
             Projections::Separate { q, k, v } => {
                 [q, k, v].map(|linear| self.clamped(graph, linear.apply(graph, input)))
             }
-            Projections::Fused { qkv, q_width, kv_width } => {
+            Projections::Fused { qkv, widths: [q, k, v] } => {
                 let all = self.clamped(graph, qkv.apply(graph, input));
                 let [_, n, ..] = all.shape();
                 let [element_bytes, row_bytes, ..] = all.strides();
                 let part = |width: usize, first: usize| {
                     graph.view(&all, [width, n, 1], [row_bytes, n * row_bytes], first * element_bytes)
                 };
-                [part(*q_width, 0), part(*kv_width, *q_width), part(*kv_width, q_width + kv_width)]
+                [part(*q, 0), part(*k, *q), part(*v, q + k)]
             }
         }
     }
@@ -246,13 +266,16 @@ impl SelfAttention {
         }
     }
 
-    /// `[head size × heads, n]` → `[head size, heads, n]`; rows need not lie one after the other.
     fn heads(&self, graph: &Graph, rows: &Tensor) -> Tensor {
-        let [width, n, ..] = rows.shape();
-        let [element_bytes, row_bytes, ..] = rows.strides();
-        let shape = [self.head_size, width / self.head_size, n];
-        graph.view(rows, shape, [self.head_size * element_bytes, row_bytes], 0)
+        heads(graph, rows, self.head_size)
     }
+}
+
+/// `[size × heads, n]` → `[size, heads, n]`; rows need not lie one after the other.
+fn heads(graph: &Graph, rows: &Tensor, size: usize) -> Tensor {
+    let [width, n, ..] = rows.shape();
+    let [element_bytes, row_bytes, ..] = rows.strides();
+    graph.view(rows, [size, width / size, n], [size * element_bytes, row_bytes], 0)
 }
 
 /// Divisors of RoPE's frequencies.
@@ -282,7 +305,7 @@ impl RopeFactors {
     }
 
     /// The factors for a sequence that may grow to `n_ctx` tokens.
-    fn get(&self, rope: &Rope, n_ctx: usize) -> Option<&Tensor> {
+    pub(super) fn get(&self, rope: &Rope, n_ctx: usize) -> Option<&Tensor> {
         let by_length = if n_ctx > rope.n_ctx_orig { &self.long } else { &self.short };
         self.always.as_ref().or(by_length.as_ref())
     }
@@ -299,7 +322,7 @@ pub(in crate::model) struct Temperature {
 
 impl Temperature {
     /// Positions `[n]` (i32) → factors `[1, 1, n]`.
-    fn of(self, graph: &Graph, positions: &Tensor) -> Tensor {
+    pub(super) fn of(self, graph: &Graph, positions: &Tensor) -> Tensor {
         let positions = graph.cast(positions, Type::F32);
         let (step, offset) = (self.step as f32, self.offset as f32);
         // Half a position more, so that a quotient that should be whole is never rounded below it.

@@ -1,6 +1,6 @@
 //! What a layer has to bring tokens together.
 
-use super::{DeltaNet, Mamba2, SelfAttention, ShortConv};
+use super::{DeltaNet, LatentAttention, Mamba2, SelfAttention, ShortConv};
 use crate::{
     ggml::{Graph, Tensor},
     model::{Attention, LayerStep},
@@ -9,6 +9,7 @@ use crate::{
 /// What brings a layer's tokens together: attention, or a recurrent state.
 pub(in crate::model) enum Mixer {
     Attention(SelfAttention),
+    Latent(LatentAttention),
     DeltaNet(DeltaNet),
     Mamba2(Mamba2),
     ShortConv(ShortConv),
@@ -21,6 +22,7 @@ impl Mixer {
     pub fn apply(&self, graph: &Graph, step: &LayerStep<'_>, input: &Tensor, attention: &mut dyn Attention) -> Tensor {
         match self {
             Mixer::Attention(own) => own.apply(graph, step, input, attention),
+            Mixer::Latent(own) => own.apply(graph, step, input, attention),
             Mixer::DeltaNet(net) => net.apply(graph, step, input, attention),
             Mixer::Mamba2(mamba) => mamba.apply(graph, step, input, attention),
             Mixer::ShortConv(conv) => conv.apply(graph, step, input, attention),
@@ -36,6 +38,12 @@ impl Mixer {
 impl From<SelfAttention> for Mixer {
     fn from(attention: SelfAttention) -> Mixer {
         Mixer::Attention(attention)
+    }
+}
+
+impl From<LatentAttention> for Mixer {
+    fn from(attention: LatentAttention) -> Mixer {
+        Mixer::Latent(attention)
     }
 }
 

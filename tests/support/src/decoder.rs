@@ -18,6 +18,8 @@ pub struct Shape {
     pub n_head_kv: usize,
     /// Written as keys only when it is not n_embd / n_head.
     pub head_size: usize,
+    /// Elements of a head's values; 0 for as many as its keys have.
+    pub value_size: usize,
     pub n_ff: usize,
     /// Leaves `output.weight` out: the embedding serves for it.
     pub tied: bool,
@@ -43,6 +45,7 @@ impl Default for Shape {
             n_head: 4,
             n_head_kv: 2,
             head_size: 16,
+            value_size: 0,
             n_ff: 96,
             tied: false,
             n_vocab: 0,
@@ -74,6 +77,22 @@ impl Shape {
             ..Shape::default()
         }
     }
+}
+
+/// The sizes of latent attention.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Latent {
+    /// Elements of the latent vector.
+    pub rank: usize,
+    /// Those of the queries' own; 0 for none.
+    pub q_rank: usize,
+    /// Elements of a head's key without RoPE, and with.
+    pub plain: usize,
+    pub n_rot: usize,
+    /// Elements of a head's values.
+    pub value: usize,
+    /// Whether the heads' matrices are apart, so that the cache holds the latent vector.
+    pub absorbed: bool,
 }
 
 /// The sizes of state-space layers and delta nets.
@@ -132,9 +151,9 @@ impl RandomDecoder {
         model.key("attention.layer_norm_rms_epsilon", 1e-5f32);
         model.key("rope.freq_base", 50_000f32);
         model.key("vocab_size", n_vocab as u32);
-        if shape.head_size * shape.n_head != shape.n_embd {
+        if shape.head_size * shape.n_head != shape.n_embd || shape.value_size > 0 {
             model.key("attention.key_length", shape.head_size as u32);
-            model.key("attention.value_length", shape.head_size as u32);
+            model.key("attention.value_length", model.value_size() as u32);
         }
         model.weights(|w| {
             w.matrix("token_embd", shape.n_embd, n_vocab, 2.5);
@@ -162,6 +181,11 @@ impl RandomDecoder {
 
     pub fn q_width(&self) -> usize {
         self.shape.n_head * self.shape.head_size
+    }
+
+    /// Elements of a head's values.
+    pub fn value_size(&self) -> usize {
+        if self.shape.value_size > 0 { self.shape.value_size } else { self.shape.head_size }
     }
 
     pub fn kv_width(&self) -> usize {
@@ -223,13 +247,59 @@ impl RandomDecoder {
     pub fn attention_of(&mut self, layer: usize, n_head: usize) {
         let (n_embd, n_q) = (self.shape.n_embd, n_head * self.shape.head_size);
         let (n_kv, residual) = (self.kv_width(), self.residual());
+        let (n_values, n_attended) = (self.value_size() * self.shape.n_head_kv, self.value_size() * n_head);
         let name = |part: &str| format!("blk.{layer}.attn_{part}");
         self.weights(|w| {
             // Scores have deviation 1.6² ≈ 2.6 before the softmax.
             w.matrix(&name("q"), n_embd, n_q, 1.6);
             w.matrix(&name("k"), n_embd, n_kv, 1.6);
-            w.matrix(&name("v"), n_embd, n_kv, 1.0);
-            w.matrix(&name("output"), n_q, n_embd, residual);
+            w.matrix(&name("v"), n_embd, n_values, 1.0);
+            w.matrix(&name("output"), n_attended, n_embd, residual);
+        });
+    }
+
+    /// The keys of latent attention: its cache has one head where it is `absorbed`, else all.
+    pub fn latent_keys(&mut self, sizes: Latent) {
+        let Latent { rank, q_rank, plain, n_rot, value, absorbed } = sizes;
+        self.key("attention.kv_lora_rank", rank as u32);
+        self.key("attention.q_lora_rank", q_rank as u32);
+        self.key("rope.dimension_count", n_rot as u32);
+        if absorbed {
+            self.key("attention.head_count_kv", 1u32);
+            self.key("attention.key_length", (rank + n_rot) as u32);
+            self.key("attention.value_length", rank as u32);
+            self.key("attention.key_length_mla", (plain + n_rot) as u32);
+            self.key("attention.value_length_mla", value as u32);
+        } else {
+            self.key("attention.head_count_kv", self.shape.n_head as u32);
+            self.key("attention.key_length", (plain + n_rot) as u32);
+            self.key("attention.value_length", value as u32);
+        }
+    }
+
+    /// `attn_q` (or `attn_q_a` and `attn_q_b`), `attn_kv_a_mqa`, `attn_k_b` and `attn_v_b` (or `attn_kv_b`), `attn_output`, and norms.
+    pub fn latent_attention(&mut self, layer: usize, sizes: Latent) {
+        let (Shape { n_embd, n_head, weight_type, .. }, residual) = (self.shape, self.residual());
+        let Latent { rank, q_rank, plain, n_rot, value, absorbed } = sizes;
+        let name = |part: &str| format!("blk.{layer}.attn_{part}");
+        self.weights(|w| {
+            if q_rank > 0 {
+                w.matrix(&name("q_a"), n_embd, q_rank, 1.0);
+                w.norm(&name("q_a_norm"), q_rank);
+                w.matrix(&name("q_b"), q_rank, n_head * (plain + n_rot), 1.6);
+            } else {
+                w.matrix(&name("q"), n_embd, n_head * (plain + n_rot), 1.6);
+            }
+            w.matrix(&name("kv_a_mqa"), n_embd, rank + n_rot, 1.6);
+            w.norm(&name("kv_a_norm"), rank);
+            if absorbed {
+                // So that keys would have deviation 1.6.
+                w.experts(&name("k_b"), [plain, rank, n_head], 1.6 * (plain as f32 / rank as f32).sqrt(), weight_type);
+                w.experts(&name("v_b"), [rank, value, n_head], 1.0, weight_type);
+            } else {
+                w.matrix(&name("kv_b"), rank, n_head * (plain + value), 1.6);
+            }
+            w.matrix(&name("output"), n_head * value, n_embd, residual);
         });
     }
 
