@@ -272,7 +272,7 @@ fn start(
             session.fused_attention = false;
             session.kv_exact = 0;
             // Heads of other sizes it does not rotate.
-            if !engine.hparams().head_size.is_multiple_of(64) {
+            if engine.hparams().head_sizes.iter().any(|size| !size.is_multiple_of(64)) {
                 session.kv_rotate = KvRotate::Never;
             }
         } else {

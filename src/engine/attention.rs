@@ -26,9 +26,19 @@ pub(super) struct CacheAttention<'a> {
     pub look: Look,
     /// The layers' scores, where they are of attention mass.
     pub scores: Vec<Score>,
+    /// Keys and values of the ubatch's tokens that layers to come read as well.
+    pub shared: Vec<Shared>,
     /// What the last layer's state has given for all tokens of the ubatch, where it has one: a second look at the layer
     /// finds it there, for nothing of it depends on what is seen.
     pub recurred: Option<Tensor>,
+}
+
+/// A part's keys and values in a layer that others share.
+pub(super) struct Shared {
+    part: usize,
+    layer: usize,
+    k: Tensor,
+    v: Tensor,
 }
 
 /// What queries do with the caches.
@@ -51,15 +61,11 @@ impl Attention for CacheAttention<'_> {
         v: &Tensor,
         options: &AttentionOptions<'_>,
     ) -> Tensor {
-        let mut attended: Option<Tensor> = None;
-        for part in 0..self.parts.len() {
-            let one = self.attend_part(graph, (part, layer), q, k, v, options);
-            attended = Some(match attended {
-                Some(others) => graph.concat(&others, &one, 1),
-                None => one,
-            });
-        }
-        attended.expect("a ubatch has at least one part")
+        self.attend_parts(graph, layer, q, Some([k, v]), options)
+    }
+
+    fn attend_shared(&mut self, graph: &Graph, layer: usize, q: &Tensor, options: &AttentionOptions<'_>) -> Tensor {
+        self.attend_parts(graph, layer, q, None, options)
     }
 
     fn recur(
@@ -105,30 +111,49 @@ impl CacheAttention<'_> {
         &self.setup.layers[layer].plan
     }
 
-    fn head_size(&self) -> usize {
-        self.setup.model.hparams().head_size
+    fn head_size(&self, layer: usize) -> usize {
+        self.setup.model.hparams().head_sizes[layer]
     }
 
+    fn attend_parts(
+        &mut self,
+        graph: &Graph,
+        layer: usize,
+        q: &Tensor,
+        own: Option<[&Tensor; 2]>,
+        options: &AttentionOptions<'_>,
+    ) -> Tensor {
+        let mut attended: Option<Tensor> = None;
+        for part in 0..self.parts.len() {
+            let one = self.attend_part(graph, (part, layer), q, own, options);
+            attended = Some(match attended {
+                Some(others) => graph.concat(&others, &one, 1),
+                None => one,
+            });
+        }
+        attended.expect("a ubatch has at least one part")
+    }
+
+    /// `own`: the tokens' keys and values, of a layer that has some.
     fn attend_part(
         &mut self,
         graph: &Graph,
-        (index, layer): (usize, usize),
+        (index, reader): (usize, usize),
         q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
+        own: Option<[&Tensor; 2]>,
         options: &AttentionOptions<'_>,
     ) -> Tensor {
         let part = self.parts[index];
         let layers: &[LayerCache] = self.caches[index];
+        let hparams = self.setup.model.hparams();
+        // Whose keys and values are read: all but the queries is that layer's.
+        let layer = hparams.owner(reader);
+        let last_reader = hparams.last_reader(layer);
         let (cache, rotations) = (&layers[layer], &self.setup.layers[layer].rotations);
         let format = store(cache).format;
-        let (mut q, mut k, mut v) = (slice(graph, q, &part), slice(graph, k, &part), slice(graph, v, &part));
+        let mut q = slice(graph, q, &part);
         if format.rotate_k {
             q = rotations.rotate_key(graph, &q);
-            k = rotations.rotate_key(graph, &k);
-        }
-        if format.rotate_v {
-            v = rotations.rotate_value(graph, &v);
         }
         // `[head size, tokens, heads]`: what attention wants.
         let queries = graph.permute(&q, [0, 2, 1, 3]);
@@ -141,20 +166,48 @@ impl CacheAttention<'_> {
         if let Look::Again(span) = self.look {
             return joined(self.attend_again(graph, (index, layer), cache, &queries, span, options));
         }
-        let own = Own { queries, k: rows(graph, &k), v: rows(graph, &v) };
+        let [k, v] = match own {
+            Some(own) => {
+                let [mut k, mut v] = own.map(|own| slice(graph, own, &part));
+                if format.rotate_k {
+                    k = rotations.rotate_key(graph, &k);
+                }
+                if format.rotate_v {
+                    v = rotations.rotate_value(graph, &v);
+                }
+                let [k, v] = [rows(graph, &k), rows(graph, &v)];
+                if last_reader != layer {
+                    self.shared.push(Shared { part: index, layer, k: k.clone(), v: v.clone() });
+                }
+                [k, v]
+            }
+            None => {
+                let known = self.shared.iter().find(|shared| (shared.part, shared.layer) == (index, layer));
+                known.map(|shared| [shared.k.clone(), shared.v.clone()]).expect("the owner's graph is built before")
+            }
+        };
+        let own = Own { queries, k, v };
 
         // Several tokens read their own keys as they come and are written afterwards where a ring would overwrite rows
         // that an earlier one's window still holds, or where the newest tokens of a quantised cache are to be exact.
         let overwrites = cache.span.is_some_and(|span| part.n_past + part.n > span.n_rows());
         let write_first = part.n == 1 || !(overwrites || cache.exact.is_some());
-        if write_first {
-            self.write(graph, index, cache, &own);
+        let is_owner = reader == layer;
+        if write_first && is_owner {
+            self.write(graph, index, cache, &own, Which::Both);
         }
         let attended = self.attend_cache(graph, (index, layer), cache, &own, write_first, options);
         if !write_first {
-            // Nodes run in the order in which they are added.
+            // Nodes run in the order in which they are added. The last layer that reads them writes the rings; a store that
+            // keeps all is written at once, for its scores.
             graph.expand(&attended);
-            self.write(graph, index, cache, &own);
+            match (is_owner && !overwrites, reader == last_reader) {
+                (true, true) => self.write(graph, index, cache, &own, Which::Both),
+                (true, false) => self.write(graph, index, cache, &own, Which::Main),
+                (false, true) if overwrites => self.write(graph, index, cache, &own, Which::Both),
+                (false, true) => self.write(graph, index, cache, &own, Which::Exact),
+                (false, false) => {}
+            }
         }
         if self.look == (Look::First { scored: true }) && part.n_score > 0 && cache.span.is_none() {
             self.score(graph, (index, layer), cache, &own.queries, options);
@@ -176,17 +229,16 @@ impl CacheAttention<'_> {
         let n_rows = cache.rows_read(part.n_past + part.n);
         let device = self.plan(layer).apart;
         let mask = self.inputs.mask(graph, &part, index, &[Keys::All { span, n_rows }], device);
-        let [k, v] = [&store.k, &store.v].map(|rows| Store::heads(graph, rows, self.head_size(), n_rows));
+        let [k, v] = [&store.k, &store.v].map(|rows| Store::heads(graph, rows, self.head_size(layer), n_rows));
         attention(graph, self.plan(layer), queries, [&k, &v], &mask, options)
     }
 
     /// Writes the tokens' rows into the layer's stores.
-    fn write(&mut self, graph: &Graph, index: usize, cache: &LayerCache, own: &Own) {
+    fn write(&mut self, graph: &Graph, index: usize, cache: &LayerCache, own: &Own, which: Which) {
         let part = self.parts[index];
-        let stores = [
-            cache.store.as_ref().map(|store| (store, cache.span)),
-            cache.exact.as_ref().map(|exact| (&exact.store, Some(exact.span))),
-        ];
+        let main = cache.store.as_ref().filter(|_| which != Which::Exact);
+        let exact = cache.exact.as_ref().filter(|_| which != Which::Main);
+        let stores = [main.map(|store| (store, cache.span)), exact.map(|exact| (&exact.store, Some(exact.span)))];
         for (store, span) in stores.into_iter().flatten() {
             for (own, stored) in [(&own.k, &store.k), (&own.v, &store.v)] {
                 let Some(span) = span.filter(|_| part.n > 1) else {
@@ -218,7 +270,7 @@ impl CacheAttention<'_> {
         has_own: bool,
         options: &AttentionOptions<'_>,
     ) -> Tensor {
-        let (part, span, head_size) = (self.parts[index], cache.span, self.head_size());
+        let (part, span, head_size) = (self.parts[index], cache.span, self.head_size(layer));
         let (kernel, device) = (self.plan(layer).kernel, self.plan(layer).apart);
         // Rounded as they will be stored. Not quantised though: that would lose more than is needed.
         let rounded = |rows: &Tensor, stored: &Tensor| match stored.ty() {
@@ -302,7 +354,7 @@ impl CacheAttention<'_> {
         graph.expand(queries);
         let first_node = graph.n_nodes();
         let n_rows = cache.rows_read(n_past + n);
-        let keys = Store::heads(graph, &store(cache).k, self.head_size(), n_rows);
+        let keys = Store::heads(graph, &store(cache).k, self.head_size(layer), n_rows);
         let LayerPlan { apart, lazy_span, kernel, .. } = *self.plan(layer);
         let stored = Keys::Stored { span: None, n_rows, has_own: true, exact: None };
         let mask = self.inputs.mask(graph, &self.parts[index], index, &[stored], apart);
@@ -374,6 +426,14 @@ fn attention(
     let transposed = graph.contiguous(&graph.permute(&values, [1, 0, 2, 3]));
     let attended = place(graph.mul_mat(&transposed, &weights));
     graph.contiguous(&graph.permute(&attended, [0, 2, 1, 3]))
+}
+
+/// Which of a layer's stores are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Which {
+    Both,
+    Main,
+    Exact,
 }
 
 /// A part's tokens, rotated as the store is: queries `[head size, tokens, heads]`, keys and values as rows.

@@ -68,7 +68,7 @@ impl Sequences {
             peak_bytes: setup.meter.peak(),
             compression: if allocated_bytes == 0 { 0.0 } else { f16_bytes as f64 / allocated_bytes as f64 },
             lazy_layers,
-            active_layers: hparams.n_attending() - lazy_layers,
+            active_layers: hparams.n_stores() - lazy_layers,
             foretold_kl: longest.and_then(|sequence| sequence.looked).map(|looked| looked.kl),
         }
     }

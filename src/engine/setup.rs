@@ -120,8 +120,10 @@ pub(super) struct LayerPlan {
     /// The device, unless the processor can read its memory.
     pub apart: Option<Device>,
     pub kernel: Kernel,
-    /// Whether the layer attends to the tokens before.
+    /// Whether the layer has keys and values of its own.
     pub attends: bool,
+    /// The layer whose keys and values it reads, where it has none.
+    pub shares: Option<usize>,
     /// What it carries from token to token, where it is recurrent.
     pub state: Option<StateSize>,
     /// How the layer keeps its rows, and how it keeps them while it is lazy.
@@ -159,12 +161,13 @@ impl LayerPlan {
             device,
             apart,
             kernel,
-            attends: hparams.attends[index],
+            attends: hparams.has_store(index),
+            shares: hparams.shares[index],
             state: hparams.states[index],
             active: Format::new(params.type_k, params.type_v, params.kv_rotate),
-            lazy: lazy_format(params, hparams.head_size),
-            narrow: narrow_format(params, hparams.head_size).filter(|_| hparams.can_be_lazy(index)),
-            by_design: hparams.windows[index].map(by_design),
+            lazy: lazy_format(params, hparams.head_sizes[index]),
+            narrow: narrow_format(params, hparams.head_sizes[index]).filter(|_| hparams.can_be_lazy(index)),
+            by_design: hparams.windows[index].filter(|_| hparams.has_store(index)).map(by_design),
             lazy_span: Span {
                 n_window: lazy.window(index),
                 n_sink: lazy.n_sink,
@@ -282,12 +285,13 @@ impl Setup {
     fn layer(&self, index: usize) -> Result<LayerSetup, Error> {
         let (hparams, params) = (self.model.hparams(), &self.params);
         let device = self.model.layer_device(index);
-        let neighbour = self.layers.iter().find(|layer| layer.plan.device == device);
-        let (kernel, rotations) = match neighbour {
+        let is_alike =
+            |other: &usize| self.layers[*other].plan.device == device && hparams.heads(*other) == hparams.heads(index);
+        let (kernel, rotations) = match (0..index).find(is_alike).map(|other| &self.layers[other]) {
             Some(layer) => (layer.plan.kernel, Arc::clone(&layer.rotations)),
             None => {
-                let rotations = Rotations::new(hparams.head_size, device.buffer_type())?;
-                (kernel(params, hparams, device), Arc::new(rotations))
+                let rotations = Rotations::new(hparams.head_sizes[index], device.buffer_type())?;
+                (kernel(params, hparams, index, device), Arc::new(rotations))
             }
         };
         let plan = LayerPlan::new(params, hparams, index, device, kernel);
@@ -296,7 +300,7 @@ impl Setup {
             starts_lazy: is_known_lazy && hparams.can_be_lazy(index),
             plan,
             rotations,
-            width: hparams.kv_width(),
+            width: hparams.kv_width(index),
             n_ctx: params.n_ctx,
             meter: self.meter.clone(),
         })
@@ -308,6 +312,9 @@ impl Setup {
         let none_shrinks = lazy.policy == Policy::Off || lazy.windowed_prefill();
         let scratch_stays = none_shrinks && self.layers.iter().all(|layer| layer.at_first().1 == Format::F16);
         let mut groups: Vec<Range<usize>> = Vec::new();
+        let hparams = self.model.hparams();
+        // Who reads a layer's keys and values goes with it: they are there while it is read.
+        let is_read = |group: &Range<usize>, by: usize| group.clone().any(|layer| hparams.last_reader(layer) >= by);
         for (index, layer) in self.layers.iter().enumerate() {
             let at_most = match layer.plan.apart {
                 None => 1,
@@ -315,7 +322,10 @@ impl Setup {
                 Some(_) => n_layer / 8,
             };
             match groups.last_mut() {
-                Some(group) if group.len() < at_most && self.layers[group.start].plan.device == layer.plan.device => {
+                Some(group)
+                    if is_read(group, index)
+                        || (group.len() < at_most && self.layers[group.start].plan.device == layer.plan.device) =>
+                {
                     group.end = index + 1;
                 }
                 _ => groups.push(index..index + 1),
@@ -411,9 +421,9 @@ fn narrow_format(params: &SessionParams, head_size: usize) -> Option<Format> {
     is_due.then(|| Format::new(Type::Q4_0, params.type_v, params.kv_rotate))
 }
 
-/// What computes attention on a device.
-pub(super) fn kernel(params: &SessionParams, hparams: &Hparams, device: Device) -> Kernel {
-    let &Hparams { head_size, n_head, n_head_kv, .. } = hparams;
+/// What computes a layer's attention on a device.
+pub(super) fn kernel(params: &SessionParams, hparams: &Hparams, index: usize, device: Device) -> Kernel {
+    let [head_size, n_head, n_head_kv] = hparams.heads(index);
     let lazy = lazy_format(params, head_size);
     let narrow = narrow_format(params, head_size).map_or((lazy.k, lazy.v), |narrow| (narrow.k, narrow.v));
     let types = [(Type::F16, Type::F16), (params.type_k, params.type_v), (lazy.k, lazy.v), narrow];
@@ -430,7 +440,7 @@ pub(super) fn kernel(params: &SessionParams, hparams: &Hparams, device: Device) 
 
 /// Refuses what does not fit together, or does not fit the model.
 fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
-    let &Hparams { head_size, n_layer, .. } = hparams;
+    let n_layer = hparams.n_layer;
     let wrong = |why: &str| Err(Error::Params(why.to_owned()));
     if params.n_ubatch == 0 {
         return wrong("a ubatch of 0 tokens: give at least 1");
@@ -459,6 +469,10 @@ fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
     if let Policy::Layers(layers) = &params.lazy.policy {
         for &layer in layers {
             let why = match hparams.windows.get(layer) {
+                Some(_) if hparams.owner(layer) != layer => {
+                    let owner = hparams.owner(layer);
+                    format!("it reads the keys and values of layer {owner} and becomes lazy with it; name that one")
+                }
                 Some(_) if !hparams.attends[layer] => {
                     "it keeps nothing that grows with the text (recurrent, or a feed-forward alone); leave it out"
                         .to_owned()
@@ -475,7 +489,7 @@ fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
         if !Type::CACHE.contains(&ty) {
             return Err(Error::Params(format!("{ty} is no cache type")));
         }
-        if !head_size.is_multiple_of(ty.block_size()) {
+        if let Some(&head_size) = hparams.head_sizes.iter().find(|size| !size.is_multiple_of(ty.block_size())) {
             return Err(Error::CacheType { ty, block: ty.block_size(), head_size });
         }
     }

@@ -241,15 +241,15 @@ pub(super) fn bytes(hparams: &Hparams, sequence: Option<&Sequence>, kind: Kind) 
     let sizes = 1 + FINGERPRINT_BYTES + 4 + hparams.architecture.len() + 4 * 4;
     let mut bytes = HEADER_BYTES + sizes + 8 + 8 + 1 + 8 + 8 + CHECKSUM_BYTES;
     if let Some(sequence) = sequence {
-        let width = hparams.kv_width();
-        let layer = |layer: &LayerCache| {
+        let layer = |(index, layer): (usize, &LayerCache)| {
+            let width = hparams.kv_width(index);
             let header = LayerHeader::of(layer, sequence.n_past(), kind);
             let exact_rows = header.exact.map_or(0, Span::n_rows);
             let rows = header.rows * header.format.row_bytes(width);
             let state = layer.state.as_ref().map_or(0, StateStore::row_bytes);
             LayerHeader::BYTES + rows + exact_rows * header.format.exact().row_bytes(width) + state
         };
-        bytes += size_of_val(&sequence.tokens[..]) + sequence.layers.iter().map(layer).sum::<usize>();
+        bytes += size_of_val(&sequence.tokens[..]) + sequence.layers.iter().enumerate().map(layer).sum::<usize>();
     }
     bytes
 }
@@ -266,7 +266,7 @@ pub(super) fn save(setup: &Setup, sequence: Option<&Sequence>, kind: Kind, to: &
     to.bytes(setup.model.fingerprint())?;
     to.u32(hparams.architecture.len() as u32)?;
     to.bytes(hparams.architecture.as_bytes())?;
-    for size in [hparams.n_layer, hparams.n_embd, hparams.kv_width(), hparams.head_size] {
+    for size in [hparams.n_layer, hparams.n_embd, hparams.kv_width(0), hparams.head_size] {
         to.u32(size as u32)?;
     }
     let Place { n_past, exact_from, scored: (n_scored, scored_at), score_next, state_row } =
@@ -375,7 +375,7 @@ impl<'a> State<'a> {
         for (name, size) in [
             ("layers", hparams.n_layer),
             ("embedding length", hparams.n_embd),
-            ("width of keys", hparams.kv_width()),
+            ("width of keys", hparams.kv_width(0)),
             ("head size", hparams.head_size),
         ] {
             let found = reader.u32()? as usize;
@@ -411,13 +411,14 @@ impl<'a> State<'a> {
             header.span = header.span.map(|span| Span { chunked: hparams.chunked, ..span });
         }
         let LayerHeader { lazy, span, format, held_from, rows, exact, .. } = header;
-        let by_design = hparams.windows[index];
+        let by_design = plan.by_design.map(|span| span.n_window);
+        let (head_size, width) = (hparams.head_sizes[index], setup.layers[index].width);
         match (lazy, span) {
             (true, Some(_)) if hparams.can_be_lazy(index) => {}
             (false, span) if span.map(|span| (span.n_sink, span.n_window)) == by_design.map(|window| (0, window)) => {}
             _ => return Err(mismatch("what a layer keeps is not what this model's layers can keep")),
         }
-        let types_fit = [format.k, format.v].iter().all(|ty| hparams.head_size.is_multiple_of(ty.block_size()));
+        let types_fit = [format.k, format.v].iter().all(|ty| head_size.is_multiple_of(ty.block_size()));
         if !types_fit {
             return Err(mismatch("a layer's cache types cannot be used here"));
         }
@@ -447,10 +448,9 @@ impl<'a> State<'a> {
         }
         // Asked before memory is: a length that lies must not allocate.
         let exact_rows = exact.map_or(0, Span::n_rows);
-        let bytes =
-            rows.checked_mul(format.row_bytes(hparams.kv_width())).ok_or(StateError::Damaged("it ends too early"))?;
+        let bytes = rows.checked_mul(format.row_bytes(width)).ok_or(StateError::Damaged("it ends too early"))?;
         let rows = reader.bytes(bytes)?;
-        let exact = reader.bytes(exact_rows * format.exact().row_bytes(hparams.kv_width()))?;
+        let exact = reader.bytes(exact_rows * format.exact().row_bytes(width))?;
         let state = reader.bytes(plan.state.map_or(0, StateSize::bytes))?;
         Ok(LayerRows { header, rows, exact, state })
     }

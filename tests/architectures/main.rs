@@ -9,6 +9,7 @@ mod common;
 mod dense;
 mod experts;
 mod hybrid;
+mod shared;
 
 use std::path::Path;
 

@@ -16,6 +16,8 @@ pub(in crate::model) struct SelfAttention {
     /// Norms of queries and keys: of each head, or of all heads together when they are as wide.
     pub q_norm: Option<Norm>,
     pub k_norm: Option<Norm>,
+    /// A norm of each head's values.
+    pub v_norm: Option<Norm>,
     /// Whether RoPE comes before these norms.
     pub rope_before_norms: bool,
     /// Queries, keys and values lie within ± this.
@@ -36,53 +38,80 @@ pub(in crate::model) struct SelfAttention {
 }
 
 pub(in crate::model) enum Projections {
-    Separate { q: Linear, k: Linear, v: Linear },
+    /// Without `v` the keys, as their product gives them, are the values too.
+    Separate { q: Linear, k: Linear, v: Option<Linear> },
+    /// `kv_width` is 0 where keys and values are another layer's all the same.
     Fused { qkv: Linear, q_width: usize, kv_width: usize },
+    /// Keys and values are another layer's.
+    Queries(Linear),
+}
+
+/// How an attention's tensors differ from the plain one's.
+#[derive(Debug, Clone, Copy, Default)]
+struct Kind {
+    gate_in_queries: bool,
+    values_from_keys: bool,
 }
 
 impl SelfAttention {
     /// `attn_q`, `attn_k`, `attn_v` (or `attn_qkv` for all three) and `attn_output` of a layer, with the model's RoPE.
     pub fn load(b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
-        b.keys.all_equal("attention.head_count", &b.hparams.n_heads)?;
-        SelfAttention::load_with(b, layer, false)
+        check_alike(b)?;
+        SelfAttention::load_with(b, layer, Kind::default())
     }
 
-    /// As [`SelfAttention::load`] where layers may differ in their query heads.
+    /// As [`SelfAttention::load`] where layers may differ in their heads.
     pub fn load_with_own_heads(b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
-        SelfAttention::load_with(b, layer, false)
+        SelfAttention::load_with(b, layer, Kind::default())
+    }
+
+    /// As [`SelfAttention::load_with_own_heads`]; without `attn_v` the keys, as their product gives them, are the values too.
+    pub fn load_with_values_from_keys(b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
+        SelfAttention::load_with(b, layer, Kind { values_from_keys: true, ..Kind::default() })
     }
 
     /// As [`SelfAttention::load`], with a gate of the output behind each head's queries.
     pub fn load_gated(b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
-        b.keys.all_equal("attention.head_count", &b.hparams.n_heads)?;
-        SelfAttention::load_with(b, layer, true)
+        check_alike(b)?;
+        SelfAttention::load_with(b, layer, Kind { gate_in_queries: true, ..Kind::default() })
     }
 
-    fn load_with(b: &mut Builder<'_>, layer: usize, gate_in_queries: bool) -> Result<SelfAttention, Error> {
+    fn load_with(b: &mut Builder<'_>, layer: usize, kind: Kind) -> Result<SelfAttention, Error> {
         if !b.hparams.attends[layer] {
             let why = format!("is zero for layer {layer}, which attends in this architecture");
             return Err(b.keys.error("attention.head_count_kv", why));
         }
-        let (n_embd, head_size) = (b.hparams.n_embd, b.hparams.head_size);
-        let (attended_width, kv_width) = (head_size * b.hparams.n_heads[layer], head_size * b.hparams.n_head_kv);
-        let q_width = if gate_in_queries { 2 * attended_width } else { attended_width };
+        let (n_embd, head_size) = (b.hparams.n_embd, b.hparams.head_sizes[layer]);
+        let (attended_width, kv_width) = (head_size * b.hparams.n_heads[layer], b.hparams.kv_width(layer));
+        let q_width = if kind.gate_in_queries { 2 * attended_width } else { attended_width };
         let name = |part: &str| format!("blk.{layer}.attn_{part}");
+        let has_own = b.hparams.has_store(layer);
+        if !has_own {
+            // Files may have them for all layers.
+            ["k.", "k_norm.", "v."].iter().for_each(|part| b.loader.ignore(name(part)));
+        }
         let projections = if b.loader.has(&format!("{}.weight", name("qkv"))) {
             let qkv = Linear::load(b, &name("qkv"), [n_embd, q_width + 2 * kv_width])?;
-            Projections::Fused { qkv, q_width, kv_width }
+            Projections::Fused { qkv, q_width, kv_width: if has_own { kv_width } else { 0 } }
+        } else if !has_own {
+            Projections::Queries(Linear::load(b, &name("q"), [n_embd, q_width])?)
         } else {
             Projections::Separate {
                 q: Linear::load(b, &name("q"), [n_embd, q_width])?,
                 k: Linear::load(b, &name("k"), [n_embd, kv_width])?,
-                v: Linear::load(b, &name("v"), [n_embd, kv_width])?,
+                v: match kind.values_from_keys && !b.loader.has(&format!("{}.weight", name("v"))) {
+                    true => None,
+                    false => Some(Linear::load(b, &name("v"), [n_embd, kv_width])?),
+                },
             }
         };
         Ok(SelfAttention {
             projections,
-            gate_in_queries,
+            gate_in_queries: kind.gate_in_queries,
             head_size,
             q_norm: None,
             k_norm: None,
+            v_norm: None,
             rope_before_norms: false,
             clamp: None,
             rope: Some(b.hparams.rope.clone()),
@@ -100,7 +129,9 @@ impl SelfAttention {
     /// Adds the norms `attn_q_norm` and `attn_k_norm` over each head.
     pub fn with_head_norms(mut self, b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
         self.q_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_q_norm"), self.head_size)?);
-        self.k_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_k_norm"), self.head_size)?);
+        if b.hparams.has_store(layer) {
+            self.k_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_k_norm"), self.head_size)?);
+        }
         Ok(self)
     }
 
@@ -114,7 +145,7 @@ impl SelfAttention {
 
     /// Adds LayerNorms `attn_q_norm` and `attn_k_norm` of each head, with weights of its own.
     pub fn with_centred_head_norms(mut self, b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
-        let (n_head, n_head_kv) = (b.hparams.n_heads[layer], b.hparams.n_head_kv);
+        let (n_head, n_head_kv) = (b.hparams.n_heads[layer], b.hparams.n_heads_kv[layer]);
         let name = |part: &str| format!("blk.{layer}.attn_{part}_norm");
         self.q_norm = Some(Norm::centred_heads(b, &name("q"), [self.head_size, n_head])?);
         self.k_norm = Some(Norm::centred_heads(b, &name("k"), [self.head_size, n_head_kv])?);
@@ -141,7 +172,7 @@ impl SelfAttention {
 
     /// Adds the norms `attn_q_norm` and `attn_k_norm` over all heads together.
     pub fn with_row_norms(mut self, b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
-        let (q_width, kv_width) = (self.head_size * b.hparams.n_heads[layer], self.head_size * b.hparams.n_head_kv);
+        let (q_width, kv_width) = (self.head_size * b.hparams.n_heads[layer], b.hparams.kv_width(layer));
         self.q_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_q_norm"), q_width)?);
         self.k_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_k_norm"), kv_width)?);
         Ok(self)
@@ -155,19 +186,25 @@ impl SelfAttention {
 
     /// `input` `[n_embd, n]` → `[n_embd, n]`.
     pub fn apply(&self, graph: &Graph, step: &LayerStep<'_>, input: &Tensor, attention: &mut dyn Attention) -> Tensor {
-        let [q, k, v] = self.project(graph, input);
+        let (q, own) = self.project(graph, input);
         let (q, gate) = self.split_gate(graph, q);
         let q = self.norm_and_rotate(graph, step, &q, self.q_norm.as_ref());
-        let k = self.norm_and_rotate(graph, step, &k, self.k_norm.as_ref());
+        let own = own.map(|[k, v]| (self.norm_and_rotate(graph, step, &k, self.k_norm.as_ref()), v));
         let q = match &self.temperature {
             Some(temperature) => graph.mul(&q, &temperature.of(graph, step.positions)),
             None => q,
         };
         let q = self.query_scale.map_or_else(|| q.clone(), |factor| graph.scale(&q, factor));
-        let v = self.heads(graph, &v);
-        let [q, k, v] = [q, k, v].map(|heads| graph.contiguous_if_needed(&heads));
         let options = AttentionOptions { scale: self.scale, softcap: self.softcap, sinks: self.sinks.as_ref() };
-        let attended = attention.attend(graph, step.index, &q, &k, &v, &options);
+        let q = graph.contiguous_if_needed(&q);
+        let attended = match own {
+            Some((k, v)) => {
+                let v = self.norm_heads(graph, &v, self.v_norm.as_ref());
+                let [k, v] = [k, v].map(|heads| graph.contiguous_if_needed(&heads));
+                attention.attend(graph, step.index, &q, &k, &v, &options)
+            }
+            None => attention.attend_shared(graph, step.index, &q, &options),
+        };
         let attended = match gate {
             Some(gate) => graph.mul(&attended, &graph.sigmoid(&gate)),
             None => self.gated(graph, input, attended),
@@ -201,12 +238,16 @@ impl SelfAttention {
         graph.reshape(&weighed, &[width, n])
     }
 
-    /// Queries, keys and values as rows.
-    fn project(&self, graph: &Graph, input: &Tensor) -> [Tensor; 3] {
+    /// Queries, and keys and values where they are the layer's own, as rows.
+    fn project(&self, graph: &Graph, input: &Tensor) -> (Tensor, Option<[Tensor; 2]>) {
+        let project = |linear: &Linear| self.clamped(graph, linear.apply(graph, input));
         match &self.projections {
             Projections::Separate { q, k, v } => {
-                [q, k, v].map(|linear| self.clamped(graph, linear.apply(graph, input)))
+                let (q, k) = (project(q), project(k));
+                let v = v.as_ref().map_or_else(|| k.clone(), project);
+                (q, Some([k, v]))
             }
+            Projections::Queries(q) => (project(q), None),
             Projections::Fused { qkv, q_width, kv_width } => {
                 let all = self.clamped(graph, qkv.apply(graph, input));
                 let [_, n, ..] = all.shape();
@@ -214,7 +255,8 @@ impl SelfAttention {
                 let part = |width: usize, first: usize| {
                     graph.view(&all, [width, n, 1], [row_bytes, n * row_bytes], first * element_bytes)
                 };
-                [part(*q_width, 0), part(*kv_width, *q_width), part(*kv_width, q_width + kv_width)]
+                let own = || [part(*kv_width, *q_width), part(*kv_width, q_width + kv_width)];
+                (part(*q_width, 0), (*kv_width > 0).then(own))
             }
         }
     }
@@ -253,6 +295,13 @@ impl SelfAttention {
         let shape = [self.head_size, width / self.head_size, n];
         graph.view(rows, shape, [self.head_size * element_bytes, row_bytes], 0)
     }
+}
+
+/// That all layers that attend have as many heads.
+fn check_alike(b: &Builder<'_>) -> Result<(), Error> {
+    b.keys.all_equal("attention.head_count", &b.hparams.n_heads)?;
+    b.keys.all_equal("attention.head_count_kv", &b.hparams.n_heads_kv)?;
+    Ok(())
 }
 
 /// Divisors of RoPE's frequencies.
