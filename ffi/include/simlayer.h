@@ -86,6 +86,7 @@ enum simlayer_kind {
     SIMLAYER_KIND_RECURRENT   = 3, // a recurrent state of fixed size, and no keys and values
     SIMLAYER_KIND_CONVOLUTION = 4, // a convolution's last columns
     SIMLAYER_KIND_NOTHING     = 5, // a feed-forward alone
+    SIMLAYER_KIND_SHARED      = 6, // reads the keys and values of another layer, and is as lazy as that one
 };
 
 struct simlayer_layer {

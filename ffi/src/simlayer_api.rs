@@ -263,6 +263,7 @@ unsafe extern "C" fn simlayer_get_layers(
                 LayerKind::Recurrent => 3,
                 LayerKind::Convolution => 4,
                 LayerKind::Nothing => 5,
+                LayerKind::Shared => 6,
             };
             let layer = Layer {
                 index: report.index as i32,

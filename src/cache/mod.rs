@@ -31,7 +31,7 @@ pub struct KvReport {
     /// `f16_bytes / allocated_bytes`; 0 while nothing is allocated.
     pub compression: f64,
     pub lazy_layers: usize,
-    /// Layers that attend to the tokens before and are not lazy.
+    /// Layers with keys and values of their own that are not lazy.
     pub active_layers: usize,
     /// How far the prompt's logits moved with the lazy layers, in nats, where the policy goes by that.
     #[serde(skip_serializing_if = "Option::is_none")]

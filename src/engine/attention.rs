@@ -26,9 +26,19 @@ pub(super) struct CacheAttention<'a> {
     pub look: Look,
     /// The layers' scores, where they are of attention mass.
     pub scores: Vec<Score>,
+    /// Keys and values of the ubatch's tokens that layers to come read as well.
+    pub shared: Vec<Shared>,
     /// What the last layer's state has given for all tokens of the ubatch, where it has one: a second look at the layer
     /// finds it there, for nothing of it depends on what is seen.
     pub recurred: Option<Tensor>,
+}
+
+/// A part's keys and values in a layer that others share.
+pub(super) struct Shared {
+    part: usize,
+    layer: usize,
+    k: Tensor,
+    v: Tensor,
 }
 
 /// What queries do with the caches.
@@ -51,15 +61,11 @@ impl Attention for CacheAttention<'_> {
         v: &Tensor,
         options: &AttentionOptions<'_>,
     ) -> Tensor {
-        let mut attended: Option<Tensor> = None;
-        for part in 0..self.parts.len() {
-            let one = self.attend_part(graph, (part, layer), q, k, v, options);
-            attended = Some(match attended {
-                Some(others) => graph.concat(&others, &one, 1),
-                None => one,
-            });
-        }
-        attended.expect("a ubatch has at least one part")
+        self.attend_parts(graph, layer, q, Some([k, v]), options)
+    }
+
+    fn attend_shared(&mut self, graph: &Graph, layer: usize, q: &Tensor, options: &AttentionOptions<'_>) -> Tensor {
+        self.attend_parts(graph, layer, q, None, options)
     }
 
     fn recur(
@@ -105,23 +111,45 @@ impl CacheAttention<'_> {
         &self.setup.layers[layer].plan
     }
 
+    fn attend_parts(
+        &mut self,
+        graph: &Graph,
+        layer: usize,
+        q: &Tensor,
+        own: Option<[&Tensor; 2]>,
+        options: &AttentionOptions<'_>,
+    ) -> Tensor {
+        let mut attended: Option<Tensor> = None;
+        for part in 0..self.parts.len() {
+            let one = self.attend_part(graph, (part, layer), q, own, options);
+            attended = Some(match attended {
+                Some(others) => graph.concat(&others, &one, 1),
+                None => one,
+            });
+        }
+        attended.expect("a ubatch has at least one part")
+    }
+
+    /// `own`: the tokens' keys and values, of a layer that has some.
     fn attend_part(
         &mut self,
         graph: &Graph,
-        (index, layer): (usize, usize),
+        (index, reader): (usize, usize),
         q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
+        own: Option<[&Tensor; 2]>,
         options: &AttentionOptions<'_>,
     ) -> Tensor {
         let part = self.parts[index];
         let layers: &[LayerCache] = self.caches[index];
+        let hparams = self.setup.model.hparams();
+        // Whose keys and values are read: all but the queries is that layer's.
+        let layer = hparams.owner(reader);
+        let last_reader = hparams.last_reader(layer);
         let (cache, rotations) = (&layers[layer], &self.setup.layers[layer].rotations);
         let format = store(cache).format;
-        let (mut q, mut k) = (slice(graph, q, &part), slice(graph, k, &part));
+        let mut q = slice(graph, q, &part);
         if format.rotate_k {
             q = rotations.rotate_key(graph, &q);
-            k = rotations.rotate_key(graph, &k);
         }
         // `[head size, tokens, heads]`: what attention wants.
         let queries = swapped(graph, &q);
@@ -138,12 +166,28 @@ impl CacheAttention<'_> {
         if let Look::Again(span) = self.look {
             return joined(self.attend_again(graph, (index, layer), cache, &queries, span, options));
         }
-        let k = rows(graph, &k);
-        let v = if self.plan(layer).rows.values_in_keys {
-            k.clone()
-        } else {
-            let v = slice(graph, v, &part);
-            rows(graph, &if format.rotate_v { rotations.rotate_value(graph, &v) } else { v })
+        let [k, v] = match own {
+            Some([k, v]) => {
+                let mut k = slice(graph, k, &part);
+                if format.rotate_k {
+                    k = rotations.rotate_key(graph, &k);
+                }
+                let k = rows(graph, &k);
+                let v = if self.plan(layer).rows.values_in_keys {
+                    k.clone()
+                } else {
+                    let v = slice(graph, v, &part);
+                    rows(graph, &if format.rotate_v { rotations.rotate_value(graph, &v) } else { v })
+                };
+                if last_reader != layer {
+                    self.shared.push(Shared { part: index, layer, k: k.clone(), v: v.clone() });
+                }
+                [k, v]
+            }
+            None => {
+                let known = self.shared.iter().find(|shared| (shared.part, shared.layer) == (index, layer));
+                known.map(|shared| [shared.k.clone(), shared.v.clone()]).expect("the owner's graph is built before")
+            }
         };
         let own = Own { queries, k, v };
 
@@ -151,14 +195,22 @@ impl CacheAttention<'_> {
         // that an earlier one's window still holds, or where the newest tokens of a quantised cache are to be exact.
         let overwrites = cache.span.is_some_and(|span| part.n_past + part.n > span.n_rows());
         let write_first = part.n == 1 || !(overwrites || cache.exact.is_some());
-        if write_first {
-            self.write(graph, index, cache, &own);
+        let is_owner = reader == layer;
+        if write_first && is_owner {
+            self.write(graph, index, cache, &own, Which::Both);
         }
         let attended = self.attend_cache(graph, (index, layer), cache, &own, write_first, options);
         if !write_first {
-            // Nodes run in the order in which they are added.
+            // Nodes run in the order in which they are added. The last layer that reads them writes the rings; a store that
+            // keeps all is written at once, for its scores.
             graph.expand(&attended);
-            self.write(graph, index, cache, &own);
+            match (is_owner && !overwrites, reader == last_reader) {
+                (true, true) => self.write(graph, index, cache, &own, Which::Both),
+                (true, false) => self.write(graph, index, cache, &own, Which::Main),
+                (false, true) if overwrites => self.write(graph, index, cache, &own, Which::Both),
+                (false, true) => self.write(graph, index, cache, &own, Which::Exact),
+                (false, false) => {}
+            }
         }
         if self.look == (Look::First { scored: true }) && part.n_score > 0 && cache.span.is_none() {
             self.score(graph, (index, layer), cache, &own.queries, options);
@@ -186,12 +238,11 @@ impl CacheAttention<'_> {
     }
 
     /// Writes the tokens' rows into the layer's stores.
-    fn write(&mut self, graph: &Graph, index: usize, cache: &LayerCache, own: &Own) {
+    fn write(&mut self, graph: &Graph, index: usize, cache: &LayerCache, own: &Own, which: Which) {
         let part = self.parts[index];
-        let stores = [
-            cache.store.as_ref().map(|store| (store, cache.span)),
-            cache.exact.as_ref().map(|exact| (&exact.store, Some(exact.span))),
-        ];
+        let main = cache.store.as_ref().filter(|_| which != Which::Exact);
+        let exact = cache.exact.as_ref().filter(|_| which != Which::Main);
+        let stores = [main.map(|store| (store, cache.span)), exact.map(|exact| (&exact.store, Some(exact.span)))];
         for (store, span) in stores.into_iter().flatten() {
             let values = store.own_value_rows().map(|stored| (&own.v, stored));
             for (own, stored) in std::iter::once((&own.k, &store.k)).chain(values) {
@@ -388,6 +439,14 @@ fn attention(
 /// Heads and tokens in each other's place.
 fn swapped(graph: &Graph, heads: &Tensor) -> Tensor {
     graph.permute(heads, [0, 2, 1, 3])
+}
+
+/// Which of a layer's stores are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Which {
+    Both,
+    Main,
+    Exact,
 }
 
 /// A part's tokens, rotated as the store is: queries `[head size, tokens, heads]`, keys and values as rows.

@@ -6,7 +6,7 @@ use super::{
     batch::Part,
     inputs::Inputs,
     layer::LayerCache,
-    score::{SCORE_NAME, Score},
+    score::{self, SCORE_NAME, Scored},
     setup::Setup,
     step::{Output, Step, Stretch},
 };
@@ -49,14 +49,6 @@ struct Key {
     n_outputs: usize,
     /// For each part and layer: its store, how many rows attention reads, and its state's store.
     stores: Vec<(u64, usize, u64)>,
-}
-
-/// A layer's score in one part.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Scored {
-    pub part: usize,
-    pub layer: usize,
-    pub value: f32,
 }
 
 impl Executor {
@@ -122,8 +114,7 @@ impl Executor {
         if let Some(output) = &step.output {
             self.read(output);
         }
-        let scored = |score: &Score| Scored { part: score.part, layer: score.layer, value: score.value() };
-        Ok(step.scores.iter().map(scored).collect())
+        Ok(score::joined(&step.scores))
     }
 
     /// As [`Executor::run`], but where nothing is read of the step devices may still be at it when this returns.

@@ -25,8 +25,9 @@ use std::{
 use super::{
     batch::{BatchEntry, Part},
     error::Error,
-    executor::{Executor, Scored},
+    executor::Executor,
     layer::{LayerCache, resumable},
+    score::Scored,
     sequence::{Looked, Sequence},
     setup::{LayerSetup, Setup},
     snapshot::Snapshot,

@@ -24,8 +24,10 @@ pub(super) struct LayerCache {
     pub lazy: bool,
     pub score: Option<f32>,
     pub format: Format,
-    /// Whether it attends to the tokens before: it has no rows otherwise.
+    /// Whether it has keys and values of its own: it has no rows otherwise.
     attends: bool,
+    /// The layer whose keys and values it reads, where it has none.
+    shares: Option<usize>,
     /// Its recurrent state, where it has one.
     pub state: Option<StateStore>,
 }
@@ -69,6 +71,8 @@ pub enum LayerKind {
     Convolution,
     /// Nothing: a feed-forward alone.
     Nothing,
+    /// Nothing: it reads the keys and values of another layer, and what is lazy there is lazy here.
+    Shared,
 }
 
 impl fmt::Display for LayerKind {
@@ -80,6 +84,7 @@ impl fmt::Display for LayerKind {
             LayerKind::Recurrent => "recurrent",
             LayerKind::Convolution => "convolution",
             LayerKind::Nothing => "nothing",
+            LayerKind::Shared => "shared",
         })
     }
 }
@@ -89,10 +94,12 @@ impl fmt::Display for LayerKind {
 #[non_exhaustive]
 pub struct LayerReport {
     pub index: usize,
-    /// Its attention mass on sink and window when it was last scored.
+    /// Its attention mass on sink and window when it was last scored; that of all layers that read its keys and values.
     pub score: Option<f32>,
     pub lazy: bool,
     pub kind: LayerKind,
+    /// The layer whose keys and values it reads, where it has none of its own.
+    pub shares: Option<usize>,
     /// Recent tokens that it keeps, the newest included; `None` when it keeps all.
     pub window: Option<usize>,
     /// Bytes of its buffers, with those of its state.
@@ -103,8 +110,9 @@ pub struct LayerReport {
 
 impl LayerCache {
     pub fn new(span: Option<Span>, lazy: bool, format: Format, setup: &LayerSetup) -> LayerCache {
-        let attends = setup.plan.attends;
-        LayerCache { store: None, exact: None, span, held_from: 0, lazy, score: None, format, attends, state: None }
+        let (store, exact, score, state) = (None, None, None, None);
+        let (attends, shares) = (setup.plan.attends, setup.plan.shares);
+        LayerCache { store, exact, span, held_from: 0, lazy, score, format, attends, shares, state }
     }
 
     /// The layer in a sequence without tokens: full, unless it is restricted from the first token on.
@@ -118,7 +126,7 @@ impl LayerCache {
         self.attends && self.span.is_none()
     }
 
-    /// Whether it has keys and values of the tokens before.
+    /// Whether it has keys and values of its own.
     pub fn attends(&self) -> bool {
         self.attends
     }
@@ -283,8 +291,9 @@ impl LayerCache {
             }
             None => None,
         };
-        let (span, score, attends) = (lazy_span.or(self.span), self.score, self.attends);
-        Ok(LayerCache { store, exact, span, held_from, lazy, score, format, attends, state })
+        let (span, score) = (lazy_span.or(self.span), self.score);
+        let (attends, shares) = (self.attends, self.shares);
+        Ok(LayerCache { store, exact, span, held_from, lazy, score, format, attends, shares, state })
     }
 
     /// Rows were written up to `end` tokens: a ring has lost what was in them.
@@ -299,6 +308,7 @@ impl LayerCache {
             _ if !self.attends => match &self.state {
                 Some(StateStore { matrices: Some(_), .. }) => LayerKind::Recurrent,
                 Some(_) => LayerKind::Convolution,
+                None if self.shares.is_some() => LayerKind::Shared,
                 None => LayerKind::Nothing,
             },
             (true, _) => LayerKind::Lazy,
@@ -309,7 +319,16 @@ impl LayerCache {
         let state_bytes = self.state.as_ref().map_or(0, StateStore::bytes);
         let kv_bytes = stores.map(Store::bytes).sum::<usize>() + state_bytes;
         let window = self.span.map(|span| span.n_window);
-        LayerReport { index, score: self.score, lazy: self.lazy, kind, window, kv_bytes, state_bytes }
+        LayerReport {
+            index,
+            score: self.score,
+            lazy: self.lazy,
+            kind,
+            shares: self.shares,
+            window,
+            kv_bytes,
+            state_bytes,
+        }
     }
 }
 

@@ -45,6 +45,8 @@ pub struct PlannedCache {
     pub index: usize,
     /// What it is by the model's design, or [`LayerKind::Lazy`] where the rule names it.
     pub kind: LayerKind,
+    /// The layer whose keys and values it reads, where it has none of its own.
+    pub shares: Option<usize>,
     /// Bytes with no layer lazy, its recurrent state included.
     pub kv_bytes: usize,
     /// Bytes once it is lazy; the same where it cannot become so.
@@ -73,9 +75,9 @@ pub fn plan(path: &Path, model: &ModelParams, session: &SessionParams) -> Result
     devices.extend(placement.devices());
     let plans = devices.into_iter().map(|device| {
         let layers: Vec<usize> = (0..hparams.n_layer).filter(|&layer| placement.layer(layer) == device).collect();
-        let kernel = kernel(session, &hparams, device);
-        let plan = |&layer: &usize| LayerPlan::new(session, &hparams, layer, device, kernel);
-        let cache = |layer: &usize| cache(&plan(layer), *layer, n_ctx, &session.lazy.policy);
+        let plan =
+            |layer: usize| LayerPlan::new(session, &hparams, layer, device, kernel(session, &hparams, layer, device));
+        let cache = |layer: &usize| cache(&plan(*layer), *layer, n_ctx, &session.lazy.policy);
         let caches: Vec<PlannedCache> = layers.iter().map(cache).collect();
         let lazy_bytes = |share: f64| {
             let bytes = caches.iter().map(|cache| {
@@ -111,9 +113,10 @@ fn cache(plan: &LayerPlan, index: usize, n_ctx: usize, policy: &Policy) -> Plann
         (true, _) => LayerKind::Full,
         (false, Some(state)) if state.matrices > 0 => LayerKind::Recurrent,
         (false, Some(_)) => LayerKind::Convolution,
+        (false, None) if plan.shares.is_some() => LayerKind::Shared,
         (false, None) => LayerKind::Nothing,
     };
-    PlannedCache { index, kind, kv_bytes, lazy_kv_bytes, state_bytes: state_bytes(plan) }
+    PlannedCache { index, kind, shares: plan.shares, kv_bytes, lazy_kv_bytes, state_bytes: state_bytes(plan) }
 }
 
 fn state_bytes(plan: &LayerPlan) -> usize {

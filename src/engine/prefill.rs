@@ -5,7 +5,7 @@
 //! stores, one layer's scratch and the hidden states.
 //!
 //! A card waits while a graph is built, and computes its masks anew in each: there some layers go together, an eighth of
-//! them, or all where nothing will be smaller than its scratch.
+//! them, or all where nothing will be smaller than its scratch. So do a layer and those that read its keys and values.
 
 use std::ops::Range;
 
@@ -31,7 +31,7 @@ use crate::{
 /// Rows of logits that are computed at once.
 const OUTPUT_ROWS: usize = 512;
 
-/// The hidden states of one piece of a prompt, `[n_embd, n]`, in memory of their own: where they go from one device to
+/// The hidden states of one piece of a prompt, `[width, n]`, in memory of their own: where they go from one device to
 /// the next, no more than a piece of them is held twice.
 struct Hidden {
     states: Tensor,
@@ -42,9 +42,9 @@ struct Hidden {
 }
 
 impl Hidden {
-    fn new(n_embd: usize, tokens: Range<usize>, device: Device, meter: &Meter) -> Result<Hidden, Error> {
+    fn new(width: usize, tokens: Range<usize>, device: Device, meter: &Meter) -> Result<Hidden, Error> {
         let context = Context::new(1);
-        let states = context.tensor(Type::F32, &[n_embd, tokens.len()]).named("hidden");
+        let states = context.tensor(Type::F32, &[width, tokens.len()]).named("hidden");
         let bytes = context.alloc(device.buffer_type(), "the prompt's hidden states")?;
         Ok(Hidden { states, device, tokens, _lease: meter.lease(bytes) })
     }
@@ -55,8 +55,8 @@ impl Hidden {
         if self.device == device {
             return Ok(());
         }
-        let n_embd = self.states.shape()[0];
-        let moved = Hidden::new(n_embd, self.tokens.clone(), device, meter)?;
+        let width = self.states.shape()[0];
+        let moved = Hidden::new(width, self.tokens.clone(), device, meter)?;
         moved.states.write(0, &self.states.to_f32());
         *self = moved;
         Ok(())
@@ -99,7 +99,8 @@ fn read_layers(
     let (params, n_tokens) = (&setup.params, entry.tokens.len());
     let hparams = setup.model.hparams();
     let device = |layer: usize| setup.layers[layer].plan.device;
-    let piece = |tokens| Hidden::new(hparams.n_embd, tokens, device(0), &setup.meter);
+    let width = setup.model.architecture().width();
+    let piece = |tokens| Hidden::new(width, tokens, device(0), &setup.meter);
     let anchor = guard::anchor(sequence, entry, setup);
     sequence.anchor = anchor.map(|at| Snapshot::empty(at, setup.layers.len()));
     let pieces = pieces_cut(n_tokens, anchor, params.n_ubatch, params.lazy.n_queries);
@@ -261,7 +262,7 @@ fn add_output(setup: &Setup, executor: &mut Executor, entry: &BatchEntry<'_>, hi
     for Hidden { states, tokens: piece, .. } in hidden {
         for start in (first.max(piece.start)..piece.end).step_by(OUTPUT_ROWS) {
             let n = OUTPUT_ROWS.min(piece.end - start);
-            let graph = setup.graph(32);
+            let graph = setup.graph(Setup::max_nodes(1));
             let rows = graph.rows(states, start - piece.start, n);
             let output = setup.output(&graph, &rows, executor.wants_embeddings);
             executor.run_output(&graph, &output)?;

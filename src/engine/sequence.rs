@@ -69,19 +69,19 @@ impl Sequence {
     }
 
     /// A copy with caches of its own, in which the layers `lazy` become lazy, as far as they are active, and the active
-    /// ones have the format `active`, where one is given. Tokens that were cut off are not in it.
+    /// ones have the formats `active`, one a layer, where they are given. Tokens that were cut off are not in it.
     pub fn copy(
         &self,
         setup: &Setup,
         executor: &mut Executor,
         lazy: &BTreeSet<usize>,
-        active: Option<Format>,
+        active: Option<&[Format]>,
     ) -> Result<Sequence, Error> {
         let n_past = self.n_past();
         let mut layers = Vec::with_capacity(self.layers.len());
         for (index, (layer, setup)) in self.layers.iter().zip(&setup.layers).enumerate() {
             let becomes_lazy = lazy.contains(&index) && layer.is_active();
-            let format = active.filter(|_| !layer.lazy);
+            let format = active.map(|formats| formats[index]).filter(|_| !layer.lazy);
             layers.push(layer.copy(n_past, becomes_lazy, format, setup, &mut executor.scheduler)?);
         }
         let mut copy = Sequence::of(self.place, self.tokens.clone(), layers);

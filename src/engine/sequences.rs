@@ -68,7 +68,7 @@ impl Sequences {
             peak_bytes: setup.meter.peak(),
             compression: if allocated_bytes == 0 { 0.0 } else { f16_bytes as f64 / allocated_bytes as f64 },
             lazy_layers,
-            active_layers: hparams.n_attending() - lazy_layers,
+            active_layers: hparams.n_stores() - lazy_layers,
             foretold_kl: longest.and_then(|sequence| sequence.looked).map(|looked| looked.kl),
         }
     }
@@ -152,7 +152,7 @@ impl Sequences {
         executor: &mut Executor,
         (from, to): (SeqId, SeqId),
         lazy: &BTreeSet<usize>,
-        active: Option<Format>,
+        active: Option<&[Format]>,
     ) -> Result<(), Error> {
         self.clear(to, executor);
         if let Some(source) = self.get(from) {

@@ -382,8 +382,8 @@ impl Session {
         types: Option<(Type, Type)>,
     ) -> Result<(), Error> {
         self.sequences.clear(to, &mut self.executor);
-        let active = types.map(|(type_k, type_v)| self.setup.active_format(type_k, type_v)).transpose()?;
-        self.sequences.fork(&self.setup, &mut self.executor, (from, to), lazy, active)
+        let active = types.map(|(type_k, type_v)| self.setup.active_formats(type_k, type_v)).transpose()?;
+        self.sequences.fork(&self.setup, &mut self.executor, (from, to), lazy, active.as_deref())
     }
 }
 

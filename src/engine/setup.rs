@@ -121,8 +121,10 @@ pub(super) struct LayerPlan {
     /// The device, unless the processor can read its memory.
     pub apart: Option<Device>,
     pub kernel: Kernel,
-    /// Whether the layer attends to the tokens before.
+    /// Whether the layer has keys and values of its own.
     pub attends: bool,
+    /// The layer whose keys and values it reads, where it has none.
+    pub shares: Option<usize>,
     /// What it carries from token to token, where it is recurrent.
     pub state: Option<StateSize>,
     /// What its rows of keys and values are made of.
@@ -156,19 +158,20 @@ impl LayerPlan {
             n_slack: if params.keep_prompt_end { BACK } else { 0 },
             chunked: false,
         };
-        let (chunked, rows) = (hparams.chunked, rows(hparams));
+        let (chunked, rows) = (hparams.chunked, rows(hparams, index));
         let by_design = |n_window| Span { n_sink: 0, n_window, n_slack: lazy.n_slack, chunked };
         LayerPlan {
             device,
             apart,
             kernel,
-            attends: hparams.attends[index],
+            attends: hparams.has_store(index),
+            shares: hparams.shares[index],
             state: hparams.states[index],
             rows,
             active: rows.format(params.type_k, params.type_v, params.kv_rotate),
             lazy: lazy_format(params, rows),
             narrow: narrow_format(params, rows).filter(|_| hparams.can_be_lazy(index)),
-            by_design: hparams.windows[index].map(by_design),
+            by_design: hparams.windows[index].filter(|_| hparams.has_store(index)).map(by_design),
             lazy_span: Span {
                 n_window: lazy.window(index),
                 n_sink: lazy.n_sink,
@@ -284,12 +287,13 @@ impl Setup {
     fn layer(&self, index: usize) -> Result<LayerSetup, Error> {
         let (hparams, params) = (self.model.hparams(), &self.params);
         let device = self.model.layer_device(index);
-        let neighbour = self.layers.iter().find(|layer| layer.plan.device == device);
-        let (kernel, rotations) = match neighbour {
+        let is_alike =
+            |other: &usize| self.layers[*other].plan.device == device && hparams.heads(*other) == hparams.heads(index);
+        let (kernel, rotations) = match (0..index).find(is_alike).map(|other| &self.layers[other]) {
             Some(layer) => (layer.plan.kernel, Arc::clone(&layer.rotations)),
             None => {
-                let rotations = Rotations::new(rows(hparams), device.buffer_type())?;
-                (kernel(params, hparams, device), Arc::new(rotations))
+                let rotations = Rotations::new(rows(hparams, index), device.buffer_type())?;
+                (kernel(params, hparams, index, device), Arc::new(rotations))
             }
         };
         let plan = LayerPlan::new(params, hparams, index, device, kernel);
@@ -309,6 +313,9 @@ impl Setup {
         let none_shrinks = lazy.policy == Policy::Off || lazy.windowed_prefill();
         let scratch_stays = none_shrinks && self.layers.iter().all(|layer| layer.at_first().1 == Format::F16);
         let mut groups: Vec<Range<usize>> = Vec::new();
+        let hparams = self.model.hparams();
+        // Who reads a layer's keys and values goes with it: they are there while it is read.
+        let is_read = |group: &Range<usize>, by: usize| group.clone().any(|layer| hparams.last_reader(layer) >= by);
         for (index, layer) in self.layers.iter().enumerate() {
             let at_most = match layer.plan.apart {
                 None => 1,
@@ -316,7 +323,10 @@ impl Setup {
                 Some(_) => n_layer / 8,
             };
             match groups.last_mut() {
-                Some(group) if group.len() < at_most && self.layers[group.start].plan.device == layer.plan.device => {
+                Some(group)
+                    if is_read(group, index)
+                        || (group.len() < at_most && self.layers[group.start].plan.device == layer.plan.device) =>
+                {
                     group.end = index + 1;
                 }
                 _ => groups.push(index..index + 1),
@@ -325,11 +335,11 @@ impl Setup {
         groups
     }
 
-    /// The format of active layers of these types of keys and values.
-    pub fn active_format(&self, type_k: Type, type_v: Type) -> Result<Format, Error> {
+    /// The format of each layer, were it active with these types of keys and values.
+    pub fn active_formats(&self, type_k: Type, type_v: Type) -> Result<Vec<Format>, Error> {
         let params = SessionParams { type_k, type_v, ..self.params.clone() };
         check(&params, self.model.hparams())?;
-        Ok(rows(self.model.hparams()).format(type_k, type_v, params.kv_rotate))
+        Ok(self.layers.iter().map(|layer| layer.plan.rows.format(type_k, type_v, params.kv_rotate)).collect())
     }
 
     /// The rule for the next prompt of a sequence.
@@ -391,9 +401,9 @@ fn adapted(model: &Model, adapters: &[(LoraAdapter, f32)]) -> Result<Adapted, Er
 }
 
 /// What rows of keys and values are made of.
-pub(super) fn rows(hparams: &Hparams) -> RowShape {
-    let &Hparams { n_head_kv: heads, head_size: key_size, value_size, values_in_keys, .. } = hparams;
-    RowShape { heads, key_size, value_size, values_in_keys }
+pub(super) fn rows(hparams: &Hparams, layer: usize) -> RowShape {
+    let [key_size, value_size, _, heads] = hparams.heads(layer);
+    RowShape { heads, key_size, value_size, values_in_keys: hparams.values_in_keys }
 }
 
 /// How lazy layers keep their rows: in four bits where nothing else is asked for and the head sizes allow it.
@@ -418,15 +428,16 @@ fn narrow_format(params: &SessionParams, rows: RowShape) -> Option<Format> {
     is_due.then(|| rows.format(Type::Q4_0, params.type_v, params.kv_rotate))
 }
 
-/// What computes attention on a device.
-pub(super) fn kernel(params: &SessionParams, hparams: &Hparams, device: Device) -> Kernel {
-    let rows = rows(hparams);
+/// What computes a layer's attention on a device.
+pub(super) fn kernel(params: &SessionParams, hparams: &Hparams, index: usize, device: Device) -> Kernel {
+    let rows = rows(hparams, index);
     let active = rows.format(params.type_k, params.type_v, params.kv_rotate);
     let lazy = lazy_format(params, rows);
     let formats = [Format::F16, active, lazy, narrow_format(params, rows).unwrap_or(lazy)];
+    let [.., n_head, _] = hparams.heads(index);
     let can_attend = |format: &Format| {
         let sizes = [rows.key_size, rows.value_size];
-        device.can_attend(sizes, [hparams.n_head, rows.heads], format.k, format.v)
+        device.can_attend(sizes, [n_head, rows.heads], format.k, format.v)
     };
     match params.flash_attn {
         false => Kernel::Separate,
@@ -470,6 +481,10 @@ fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
     if let Policy::Layers(layers) = &params.lazy.policy {
         for &layer in layers {
             let why = match hparams.windows.get(layer) {
+                Some(_) if hparams.owner(layer) != layer => {
+                    let owner = hparams.owner(layer);
+                    format!("it reads the keys and values of layer {owner} and becomes lazy with it; name that one")
+                }
                 Some(_) if !hparams.attends[layer] => {
                     "it keeps nothing that grows with the text (recurrent, or a feed-forward alone); leave it out"
                         .to_owned()
@@ -481,10 +496,12 @@ fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
             return Err(Error::LazyLayer { layer, why });
         }
     }
-    let rows = rows(hparams);
     // Values that are in the keys have the keys' types.
-    let sizes_v = if rows.values_in_keys { vec![] } else { vec![rows.value_size] };
-    let sizes_k = if rows.values_in_keys { vec![rows.key_size, rows.value_size] } else { vec![rows.key_size] };
+    let (keys, values) = (&hparams.head_sizes, &hparams.value_sizes);
+    let (sizes_k, sizes_v) = match hparams.values_in_keys {
+        true => ([&keys[..], values].concat(), Vec::new()),
+        false => (keys.clone(), values.clone()),
+    };
     let (k, v) = ([Some(params.type_k), params.lazy.type_k], [Some(params.type_v), params.lazy.type_v]);
     for (types, sizes) in [(k, sizes_k), (v, sizes_v)] {
         for ty in types.into_iter().flatten() {
@@ -496,7 +513,8 @@ fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
             }
         }
     }
-    if !params.flash_attn && rows.format(params.type_k, params.type_v, params.kv_rotate).v.is_quantized() {
+    let type_v = if hparams.values_in_keys { params.type_k } else { params.type_v };
+    if !params.flash_attn && type_v.is_quantized() {
         return Err(Error::FlashAttention);
     }
     Ok(())

@@ -241,15 +241,15 @@ pub(super) fn bytes(hparams: &Hparams, sequence: Option<&Sequence>, kind: Kind) 
     let sizes = 1 + FINGERPRINT_BYTES + 4 + hparams.architecture.len() + 4 * 4;
     let mut bytes = HEADER_BYTES + sizes + 8 + 8 + 1 + 8 + 8 + CHECKSUM_BYTES;
     if let Some(sequence) = sequence {
-        let shape = rows(hparams);
-        let layer = |layer: &LayerCache| {
+        let layer = |(index, layer): (usize, &LayerCache)| {
+            let shape = rows(hparams, index);
             let header = LayerHeader::of(layer, sequence.n_past(), kind);
             let exact_rows = header.exact.map_or(0, Span::n_rows);
             let rows = header.rows * shape.row_bytes(header.format);
             let state = layer.state.as_ref().map_or(0, StateStore::row_bytes);
             LayerHeader::BYTES + rows + exact_rows * shape.row_bytes(header.format.exact()) + state
         };
-        bytes += size_of_val(&sequence.tokens[..]) + sequence.layers.iter().map(layer).sum::<usize>();
+        bytes += size_of_val(&sequence.tokens[..]) + sequence.layers.iter().enumerate().map(layer).sum::<usize>();
     }
     bytes
 }
@@ -266,7 +266,7 @@ pub(super) fn save(setup: &Setup, sequence: Option<&Sequence>, kind: Kind, to: &
     to.bytes(setup.model.fingerprint())?;
     to.u32(hparams.architecture.len() as u32)?;
     to.bytes(hparams.architecture.as_bytes())?;
-    for size in [hparams.n_layer, hparams.n_embd, hparams.key_width(), hparams.head_size] {
+    for size in [hparams.n_layer, hparams.n_embd, hparams.key_width(0), hparams.head_size] {
         to.u32(size as u32)?;
     }
     let Place { n_past, exact_from, scored: (n_scored, scored_at), score_next, state_row } =
@@ -375,7 +375,7 @@ impl<'a> State<'a> {
         for (name, size) in [
             ("layers", hparams.n_layer),
             ("embedding length", hparams.n_embd),
-            ("width of keys", hparams.key_width()),
+            ("width of keys", hparams.key_width(0)),
             ("head size", hparams.head_size),
         ] {
             let found = reader.u32()? as usize;
@@ -411,7 +411,7 @@ impl<'a> State<'a> {
             header.span = header.span.map(|span| Span { chunked: hparams.chunked, ..span });
         }
         let LayerHeader { lazy, span, format, held_from, rows, exact, .. } = header;
-        let by_design = hparams.windows[index];
+        let by_design = plan.by_design.map(|span| span.n_window);
         match (lazy, span) {
             (true, Some(_)) if hparams.can_be_lazy(index) => {}
             (false, span) if span.map(|span| (span.n_sink, span.n_window)) == by_design.map(|window| (0, window)) => {}

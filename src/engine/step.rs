@@ -96,9 +96,10 @@ impl Setup {
         let positions = inputs.positions(&graph, n_tokens, self.positions_per_token());
         let is_cut = layers.end == n_layer && *n_wanted < n_tokens;
         let keep = is_cut.then(|| inputs.outputs(&graph, (*n_wanted).max(1)));
+        let tokens = inputs.tokens(&graph, n_tokens);
         let mut hidden = match entering {
             Some(states) => (*states).clone(),
-            None => architecture.embed(&graph, &inputs.tokens(&graph, n_tokens)),
+            None => architecture.embed(&graph, &tokens),
         };
         let look = Look::First { scored: self.params.lazy.policy.measure() == Measure::Mass };
         let mut attention = CacheAttention {
@@ -108,19 +109,28 @@ impl Setup {
             setup: self,
             look,
             scores: Vec::new(),
+            shared: Vec::new(),
             recurred: None,
         };
         let (mut looks, mut looked) = (self.second_looks(parts), Vec::new());
         for index in layers.clone() {
             let keep = keep.as_ref().filter(|_| index + 1 == n_layer);
-            let step = LayerStep { index, hidden: &hidden, positions: &positions, keep, n_ctx: self.params.n_ctx };
+            let step = LayerStep {
+                index,
+                hidden: &hidden,
+                tokens: &tokens,
+                own_input: None,
+                positions: &positions,
+                keep,
+                n_ctx: self.params.n_ctx,
+            };
             graph.set_device(self.layers[index].plan.apart);
             attention.recurred = None;
             let result = architecture.layer(&graph, &step, &mut attention);
             let whole = Some(&result).filter(|_| keep.is_none());
             for look in &mut looks {
                 let recurred = attention.recurred.as_ref();
-                looked.extend(self.look_again(&graph, look, caches, index, &hidden, (whole, recurred)));
+                looked.extend(self.look_again(&graph, look, caches, &step, (whole, recurred)));
             }
             hidden = result;
         }
@@ -149,21 +159,21 @@ impl Setup {
             .collect()
     }
 
-    /// The queries' second pass through a layer whose graph is built: `hidden` `[n_embd, tokens]` is what all tokens
-    /// of the ubatch entered it with, `result` what they left it with; `None` where not all of them did; `recurred` what the
-    /// layer's state gave, where it has one. No score of a layer that is no candidate.
+    /// The queries' second pass through a layer whose graph is built: `of_all` is what all tokens of the ubatch entered it
+    /// with, `result` what they left it with; `None` where not all of them did; `recurred` what the layer's state gave, where
+    /// it has one. No score where the layer reads no candidate's keys and values.
     fn look_again(
         &self,
         graph: &Graph,
         look: &mut SecondLook,
         caches: &[&[LayerCache]],
-        index: usize,
-        hidden: &Tensor,
+        of_all: &LayerStep<'_>,
         (result, recurred): (Option<&Tensor>, Option<&Tensor>),
     ) -> Option<Score> {
         let SecondLook { part, queries, inputs } = look;
         let caches = [caches[*part]];
-        if !caches[0][index].is_active() {
+        let owner = self.model.hparams().owner(of_all.index);
+        if !caches[0][owner].is_active() {
             return None;
         }
         let Part { first, n, .. } = queries[0];
@@ -171,17 +181,20 @@ impl Setup {
             graph.expand(result);
         }
         let first_node = graph.n_nodes();
-        let entering = graph.rows(hidden, first, n);
+        let entering = graph.rows(of_all.hidden, first, n);
         let positions = inputs.positions(graph, n, self.positions_per_token());
-        let step = LayerStep { index, hidden: &entering, positions: &positions, keep: None, n_ctx: self.params.n_ctx };
+        let [id_bytes, row_bytes, ..] = of_all.tokens.strides();
+        let tokens = graph.view(of_all.tokens, [n, 1, 1], [row_bytes, row_bytes], first * id_bytes);
+        let step = LayerStep { hidden: &entering, tokens: &tokens, positions: &positions, keep: None, ..*of_all };
         let mut pass = |span| {
             let look = Look::Again(span);
             let recurred = recurred.cloned();
-            let (parts, scores) = (&*queries, Vec::new());
-            let mut attention = CacheAttention { inputs, parts, caches: &caches, setup: self, look, scores, recurred };
+            let (parts, scores, shared) = (&*queries, Vec::new(), Vec::new());
+            let mut attention =
+                CacheAttention { inputs, parts, caches: &caches, setup: self, look, scores, shared, recurred };
             self.model.architecture().layer(graph, &step, &mut attention)
         };
-        let restricted = pass(Some(self.layers[index].plan.lazy_span));
+        let restricted = pass(Some(self.layers[owner].plan.lazy_span));
         let full = match result {
             Some(result) => graph.rows(result, first, n),
             None => pass(None),
@@ -190,6 +203,6 @@ impl Setup {
         graph.expand(&full);
         graph.expand(&restricted);
         graph.name_nodes_from(first_node, SCORE_NAME);
-        Some(Score { part: *part, layer: index, taken: Taken::Outputs { full, restricted, n } })
+        Some(Score { part: *part, layer: owner, taken: Taken::Outputs { full, restricted, n } })
     }
 }

@@ -151,6 +151,14 @@ impl Graph {
         self.device.set(device);
     }
 
+    /// What is built meanwhile is left to the scheduler, whatever [`Graph::set_device`] says: it has the processor's weights.
+    pub fn off_device<T>(&self, build: impl FnOnce() -> T) -> T {
+        let device = self.device.take();
+        let built = build();
+        self.device.set(device);
+        built
+    }
+
     fn at_layer(&self, node: Tensor) -> Tensor {
         if let Some(device) = self.device.get() {
             self.place(&node, device);
@@ -242,6 +250,15 @@ impl Graph {
 
     pub fn square(&self, a: &Tensor) -> Tensor {
         node!(self, [a], ggml_sqr(a.raw()))
+    }
+
+    pub fn sqrt(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_sqrt(a.raw()))
+    }
+
+    /// Each row's mean.
+    pub fn mean_rows(&self, a: &Tensor) -> Tensor {
+        node!(self, [a], ggml_mean(a.raw()))
     }
 
     pub fn relu(&self, a: &Tensor) -> Tensor {

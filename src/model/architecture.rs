@@ -4,14 +4,18 @@ use crate::ggml::{Graph, Tensor};
 
 /// An architecture: how its layers' graphs are built. It knows nothing of sequences or caches.
 pub(crate) trait Architecture: Send + Sync {
-    /// Token ids `[n]` (i32) → hidden states `[n_embd, n]`.
+    /// Elements of a token's hidden states between layers: `n_embd`, or more where an architecture carries several of them
+    /// along.
+    fn width(&self) -> usize;
+
+    /// Token ids `[n]` (i32) → hidden states `[width, n]`.
     fn embed(&self, graph: &Graph, ids: &Tensor) -> Tensor;
 
-    /// Hidden states `[n_embd, n]` through one layer. With `keep` (i32 row numbers) only those tokens are carried on
+    /// Hidden states `[width, n]` through one layer. With `keep` (i32 row numbers) only those tokens are carried on
     /// after the attention: they are all that the output needs of the last layer.
     fn layer(&self, graph: &Graph, step: &LayerStep<'_>, attention: &mut dyn Attention) -> Tensor;
 
-    /// Hidden states `[n_embd, n]` that leave the last layer → the same after the final norm.
+    /// Hidden states `[width, n]` that leave the last layer → `[n_embd, n]` after the final norm.
     fn norm(&self, graph: &Graph, hidden: &Tensor) -> Tensor;
 
     /// Hidden states `[n_embd, n]` after the final norm → logits `[n_vocab, n]`.
@@ -22,6 +26,10 @@ pub(crate) trait Architecture: Send + Sync {
 pub(crate) struct LayerStep<'a> {
     pub index: usize,
     pub hidden: &'a Tensor,
+    /// Token ids `[n]` (i32).
+    pub tokens: &'a Tensor,
+    /// What the layer alone has of the tokens' embeddings, `[width of it, n]`: the architecture's to put in.
+    pub own_input: Option<&'a Tensor>,
     /// Positions of the tokens (i32) `[n]`; `[n × 4]` where each has several, see
     /// [`RopeKind::positions_per_token`](super::RopeKind::positions_per_token).
     pub positions: &'a Tensor,
@@ -31,7 +39,7 @@ pub(crate) struct LayerStep<'a> {
 }
 
 impl LayerStep<'_> {
-    /// The tokens of `[n_embd, n]` that are carried on after the attention.
+    /// The tokens of `[width, n]` that are carried on after the attention.
     pub(super) fn kept(&self, graph: &Graph, rows: &Tensor) -> Tensor {
         self.keep.map_or_else(|| rows.clone(), |keep| graph.get_rows(rows, keep))
     }
@@ -50,6 +58,10 @@ pub(crate) trait Attention {
         v: &Tensor,
         options: &AttentionOptions<'_>,
     ) -> Tensor;
+
+    /// As [`Attention::attend`] for a layer that reads the keys and values of another one
+    /// ([`Hparams::shares`](super::Hparams::shares)), which these tokens went through before.
+    fn attend_shared(&mut self, graph: &Graph, layer: usize, q: &Tensor, options: &AttentionOptions<'_>) -> Tensor;
 
     /// Tokens through the layer's recurrent state: `mix` is called for each sequence in turn, with the columns of all
     /// `inputs` `[width, n]` that are its tokens', and with its state before them. → their outputs `[width, n]`.

@@ -25,12 +25,18 @@ pub struct Hparams {
     pub n_head: usize,
     /// Query heads of each layer.
     pub n_heads: Vec<usize>,
-    /// Key and value heads of a layer; each serves `n_heads[layer] / n_head_kv` query heads.
+    /// Key and value heads of the first layer that has any.
     pub n_head_kv: usize,
-    /// Elements of a head's queries and keys.
+    /// Key and value heads of each layer; each serves `n_heads[layer] / n_heads_kv[layer]` query heads.
+    pub n_heads_kv: Vec<usize>,
+    /// Elements of a head's queries and keys, where layers do not differ in them.
     pub head_size: usize,
-    /// Elements of a head's values.
+    /// Elements of a head's queries and keys in each layer.
+    pub head_sizes: Vec<usize>,
+    /// Elements of a head's values, where layers do not differ in them.
     pub value_size: usize,
+    /// Elements of a head's values in each layer.
+    pub value_sizes: Vec<usize>,
     /// Whether a head's value is the beginning of its key, so that the cache holds keys alone.
     pub values_in_keys: bool,
     /// For each layer the width of its feed-forward.
@@ -42,8 +48,10 @@ pub struct Hparams {
     pub windows: Vec<Option<usize>>,
     /// Whether these are chunks: a query sees of its own chunk what is before it.
     pub chunked: bool,
-    /// For each layer whether it attends to the tokens before: it then has keys and values of them.
+    /// For each layer whether it attends to the tokens before.
     pub attends: Vec<bool>,
+    /// For each layer that attends without keys and values of its own the earlier one whose it reads.
+    pub shares: Vec<Option<usize>>,
     /// For each layer what it carries from token to token besides, where it is recurrent.
     pub states: Vec<Option<StateSize>>,
 }
@@ -90,17 +98,12 @@ impl Hparams {
         let counts = |key: &str| keys.optional_counts(key, n_block, n_layer);
         let n_heads = keys.require("attention.head_count", counts("attention.head_count")?)?;
         // Layers that do not attend have none.
-        let (n_head_kv, attends) = match counts("attention.head_count_kv")? {
-            Some(kv_heads) => {
-                let attends = n_heads.iter().zip(&kv_heads).map(|(&heads, &kv_heads)| heads > 0 && kv_heads > 0);
-                (keys.all_equal("attention.head_count_kv", &kv_heads)?, attends.collect())
-            }
-            None => {
-                (keys.all_equal("attention.head_count", &n_heads)?, n_heads.iter().map(|&heads| heads > 0).collect())
-            }
-        };
-        let n_head = n_heads.iter().copied().find(|&heads| heads > 0).unwrap_or_default();
-        if let Some(n_head) = n_heads.iter().find(|&n_head| n_head % n_head_kv != 0) {
+        let n_heads_kv = counts("attention.head_count_kv")?.unwrap_or_else(|| n_heads.clone());
+        let heads = || n_heads.iter().copied().zip(n_heads_kv.iter().copied());
+        let attends = heads().map(|(n_head, n_head_kv)| n_head > 0 && n_head_kv > 0).collect();
+        let first = |counts: &[usize]| counts.iter().copied().find(|&count| count > 0).unwrap_or_default();
+        let (n_head, n_head_kv) = (first(&n_heads), first(&n_heads_kv));
+        if let Some((n_head, n_head_kv)) = heads().find(|&(n_head, n_kv)| n_kv > 0 && n_head % n_kv != 0) {
             let why = format!("{n_head_kv} KV heads do not divide the {n_head} heads");
             return Err(keys.error("attention.head_count_kv", why));
         }
@@ -138,8 +141,11 @@ impl Hparams {
             n_head,
             n_heads,
             n_head_kv,
+            n_heads_kv,
             head_size,
+            head_sizes: vec![head_size; n_layer],
             value_size,
+            value_sizes: vec![value_size; n_layer],
             values_in_keys: false,
             n_ff: keys
                 .require("feed_forward_length", keys.optional_counts("feed_forward_length", n_block, n_layer)?)?,
@@ -147,48 +153,79 @@ impl Hparams {
             rope: keys.rope(n_rot, n_ctx_train)?,
             windows: vec![None; n_layer],
             attends,
+            shares: vec![None; n_layer],
             states: vec![None; n_layer],
             chunked: false,
             architecture: keys.architecture.to_owned(),
         })
     }
 
-    /// Bytes that one token takes in an uncompressed f16 cache, over all layers that attend.
+    /// Bytes that one token takes in an uncompressed f16 cache, over all layers with keys and values of their own.
     pub fn f16_kv_bytes_per_token(&self) -> usize {
-        self.n_attending() * self.f16_kv_bytes_per_layer()
+        self.stores().map(|layer| self.f16_kv_bytes_per_layer(layer)).sum()
     }
 
     /// Bytes that a sequence of `n` tokens takes uncompressed, with an f16 cache: layers that are sliding-window by design
     /// hold their window, recurrent ones their state.
     pub fn f16_kv_bytes(&self, n: usize) -> usize {
-        let attending = self.windows.iter().zip(&self.attends).filter(|&(_, &attends)| attends);
-        let tokens: usize = attending.map(|(window, _)| window.map_or(n, |window| n.min(window))).sum();
+        let held = |layer: usize| self.windows[layer].map_or(n, |window| n.min(window));
+        let rows: usize = self.stores().map(|layer| held(layer) * self.f16_kv_bytes_per_layer(layer)).sum();
         let states: usize = self.states.iter().flatten().map(|state| state.bytes()).sum();
-        tokens * self.f16_kv_bytes_per_layer() + if n > 0 { states } else { 0 }
+        rows + if n > 0 { states } else { 0 }
     }
 
-    fn f16_kv_bytes_per_layer(&self) -> usize {
-        (self.key_width() + if self.values_in_keys { 0 } else { self.value_width() }) * 2
+    fn f16_kv_bytes_per_layer(&self, layer: usize) -> usize {
+        (self.key_width(layer) + if self.values_in_keys { 0 } else { self.value_width(layer) }) * 2
     }
 
     /// Elements of a token's keys in one layer.
-    pub(crate) fn key_width(&self) -> usize {
-        self.head_size * self.n_head_kv
+    pub(crate) fn key_width(&self, layer: usize) -> usize {
+        self.head_sizes[layer] * self.n_heads_kv[layer]
     }
 
     /// Elements of a token's values in one layer.
-    pub(crate) fn value_width(&self) -> usize {
-        self.value_size * self.n_head_kv
+    pub(crate) fn value_width(&self, layer: usize) -> usize {
+        self.value_sizes[layer] * self.n_heads_kv[layer]
     }
 
-    /// Layers that attend to the tokens before.
-    pub(crate) fn n_attending(&self) -> usize {
-        self.attends.iter().filter(|&&attends| attends).count()
+    /// The layers with keys and values of their own.
+    fn stores(&self) -> impl Iterator<Item = usize> {
+        (0..self.n_layer).filter(|&layer| self.has_store(layer))
     }
 
-    /// Whether a layer can become lazy: it attends, and is not sliding-window by design.
+    /// How many layers have keys and values of their own.
+    pub(crate) fn n_stores(&self) -> usize {
+        self.stores().count()
+    }
+
+    /// Whether a layer has keys and values of its own.
+    pub fn has_store(&self, layer: usize) -> bool {
+        self.attends.get(layer) == Some(&true) && self.shares[layer].is_none()
+    }
+
+    /// The layer whose keys and values a layer attends to: itself, or the one that it shares with.
+    pub(crate) fn owner(&self, layer: usize) -> usize {
+        self.shares[layer].unwrap_or(layer)
+    }
+
+    /// The last layer that reads a layer's keys and values.
+    pub(crate) fn last_reader(&self, layer: usize) -> usize {
+        self.shares.iter().rposition(|&owner| owner == Some(layer)).unwrap_or(layer)
+    }
+
+    /// What attention of a layer is like: elements of a head's keys and of its values, query heads, heads of keys and
+    /// values. Of a layer that does not attend, those of the first that does.
+    pub(crate) fn heads(&self, layer: usize) -> [usize; 4] {
+        match self.attends[layer] {
+            true => [self.head_sizes[layer], self.value_sizes[layer], self.n_heads[layer], self.n_heads_kv[layer]],
+            false => [self.head_size, self.value_size, self.n_head, self.n_head_kv],
+        }
+    }
+
+    /// Whether a layer can become lazy: it has keys and values of its own, and is not sliding-window by design. Those that
+    /// read them become lazy with it.
     pub fn can_be_lazy(&self, layer: usize) -> bool {
-        self.attends.get(layer) == Some(&true) && self.windows[layer].is_none()
+        self.has_store(layer) && self.windows[layer].is_none()
     }
 
     /// Layers that can become lazy.
@@ -251,7 +288,7 @@ impl Keys<'_> {
 
     /// A count for each of the `n_layer` layers that are run: one number for all, or a list with one for each of the
     /// file's `n_block`, of which some may be 0: layers that lack what is counted.
-    fn optional_counts(&self, key: &str, n_block: usize, n_layer: usize) -> Result<Option<Vec<usize>>, Error> {
+    pub fn optional_counts(&self, key: &str, n_block: usize, n_layer: usize) -> Result<Option<Vec<usize>>, Error> {
         let counts = match self.file.get(&self.name(key)) {
             Some(Value::Array(list)) if list.len() != n_block => {
                 return Err(self.error(key, format!("a list of {} for {n_block} layers", list.len())));

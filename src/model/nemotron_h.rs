@@ -15,9 +15,9 @@ pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
         let norm = Norm::of_layer(b, i, "attn_norm")?;
         b.hparams.attends[i] &= b.hparams.n_ff[i] == 0;
         let part = match (b.hparams.n_ff[i], b.hparams.attends[i]) {
-            (0, true) => Part::Mixer(SelfAttention { rope: None, ..SelfAttention::load(b, i)? }.into()),
-            (0, false) => Part::Mixer(Mamba2::load(b, i)?.into()),
-            _ if has_experts => Part::Experts(Mixture::load(b, i)?),
+            (0, true) => Part::Mixer(Box::new(SelfAttention { rope: None, ..SelfAttention::load(b, i)? }.into())),
+            (0, false) => Part::Mixer(Box::new(Mamba2::load(b, i)?.into())),
+            _ if has_experts => Part::Experts(Box::new(Mixture::load(b, i)?)),
             _ => Part::Plain(Plain::load(b, i, Unary::ReluSquared)?),
         };
         Ok(Single { norm, part })
@@ -32,9 +32,9 @@ struct Single {
 }
 
 enum Part {
-    Mixer(Mixer),
+    Mixer(Box<Mixer>),
     Plain(Plain),
-    Experts(Mixture),
+    Experts(Box<Mixture>),
 }
 
 /// Experts of a projection of the input where the file has one, and a shared expert of the input itself.

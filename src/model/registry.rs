@@ -32,6 +32,8 @@ const ARCHITECTURES: &[(&str, Build)] = &[
     ("gemma", super::gemma::build),
     ("gemma2", super::gemma2::build),
     ("gemma3", super::gemma3::build),
+    ("gemma3n", super::gemma3n::build),
+    ("gemma4", super::gemma4::build),
     ("glm4", super::glm4::build),
     ("glm4moe", super::glm4moe::build),
     ("gpt-oss", super::gpt_oss::build),

@@ -99,7 +99,12 @@ impl<'a> Loader<'a> {
 
     /// The embedding table, `[n_embd, n_vocab]`: rows are looked up by token.
     pub fn table(&mut self, name: &str, shape: [usize; 2]) -> Result<Tensor, Error> {
-        let info = self.require(name, &shape)?;
+        self.stored(name, &shape)
+    }
+
+    /// Matrices with the processor, in the file's own layout, so that parts of them can be taken.
+    pub fn stored(&mut self, name: &str, shape: &[usize]) -> Result<Tensor, Error> {
+        let info = self.require(name, shape)?;
         self.check_weight_type(info)?;
         // Looked up by the processor, wherever the layers are.
         Ok(self.add(Loader::unpacked(Device::cpu(), info), info))

@@ -114,7 +114,12 @@ pub(crate) fn restricted_layers_are_upstreams(name: &str, written: &Written) {
     let Written { path, tokens_path, tokens, model, has_experts, .. } = written;
     const PROMPT: usize = 300;
     let global = global_layers(model);
-    let lazy: Vec<String> = global.iter().step_by(2).map(usize::to_string).collect();
+    let lazy: Vec<usize> = global.iter().copied().step_by(2).collect();
+    // A layer becomes lazy with the one whose keys and values it reads.
+    let shares = &model.hparams().shares;
+    let reads_lazy = |layer: &usize| lazy.contains(&shares[*layer].unwrap_or(*layer));
+    let restricted = joined((0..model.hparams().n_layer).filter(reads_lazy));
+    let lazy = joined(lazy.iter().copied());
     let rows_path = path.with_extension("rows");
     let n_vocab = model.hparams().n_vocab;
     for (from, prefill) in [("start", PrefillMode::Window), ("prefill-end", PrefillMode::Full)] {
@@ -123,7 +128,7 @@ pub(crate) fn restricted_layers_are_upstreams(name: &str, written: &Written) {
             tokens_path,
             "--prefill=300",
             "--score=60",
-            &format!("--layers={}", lazy.join(",")),
+            &format!("--layers={restricted}"),
             "--sink=4",
             "--window=40",
             &format!("--from={from}"),
@@ -132,7 +137,7 @@ pub(crate) fn restricted_layers_are_upstreams(name: &str, written: &Written) {
         upstream().run("restricted", path, &arguments);
         let theirs = simlayer_testkit::metrics::read_rows(&rows_path, n_vocab);
         for layer_major in [true, false] {
-            let mut params = in_one_thread(lazy_f16(&format!("layers:{}", lazy.join(",")), 40));
+            let mut params = in_one_thread(lazy_f16(&format!("layers:{lazy}"), 40));
             (params.n_ubatch, params.layer_major) = (128, layer_major);
             // Upstream's softmax can be reached without flash attention only.
             (params.flash_attn, params.lazy.prefill) = (false, Some(prefill));
@@ -146,9 +151,8 @@ pub(crate) fn restricted_layers_are_upstreams(name: &str, written: &Written) {
             let kl = kls.iter().sum::<f64>() / kls.len() as f64;
             let counted = worst.map_or(String::new(), |worst| format!(", one more token {worst:.2e}"));
             println!(
-                "{name}: {} of {} layers restricted from {from}: mean KL {kl:.2e}{counted}",
-                lazy.len(),
-                global.len()
+                "{name}: layers {restricted} of {} restricted from {from}: mean KL {kl:.2e}{counted}",
+                model.hparams().n_layer
             );
             assert!(kl < MAX_KL, "{name}: restricted from {from}, layer-major {layer_major}: mean KL {kl}");
         }
@@ -158,6 +162,10 @@ pub(crate) fn restricted_layers_are_upstreams(name: &str, written: &Written) {
     let full = rows(&in_one_thread(plain()));
     let theirs = simlayer_testkit::metrics::read_rows(&rows_path, n_vocab);
     assert!(mean_kl(&full, &theirs) > 10.0 * MAX_KL, "{name}: restricting {lazy:?} changes nothing");
+}
+
+fn joined(layers: impl Iterator<Item = usize>) -> String {
+    layers.map(|layer| layer.to_string()).collect::<Vec<_>>().join(",")
 }
 
 /// Two sequences of different lengths in one batch have the logits of each alone; a state of the longer one, loaded into a
@@ -202,10 +210,11 @@ pub(crate) fn states_go_on(name: &str, model: &Model, params: &SessionParams, pr
     }
 }
 
-/// Attention mass on sink and window, of the layers that are global by design; the others have no score.
+/// Attention mass on sink and window, of the layers that are global by design; the others have no score. That of keys and
+/// values is the mean over the layers that read them.
 pub(crate) fn check_scores(random: &RandomDecoder) {
     let Written { path, tokens_path, tokens, model, _folder, .. } = &write(random, 400);
-    let global = global_layers(model);
+    let (global, hparams) = (global_layers(model), model.hparams());
     let arguments = ["--tokens", tokens_path, "--sinks=4", "--windows=40,100", "--lasts=1,32"];
     let answer = upstream().run("scores", path, &arguments);
     let mut lowest = f64::MAX;
@@ -222,7 +231,10 @@ pub(crate) fn check_scores(random: &RandomDecoder) {
                 let ours = layer.score.map(f64::from);
                 assert_eq!(ours.is_some(), global.contains(&layer.index), "{layer:?}");
                 let Some(ours) = ours else { continue };
-                let theirs = entry["layers"][layer.index].as_f64().expect("a score");
+                let reads = |reader: &usize| hparams.shares[*reader].unwrap_or(*reader) == layer.index;
+                let readers: Vec<usize> = (0..hparams.n_layer).filter(reads).collect();
+                let theirs = readers.iter().map(|&reader| entry["layers"][reader].as_f64().expect("a score"));
+                let theirs = theirs.sum::<f64>() / readers.len() as f64;
                 lowest = lowest.min(theirs);
                 let run = format!("{}, window {window}, last {last}, {layer_major}, {flash_attn}", random.architecture);
                 assert!((ours - theirs).abs() < 0.005, "{run}, layer {}: {ours}, {theirs}", layer.index);

@@ -10,6 +10,7 @@ mod dense;
 mod experts;
 mod hybrid;
 mod latent;
+mod shared;
 
 use std::path::Path;
 

@@ -90,7 +90,8 @@ fn plan_text(plan: &DevicePlan) -> String {
 /// What layers keep, those that are alike in one line.
 fn cache_lines(caches: &[PlannedCache]) -> Vec<String> {
     let mut groups: Vec<Vec<&PlannedCache>> = Vec::new();
-    let what = |cache: &PlannedCache| (cache.kind, cache.kv_bytes, cache.lazy_kv_bytes, cache.state_bytes);
+    let what =
+        |cache: &PlannedCache| (cache.kind, cache.shares, [cache.kv_bytes, cache.lazy_kv_bytes, cache.state_bytes]);
     for cache in caches {
         match groups.iter_mut().find(|group| what(group[0]) == what(cache)) {
             Some(group) => group.push(cache),
@@ -99,7 +100,10 @@ fn cache_lines(caches: &[PlannedCache]) -> Vec<String> {
     }
     let line = |group: Vec<&PlannedCache>| {
         let indices: Vec<usize> = group.iter().map(|cache| cache.index).collect();
-        let PlannedCache { kind, kv_bytes, lazy_kv_bytes, state_bytes, .. } = *group[0];
+        let PlannedCache { kind, shares, kv_bytes, lazy_kv_bytes, state_bytes, .. } = *group[0];
+        if let Some(owner) = shares {
+            return format!("{kind} with {owner}: {}", ranges(&indices));
+        }
         let lazy = if lazy_kv_bytes < kv_bytes { format!(", {} lazy", bytes(lazy_kv_bytes)) } else { String::new() };
         let state = match state_bytes {
             0 => String::new(),

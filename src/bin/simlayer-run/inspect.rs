@@ -67,7 +67,11 @@ pub fn run(args: InspectArgs) -> Result<(), Failure> {
             let score = layer.score.map_or("–".to_owned(), |score| format!("{score:.4}"));
             let bytes = HumanBytes(layer.kv_bytes as u64).to_string();
             let state = if has_states { HumanBytes(layer.state_bytes as u64).to_string() } else { String::new() };
-            writeln!(out, "{:>5} {score:>7}  {:<11} {bytes:>11} {state:>11}", layer.index, layer.kind)?;
+            let kind = match layer.shares {
+                Some(owner) => format!("{} ({owner})", layer.kind),
+                None => layer.kind.to_string(),
+            };
+            writeln!(out, "{:>5} {score:>7}  {kind:<11} {bytes:>11} {state:>11}", layer.index)?;
         }
     }
     out.flush()?;

@@ -18,6 +18,8 @@ pub(in crate::model) struct SelfAttention {
     /// Norms of queries and keys: of each head, or of all heads together when they are as wide.
     pub q_norm: Option<Norm>,
     pub k_norm: Option<Norm>,
+    /// A norm of each head's values.
+    pub v_norm: Option<Norm>,
     /// Whether RoPE comes before these norms.
     pub rope_before_norms: bool,
     /// Queries, keys and values lie within ± this.
@@ -40,66 +42,89 @@ pub(in crate::model) struct SelfAttention {
 }
 
 pub(in crate::model) enum Projections {
-    Separate {
-        q: Linear,
-        k: Linear,
-        v: Linear,
-    },
-    /// Widths of queries, keys and values.
-    Fused {
-        qkv: Linear,
-        widths: [usize; 3],
-    },
+    /// Without `v` the keys, as their product gives them, are the values too.
+    Separate { q: Linear, k: Linear, v: Option<Linear> },
+    /// Widths of queries, keys and values. `has_own` is unset where keys and values are another layer's all the same.
+    Fused { qkv: Linear, widths: [usize; 3], has_own: bool },
+    /// Keys and values are another layer's.
+    Queries(Linear),
+}
+
+/// How an attention's tensors differ from the plain one's.
+#[derive(Debug, Clone, Copy, Default)]
+struct Kind {
+    gate_in_queries: bool,
+    values_from_keys: bool,
 }
 
 impl SelfAttention {
     /// `attn_q`, `attn_k`, `attn_v` (or `attn_qkv` for all three) and `attn_output` of a layer, with the model's RoPE.
     pub fn load(b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
-        b.keys.all_equal("attention.head_count", &b.hparams.n_heads)?;
-        SelfAttention::load_with(b, layer, false)
+        check_alike(b)?;
+        SelfAttention::load_with(b, layer, Kind::default())
     }
 
-    /// As [`SelfAttention::load`] where layers may differ in their query heads.
+    /// As [`SelfAttention::load`] where layers may differ in their heads.
     pub fn load_with_own_heads(b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
-        SelfAttention::load_with(b, layer, false)
+        SelfAttention::load_with(b, layer, Kind::default())
+    }
+
+    /// As [`SelfAttention::load_with_own_heads`]; without `attn_v` the keys, as their product gives them, are the values too.
+    pub fn load_with_values_from_keys(b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
+        SelfAttention::load_with(b, layer, Kind { values_from_keys: true, ..Kind::default() })
     }
 
     /// As [`SelfAttention::load`], with a gate of the output behind each head's queries.
     pub fn load_gated(b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
-        b.keys.all_equal("attention.head_count", &b.hparams.n_heads)?;
-        SelfAttention::load_with(b, layer, true)
+        check_alike(b)?;
+        SelfAttention::load_with(b, layer, Kind { gate_in_queries: true, ..Kind::default() })
     }
 
-    fn load_with(b: &mut Builder<'_>, layer: usize, gate_in_queries: bool) -> Result<SelfAttention, Error> {
+    fn load_with(b: &mut Builder<'_>, layer: usize, kind: Kind) -> Result<SelfAttention, Error> {
         if !b.hparams.attends[layer] {
             let why = format!("is zero for layer {layer}, which attends in this architecture");
             return Err(b.keys.error("attention.head_count_kv", why));
         }
-        let (n_embd, head_size, value_size) = (b.hparams.n_embd, b.hparams.head_size, b.hparams.value_size);
-        if gate_in_queries && value_size != head_size {
+        let (n_embd, head_size, value_size) =
+            (b.hparams.n_embd, b.hparams.head_sizes[layer], b.hparams.value_sizes[layer]);
+        if kind.gate_in_queries && value_size != head_size {
             let why = format!("{value_size}; gates of {head_size} elements are unsupported for it");
             return Err(b.keys.unsupported("attention.value_length", why));
         }
-        let (n_head, k_width, v_width) = (b.hparams.n_heads[layer], b.hparams.key_width(), b.hparams.value_width());
-        let q_width = head_size * n_head * if gate_in_queries { 2 } else { 1 };
+        let n_head = b.hparams.n_heads[layer];
+        let (k_width, v_width) = (b.hparams.key_width(layer), b.hparams.value_width(layer));
+        let q_width = head_size * n_head * if kind.gate_in_queries { 2 } else { 1 };
         let name = |part: &str| format!("blk.{layer}.attn_{part}");
+        let has_own = b.hparams.has_store(layer);
+        if !has_own {
+            // Files may have them for all layers.
+            ["k.", "k_norm.", "v."].iter().for_each(|part| b.loader.ignore(name(part)));
+        }
         let projections = if b.loader.has(&format!("{}.weight", name("qkv"))) {
             let qkv = Linear::load(b, &name("qkv"), [n_embd, q_width + k_width + v_width])?;
-            Projections::Fused { qkv, widths: [q_width, k_width, v_width] }
+            Projections::Fused { qkv, widths: [q_width, k_width, v_width], has_own }
+        } else if !has_own {
+            Projections::Queries(Linear::load(b, &name("q"), [n_embd, q_width])?)
         } else {
+            let has_no_v = kind.values_from_keys && !b.loader.has(&format!("{}.weight", name("v")));
+            if has_no_v && value_size != head_size {
+                let why = format!("{value_size}, but the values are the keys, of {head_size} elements a head");
+                return Err(b.keys.error("attention.value_length", why));
+            }
             Projections::Separate {
                 q: Linear::load(b, &name("q"), [n_embd, q_width])?,
                 k: Linear::load(b, &name("k"), [n_embd, k_width])?,
-                v: Linear::load(b, &name("v"), [n_embd, v_width])?,
+                v: if has_no_v { None } else { Some(Linear::load(b, &name("v"), [n_embd, v_width])?) },
             }
         };
         Ok(SelfAttention {
             projections,
-            gate_in_queries,
+            gate_in_queries: kind.gate_in_queries,
             head_size,
             value_size,
             q_norm: None,
             k_norm: None,
+            v_norm: None,
             rope_before_norms: false,
             clamp: None,
             rope: Some(b.hparams.rope.clone()),
@@ -118,7 +143,9 @@ impl SelfAttention {
     /// Adds the norms `attn_q_norm` and `attn_k_norm` over each head.
     pub fn with_head_norms(mut self, b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
         self.q_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_q_norm"), self.head_size)?);
-        self.k_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_k_norm"), self.head_size)?);
+        if b.hparams.has_store(layer) {
+            self.k_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_k_norm"), self.head_size)?);
+        }
         Ok(self)
     }
 
@@ -132,7 +159,7 @@ impl SelfAttention {
 
     /// Adds LayerNorms `attn_q_norm` and `attn_k_norm` of each head, with weights of its own.
     pub fn with_centred_head_norms(mut self, b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
-        let (n_head, n_head_kv) = (b.hparams.n_heads[layer], b.hparams.n_head_kv);
+        let (n_head, n_head_kv) = (b.hparams.n_heads[layer], b.hparams.n_heads_kv[layer]);
         let name = |part: &str| format!("blk.{layer}.attn_{part}_norm");
         self.q_norm = Some(Norm::centred_heads(b, &name("q"), [self.head_size, n_head])?);
         self.k_norm = Some(Norm::centred_heads(b, &name("k"), [self.head_size, n_head_kv])?);
@@ -159,7 +186,7 @@ impl SelfAttention {
 
     /// Adds the norms `attn_q_norm` and `attn_k_norm` over all heads together.
     pub fn with_row_norms(mut self, b: &mut Builder<'_>, layer: usize) -> Result<SelfAttention, Error> {
-        let (q_width, k_width) = (self.head_size * b.hparams.n_heads[layer], b.hparams.key_width());
+        let (q_width, k_width) = (self.head_size * b.hparams.n_heads[layer], b.hparams.key_width(layer));
         self.q_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_q_norm"), q_width)?);
         self.k_norm = Some(Norm::rms(b, &format!("blk.{layer}.attn_k_norm"), k_width)?);
         Ok(self)
@@ -173,20 +200,26 @@ impl SelfAttention {
 
     /// `input` `[n_embd, n]` → `[n_embd, n]`.
     pub fn apply(&self, graph: &Graph, step: &LayerStep<'_>, input: &Tensor, attention: &mut dyn Attention) -> Tensor {
-        let [q, k, v] = self.project(graph, input);
+        let (q, own) = self.project(graph, input);
         let (q, gate) = self.split_gate(graph, q);
         let q = self.norm_and_rotate(graph, step, &q, self.q_norm.as_ref());
-        let k = self.norm_and_rotate(graph, step, &k, self.k_norm.as_ref());
+        let own = own.map(|[k, v]| (self.norm_and_rotate(graph, step, &k, self.k_norm.as_ref()), v));
         let q = match &self.temperature {
             Some(temperature) => graph.mul(&q, &temperature.of(graph, step.positions)),
             None => q,
         };
         let q = self.query_scale.map_or_else(|| q.clone(), |factor| graph.scale(&q, factor));
-        let v = heads(graph, &v, self.value_size);
-        let [q, k, v] = [q, k, v].map(|heads| graph.contiguous_if_needed(&heads));
         let (scale, softcap, sinks) = (self.scale, self.softcap, self.sinks.as_ref());
         let options = AttentionOptions { scale, softcap, sinks, outputs: None };
-        let attended = attention.attend(graph, step.index, &q, &k, &v, &options);
+        let q = graph.contiguous_if_needed(&q);
+        let attended = match own {
+            Some((k, v)) => {
+                let v = self.norm_values(graph, &v);
+                let [k, v] = [k, v].map(|heads| graph.contiguous_if_needed(&heads));
+                attention.attend(graph, step.index, &q, &k, &v, &options)
+            }
+            None => attention.attend_shared(graph, step.index, &q, &options),
+        };
         let attended = match gate {
             Some(gate) => graph.mul(&attended, &graph.sigmoid(&gate)),
             None => self.gated(graph, input, attended),
@@ -221,20 +254,24 @@ impl SelfAttention {
         graph.reshape(&weighed, &[width, n])
     }
 
-    /// Queries, keys and values as rows.
-    fn project(&self, graph: &Graph, input: &Tensor) -> [Tensor; 3] {
+    /// Queries, and keys and values where they are the layer's own, as rows.
+    fn project(&self, graph: &Graph, input: &Tensor) -> (Tensor, Option<[Tensor; 2]>) {
+        let project = |linear: &Linear| self.clamped(graph, linear.apply(graph, input));
         match &self.projections {
             Projections::Separate { q, k, v } => {
-                [q, k, v].map(|linear| self.clamped(graph, linear.apply(graph, input)))
+                let (q, k) = (project(q), project(k));
+                let v = v.as_ref().map_or_else(|| k.clone(), project);
+                (q, Some([k, v]))
             }
-            Projections::Fused { qkv, widths: [q, k, v] } => {
+            Projections::Queries(q) => (project(q), None),
+            Projections::Fused { qkv, widths: [q, k, v], has_own } => {
                 let all = self.clamped(graph, qkv.apply(graph, input));
                 let [_, n, ..] = all.shape();
                 let [element_bytes, row_bytes, ..] = all.strides();
                 let part = |width: usize, first: usize| {
                     graph.view(&all, [width, n, 1], [row_bytes, n * row_bytes], first * element_bytes)
                 };
-                [part(*q, 0), part(*k, *q), part(*v, q + k)]
+                (part(*q, 0), has_own.then(|| [part(*k, *q), part(*v, q + k)]))
             }
         }
     }
@@ -259,6 +296,11 @@ impl SelfAttention {
         }
     }
 
+    fn norm_values(&self, graph: &Graph, rows: &Tensor) -> Tensor {
+        let heads = heads(graph, rows, self.value_size);
+        self.v_norm.as_ref().map_or_else(|| heads.clone(), |norm| norm.apply(graph, &heads))
+    }
+
     fn rotate(&self, graph: &Graph, step: &LayerStep<'_>, heads: &Tensor) -> Tensor {
         match &self.rope {
             Some(rope) => graph.rope(heads, step.positions, self.rope_factors.get(rope, step.n_ctx), rope),
@@ -276,6 +318,13 @@ fn heads(graph: &Graph, rows: &Tensor, size: usize) -> Tensor {
     let [width, n, ..] = rows.shape();
     let [element_bytes, row_bytes, ..] = rows.strides();
     graph.view(rows, [size, width / size, n], [size * element_bytes, row_bytes], 0)
+}
+
+/// That all layers that attend have as many heads.
+fn check_alike(b: &Builder<'_>) -> Result<(), Error> {
+    b.keys.all_equal("attention.head_count", &b.hparams.n_heads)?;
+    b.keys.all_equal("attention.head_count_kv", &b.hparams.n_heads_kv)?;
+    Ok(())
 }
 
 /// Divisors of RoPE's frequencies.

@@ -30,6 +30,23 @@ impl Builder<'_> {
         Ok(())
     }
 
+    /// Has the layers after the first `n_own` read the keys and values of the last of these that is of their kind: the one
+    /// before the last where they have windows, else the last. `key` says how many there are.
+    pub fn share_stores(&mut self, n_own: usize, key: &str) -> Result<(), Error> {
+        let hparams = &mut self.hparams;
+        for layer in n_own..hparams.n_layer {
+            let owner = n_own.checked_sub(if hparams.windows[layer].is_some() { 2 } else { 1 });
+            let of = |layer: usize| (hparams.windows[layer], hparams.head_sizes[layer], hparams.n_heads_kv[layer]);
+            let Some(owner) = owner.filter(|&owner| of(owner) == of(layer)) else {
+                let why =
+                    format!("layer {layer} reads keys and values of the first {n_own}, which do not end in its kind");
+                return Err(self.keys.error(key, why));
+            };
+            hparams.shares[layer] = Some(owner);
+        }
+        Ok(())
+    }
+
     /// A layer's `feed_forward_length`, which not all layers need to have.
     pub fn n_ff(&self, layer: usize) -> Result<usize, Error> {
         self.keys.of_layer("feed_forward_length", &self.hparams.n_ff, layer)

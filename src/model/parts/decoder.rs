@@ -1,6 +1,6 @@
 //! How a layer's parts go together (norms, residuals, scales), and the layers to a model.
 
-use super::{Builder, Error, FeedForward, Layer, Linear, Mixer, Norm};
+use super::{AltUp, Builder, Error, FeedForward, Layer, LayerEmbeddings, Linear, Mixer, Norm};
 use crate::{
     ggml::{Graph, Tensor},
     model::{Architecture, Attention, LayerStep},
@@ -18,6 +18,10 @@ pub(in crate::model) struct Decoder {
     pub logit_scale: Option<f32>,
     /// `c` bends logits `x` to `c·tanh(x/c)`.
     pub logit_softcap: Option<f32>,
+    /// Embeddings for each layer.
+    pub layer_embeddings: Option<LayerEmbeddings>,
+    /// Several hidden states for each token.
+    pub altup: Option<AltUp>,
 }
 
 impl Decoder {
@@ -43,21 +47,38 @@ impl Decoder {
             embedding_scale: None,
             logit_scale: None,
             logit_softcap: None,
+            layer_embeddings: None,
+            altup: None,
         })
+    }
+
+    /// Token ids `[n]` (i32) → `[n_embd, n]`.
+    fn embedded(&self, graph: &Graph, ids: &Tensor) -> Tensor {
+        scaled(graph, graph.embed(&self.table, ids), self.embedding_scale)
     }
 }
 
 impl Architecture for Decoder {
+    fn width(&self) -> usize {
+        self.output_norm.width() * self.altup.as_ref().map_or(1, |_| AltUp::STREAMS)
+    }
+
     fn embed(&self, graph: &Graph, ids: &Tensor) -> Tensor {
-        scaled(graph, graph.embed(&self.table, ids), self.embedding_scale)
+        let embedded = self.embedded(graph, ids);
+        self.altup.as_ref().map_or_else(|| embedded.clone(), |altup| altup.spread(graph, &embedded))
     }
 
     fn layer(&self, graph: &Graph, step: &LayerStep<'_>, attention: &mut dyn Attention) -> Tensor {
-        self.layers[step.index].apply(graph, step, attention)
+        let own_input = self.layer_embeddings.as_ref().map(|own| {
+            graph.off_device(|| own.of_layer(graph, step.index, step.tokens, &self.embedded(graph, step.tokens)))
+        });
+        let step = LayerStep { own_input: own_input.as_ref(), ..*step };
+        self.layers[step.index].apply(graph, &step, attention)
     }
 
     fn norm(&self, graph: &Graph, hidden: &Tensor) -> Tensor {
-        self.output_norm.apply(graph, hidden)
+        let hidden = self.altup.as_ref().map_or_else(|| hidden.clone(), |altup| altup.merged(graph, hidden));
+        self.output_norm.apply(graph, &hidden)
     }
 
     fn logits(&self, graph: &Graph, normed: &Tensor) -> Tensor {
@@ -163,18 +184,32 @@ impl Block {
     }
 }
 
-impl Layer for Block {
-    fn apply(&self, graph: &Graph, step: &LayerStep<'_>, attention: &mut dyn Attention) -> Tensor {
+impl Block {
+    /// The first half: the hidden states with what attention adds to them.
+    pub fn attend(&self, graph: &Graph, step: &LayerStep<'_>, attention: &mut dyn Attention) -> Tensor {
         let input = normed(graph, step.hidden, self.attn_norm.as_ref());
         let attended = self.mixer.apply(graph, step, &input, attention);
         let (attended, hidden) = (step.kept(graph, &attended), step.kept(graph, step.hidden));
         let attended = normed(graph, &attended, self.attn_post_norm.as_ref());
-        let hidden = graph.add(&scaled(graph, attended, self.residual_scale), &hidden);
+        graph.add(&scaled(graph, attended, self.residual_scale), &hidden)
+    }
 
-        let input = normed(graph, &hidden, self.ffn_norm.as_ref());
-        let output = self.feed_forward.apply(graph, &input);
-        let output = normed(graph, &output, self.ffn_post_norm.as_ref());
-        graph.add(&scaled(graph, output, self.residual_scale), &hidden)
+    /// The feed-forward of the hidden states, its norm before it included.
+    pub fn feed(&self, graph: &Graph, hidden: &Tensor) -> Tensor {
+        self.feed_forward.apply(graph, &normed(graph, hidden, self.ffn_norm.as_ref()))
+    }
+
+    /// The hidden states with what the feed-forward, normed, adds to them.
+    pub fn add_fed(&self, graph: &Graph, hidden: &Tensor, output: &Tensor) -> Tensor {
+        let output = normed(graph, output, self.ffn_post_norm.as_ref());
+        graph.add(&scaled(graph, output, self.residual_scale), hidden)
+    }
+}
+
+impl Layer for Block {
+    fn apply(&self, graph: &Graph, step: &LayerStep<'_>, attention: &mut dyn Attention) -> Tensor {
+        let hidden = self.attend(graph, step, attention);
+        self.add_fed(graph, &hidden, &self.feed(graph, &hidden))
     }
 }
 

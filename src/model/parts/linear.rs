@@ -48,17 +48,20 @@ impl Linear {
     }
 }
 
-/// A matrix and an optional bias of each expert.
+/// A matrix, an optional factor and an optional bias of each expert.
 pub(super) struct ExpertLinear {
     weight: Tensor,
+    scale: Option<Tensor>,
     bias: Option<Tensor>,
 }
 
 impl ExpertLinear {
-    /// `{name}.weight` of `[input width, output width, experts]`, and `{name}.bias` where the file has it.
+    /// `{name}.weight` of `[input width, output width, experts]`, and `{name}.scale` and `{name}.bias` where the file has
+    /// them.
     pub fn load(b: &mut Builder<'_>, name: &str, shape: [usize; 3]) -> Result<ExpertLinear, Error> {
         Ok(ExpertLinear {
             weight: b.loader.experts(&format!("{name}.weight"), shape)?,
+            scale: b.loader.optional_vector(&format!("{name}.scale"), shape[2])?,
             bias: b.loader.optional_expert_biases(&format!("{name}.bias"), [shape[1], shape[2]])?,
         })
     }
@@ -66,6 +69,14 @@ impl ExpertLinear {
     /// `input` `[input width, 1 or experts used, n]`, `ids` `[experts used, n]` → `[output width, experts used, n]`.
     pub fn apply(&self, graph: &Graph, input: &Tensor, ids: &Tensor) -> Tensor {
         let product = graph.mul_mat_id(&self.weight, input, ids);
+        let product = match &self.scale {
+            Some(scale) => {
+                let (n_expert, n) = (scale.shape()[0], ids.shape()[1]);
+                let of_tokens = graph.repeat(&graph.reshape(scale, &[1, n_expert, 1]), [1, n_expert, n]);
+                graph.mul(&product, &graph.get_rows(&of_tokens, ids))
+            }
+            None => product,
+        };
         match &self.bias {
             Some(bias) => graph.add_id(&product, bias, ids),
             None => product,

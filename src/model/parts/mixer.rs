@@ -8,7 +8,7 @@ use crate::{
 
 /// What brings a layer's tokens together: attention, or a recurrent state.
 pub(in crate::model) enum Mixer {
-    Attention(SelfAttention),
+    Attention(Box<SelfAttention>),
     Latent(LatentAttention),
     DeltaNet(DeltaNet),
     Mamba2(Mamba2),
@@ -37,7 +37,7 @@ impl Mixer {
 
 impl From<SelfAttention> for Mixer {
     fn from(attention: SelfAttention) -> Mixer {
-        Mixer::Attention(attention)
+        Mixer::Attention(Box::new(attention))
     }
 }
 

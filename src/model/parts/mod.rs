@@ -1,5 +1,6 @@
 //! What architectures are made of. An architecture's file picks the parts that its layers have.
 
+mod altup;
 mod attention;
 mod builder;
 mod decoder;
@@ -9,6 +10,7 @@ mod feed_forward;
 mod gated;
 mod latent;
 mod layer;
+mod layer_embeddings;
 mod linear;
 mod mamba2;
 mod mixer;
@@ -18,6 +20,7 @@ mod plain;
 mod routing;
 mod short_conv;
 
+pub(super) use altup::{AltUp, Predictor};
 pub(super) use attention::{RopeFactors, SelfAttention, Temperature};
 pub(super) use builder::Builder;
 pub(super) use decoder::{Block, Decoder};
@@ -27,6 +30,7 @@ pub(super) use feed_forward::FeedForward;
 pub(super) use gated::{Activation, Gated};
 pub(super) use latent::LatentAttention;
 pub(super) use layer::Layer;
+pub(super) use layer_embeddings::{LayerEmbeddings, OwnInput};
 pub(super) use linear::Linear;
 pub(super) use mamba2::Mamba2;
 pub(super) use mixer::Mixer;

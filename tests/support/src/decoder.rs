@@ -116,6 +116,18 @@ impl Ssm {
     }
 }
 
+/// One layer's heads, where layers differ.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Heads {
+    pub n_head: usize,
+    pub n_head_kv: usize,
+    pub size: usize,
+    /// Whether keys and values are the layer's own: `attn_k` and `attn_v`.
+    pub keys: bool,
+    /// Whether values are made by a matrix of their own.
+    pub values: bool,
+}
+
 /// A model being put together: [`RandomDecoder::new`] writes what all have, the test adds its architecture's own keys
 /// and, for each layer, its parts.
 ///
@@ -220,6 +232,14 @@ impl RandomDecoder {
         });
     }
 
+    /// As [`RandomDecoder::bare_row`], around another value.
+    pub fn bare_row_around(&mut self, name: &str, n: usize, around: f32) {
+        self.weights(|w| {
+            let values: Vec<f32> = (0..n).map(|_| around * (1.0 + 0.1 * w.rng.normal())).collect();
+            w.floats(name, &values);
+        });
+    }
+
     /// A norm of what attention or feed-forward gives.
     pub fn post_norm(&mut self, layer: usize, part: &str) {
         let Shape { n_embd, post_norm, .. } = self.shape;
@@ -315,6 +335,83 @@ impl RandomDecoder {
             w.matrix(&name("output"), n_q, n_embd, 2.0 * residual);
         });
         self.head_norms(layer);
+    }
+
+    /// As [`RandomDecoder::attention`], of other heads, with norms on each of queries and keys, whose products are attention's
+    /// as they are.
+    pub fn unscaled_attention(&mut self, layer: usize, heads: Heads) {
+        let Heads { n_head, n_head_kv, size, keys, values } = heads;
+        let (n_embd, residual) = (self.shape.n_embd, self.residual());
+        let name = |part: &str| format!("blk.{layer}.attn_{part}");
+        // Scores have deviation 2.6, as elsewhere.
+        let gain = (2.6 / (size as f32).sqrt()).sqrt();
+        self.weights(|w| {
+            w.matrix(&name("q"), n_embd, n_head * size, 1.0);
+            w.norm_around(&name("q_norm"), size, gain);
+            if keys {
+                w.matrix(&name("k"), n_embd, n_head_kv * size, 1.0);
+                w.norm_around(&name("k_norm"), size, gain);
+            }
+            if keys && values {
+                w.matrix(&name("v"), n_embd, n_head_kv * size, 1.0);
+            }
+            w.matrix(&name("output"), n_head * size, n_embd, residual);
+        });
+    }
+
+    /// Embeddings for each layer, rows of `width`: the table, the projection and its norm.
+    pub fn layer_embeddings(&mut self, width: usize) {
+        let (Shape { n_embd, n_layer, .. }, n_vocab) = (self.shape, self.n_vocab);
+        self.weights(|w| {
+            // Elements of about 1 once they are multiplied by the root of the width.
+            w.matrix("per_layer_token_embd", width * n_layer, n_vocab, (n_layer as f32).sqrt());
+            w.matrix("per_layer_model_proj", n_embd, width * n_layer, 1.0);
+            w.norm("per_layer_proj_norm", width);
+        });
+    }
+
+    /// What a layer makes of its own embedding: `inp_gate`, `proj`, `post_norm`.
+    pub fn own_input(&mut self, layer: usize, width: usize) {
+        let n_embd = self.shape.n_embd;
+        self.weights(|w| {
+            w.matrix(&format!("blk.{layer}.inp_gate"), n_embd, width, 1.0);
+            w.matrix(&format!("blk.{layer}.proj"), width, n_embd, 1.0);
+        });
+        self.post_norm(layer, "post_norm");
+    }
+
+    /// What AltUp has besides layers: the ways to `streams` hidden states and back.
+    pub fn altup(&mut self, streams: usize) {
+        let n_embd = self.shape.n_embd;
+        self.weights(|w| {
+            for name in ["altup_proj", "altup_unembd_proj"] {
+                w.experts(name, [n_embd, n_embd, streams - 1], 1.0, WeightType::F32);
+            }
+        });
+    }
+
+    /// AltUp of a layer: router, coefficients, and the scale of what goes to the layer's own input.
+    pub fn altup_layer(&mut self, layer: usize, streams: usize) {
+        let n_embd = self.shape.n_embd;
+        let name = |part: &str| format!("blk.{layer}.altup_{part}");
+        self.weights(|w| {
+            // The router's input is divided by the width.
+            w.matrix(&name("router"), n_embd, streams, n_embd as f32);
+            w.norm(&name("router_norm"), n_embd);
+            w.matrix(&name("predict_coef"), streams, streams * streams, 0.1);
+            w.matrix(&name("correct_coef"), streams, streams, 0.3);
+            w.norm(&name("correct_scale"), n_embd);
+        });
+    }
+
+    /// A narrow product beside the attention: `laurel_l`, `laurel_r`, `laurel_post_norm`.
+    pub fn laurel(&mut self, layer: usize, rank: usize) {
+        let n_embd = self.shape.n_embd;
+        self.weights(|w| {
+            w.matrix(&format!("blk.{layer}.laurel_l"), n_embd, rank, 1.0);
+            w.matrix(&format!("blk.{layer}.laurel_r"), rank, n_embd, 1.0);
+        });
+        self.norm(layer, "laurel_post_norm");
     }
 
     /// A short convolution over `width` tokens: `shortconv.in_proj`, `shortconv.conv`, `shortconv.out_proj`.
@@ -496,7 +593,12 @@ impl RandomDecoder {
 
     /// `ffn_gate`, `ffn_up`, `ffn_down`.
     pub fn gated(&mut self, layer: usize) {
-        self.gated_named(layer, "", self.shape.n_ff);
+        self.gated_of(layer, self.shape.n_ff);
+    }
+
+    /// As [`RandomDecoder::gated`], of another width.
+    pub fn gated_of(&mut self, layer: usize, n_ff: usize) {
+        self.gated_named(layer, "", n_ff);
     }
 
     fn gated_named(&mut self, layer: usize, suffix: &str, n_ff: usize) {

@@ -24,7 +24,7 @@ use std::{
 /// An allocator that knows the most that was allocated at once.
 pub use peak_alloc::PeakAlloc;
 
-pub use decoder::{Latent, RandomDecoder, Shape, Ssm};
+pub use decoder::{Heads, Latent, RandomDecoder, Shape, Ssm};
 pub use lora::RandomLora;
 pub use model::{RandomModel, RopeScaling};
 pub use quantize::{WeightType, dequantize, quantize};
