@@ -44,12 +44,15 @@ fn values_of_another_size() {
 #[test]
 fn mimo2() {
     let shapes = [
-        Shape { head_size: 24, value_size: 16, ..Shape::default() },
-        Shape { value_size: 24, n_head_kv: 3, tied: false, ..Shape::other() },
+        (Shape { head_size: 24, value_size: 16, ..Shape::default() }, None),
+        (Shape { value_size: 24, n_head_kv: 3, tied: false, ..Shape::other() }, None),
+        // Layers with windows have more KV heads, as in MiMo V2 Flash.
+        (Shape { head_size: 24, value_size: 16, n_head_kv: 1, ..Shape::default() }, Some(2)),
     ];
-    check(shapes.map(|shape| {
+    check(shapes.map(|(shape, windowed)| {
         let mut m = RandomDecoder::new("mimo2", shape);
         let is_full = shape.seed == 2;
+        let n_head_kv = |i: usize| windowed.filter(|_| i % 3 == 0).unwrap_or(shape.n_head_kv);
         m.expert_keys();
         m.key("expert_feed_forward_length", N_FF as u32);
         m.key("attention.sliding_window", 40u32);
@@ -61,8 +64,12 @@ fn mimo2() {
             m.key("rope.dimension_count", 8u32);
         }
         m.key("attention.sliding_window_pattern", Meta::array(layers.iter().map(|i| i % 3 == 0)));
+        if windowed.is_some() {
+            m.key("attention.head_count_kv", Meta::array(layers.iter().map(|&i| n_head_kv(i) as u32)));
+        }
         for i in layers {
             m.pre_norms(i);
+            m.shape.n_head_kv = n_head_kv(i);
             m.attention(i);
             if is_full {
                 m.sinks(i);
