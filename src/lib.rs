@@ -36,8 +36,8 @@ pub mod vocab;
 
 pub use cache::{KvReport, KvRotate};
 pub use engine::{
-    BatchEntry, Checkpoint, DevicePlan, Error, LayerKind, LayerReport, MAX_ADAPTERS, Outputs, PlannedCache, Restored,
-    SeqId, SequenceView, Session, SessionParams, StateError, plan,
+    BatchEntry, Checkpoint, DevicePlan, Embeddings, Error, LayerKind, LayerReport, MAX_ADAPTERS, Outputs, PlannedCache,
+    Restored, SeqId, SequenceView, Session, SessionParams, StateError, plan,
 };
 pub use generation::{Generation, GenerationEnd, GenerationError};
 pub use model::{Hparams, LoraAdapter, Model, ModelParams, Progress, StateSize};

@@ -13,6 +13,7 @@ use crate::{
     border::{Result, slice},
     context::{CONTEXTS, Context, Limits},
     handles::Registry,
+    log,
 };
 
 static BATCHES: Registry<Mutex<Batch>> = Registry::new("batch");
@@ -20,15 +21,27 @@ static BATCHES: Registry<Mutex<Batch>> = Registry::new("batch");
 /// One token of a batch.
 #[derive(Debug, Clone)]
 pub(crate) struct Entry {
+    /// `LLAMA_TOKEN_NULL` where a row of an embedding stands in its place.
     pub token: sys::llama_token,
-    pub pos: sys::llama_pos,
+    pub embd: Option<Arc<[f32]>>,
+    /// A text's token has the first one only.
+    pub pos: Positions,
     pub seqs: BTreeSet<u32>,
     pub output: bool,
 }
 
+/// Where an entry stands, in as many dimensions as RoPE has.
+pub(crate) type Positions = [sys::llama_pos; MAX_POSITIONS];
+
+/// Positions that a token has at most (M-RoPE).
+pub(crate) const MAX_POSITIONS: usize = 4;
+
 /// What a `llama_batch_ext` handle stands for.
 struct Batch {
     limits: Limits,
+    /// Elements of a row that stands in place of a token, and how many positions it has.
+    n_embd_input: usize,
+    n_positions: usize,
     entries: Vec<Entry>,
 }
 
@@ -54,19 +67,30 @@ pub(crate) unsafe fn entries(
     if n > context.limits.n_batch {
         fail!("a batch of {n} tokens; n_batch is {}", context.limits.n_batch);
     }
-    if batch.token.is_null() {
-        fail!("the batch has no tokens; input by embeddings is not supported by simlayer");
+    if batch.token.is_null() && batch.embd.is_null() {
+        fail!("the batch has neither tokens nor embeddings");
     }
+    let (width, n_positions) = (context.model.n_embd_input(), context.model.n_positions());
     // SAFETY: as the caller promises.
     let optional = |pointer: *const i32, what| unsafe {
         if pointer.is_null() { Ok(None) } else { slice(pointer, n, what).map(Some) }
     };
     // SAFETY: as the caller promises.
-    let (tokens, outputs) = unsafe {
+    let (tokens, rows, outputs) = unsafe {
         let outputs = if batch.logits.is_null() { None } else { Some(slice(batch.logits, n, "logits")?) };
-        (slice(batch.token, n, "token")?, outputs)
+        // Where there are both, the tokens count: they say no less.
+        if batch.token.is_null() {
+            (None, Some(slice(batch.embd, n * width, "embd")?), outputs)
+        } else {
+            (Some(slice(batch.token, n, "token")?), None, outputs)
+        }
     };
-    let positions = optional(batch.pos, "pos")?;
+    let n_positions = if tokens.is_some() { 1 } else { n_positions };
+    // SAFETY: embeddings have so many positions each, all first ones before all second ones, as llama.h says.
+    let positions = match batch.pos.is_null() {
+        true => None,
+        false => Some(unsafe { slice(batch.pos, n * n_positions, "pos") }?),
+    };
     let counts = optional(batch.n_seq_id, "n_seq_id")?;
     let mut entries = Vec::with_capacity(n);
     for i in 0..n {
@@ -83,18 +107,25 @@ pub(crate) unsafe fn entries(
             _ => BTreeSet::from([0]),
         };
         let pos = match positions {
-            Some(positions) => positions[i],
+            Some(positions) => {
+                let mut all = Positions::default();
+                let dimensions = positions.iter().skip(i).step_by(n);
+                all.iter_mut().zip(dimensions).for_each(|(to, &position)| *to = position);
+                all
+            }
             None => {
                 let first = seqs.first().copied().unwrap_or(0);
                 let before = entries.iter().filter(|entry: &&Entry| entry.seqs.contains(&first)).count();
-                i32::try_from(next(first) + before).unwrap_or(i32::MAX)
+                [i32::try_from(next(first) + before).unwrap_or(i32::MAX), 0, 0, 0]
             }
         };
         let output = match outputs {
             Some(outputs) => outputs[i] != 0,
             None => i + 1 == n,
         };
-        entries.push(Entry { token: tokens[i], pos, seqs, output: output || all_outputs });
+        let token = tokens.map_or(sys::LLAMA_TOKEN_NULL, |tokens| tokens[i]);
+        let embd = rows.map(|rows| Arc::from(&rows[i * width..(i + 1) * width]));
+        entries.push(Entry { token, embd, pos, seqs, output: output || all_outputs });
     }
     Ok(entries)
 }
@@ -123,7 +154,7 @@ fn change(
 ) -> Result<bool> {
     let batch = BATCHES.get(batch)?;
     let mut batch = lock(&batch);
-    let Batch { limits, entries } = &mut *batch;
+    let Batch { limits, entries, .. } = &mut *batch;
     let n = entries.len();
     match usize::try_from(idx).ok().and_then(|idx| entries.get_mut(idx)) {
         Some(entry) => change(entry, limits),
@@ -131,21 +162,39 @@ fn change(
     }
 }
 
-fn add(batch: *mut sys::llama_batch_ext, seq_id: sys::llama_seq_id, token: sys::llama_token) -> Result<i32> {
+/// A row of an embedding, which is copied; `None` where it is not of the model's width.
+fn row(embd: &sys::llama_embd, width: usize) -> Result<Option<Arc<[f32]>>> {
+    if embd.data.is_null() || embd.n_rows.checked_mul(embd.n_embd) != Some(width) {
+        let (rows, size) = (embd.n_rows, embd.n_embd);
+        log::error("llama_batch_ext", &format!("{rows} rows of {size} elements given, a row of {width} expected"));
+        return Ok(None);
+    }
+    // SAFETY: `n_rows` rows of `n_embd` elements, as llama.h says.
+    Ok(Some(Arc::from(unsafe { slice(embd.data, width, "embd") }?)))
+}
+
+fn add(
+    batch: *mut sys::llama_batch_ext,
+    seq_id: sys::llama_seq_id,
+    token: sys::llama_token,
+    embd: Option<Arc<[f32]>>,
+) -> Result<i32> {
     let batch = BATCHES.get(batch)?;
     let mut batch = lock(&batch);
     if batch.entries.len() >= batch.limits.n_batch {
         return Ok(-1);
     }
     let Ok(seq) = sequence(seq_id, &batch.limits) else { return Ok(-3) };
-    batch.entries.push(Entry { token, pos: -1, seqs: BTreeSet::from([seq]), output: false });
+    batch.entries.push(Entry { token, embd, pos: [-1; MAX_POSITIONS], seqs: BTreeSet::from([seq]), output: false });
     Ok(batch.entries.len() as i32 - 1)
 }
 
 api! {
     fn llama_batch_ext_init(ctx: *mut sys::llama_context) -> *mut sys::llama_batch_ext, or ptr::null_mut(), {
-        let limits = CONTEXTS.get(ctx)?.limits;
-        Ok(BATCHES.insert(Mutex::new(Batch { limits, entries: Vec::new() })))
+        let context = CONTEXTS.get(ctx)?;
+        let (limits, model) = (context.limits, &context.model);
+        let (n_embd_input, n_positions) = (model.n_embd_input(), model.n_positions());
+        Ok(BATCHES.insert(Mutex::new(Batch { limits, n_embd_input, n_positions, entries: Vec::new() })))
     }
 
     fn llama_batch_ext_free(batch: *mut sys::llama_batch_ext), or (), {
@@ -158,7 +207,7 @@ api! {
     }
 
     fn llama_batch_ext_add(batch: *mut sys::llama_batch_ext, seq_id: sys::llama_seq_id) -> i32, or -2, {
-        add(batch, seq_id, sys::LLAMA_TOKEN_NULL)
+        add(batch, seq_id, sys::LLAMA_TOKEN_NULL, None)
     }
 
     fn llama_batch_ext_add_token(batch: *mut sys::llama_batch_ext, seq_id: sys::llama_seq_id, id: sys::llama_token)
@@ -167,13 +216,16 @@ api! {
             BATCHES.get(batch)?;
             return Ok(-2);
         }
-        add(batch, seq_id, id)
+        add(batch, seq_id, id, None)
     }
 
-    fn llama_batch_ext_add_embd(batch: *mut sys::llama_batch_ext, _seq: sys::llama_seq_id, _embd: sys::llama_embd)
+    fn llama_batch_ext_add_embd(batch: *mut sys::llama_batch_ext, seq: sys::llama_seq_id, embd: sys::llama_embd)
     -> i32, or -2, {
-        BATCHES.get(batch)?;
-        fail!("input by embeddings is not supported by simlayer")
+        let width = lock(&BATCHES.get(batch)?).n_embd_input;
+        match row(&embd, width)? {
+            Some(row) => add(batch, seq, sys::LLAMA_TOKEN_NULL, Some(row)),
+            None => Ok(-2),
+        }
     }
 
     fn llama_batch_ext_add_seq(batch: *mut sys::llama_batch_ext, idx: i32, seq_id: sys::llama_seq_id) -> bool,
@@ -184,9 +236,16 @@ api! {
         })
     }
 
-    fn llama_batch_ext_set_embd_token(batch: *mut sys::llama_batch_ext, idx: i32, _embd: sys::llama_embd) -> bool,
+    fn llama_batch_ext_set_embd_token(batch: *mut sys::llama_batch_ext, idx: i32, embd: sys::llama_embd) -> bool,
     or false, {
-        change(batch, idx, |_, _| fail!("input by embeddings is not supported by simlayer"))
+        let width = lock(&BATCHES.get(batch)?).n_embd_input;
+        change(batch, idx, |entry, _| {
+            if entry.embd.is_some() {
+                fail!("entry {idx} has an embedding already");
+            }
+            entry.embd = row(&embd, width)?;
+            Ok(entry.embd.is_some())
+        })
     }
 
     fn llama_batch_ext_set_embd_state(batch: *mut sys::llama_batch_ext, idx: i32, _embd: sys::llama_embd) -> bool,
@@ -210,10 +269,12 @@ api! {
 
     fn llama_batch_ext_set_pos(batch: *mut sys::llama_batch_ext, idx: i32, pos: *const sys::llama_pos) -> bool,
     or false, {
-        // SAFETY: text tokens have one position, which the caller points to.
-        let pos = unsafe { slice(pos, 1, "pos") }?[0];
+        let n_positions = lock(&BATCHES.get(batch)?).n_positions;
         change(batch, idx, |entry, _| {
-            entry.pos = pos;
+            let n = if entry.token == sys::LLAMA_TOKEN_NULL { n_positions } else { 1 };
+            // SAFETY: a token has one position, an embedding as many as the model gives it; the caller points to them.
+            let given = unsafe { slice(pos, n, "pos") }?;
+            entry.pos[..n].copy_from_slice(given);
             Ok(true)
         })
     }

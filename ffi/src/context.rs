@@ -63,6 +63,8 @@ pub(crate) struct State {
     /// `None` on a model that was opened without its weights.
     pub session: Option<Session>,
     pub embeddings: bool,
+    /// Whether tokens see only those before them.
+    pub causal: bool,
     pub n_threads: i32,
     pub n_threads_batch: i32,
     pub pools: Pools,
@@ -196,6 +198,7 @@ impl Context {
         let mut state = State {
             session,
             embeddings: params.embeddings,
+            causal: true,
             n_threads: params.n_threads,
             n_threads_batch: params.n_threads_batch,
             pools: Pools::default(),
@@ -441,13 +444,12 @@ api! {
     }
 
     fn llama_set_causal_attn(ctx: *mut sys::llama_context, causal_attn: bool), or (), {
-        CONTEXTS.get(ctx)?;
-        if causal_attn { Ok(()) } else { fail!("non-causal attention is not supported by simlayer") }
+        CONTEXTS.get(ctx)?.lock().causal = causal_attn;
+        Ok(())
     }
 
     fn llama_get_causal_attn(ctx: *const sys::llama_context) -> bool, or true, {
-        CONTEXTS.get(ctx)?;
-        Ok(true)
+        Ok(CONTEXTS.get(ctx)?.lock().causal)
     }
 
     fn llama_set_warmup(ctx: *mut sys::llama_context, _warmup: bool), or (), {

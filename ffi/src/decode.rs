@@ -1,12 +1,12 @@
 //! Running a batch: its tokens are sorted by sequence, checked, and given to the engine in as few calls as possible.
 
-use std::{collections::BTreeMap, ops::Range};
+use std::{collections::BTreeMap, ops::Range, sync::Arc};
 
 use ggml_sys as sys;
-use simlayer::{BatchEntry, Error, Outputs as Wanted, Session, Token};
+use simlayer::{BatchEntry, Embeddings, Error, Outputs as Wanted, Session, Token};
 
 use crate::{
-    batch::{Entry, entries, ext_entries},
+    batch::{Entry, Positions, entries, ext_entries},
     border::{Failure, Result},
     context::{CONTEXTS, Context, State, session},
     log,
@@ -26,6 +26,17 @@ const MAX_RUNS: usize = 8;
 struct Run {
     range: Range<usize>,
     wanted: Wanted,
+}
+
+/// Cuts a sequence's tokens where they stop or start having outputs, and where rows of embeddings begin or end.
+fn runs_of(outputs: &[bool], embd: &[Option<Arc<[f32]>>]) -> Vec<Run> {
+    let mut all = Vec::new();
+    for part in embd.chunk_by(|a, b| a.is_some() == b.is_some()) {
+        let first = all.last().map_or(0, |run: &Run| run.range.end);
+        let cut = runs(&outputs[first..first + part.len()]).into_iter();
+        all.extend(cut.map(|Run { range, wanted }| Run { range: first + range.start..first + range.end, wanted }));
+    }
+    all
 }
 
 /// Cuts a sequence's tokens where they stop or start having outputs.
@@ -56,6 +67,11 @@ struct Lane {
     /// Their numbers in the batch.
     indices: Vec<usize>,
     tokens: Vec<Token>,
+    /// What stands in place of each token, if anything does.
+    embd: Vec<Option<Arc<[f32]>>>,
+    positions: Vec<Positions>,
+    /// Where the next token of text stands.
+    next: usize,
     /// Whether this lane gives a token's output: a token of several sequences has it from the first of them.
     outputs: Vec<bool>,
     runs: Vec<Run>,
@@ -65,7 +81,34 @@ impl Lane {
     fn push(&mut self, index: usize, entry: &Entry, output: bool) {
         self.indices.push(index);
         self.tokens.push(entry.token);
+        self.embd.push(entry.embd.clone().filter(|_| entry.token == sys::LLAMA_TOKEN_NULL));
+        self.positions.push(entry.pos);
         self.outputs.push(output);
+    }
+
+    /// Its first `n` tokens as a lane of their own.
+    fn take(&mut self, n: usize) -> Lane {
+        let mut first = Lane {
+            indices: self.indices.drain(..n).collect(),
+            tokens: self.tokens.drain(..n).collect(),
+            embd: self.embd.drain(..n).collect(),
+            positions: self.positions.drain(..n).collect(),
+            next: self.next,
+            outputs: self.outputs.drain(..n).collect(),
+            runs: Vec::new(),
+        };
+        first.runs = runs_of(&first.outputs, &first.embd);
+        first
+    }
+
+    /// A run's rows of embeddings and their positions; `None` of a run of tokens.
+    fn embeddings(&self, run: &Run, n_positions: usize) -> Option<(Vec<f32>, Vec<i32>)> {
+        let rows = self.embd[run.range.clone()].iter().map(Option::as_deref).collect::<Option<Vec<&[f32]>>>()?;
+        let positions = &self.positions[run.range.clone()];
+        let dimension = |dimension: usize| positions.iter().map(move |positions| positions[dimension]);
+        // Where there is one a token it is the next, which was checked.
+        let n_given = if n_positions > 1 { n_positions } else { 0 };
+        Some((rows.concat(), (0..n_given).flat_map(dimension).collect()))
     }
 }
 
@@ -80,15 +123,31 @@ fn lanes(batch: &[Entry], context: &Context, session: &Session) -> Result<BTreeM
     let n_vocab = context.model.n_vocab();
     let mut lanes: BTreeMap<u32, Lane> = BTreeMap::new();
     for (index, entry) in batch.iter().enumerate() {
-        if usize::try_from(entry.token).map_or(true, |id| id >= n_vocab) {
+        let is_row = entry.token == sys::LLAMA_TOKEN_NULL && entry.embd.is_some();
+        if !is_row && usize::try_from(entry.token).map_or(true, |id| id >= n_vocab) {
             fail!("token {index} is {}, the vocabulary has {n_vocab}", entry.token);
         }
         for (nth, &seq) in entry.seqs.iter().enumerate() {
-            let lane = lanes.entry(seq).or_default();
-            let expected = session.seq_n_past(seq) + lane.tokens.len();
-            if usize::try_from(entry.pos).ok() != Some(expected) {
-                fail!("token {index} is at position {} of sequence {seq}, which goes on at {expected}", entry.pos);
+            let new = || Lane { next: session.seq_next_position(seq), ..Lane::default() };
+            let lane = lanes.entry(seq).or_insert_with(new);
+            let expected = lane.next;
+            // Pictures' rows share positions; the engine looks at them.
+            let is_apart = is_row && context.model.n_positions() > 1;
+            match usize::try_from(entry.pos[0]) {
+                Ok(position) if position == expected || is_apart => {}
+                _ => fail!(
+                    "token {index} is at position {} of sequence {seq}, which goes on at {expected}",
+                    entry.pos[0]
+                ),
             }
+            lane.next = match is_apart {
+                true => entry
+                    .pos
+                    .iter()
+                    .filter_map(|&at| usize::try_from(at).ok())
+                    .fold(expected, |next, at| next.max(at + 1)),
+                false => expected + 1,
+            };
             lane.push(index, entry, entry.output && nth == 0);
         }
     }
@@ -135,6 +194,7 @@ fn decode(context: &Context, state: &mut State, batch: &[Entry]) -> Result<i32> 
             Ok(match error {
                 Error::Interrupted => ABORTED,
                 Error::ContextFull { .. } => NO_SLOT,
+                Error::Embeddings(_) => INVALID,
                 _ => FAILED,
             })
         }
@@ -172,9 +232,14 @@ fn run(
     }
     attach_threads(state, session, batch.len());
 
-    share_prefixes(batch, &mut lanes, state, session)?;
+    if !state.causal && lanes.values().any(|lane| lane.embd.iter().any(Option::is_none)) {
+        let why =
+            "tokens that see those behind them (llama_set_causal_attn) are supported of embeddings only".to_owned();
+        return Err(RunError::Batch(Failure(why)));
+    }
+    share_prefixes(context, batch, &mut lanes, state, session)?;
     for lane in lanes.values_mut() {
-        lane.runs = runs(&lane.outputs);
+        lane.runs = runs_of(&lane.outputs, &lane.embd);
     }
     let rounds = lanes.values().map(|lane| lane.runs.len()).max().unwrap_or(0);
     for round in 0..rounds {
@@ -184,15 +249,37 @@ fn run(
             let Some(run) = lane.runs.get(round) else { continue };
             let ends = round + 1 == lane.runs.len() && lane.outputs.last() == Some(&true);
             let prompt_end = ends && is_prompt_end(state, seq, lane.tokens.len());
+            if lane.embd[run.range.start].is_some() {
+                run_rows(context, state, session, (seq, lane, run), prompt_end)?;
+                continue;
+            }
             let tokens = &lane.tokens[run.range.clone()];
             entries.push(BatchEntry { seq, tokens, outputs: run.wanted, prompt_end });
             targets.extend(rows_of(run, lane, &state.outputs.rows));
         }
-        session.run(&entries)?;
-        collect(session, state, &targets);
+        if !entries.is_empty() {
+            session.run(&entries)?;
+            collect(session, state, &targets);
+        }
     }
     pool(context, state, batch);
     Ok(0)
+}
+
+/// Runs rows of embeddings of one sequence.
+fn run_rows(
+    context: &Context,
+    state: &mut State,
+    session: &mut Session,
+    (seq, lane, run): (u32, &Lane, &Run),
+    prompt_end: bool,
+) -> std::result::Result<(), RunError> {
+    let Some((rows, positions)) = lane.embeddings(run, context.model.n_positions()) else { return Ok(()) };
+    let embeddings = Embeddings { rows: &rows, positions: &positions, see_each_other: !state.causal };
+    session.run_embeddings(seq, &embeddings, run.wanted, prompt_end)?;
+    let targets: Vec<i32> = rows_of(run, lane, &state.outputs.rows).collect();
+    collect(session, state, &targets);
+    Ok(())
 }
 
 /// The output rows that a run's logits go to, -1 for those that nobody wants.
@@ -217,6 +304,7 @@ fn is_prompt_end(state: &mut State, seq: u32, n_tokens: usize) -> bool {
 
 /// A prompt that several empty sequences begin with is computed once and copied.
 fn share_prefixes(
+    context: &Context,
     batch: &[Entry],
     lanes: &mut BTreeMap<u32, Lane>,
     state: &mut State,
@@ -232,15 +320,14 @@ fn share_prefixes(
         }
         let lane = &lanes[&leader];
         let n = lane.indices.iter().take_while(|&&index| batch[index].seqs == *seqs).count();
-        let own: Lane = Lane {
-            indices: lane.indices[..n].to_vec(),
-            tokens: lane.tokens[..n].to_vec(),
-            outputs: lane.outputs[..n].to_vec(),
-            runs: runs(&lane.outputs[..n]),
-        };
+        let Some(own) = lanes.get_mut(&leader).map(|lane| lane.take(n)) else { continue };
         for (i, run) in own.runs.iter().enumerate() {
             let ends = i + 1 == own.runs.len() && own.outputs.last() == Some(&true);
             let prompt_end = ends && is_prompt_end(state, leader, n);
+            if own.embd[run.range.start].is_some() {
+                run_rows(context, state, session, (leader, &own, run), prompt_end)?;
+                continue;
+            }
             let tokens = &own.tokens[run.range.clone()];
             session.run(&[BatchEntry { seq: leader, tokens, outputs: run.wanted, prompt_end }])?;
             let targets: Vec<i32> = rows_of(run, &own, &state.outputs.rows).collect();
@@ -253,10 +340,8 @@ fn share_prefixes(
                 let scored = state.scored.get(&leader).copied().unwrap_or(false);
                 state.scored.insert(seq, scored);
             }
-            if let Some(lane) = lanes.get_mut(&seq) {
-                lane.indices.drain(..n);
-                lane.tokens.drain(..n);
-                lane.outputs.drain(..n);
+            if let Some(lane) = lanes.get_mut(&seq).filter(|_| seq != leader) {
+                lane.take(n);
             }
         }
     }
@@ -339,7 +424,7 @@ api! {
         let all = state.embeddings;
         let held = session(&mut state)?;
         // SAFETY: the frontend's arrays, as llama.h describes them.
-        let batch = unsafe { entries(&batch, &context, all, &mut |seq| held.seq_n_past(seq)) }?;
+        let batch = unsafe { entries(&batch, &context, all, &mut |seq| held.seq_next_position(seq)) }?;
         decode(&context, &mut state, &batch)
     }
 

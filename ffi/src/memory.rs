@@ -14,7 +14,18 @@ fn context(memory: sys::llama_memory_t) -> Result<std::sync::Arc<Context>> {
     CONTEXTS.get(memory)
 }
 
-/// Positions `p0..p1` of a sequence of `n_past` tokens; negative ones stand for its beginning and end.
+/// The tokens of a sequence at positions `p0..p1`; negative ones stand for its beginning and end.
+fn tokens_at(session: &Session, seq: u32, p0: sys::llama_pos, p1: sys::llama_pos) -> std::ops::Range<usize> {
+    let positions = range(p0, p1, session.seq_next_position(seq));
+    let n_past = session.seq_n_past(seq);
+    let number = |position: usize| match position == session.seq_next_position(seq) {
+        true => n_past,
+        false => session.seq_tokens_before(seq, position),
+    };
+    number(positions.start)..number(positions.end)
+}
+
+/// Positions `p0..p1` of `n_past`; negative ones stand for the beginning and the end.
 fn range(p0: sys::llama_pos, p1: sys::llama_pos, n_past: usize) -> std::ops::Range<usize> {
     let first = usize::try_from(p0).unwrap_or(0).min(n_past);
     let end = usize::try_from(p1).unwrap_or(n_past).min(n_past);
@@ -41,7 +52,7 @@ impl State {
 fn remove(state: &mut State, seq: u32, p0: sys::llama_pos, p1: sys::llama_pos) -> Result<bool> {
     let session = session(state)?;
     let n_past = session.seq_n_past(seq);
-    let range = range(p0, p1, n_past);
+    let range = tokens_at(session, seq, p0, p1);
     if range.is_empty() {
         return Ok(true);
     }
@@ -55,7 +66,7 @@ fn remove(state: &mut State, seq: u32, p0: sys::llama_pos, p1: sys::llama_pos) -
 
 fn can_remove(session: &Session, seq: u32, p0: sys::llama_pos, p1: sys::llama_pos) -> bool {
     let n_past = session.seq_n_past(seq);
-    let range = range(p0, p1, n_past);
+    let range = tokens_at(session, seq, p0, p1);
     range.is_empty() || (range.end == n_past && session.seq_can_truncate(seq, range.start))
 }
 
@@ -107,7 +118,7 @@ api! {
         let mut state = context.lock();
         let (from, to) = (sequence(seq_id_src, &context.limits)?, sequence(seq_id_dst, &context.limits)?);
         let session = session(&mut state)?;
-        let range = range(p0, p1, session.seq_n_past(from));
+        let range = tokens_at(session, from, p0, p1);
         if from == to || range.is_empty() {
             return Ok(());
         }
@@ -173,14 +184,15 @@ api! {
         let reported = if context.swa_full { 0 } else { context.model.n_swa() };
         // What is there now can always be gone on from, though it may be all.
         let least = session.seq_resumable(seq).min(session.seq_n_past(seq) - 1);
-        Ok(least.saturating_sub(reported) as i32)
+        Ok(session.seq_position(seq, least).saturating_sub(reported) as i32)
     }
 
     fn llama_memory_seq_pos_max(mem: sys::llama_memory_t, seq_id: sys::llama_seq_id) -> sys::llama_pos, or -1, {
         let context = context(mem)?;
         let seq = sequence(seq_id, &context.limits)?;
         let state = context.lock();
-        Ok(state.session.as_ref().and_then(|session| session.seq_held(seq)).map_or(-1, |held| *held.end() as i32))
+        let last = |session: &Session| Some(session.seq_position(seq, *session.seq_held(seq)?.end()) as i32);
+        Ok(state.session.as_ref().and_then(last).unwrap_or(-1))
     }
 
     fn llama_memory_can_shift(mem: sys::llama_memory_t) -> bool, or false, {

@@ -107,6 +107,16 @@ fn check_use(file: &Gguf) -> std::result::Result<(), LoadError> {
 }
 
 impl Model {
+    /// Elements of a row that stands in place of a token; 0 of a model without weights.
+    pub fn n_embd_input(&self) -> usize {
+        self.hparams.as_ref().map_or(0, Hparams::n_embd_input)
+    }
+
+    /// How many positions an embedding has.
+    pub fn n_positions(&self) -> usize {
+        self.hparams.as_ref().map_or(1, |hparams| hparams.rope.kind.positions_per_token())
+    }
+
     /// Says that layers may become lazy in one of the model's contexts.
     pub fn note_lazy(&self) {
         self.lazy.store(true, Ordering::Relaxed);
@@ -543,7 +553,7 @@ api! {
     }
 
     fn llama_model_n_embd_inp(model: *const sys::llama_model) -> i32, or 0, {
-        Ok(MODELS.get(model)?.count(|hparams| hparams.n_embd))
+        Ok(MODELS.get(model)?.count(Hparams::n_embd_input))
     }
 
     fn llama_model_n_embd_out(model: *const sys::llama_model) -> i32, or 0, {

@@ -51,6 +51,35 @@ impl<'a> BatchEntry<'a> {
     }
 }
 
+/// Rows that stand in a sequence in place of tokens: what encodes pictures or sounds for a model gives them.
+#[derive(Debug, Clone, Copy)]
+pub struct Embeddings<'a> {
+    /// [`Hparams::n_embd_input`](crate::model::Hparams::n_embd_input) elements for each, one row after the other.
+    pub rows: &'a [f32],
+    /// Of a model that gives each token several positions (M-RoPE): all first ones, then all second ones, and so on. Empty
+    /// where they are those that follow, in all dimensions but the last, as a text's.
+    pub positions: &'a [i32],
+    /// Whether each sees those behind it as well. They go into one ubatch then.
+    pub see_each_other: bool,
+}
+
+/// What a ubatch's tokens are.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Fed<'a> {
+    pub tokens: &'a [Token],
+    /// What stands in place of all of them.
+    pub embeddings: Option<Embeddings<'a>>,
+}
+
+impl<'a> From<&'a [Token]> for Fed<'a> {
+    fn from(tokens: &'a [Token]) -> Fed<'a> {
+        Fed { tokens, embeddings: None }
+    }
+}
+
+/// Stands for a token that was given as a row of an embedding: there is no such one.
+pub(super) const NO_TOKEN: Token = -1;
+
 /// The tokens of one sequence in a ubatch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Part {
@@ -65,6 +94,10 @@ pub(super) struct Part {
     pub exact_from: usize,
     /// The row of recurrent layers' states that is the sequence's before these tokens.
     pub state_row: usize,
+    /// What is added to a token's number in the sequence for its position, where none is given for it.
+    pub shift: i32,
+    /// Whether each token sees those behind it as well.
+    pub see_each_other: bool,
 }
 
 impl Part {

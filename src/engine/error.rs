@@ -9,6 +9,8 @@ use crate::{ggml, lazy::ProfileError, model, vocab::Token};
 pub enum Error {
     #[error("token {token} is not in the vocabulary of {n_vocab} tokens")]
     Token { token: Token, n_vocab: usize },
+    #[error("embeddings do not fit: {0}")]
+    Embeddings(String),
     #[error("no tokens were given")]
     Empty,
     #[error("the context is full: {needed} tokens are needed, it holds {n_ctx} (give a larger context size)")]

@@ -3,7 +3,7 @@
 use std::{mem, time::Duration};
 
 use super::{
-    batch::Part,
+    batch::{Fed, Part},
     inputs::Inputs,
     layer::LayerCache,
     score::{self, SCORE_NAME, Scored},
@@ -13,7 +13,6 @@ use super::{
 use crate::{
     cache::{StateStore, Store},
     ggml::{self, Error, Graph, Scheduler},
-    vocab::Token,
 };
 
 /// What a session computes with, and what came of it.
@@ -46,6 +45,7 @@ pub(super) struct Kept {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Key {
     parts: Vec<Part>,
+    has_embeddings: bool,
     n_outputs: usize,
     /// For each part and layer: its store, how many rows attention reads, and its state's store.
     stores: Vec<(u64, usize, u64)>,
@@ -97,14 +97,8 @@ impl Executor {
     }
 
     /// Fills a step's inputs, computes it, and adds its rows to the results. The layers' scores, in order.
-    pub fn run(
-        &mut self,
-        step: &mut Step,
-        parts: &[Part],
-        tokens: &[Token],
-        rows: &[i32],
-    ) -> Result<Vec<Scored>, Error> {
-        step.fill(parts, tokens, rows);
+    pub fn run(&mut self, step: &mut Step, parts: &[Part], fed: Fed<'_>, rows: &[i32]) -> Result<Vec<Scored>, Error> {
+        step.fill(parts, fed, rows);
         match &mut self.score_time {
             Some(total) if !step.scores.is_empty() => {
                 *total += self.scheduler.compute_timed(&step.graph, SCORE_NAME)?
@@ -118,17 +112,11 @@ impl Executor {
     }
 
     /// As [`Executor::run`], but where nothing is read of the step devices may still be at it when this returns.
-    pub fn start(
-        &mut self,
-        step: &mut Step,
-        parts: &[Part],
-        tokens: &[Token],
-        rows: &[i32],
-    ) -> Result<Vec<Scored>, Error> {
+    pub fn start(&mut self, step: &mut Step, parts: &[Part], fed: Fed<'_>, rows: &[i32]) -> Result<Vec<Scored>, Error> {
         if !step.scores.is_empty() || step.output.is_some() {
-            return self.run(step, parts, tokens, rows);
+            return self.run(step, parts, fed, rows);
         }
-        step.fill(parts, tokens, rows);
+        step.fill(parts, fed, rows);
         self.scheduler.start(&step.graph)?;
         Ok(Vec::new())
     }
@@ -172,7 +160,8 @@ impl Key {
         let caches = stretch.parts.iter().zip(stretch.caches);
         let stores = caches.flat_map(|(part, layers)| layers.iter().map(move |layer| store(part, layer))).collect();
         // A step differs from the one before by its positions only, which are inputs.
-        let parts = stretch.parts.iter().map(|part| Part { n_past: 0, exact_from: 0, state_row: 0, ..*part }).collect();
-        Key { parts, n_outputs: stretch.n_wanted, stores }
+        let alike = |part: &Part| Part { n_past: 0, exact_from: 0, state_row: 0, shift: 0, ..*part };
+        let parts = stretch.parts.iter().map(alike).collect();
+        Key { parts, has_embeddings: stretch.has_embeddings, n_outputs: stretch.n_wanted, stores }
     }
 }

@@ -23,7 +23,7 @@ use std::{
 };
 
 use super::{
-    batch::{BatchEntry, Part},
+    batch::{BatchEntry, NO_TOKEN, Part},
     error::Error,
     executor::Executor,
     layer::{LayerCache, resumable},
@@ -117,12 +117,13 @@ fn telling_pieces(tokens: &[Token], lazy: &LazyParams) -> Vec<Range<usize>> {
     let dropped = lazy.n_sink..tokens.len().saturating_sub(lazy.n_window).max(lazy.n_sink);
     let kept: HashSet<Token> = tokens[..dropped.start].iter().chain(&tokens[dropped.end..]).copied().collect();
     let rarity = |token: &Token| if kept.contains(token) { 0.0 } else { 1.0 / count[token] as f64 };
+    let is_text = |from: &usize| !tokens[*from..from + PIECE].contains(&NO_TOKEN);
     let told = |from: usize| tokens[from + UNCOUNTED..from + PIECE].iter().map(rarity).sum::<f64>();
     let part = dropped.len() / N_PIECES;
     let parts = (0..N_PIECES).map(|index| dropped.start + index * part..dropped.start + (index + 1) * part);
     let best = |part: Range<usize>| {
         let mut best: Option<(f64, usize)> = None;
-        for from in part.start..(part.end + 1).saturating_sub(PIECE) {
+        for from in (part.start..(part.end + 1).saturating_sub(PIECE)).filter(is_text) {
             let told = told(from);
             if best.is_none_or(|(most, _)| told > most) {
                 best = Some((told, from));
@@ -273,7 +274,10 @@ impl Sequence {
             Some(anchor) => n_past - anchor.n_past,
             None => 0,
         };
-        (FEWEST_LAST..=most).contains(&n_last).then_some(n_last)
+        // What was given as rows of embeddings is not known any more.
+        let of_text = self.tokens.iter().rev().take_while(|&&token| token != NO_TOKEN).count();
+        let n_last = if self.is_recurrent() { n_last } else { n_last.min(of_text) };
+        (FEWEST_LAST..=most.min(of_text)).contains(&n_last).then_some(n_last)
     }
 
     /// Makes layers lazy where the policy goes by looks, and keys narrow where that is asked for: the largest beginning of
@@ -459,14 +463,22 @@ impl Sequence {
         let (n_past, n) = (probe.start, probe.tokens.len());
         // The exact stores hold the newest tokens, and the probe goes back before them.
         let exact_from = self.exact_from(n_past, self.n_past());
-        let parts = [Part { first: 0, n, n_past, n_score, exact_from, state_row: self.place.state_row }];
+        let (state_row, shift) = (self.place.state_row, self.positions.shift(n_past));
+        let parts = [Part { first: 0, n, n_past, n_score, exact_from, state_row, shift, see_each_other: false }];
         let caches: [&[LayerCache]; 1] = [&self.layers];
         let layers = 0..setup.layers.len();
         let rows: Vec<i32> = (0..probe.n_last).chain(probe.repeated.iter().copied()).map(|row| row as i32).collect();
-        let stretch = Stretch { layers, parts: &parts, caches: &caches, entering: None, n_wanted: rows.len() };
+        let stretch = Stretch {
+            layers,
+            parts: &parts,
+            caches: &caches,
+            entering: None,
+            has_embeddings: false,
+            n_wanted: rows.len(),
+        };
         let results = executor.take_results();
         let step = executor.step(setup, &stretch);
-        let ran = step.and_then(|mut ready| executor.run(&mut ready.step, &parts, &probe.tokens, &rows));
+        let ran = step.and_then(|mut ready| executor.run(&mut ready.step, &parts, probe.tokens[..].into(), &rows));
         let found = executor.put_results(results);
         Ok((found, ran?))
     }

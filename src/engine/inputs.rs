@@ -1,10 +1,9 @@
 //! A graph's input tensors and what they are filled with before each run.
 
-use super::batch::Part;
+use super::batch::{Embeddings, Fed, Part};
 use crate::{
     cache::Span,
     ggml::{Device, Graph, Tensor, Type},
-    vocab::Token,
 };
 
 /// Rows of keys that a part's tokens attend to.
@@ -71,6 +70,8 @@ fn is_exact(exact: Span, position: usize, end: usize, part: &Part) -> bool {
 enum Fill {
     /// Token ids of the ubatch.
     Tokens,
+    /// Rows that are given in place of tokens.
+    Embeddings,
     /// Positions of the ubatch's tokens; of models that give each several, all first ones, then all second ones.
     Positions {
         per_token: usize,
@@ -162,6 +163,11 @@ impl Inputs {
         self.input(graph, Type::I32, &[n], Fill::Tokens)
     }
 
+    /// f32 `[width, n]`.
+    pub fn embeddings(&mut self, graph: &Graph, n: usize, width: usize) -> Tensor {
+        self.input(graph, Type::F32, &[width, n], Fill::Embeddings)
+    }
+
     /// i32 `[n × per_token]`.
     pub fn positions(&mut self, graph: &Graph, n: usize, per_token: usize) -> Tensor {
         self.input(graph, Type::I32, &[n * per_token], Fill::Positions { per_token })
@@ -186,7 +192,7 @@ impl Inputs {
     /// f16 `[rows of all groups, n]`: 0 where a token of the part (number `index`) sees a row, else minus infinity. With a
     /// device it is computed there, so that what is sent does not grow with the context.
     pub fn mask(&mut self, graph: &Graph, part: &Part, index: usize, keys: &[Keys], device: Option<Device>) -> Tensor {
-        let Some(device) = device else {
+        let Some(device) = device.filter(|_| !part.see_each_other) else {
             let n_rows = keys.iter().map(|keys| keys.n_rows()).sum();
             return self.input(graph, Type::F16, &[n_rows, part.n], Fill::Mask { part: index, keys: keys.to_vec() });
         };
@@ -270,14 +276,24 @@ impl Inputs {
     }
 
     /// Fills every input that the graph really reads.
-    pub fn fill(&mut self, parts: &[Part], tokens: &[Token], outputs: &[i32]) {
+    pub fn fill(&mut self, parts: &[Part], fed: Fed<'_>, outputs: &[i32]) {
         let Inputs { inputs, mask, floats, .. } = self;
         for (tensor, fill) in inputs.iter().filter(|(tensor, _)| tensor.is_allocated()) {
             match fill {
-                Fill::Tokens => tensor.write(0, tokens),
+                // Of a row that is no token's, embeddings of layers are the first token's (as in llama.cpp).
+                Fill::Tokens => {
+                    tensor.write(0, &fed.tokens.iter().map(|&token| token.max(0)).collect::<Vec<_>>());
+                }
+                Fill::Embeddings => tensor.write(0, fed.embeddings.map_or(&[][..], |embeddings| embeddings.rows)),
                 &Fill::Positions { per_token } => {
-                    let positions = parts.iter().flat_map(|part| part.n_past..part.n_past + part.n);
-                    let positions: Vec<i32> = positions.map(|position| position as i32).collect();
+                    if let Some(Embeddings { positions: given @ [_, ..], .. }) = fed.embeddings {
+                        tensor.write(0, given);
+                        continue;
+                    }
+                    let positions = parts
+                        .iter()
+                        .flat_map(|part| (part.n_past..part.n_past + part.n).map(|number| number as i32 + part.shift));
+                    let positions: Vec<i32> = positions.collect();
                     // A token of text is at the same place in all dimensions but the last, which has none.
                     let mut all = positions.repeat(per_token.min(TEXT_POSITIONS));
                     all.resize(positions.len() * per_token, 0);
@@ -334,8 +350,9 @@ fn fill_mask(mask: &mut Vec<u16>, part: &Part, keys: &[Keys]) {
             let cells = &mut cells[first..first + keys.n_rows()];
             // What the query sees: the sink, and what is recent.
             let (sink, recent) = span.map_or((0, 0), |span| (span.n_sink, span.seen_from(query)));
+            let end = if part.see_each_other { part.n_past + part.n } else { query + 1 };
             for &(row, from, len) in &runs {
-                for (low, high) in [(0, sink.min(recent).min(query + 1)), (recent, query + 1)] {
+                for (low, high) in [(0, sink.min(recent).min(end)), (recent, end)] {
                     let (low, high) = (low.max(from), high.min(from + len));
                     if low < high {
                         cells[row + low - from..row + high - from].fill(VISIBLE);
@@ -410,7 +427,7 @@ mod tests {
             (n, n_score) in (1usize..30).prop_flat_map(|n| (Just(n), 1..=n)),
             slack in 0usize..10,
         ) {
-            let part = Part { first: 0, n, n_past, n_score, exact_from: 0, state_row: 0 };
+            let part = Part { first: 0, n, n_past, n_score, exact_from: 0, state_row: 0, shift: 0, see_each_other: false };
             let mut kept = Vec::new();
             fill_kept(&mut kept, &part, span, n_past + n + slack);
             for (key, cells) in kept.chunks_exact(n_score).enumerate() {
@@ -433,7 +450,7 @@ mod tests {
         ) {
             // As after a cut from `n_past + lost` tokens, where no ring had lost anything else.
             let exact_from = exact.map_or(0, |exact| exact.held_from(n_past + lost).min(n_past));
-            let part = Part { first: 0, n, n_past, n_score: 0, exact_from, state_row: 0 };
+            let part = Part { first: 0, n, n_past, n_score: 0, exact_from, state_row: 0, shift: 0, see_each_other: false };
             let stored = |end: usize, has_own| {
                 let n_rows = span.map_or(end + slack, |span| span.used_rows(end));
                 Keys::Stored { span, n_rows, has_own, exact }
@@ -467,7 +484,7 @@ mod tests {
         graph.expand(out);
         let mut scheduler = Scheduler::new(&[Device::cpu()], 1, 64).unwrap();
         scheduler.alloc(graph).unwrap();
-        inputs.fill(&[part], &[], &[]);
+        inputs.fill(&[part], [][..].into(), &[]);
         scheduler.compute(graph).unwrap();
         let mut values = vec![T::default(); out.shape().iter().product()];
         out.read(0, &mut values);
@@ -487,7 +504,7 @@ mod tests {
             slack in 0usize..10,
         ) {
             let n_score = n_score.min(n);
-            let part = Part { first: 0, n, n_past, n_score, exact_from: 0, state_row: 0 };
+            let part = Part { first: 0, n, n_past, n_score, exact_from: 0, state_row: 0, shift: 0, see_each_other: false };
             let stored = |end: usize, has_own| {
                 let n_rows = span.map_or(end + slack, |span| span.used_rows(end)).max(1);
                 Keys::Stored { span, n_rows, has_own, exact: None }

@@ -14,6 +14,7 @@ mod inputs;
 mod layer;
 mod mark;
 mod plan;
+mod positions;
 mod prefill;
 mod profile;
 mod run;
@@ -31,7 +32,7 @@ mod view;
 #[cfg(test)]
 mod tests;
 
-pub use batch::{BatchEntry, Outputs, SeqId};
+pub use batch::{BatchEntry, Embeddings, Outputs, SeqId};
 pub use checkpoint::{Checkpoint, Restored};
 pub use error::Error;
 pub use layer::{LayerKind, LayerReport};

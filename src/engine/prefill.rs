@@ -215,8 +215,8 @@ impl Prompt<'_> {
             let tokens = &self.entry.tokens[hidden.tokens.clone()];
             let is_awaited = anchor.as_ref().is_some_and(|anchor| anchor.n_past == hidden.tokens.end);
             let scored = match is_awaited {
-                true => executor.run(&mut step, &part, tokens, &rows)?,
-                false => executor.start(&mut step, &part, tokens, &rows)?,
+                true => executor.run(&mut step, &part, tokens.into(), &rows)?,
+                false => executor.start(&mut step, &part, tokens.into(), &rows)?,
             };
             for scored in scored {
                 scores[scored.layer - first] = Some(scored.value);
@@ -234,7 +234,16 @@ impl Prompt<'_> {
         let Hidden { states, tokens: piece, .. } = hidden;
         let n_tokens = self.entry.tokens.len();
         let n_score = if piece.end == n_tokens { self.n_score.min(piece.len()) } else { 0 };
-        let part = [Part { first: 0, n: piece.len(), n_past: piece.start, n_score, exact_from: 0, state_row }];
+        let part = [Part {
+            first: 0,
+            n: piece.len(),
+            n_past: piece.start,
+            n_score,
+            exact_from: 0,
+            state_row,
+            shift: 0,
+            see_each_other: false,
+        }];
         // Of the last layer only the tokens with outputs are carried on; all have their keys and values stored.
         let wanted = match self.group.end == self.setup.layers.len() {
             true => self.entry.outputs.rows(n_tokens).start.clamp(piece.start, piece.end) - piece.start..piece.len(),
@@ -245,6 +254,7 @@ impl Prompt<'_> {
             parts: &part,
             caches: &[layers],
             entering: Some(states).filter(|_| self.group.start > 0),
+            has_embeddings: false,
             n_wanted: wanted.len(),
         };
         let step = self.setup.step(&stretch, inputs);

@@ -4,7 +4,7 @@
 use std::{collections::BTreeSet, slice};
 
 use super::{
-    batch::{BatchEntry, MAX_PARTS, pieces_cut},
+    batch::{BatchEntry, Embeddings, MAX_PARTS, NO_TOKEN, Outputs, SeqId, pieces, pieces_cut},
     error::Error,
     executor::Executor,
     guard,
@@ -58,7 +58,7 @@ pub(super) fn run(
                 let told = &mut |tokens| progress((done + tokens) as f32 / total);
                 run_alone(setup, executor, sequences, entry, told)?;
             } else {
-                run_ubatch(setup, executor, sequences, together, true)?;
+                run_ubatch(setup, executor, sequences, together, None, true)?;
             }
             done += together.iter().map(|entry| entry.tokens.len()).sum::<usize>();
             waiting = rest;
@@ -90,6 +90,57 @@ fn check(setup: &Setup, sequences: &Sequences, batch: &[BatchEntry<'_>]) -> Resu
     if batch.is_empty() { Err(Error::Empty) } else { Ok(()) }
 }
 
+/// Appends rows of embeddings to a sequence, in place of tokens; the executor has their rows of results afterwards.
+pub(super) fn run_embeddings(
+    setup: &Setup,
+    executor: &mut Executor,
+    sequences: &mut Sequences,
+    (seq, outputs, prompt_end): (SeqId, Outputs, bool),
+    embeddings: &Embeddings<'_>,
+) -> Result<(), Error> {
+    let (hparams, params) = (setup.model.hparams(), &setup.params);
+    let (width, per_token) = (hparams.n_embd_input(), hparams.rope.kind.positions_per_token());
+    let n = embeddings.rows.len() / width;
+    let wrong = |why: String| Err(Error::Embeddings(why));
+    if n == 0 || !embeddings.rows.len().is_multiple_of(width) {
+        return wrong(format!("{} elements are no rows of {width}", embeddings.rows.len()));
+    }
+    if ![0, n * per_token].contains(&embeddings.positions.len()) {
+        let given = embeddings.positions.len();
+        return wrong(format!("{given} positions for {n} rows, each of which has {per_token}"));
+    }
+    if embeddings.see_each_other && n > params.n_ubatch {
+        return wrong(format!("{n} rows see each other; a ubatch has {} (give a larger one)", params.n_ubatch));
+    }
+    let n_past = sequences.n_past(seq);
+    // A picture may come in several calls.
+    let last = sequences.get(seq).map_or(0, |sequence| sequence.positions.at(n_past.saturating_sub(1)));
+    if embeddings.positions.iter().take(n).any(|&position| usize::try_from(position).map_or(true, |at| at < last)) {
+        return wrong(format!("a position is before {last}, where the sequence's last token is"));
+    }
+    if !embeddings.positions[..n.min(embeddings.positions.len())].is_sorted() {
+        return wrong("the first positions of rows go back".to_owned());
+    }
+    if n_past + n > params.n_ctx {
+        return Err(Error::ContextFull { needed: n_past + n, n_ctx: params.n_ctx });
+    }
+    executor.logits.clear();
+    executor.embeddings.clear();
+    executor.scheduler.set_threads(params.n_threads_batch)?;
+
+    let tokens = vec![NO_TOKEN; n];
+    let entry = BatchEntry { seq, tokens: &tokens, outputs, prompt_end };
+    for range in pieces(n, params.n_ubatch, 0) {
+        let of_piece = |dimension: &[i32]| dimension[range.clone()].to_vec();
+        let positions: Vec<i32> = embeddings.positions.chunks_exact(n).flat_map(of_piece).collect();
+        let rows = &embeddings.rows[range.start * width..range.end * width];
+        let piece = Embeddings { rows, positions: &positions, ..*embeddings };
+        let (ends, entry) = (range.end == n, entry.piece(range));
+        run_ubatch(setup, executor, sequences, slice::from_ref(&entry), Some(piece), ends)?;
+    }
+    Ok(())
+}
+
 /// An entry by itself, in pieces where it does not fit one ubatch. The last piece holds all tokens that are scored.
 fn run_alone(
     setup: &Setup,
@@ -109,7 +160,7 @@ fn run_alone(
             let (n_past, row) = (sequence.n_past(), sequence.place.state_row);
             sequence.anchor = Some(Snapshot::of(n_past, &sequence.layers, row, &setup.meter));
         }
-        run_ubatch(setup, executor, sequences, slice::from_ref(&entry.piece(range)), end == n)?;
+        run_ubatch(setup, executor, sequences, slice::from_ref(&entry.piece(range)), None, end == n)?;
         if end < n {
             progress(end);
         }

@@ -8,6 +8,7 @@ use super::{
     executor::Executor,
     layer::{LayerCache, LayerReport, resumable},
     mark::{Mark, Place},
+    positions::Positions,
     setup::{BACK, Setup},
     snapshot::Snapshot,
 };
@@ -24,6 +25,8 @@ pub(super) struct Sequence {
     pub layers: Vec<LayerCache>,
     /// The tokens in the cache.
     pub tokens: Vec<Token>,
+    /// Where they stand for RoPE.
+    pub positions: Positions,
     /// Tokens after them that were cut off, and whose rows are still there.
     cut_off: Vec<Token>,
     /// Where the last prompt ended.
@@ -51,7 +54,8 @@ impl Sequence {
 
     /// A sequence of these tokens, whose rows the layers hold.
     pub fn of(place: Place, tokens: Vec<Token>, layers: Vec<LayerCache>) -> Sequence {
-        Sequence { place, layers, tokens, cut_off: Vec::new(), mark: None, looked: None, anchor: None }
+        let positions = Positions::default();
+        Sequence { place, layers, tokens, positions, cut_off: Vec::new(), mark: None, looked: None, anchor: None }
     }
 
     pub fn n_past(&self) -> usize {
@@ -88,6 +92,7 @@ impl Sequence {
         // A mark's rows fit layers that keep what these keep; and a copy has no rows after its last token.
         let is_alike = lazy.is_empty() && active.is_none();
         copy.looked = self.looked;
+        copy.positions = self.positions.clone();
         copy.mark = self.mark.clone().filter(|mark| is_alike && mark.place().n_past <= n_past);
         Ok(copy)
     }
@@ -114,6 +119,14 @@ impl Sequence {
     /// What was noted of the last prompt's end does not hold any more.
     pub fn forget_prompt_end(&mut self) {
         self.mark = None;
+    }
+
+    /// Notes where the next `n` tokens stand: after those before, unless positions are given.
+    pub fn place_tokens(&mut self, n: usize, positions: &[i32]) {
+        match positions {
+            [] => self.positions.append_text(self.place.n_past, n),
+            given => self.positions.append(self.place.n_past, n, given),
+        }
     }
 
     /// Counts tokens in whose rows were written.

@@ -11,12 +11,12 @@ use std::{
 };
 
 use super::{
-    batch::{BatchEntry, Outputs, SeqId},
+    batch::{BatchEntry, Embeddings, Outputs, SeqId},
     checkpoint::{self, Checkpoint, Restored},
     error::Error,
     executor::Executor,
     layer::LayerReport,
-    run::run,
+    run::{run, run_embeddings},
     sequence::Sequence,
     sequences::Sequences,
     setup::{SessionParams, Setup},
@@ -100,6 +100,41 @@ impl Session {
     /// As [`Session::prefill`].
     pub fn run_with(&mut self, batch: &[BatchEntry<'_>], progress: &mut dyn FnMut(f32)) -> Result<(), Error> {
         run(&self.setup, &mut self.executor, &mut self.sequences, batch, progress)
+    }
+
+    /// Appends rows to a sequence in place of tokens: pictures and sounds, as their encoders give them to this model. The
+    /// logits are then in [`Session::logits`]. They are not scored: a prompt should end with text.
+    ///
+    /// # Errors
+    /// When rows or positions do not fit the model, and as [`Session::prefill`].
+    pub fn run_embeddings(
+        &mut self,
+        seq: SeqId,
+        embeddings: &Embeddings<'_>,
+        outputs: Outputs,
+        prompt_end: bool,
+    ) -> Result<(), Error> {
+        let (executor, sequences) = (&mut self.executor, &mut self.sequences);
+        run_embeddings(&self.setup, executor, sequences, (seq, outputs, prompt_end), embeddings)
+    }
+
+    /// Where the next token of a sequence stands for RoPE: its number, unless pictures came before
+    /// ([`Embeddings::positions`]).
+    #[doc(hidden)]
+    pub fn seq_next_position(&self, seq: SeqId) -> usize {
+        self.sequences.get(seq).map_or(0, |sequence| sequence.positions.next(sequence.n_past()))
+    }
+
+    /// Where a token of a sequence stands for RoPE, in the first dimension.
+    #[doc(hidden)]
+    pub fn seq_position(&self, seq: SeqId, token: usize) -> usize {
+        self.sequences.get(seq).map_or(token, |sequence| sequence.positions.at(token))
+    }
+
+    /// Tokens of a sequence that stand before a position.
+    #[doc(hidden)]
+    pub fn seq_tokens_before(&self, seq: SeqId, position: usize) -> usize {
+        self.sequences.get(seq).map_or(0, |sequence| sequence.positions.tokens_before(position, sequence.n_past()))
     }
 
     /// The logits of the last call: a row of `n_vocab` for each token that was asked for, in the batch's order.

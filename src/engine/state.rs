@@ -16,9 +16,11 @@ use std::{
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::{
+    batch::NO_TOKEN,
     error::Error,
     layer::{Exact, LayerCache},
     mark::Place,
+    positions::{PLACED_BYTES, Positions},
     sequence::Sequence,
     setup::{Setup, rows},
 };
@@ -30,7 +32,7 @@ use crate::{
 };
 
 const MAGIC: [u8; 8] = *b"SIMLAYER";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Magic, version, length.
 pub(super) const HEADER_BYTES: usize = 8 + 4 + 8;
 pub(super) const CHECKSUM_BYTES: usize = 8;
@@ -222,6 +224,7 @@ pub(super) struct State<'a> {
     pub kind: Kind,
     pub place: Place,
     pub tokens: Vec<Token>,
+    pub positions: Positions,
     /// The layers.
     rest: Reader<'a>,
     pub length: usize,
@@ -249,6 +252,7 @@ pub(super) fn bytes(hparams: &Hparams, sequence: Option<&Sequence>, kind: Kind) 
             let state = layer.state.as_ref().map_or(0, StateStore::row_bytes);
             LayerHeader::BYTES + rows + exact_rows * shape.row_bytes(header.format.exact()) + state
         };
+        bytes += 1 + sequence.positions.to_bytes(sequence.n_past()).len();
         bytes += size_of_val(&sequence.tokens[..]) + sequence.layers.iter().enumerate().map(layer).sum::<usize>();
     }
     bytes
@@ -278,6 +282,11 @@ pub(super) fn save(setup: &Setup, sequence: Option<&Sequence>, kind: Kind, to: &
     to.u64(scored_at)?;
     let tokens = sequence.map_or(&[][..], |sequence| &sequence.tokens);
     to.bytes(&tokens.iter().flat_map(|token| token.to_le_bytes()).collect::<Vec<u8>>())?;
+    if let Some(sequence) = sequence {
+        let positions = sequence.positions.to_bytes(n_past);
+        to.u8(u8::from(!positions.is_empty()))?;
+        to.bytes(&positions)?;
+    }
     let mut buffer = Vec::new();
     for layer in sequence.iter().flat_map(|sequence| &sequence.layers) {
         let header = LayerHeader::of(layer, n_past, kind);
@@ -324,7 +333,9 @@ pub(super) fn read(setup: &Setup, from: &[u8]) -> Result<(Option<Sequence>, usiz
     let rows = state.layers(setup)?;
     let layer = |(index, rows)| layer_of(rows, index, state.place.n_past, setup);
     let layers = rows.iter().enumerate().map(layer).collect::<Result<_, _>>()?;
-    Ok((Some(Sequence::of(state.place, state.tokens, layers)), length))
+    let mut sequence = Sequence::of(state.place, state.tokens, layers);
+    sequence.positions = state.positions;
+    Ok((Some(sequence), length))
 }
 
 /// The layer of a whole state, in stores of its own.
@@ -396,11 +407,16 @@ impl<'a> State<'a> {
         let bytes = reader.bytes(n_past * size_of::<Token>())?;
         let tokens: Vec<Token> =
             bytes.chunks_exact(4).map(|bytes| bytes.try_into().map_or(-1, Token::from_le_bytes)).collect();
-        if tokens.iter().any(|&token| usize::try_from(token).map_or(true, |id| id >= hparams.n_vocab)) {
+        let is_known =
+            |&token: &Token| token == NO_TOKEN || usize::try_from(token).is_ok_and(|id| id < hparams.n_vocab);
+        if !tokens.iter().all(is_known) {
             return Err(StateError::Damaged("a token is none of the vocabulary"));
         }
+        let has_positions = n_past > 0 && reader.flag()?;
+        let bytes = reader.bytes(if has_positions { n_past * PLACED_BYTES } else { 0 })?;
+        let positions = Positions::from_bytes(bytes).ok_or(StateError::Damaged("positions go back"))?;
         let place = Place { n_past, exact_from, scored, score_next, state_row: 0 };
-        Ok(State { kind, place, tokens, rest: reader, length })
+        Ok(State { kind, place, tokens, positions, rest: reader, length })
     }
 
     fn layer(&mut self, setup: &Setup, index: usize) -> Result<LayerRows<'a>, StateError> {

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::{
     attention::{CacheAttention, Look},
-    batch::Part,
+    batch::{Fed, Part},
     inputs::Inputs,
     layer::LayerCache,
     score::{SCORE_NAME, Score, Taken},
@@ -18,7 +18,6 @@ use crate::{
     ggml::{Device, Graph, Tensor},
     lazy::Measure,
     model::LayerStep,
-    vocab::Token,
 };
 
 /// What goes through which layers.
@@ -30,6 +29,8 @@ pub(super) struct Stretch<'a> {
     pub caches: &'a [&'a [LayerCache]],
     /// The hidden states `[n_embd, tokens]` that enter; `None` for the tokens' embeddings.
     pub entering: Option<&'a Tensor>,
+    /// Whether rows of embeddings are given in place of the tokens.
+    pub has_embeddings: bool,
     /// Tokens that have outputs: after the model's last layer only they are carried on.
     pub n_wanted: usize,
 }
@@ -61,9 +62,9 @@ pub(super) struct Output {
 
 impl Step {
     /// Fills the inputs: of these parts, which have these tokens and want these rows.
-    pub fn fill(&mut self, parts: &[Part], tokens: &[Token], rows: &[i32]) {
-        self.inputs.fill(parts, tokens, rows);
-        self.looks.iter_mut().for_each(|look| look.inputs.fill(&look.queries, &[], &[]));
+    pub fn fill(&mut self, parts: &[Part], fed: Fed<'_>, rows: &[i32]) {
+        self.inputs.fill(parts, fed, rows);
+        self.looks.iter_mut().for_each(|look| look.inputs.fill(&look.queries, [][..].into(), &[]));
     }
 
     /// Carries the hidden states on to rows of logits, and of embeddings, where they are wanted.
@@ -86,9 +87,21 @@ impl Setup {
         self.model.hparams().rope.kind.positions_per_token()
     }
 
+    /// The rows that are given in place of tokens' embeddings, and those that are added to the first layers' output, each
+    /// `[n_embd, n]`.
+    fn embeddings_of_layers(&self, graph: &Graph, given: &Tensor) -> Vec<Tensor> {
+        let n_embd = self.model.hparams().n_embd;
+        let ([width, n, ..], [element_bytes, row_bytes, ..]) = (given.shape(), given.strides());
+        let part = |first: usize| {
+            let part = graph.view(given, [n_embd, n, 1], [row_bytes, n * row_bytes], first * element_bytes);
+            graph.contiguous_if_needed(&part)
+        };
+        (0..width).step_by(n_embd).map(part).collect()
+    }
+
     /// The graph of a stretch. `inputs` are empty; their memory is used again.
     pub fn step(&self, stretch: &Stretch<'_>, mut inputs: Inputs) -> Step {
-        let Stretch { layers, parts, caches, entering, n_wanted } = stretch;
+        let Stretch { layers, parts, caches, entering, has_embeddings, n_wanted } = stretch;
         let architecture = self.model.architecture();
         let n_layer = self.layers.len();
         let n_tokens = stretch.n_tokens();
@@ -97,9 +110,13 @@ impl Setup {
         let is_cut = layers.end == n_layer && *n_wanted < n_tokens;
         let keep = is_cut.then(|| inputs.outputs(&graph, (*n_wanted).max(1)));
         let tokens = inputs.tokens(&graph, n_tokens);
-        let mut hidden = match entering {
-            Some(states) => (*states).clone(),
-            None => architecture.embed(&graph, &tokens),
+        let given = has_embeddings.then(|| inputs.embeddings(&graph, n_tokens, self.model.hparams().n_embd_input()));
+        let given: Vec<Tensor> = given.iter().flat_map(|given| self.embeddings_of_layers(&graph, given)).collect();
+        let (embeddings, of_layers) = (given.first(), given.get(1..).unwrap_or_default());
+        let mut hidden = match (entering, embeddings) {
+            (Some(states), _) => (*states).clone(),
+            (None, Some(embeddings)) => architecture.enter(&graph, embeddings),
+            (None, None) => architecture.embed(&graph, &tokens),
         };
         let look = Look::First { scored: self.params.lazy.policy.measure() == Measure::Mass };
         let mut attention = CacheAttention {
@@ -119,6 +136,7 @@ impl Setup {
                 index,
                 hidden: &hidden,
                 tokens: &tokens,
+                embeddings,
                 own_input: None,
                 positions: &positions,
                 keep,
@@ -132,7 +150,10 @@ impl Setup {
                 let recurred = attention.recurred.as_ref();
                 looked.extend(self.look_again(&graph, look, caches, &step, (whole, recurred)));
             }
-            hidden = result;
+            hidden = match of_layers.get(index) {
+                Some(rows) => graph.add(&result, &step.kept(&graph, rows)),
+                None => result,
+            };
         }
         let mut scores = attention.scores;
         scores.extend(looked);

@@ -3,7 +3,7 @@
 use std::iter;
 
 use super::{
-    batch::{BatchEntry, Part},
+    batch::{BatchEntry, Embeddings, Fed, Part},
     error::Error,
     executor::Executor,
     layer::LayerCache,
@@ -16,15 +16,16 @@ use super::{
 use crate::{lazy::At, vocab::Token};
 
 /// Runs tokens that fit one ubatch, of one or more sequences, and takes their scores. `ends`: they are not followed by
-/// others of the same call.
+/// others of the same call. `embeddings` stand in place of the tokens of a single sequence.
 pub(super) fn run_ubatch(
     setup: &Setup,
     executor: &mut Executor,
     sequences: &mut Sequences,
     batch: &[BatchEntry<'_>],
+    embeddings: Option<Embeddings<'_>>,
     ends: bool,
 ) -> Result<(), Error> {
-    let done = try_ubatch(setup, executor, sequences, batch, ends);
+    let done = try_ubatch(setup, executor, sequences, batch, embeddings, ends);
     if done.is_err() {
         executor.forget();
         for entry in batch {
@@ -39,6 +40,7 @@ fn try_ubatch(
     executor: &mut Executor,
     sequences: &mut Sequences,
     batch: &[BatchEntry<'_>],
+    embeddings: Option<Embeddings<'_>>,
     ends: bool,
 ) -> Result<(), Error> {
     let mut parts = Vec::new();
@@ -49,17 +51,29 @@ fn try_ubatch(
         let sequence = sequences.get_or_new(entry.seq, setup);
         sequence.before_writing(sequence.n_past() + n, &setup.meter);
         sequence.reserve(n, setup, executor)?;
-        parts.push(part(setup, sequence, entry, first, ends));
+        let part = part(setup, sequence, entry, first, ends);
+        // The scores' queries go through layers again as tokens of text.
+        parts.push(match embeddings {
+            Some(Embeddings { see_each_other, .. }) => Part { n_score: 0, see_each_other, ..part },
+            None => part,
+        });
         rows.extend(entry.outputs.rows(n).map(|row| (first + row) as i32));
         tokens.extend_from_slice(entry.tokens);
     }
 
     let caches: Vec<&[LayerCache]> = batch.iter().map(|entry| sequences.layers(entry.seq)).collect();
     let layers = 0..setup.layers.len();
-    let stretch = Stretch { layers, parts: &parts, caches: &caches, entering: None, n_wanted: rows.len() };
+    let stretch = Stretch {
+        layers,
+        parts: &parts,
+        caches: &caches,
+        entering: None,
+        has_embeddings: embeddings.is_some(),
+        n_wanted: rows.len(),
+    };
     let mut ready = executor.step(setup, &stretch)?;
     let mut n_rows = executor.logits.len() / setup.model.hparams().n_vocab;
-    let scored = executor.run(&mut ready.step, &parts, &tokens, &rows)?;
+    let scored = executor.run(&mut ready.step, &parts, Fed { tokens: &tokens, embeddings }, &rows)?;
     // Only a decode step is likely to come again.
     if parts.iter().all(|part| part.n == 1 && part.n_score == 0) {
         executor.keep(ready);
@@ -69,6 +83,7 @@ fn try_ubatch(
         let of_part = scored.iter().filter(|scored| scored.part == index);
         let scores = of_part.map(|scored| (scored.layer, scored.value)).collect();
         let Some(sequence) = sequences.get_mut(entry.seq) else { continue };
+        sequence.place_tokens(entry.tokens.len(), embeddings.map_or(&[], |embeddings| embeddings.positions));
         advance(setup, executor, sequence, entry, part.n_score, scores)?;
         n_rows += entry.outputs.rows(part.n).len();
         if entry.prompt_end {
@@ -86,7 +101,8 @@ fn part(setup: &Setup, sequence: &Sequence, entry: &BatchEntry<'_>, first: usize
         _ => 0,
     };
     let Place { exact_from, state_row, .. } = sequence.place;
-    Part { first, n, n_past, n_score, exact_from, state_row }
+    let shift = sequence.positions.shift(n_past);
+    Part { first, n, n_past, n_score, exact_from, state_row, shift, see_each_other: false }
 }
 
 /// Counts the tokens in, and lets layers become lazy where a prompt has ended.

@@ -11,6 +11,9 @@ pub(crate) trait Architecture: Send + Sync {
     /// Token ids `[n]` (i32) → hidden states `[width, n]`.
     fn embed(&self, graph: &Graph, ids: &Tensor) -> Tensor;
 
+    /// Rows `[n_embd, n]` that are given in place of tokens' embeddings → hidden states `[width, n]`.
+    fn enter(&self, graph: &Graph, embeddings: &Tensor) -> Tensor;
+
     /// Hidden states `[width, n]` through one layer. With `keep` (i32 row numbers) only those tokens are carried on
     /// after the attention: they are all that the output needs of the last layer.
     fn layer(&self, graph: &Graph, step: &LayerStep<'_>, attention: &mut dyn Attention) -> Tensor;
@@ -28,6 +31,8 @@ pub(crate) struct LayerStep<'a> {
     pub hidden: &'a Tensor,
     /// Token ids `[n]` (i32).
     pub tokens: &'a Tensor,
+    /// Rows `[n_embd, n]` that are given in place of the tokens' embeddings.
+    pub embeddings: Option<&'a Tensor>,
     /// What the layer alone has of the tokens' embeddings, `[width of it, n]`: the architecture's to put in.
     pub own_input: Option<&'a Tensor>,
     /// Positions of the tokens (i32) `[n]`; `[n × 4]` where each has several, see
@@ -40,7 +45,7 @@ pub(crate) struct LayerStep<'a> {
 
 impl LayerStep<'_> {
     /// The tokens of `[width, n]` that are carried on after the attention.
-    pub(super) fn kept(&self, graph: &Graph, rows: &Tensor) -> Tensor {
+    pub(crate) fn kept(&self, graph: &Graph, rows: &Tensor) -> Tensor {
         self.keep.map_or_else(|| rows.clone(), |keep| graph.get_rows(rows, keep))
     }
 }

@@ -30,5 +30,5 @@ pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
         Block::sandwich(b, i, attention, feed_forward)
     })?;
     let embedding_scale = Some((b.hparams.n_embd as f32).sqrt());
-    Ok(Decoder { embedding_scale, logit_softcap, ..Decoder::load(b, layers)? })
+    Ok(Decoder { embedding_scale, scales_tokens_alone: true, logit_softcap, ..Decoder::load(b, layers)? })
 }

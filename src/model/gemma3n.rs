@@ -61,7 +61,14 @@ pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
     let embedding_scale = Some((b.hparams.n_embd as f32).sqrt());
     let layer_embeddings = Some(LayerEmbeddings::load(b, OWN_WIDTH, "block_count")?);
     let (logit_softcap, altup) = (Some(LOGIT_SOFTCAP), Some(AltUp::load(b)?));
-    Ok(Decoder { embedding_scale, logit_softcap, layer_embeddings, altup, ..Decoder::load(b, layers)? })
+    Ok(Decoder {
+        embedding_scale,
+        scales_tokens_alone: true,
+        logit_softcap,
+        layer_embeddings,
+        altup,
+        ..Decoder::load(b, layers)?
+    })
 }
 
 struct Gemma3nLayer {

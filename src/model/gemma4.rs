@@ -46,7 +46,13 @@ pub(super) fn build(b: &mut Builder<'_>) -> Result<Decoder, Error> {
     let logit_softcap = b.keys.optional_f32("final_logit_softcapping")?.unwrap_or(30.0);
     let logit_softcap = Some(logit_softcap).filter(|&cap| cap != 0.0);
     let layer_embeddings = (own_width > 0).then(|| LayerEmbeddings::load(b, own_width, OWN_WIDTH)).transpose()?;
-    Ok(Decoder { embedding_scale, logit_softcap, layer_embeddings, ..Decoder::load(b, layers)? })
+    Ok(Decoder {
+        embedding_scale,
+        scales_tokens_alone: true,
+        logit_softcap,
+        layer_embeddings,
+        ..Decoder::load(b, layers)?
+    })
 }
 
 /// Heads of layers with windows are of another size; their RoPE.

@@ -39,6 +39,8 @@ pub struct Hparams {
     pub value_sizes: Vec<usize>,
     /// Whether a head's value is the beginning of its key, so that the cache holds keys alone.
     pub values_in_keys: bool,
+    /// First layers to whose output a given embedding adds further rows (DeepStack): it has a row for each besides its own.
+    pub n_deepstack: usize,
     /// For each layer the width of its feed-forward.
     pub n_ff: Vec<usize>,
     /// ε of the norms.
@@ -147,6 +149,7 @@ impl Hparams {
             value_size,
             value_sizes: vec![value_size; n_layer],
             values_in_keys: false,
+            n_deepstack: 0,
             n_ff: keys
                 .require("feed_forward_length", keys.optional_counts("feed_forward_length", n_block, n_layer)?)?,
             norm_eps: keys.norm_eps()?,
@@ -176,6 +179,11 @@ impl Hparams {
 
     fn f16_kv_bytes_per_layer(&self, layer: usize) -> usize {
         (self.key_width(layer) + if self.values_in_keys { 0 } else { self.value_width(layer) }) * 2
+    }
+
+    /// Elements of a row that is given in place of a token.
+    pub fn n_embd_input(&self) -> usize {
+        self.n_embd * (1 + self.n_deepstack)
     }
 
     /// Elements of a token's keys in one layer.
@@ -279,6 +287,15 @@ impl Keys<'_> {
         match self.optional_u32(key)?.unwrap_or(0) {
             0 => Ok(0),
             count => self.nonzero(key, count),
+        }
+    }
+
+    /// First layers to whose output given embeddings add rows: fewer than there are layers.
+    pub fn deepstack_layers(&self, n_layer: usize) -> Result<usize, Error> {
+        let key = "n_deepstack_layers";
+        match self.optional_count_or_zero(key)? {
+            n if n < n_layer => Ok(n),
+            n => Err(self.error(key, format!("{n}, expected fewer than the {n_layer} layers"))),
         }
     }
 

@@ -7,40 +7,44 @@ use crate::check::check;
 /// Sections of a head of 16 elements: four pairs turn by time, two by height, one by width, and one is left.
 const SECTIONS: [u32; 4] = [4, 2, 1, 1];
 
+pub(crate) fn random_qwen2vl(shape: Shape) -> RandomDecoder {
+    let mut m = RandomDecoder::new("qwen2vl", shape);
+    m.key("rope.dimension_sections", Meta::array(if shape.tied { [3, 3, 2, 0] } else { SECTIONS }));
+    // llama.cpp of this revision does not read it here.
+    m.key("attention.layer_norm_rms_epsilon", 0f32);
+    for i in m.layers() {
+        m.pre_norms(i);
+        m.attention(i);
+        m.gated(i);
+        if !shape.tied {
+            m.qkv_biases(i);
+        }
+    }
+    m
+}
+
 #[test]
 fn qwen2vl() {
-    check([Shape::default(), Shape::other()].map(|shape| {
-        let mut m = RandomDecoder::new("qwen2vl", shape);
-        m.key("rope.dimension_sections", Meta::array(if shape.tied { [3, 3, 2, 0] } else { SECTIONS }));
-        // llama.cpp of this revision does not read it here.
-        m.key("attention.layer_norm_rms_epsilon", 0f32);
-        for i in m.layers() {
-            m.pre_norms(i);
-            m.attention(i);
-            m.gated(i);
-            if !shape.tied {
-                m.qkv_biases(i);
-            }
-        }
-        m
-    }));
+    check([Shape::default(), Shape::other()].map(random_qwen2vl));
+}
+
+pub(crate) fn random_qwen3vl(shape: Shape) -> RandomDecoder {
+    let mut m = RandomDecoder::new("qwen3vl", shape);
+    // As in the real models some pairs of the second and third section are left over.
+    m.key("rope.dimension_sections", Meta::array(if shape.tied { [4, 2, 2, 0] } else { [6, 5, 5, 0] }));
+    m.key("n_deepstack_layers", if shape.tied { 3u32 } else { 0 });
+    for i in m.layers() {
+        m.pre_norms(i);
+        m.attention(i);
+        m.head_norms(i);
+        m.gated(i);
+    }
+    m
 }
 
 #[test]
 fn qwen3vl() {
-    check([Shape { head_size: 32, ..Shape::default() }, Shape::other()].map(|shape| {
-        let mut m = RandomDecoder::new("qwen3vl", shape);
-        // As in the real models some pairs of the second and third section are left over.
-        m.key("rope.dimension_sections", Meta::array(if shape.tied { [4, 2, 2, 0] } else { [6, 5, 5, 0] }));
-        m.key("n_deepstack_layers", if shape.tied { 3u32 } else { 0 });
-        for i in m.layers() {
-            m.pre_norms(i);
-            m.attention(i);
-            m.head_norms(i);
-            m.gated(i);
-        }
-        m
-    }));
+    check([Shape { head_size: 32, ..Shape::default() }, Shape::other()].map(random_qwen3vl));
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod check;
 mod common;
 mod dense;
 mod experts;
+mod given;
 mod hybrid;
 mod latent;
 mod shared;
@@ -108,7 +109,7 @@ fn gemma2() {
     check([small, Shape { n_layer: 46, head_size: 32, ..Shape::other() }].map(random_gemma2));
 }
 
-fn random_gemma3(shape: Shape) -> RandomDecoder {
+pub(crate) fn random_gemma3(shape: Shape) -> RandomDecoder {
     let mut m = RandomDecoder::new("gemma3", shape);
     match shape.n_layer {
         // All layers global.
@@ -175,32 +176,34 @@ fn phi3() {
     check([fused(128), fused(1024), partial]);
 }
 
+pub(crate) fn random_granite(shape: Shape) -> RandomDecoder {
+    let mut m = RandomDecoder::new("granite", shape);
+    if shape.tied {
+        m.key("logit_scale", 1.5f32);
+        m.key("rope.scaling.finetuned", false);
+    } else {
+        m.key("logit_scale", 0.5f32);
+        m.key("residual_scale", 0.6f32);
+        m.key("embedding_scale", 3f32);
+        m.key("attention.scale", 0.4f32);
+    }
+    for i in m.layers() {
+        m.pre_norms(i);
+        m.attention(i);
+        m.gated(i);
+        if shape.tied {
+            m.bias(&format!("blk.{i}.attn_output"), shape.n_embd);
+            m.bias(&format!("blk.{i}.ffn_gate"), shape.n_ff);
+            m.bias(&format!("blk.{i}.ffn_up"), shape.n_ff);
+            m.bias(&format!("blk.{i}.ffn_down"), shape.n_embd);
+        }
+    }
+    m
+}
+
 #[test]
 fn granite() {
-    check([Shape::default(), Shape { head_size: 32, ..Shape::other() }].map(|shape| {
-        let mut m = RandomDecoder::new("granite", shape);
-        if shape.tied {
-            m.key("logit_scale", 1.5f32);
-            m.key("rope.scaling.finetuned", false);
-        } else {
-            m.key("logit_scale", 0.5f32);
-            m.key("residual_scale", 0.6f32);
-            m.key("embedding_scale", 3f32);
-            m.key("attention.scale", 0.4f32);
-        }
-        for i in m.layers() {
-            m.pre_norms(i);
-            m.attention(i);
-            m.gated(i);
-            if shape.tied {
-                m.bias(&format!("blk.{i}.attn_output"), shape.n_embd);
-                m.bias(&format!("blk.{i}.ffn_gate"), shape.n_ff);
-                m.bias(&format!("blk.{i}.ffn_up"), shape.n_ff);
-                m.bias(&format!("blk.{i}.ffn_down"), shape.n_embd);
-            }
-        }
-        m
-    }));
+    check([Shape::default(), Shape { head_size: 32, ..Shape::other() }].map(random_granite));
 }
 
 #[test]

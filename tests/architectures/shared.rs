@@ -15,7 +15,7 @@ use crate::{
 
 /// What tells Gemma 4's models from each other.
 #[derive(Debug, Clone, Copy)]
-struct Gemma4 {
+pub(crate) struct Gemma4 {
     shape: Shape,
     /// Layers without windows.
     global: &'static [usize],
@@ -32,7 +32,7 @@ struct Gemma4 {
     experts: bool,
 }
 
-fn random_gemma4(config: Gemma4) -> RandomDecoder {
+pub(crate) fn random_gemma4(config: Gemma4) -> RandomDecoder {
     let Gemma4 { shape, global, n_shared, global_kv, global_size, from_keys, own, experts } = config;
     let mut m = RandomDecoder::new("gemma4", shape);
     let is_global = |layer: usize| global.contains(&layer);
@@ -93,7 +93,7 @@ fn random_gemma4(config: Gemma4) -> RandomDecoder {
 }
 
 /// As E2B and E4B: layers that share, embeddings for each.
-fn gemma4_small() -> Gemma4 {
+pub(crate) fn gemma4_small() -> Gemma4 {
     Gemma4 {
         shape: Shape { n_layer: 9, tied: true, post_norm: 3.0, ..Shape::default() },
         global: &[1, 3, 5, 7],
@@ -125,7 +125,7 @@ fn gemma4() {
 /// Hidden states of a token.
 const STREAMS: usize = 4;
 
-fn random_gemma3n(shape: Shape, global: Option<&[usize]>) -> RandomDecoder {
+pub(crate) fn random_gemma3n(shape: Shape, global: Option<&[usize]>) -> RandomDecoder {
     let mut m = RandomDecoder::new("gemma3n", shape);
     m.key("attention.sliding_window", 32u32);
     if let Some(global) = global {

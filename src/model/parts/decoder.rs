@@ -14,6 +14,8 @@ pub(in crate::model) struct Decoder {
     pub output: Linear,
     /// Embeddings are multiplied by this.
     pub embedding_scale: Option<f32>,
+    /// Rows that are given in place of tokens' embeddings are not.
+    pub scales_tokens_alone: bool,
     /// Logits are multiplied by this.
     pub logit_scale: Option<f32>,
     /// `c` bends logits `x` to `c·tanh(x/c)`.
@@ -45,6 +47,7 @@ impl Decoder {
             output_norm,
             output: Linear::load_output(b)?,
             embedding_scale: None,
+            scales_tokens_alone: false,
             logit_scale: None,
             logit_softcap: None,
             layer_embeddings: None,
@@ -68,9 +71,18 @@ impl Architecture for Decoder {
         self.altup.as_ref().map_or_else(|| embedded.clone(), |altup| altup.spread(graph, &embedded))
     }
 
+    fn enter(&self, graph: &Graph, embeddings: &Tensor) -> Tensor {
+        let scale = self.embedding_scale.filter(|_| !self.scales_tokens_alone);
+        let embedded = scaled(graph, embeddings.clone(), scale);
+        self.altup.as_ref().map_or_else(|| embedded.clone(), |altup| altup.spread(graph, &embedded))
+    }
+
     fn layer(&self, graph: &Graph, step: &LayerStep<'_>, attention: &mut dyn Attention) -> Tensor {
         let own_input = self.layer_embeddings.as_ref().map(|own| {
-            graph.off_device(|| own.of_layer(graph, step.index, step.tokens, &self.embedded(graph, step.tokens)))
+            graph.off_device(|| {
+                let embedded = step.embeddings.cloned().unwrap_or_else(|| self.embedded(graph, step.tokens));
+                own.of_layer(graph, step.index, step.tokens, &embedded)
+            })
         });
         let step = LayerStep { own_input: own_input.as_ref(), ..*step };
         self.layers[step.index].apply(graph, &step, attention)

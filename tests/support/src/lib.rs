@@ -29,7 +29,7 @@ pub use lora::RandomLora;
 pub use model::{RandomModel, RopeScaling};
 pub use quantize::{WeightType, dequantize, quantize};
 pub use rng::Rng;
-pub use upstream::{Greedy, Logits, UpstreamRef};
+pub use upstream::{Given, Greedy, Logits, UpstreamRef};
 pub use vocab::Vocabulary;
 
 /// The workspace's root folder.

@@ -131,11 +131,40 @@ impl UpstreamRef {
         read_rows(&rows, n_vocab)
     }
 
+    /// Rows of logits: of the last of some embeddings among tokens, and of each token behind them.
+    pub fn given(&self, model: &Path, given: &Given<'_>) -> Vec<Vec<f32>> {
+        let Given { before, positions, next, non_causal, after, rows } = given;
+        let input = Input::new(&serde_json::json!({
+            "before": before, "positions": positions, "next": next, "non_causal": non_causal, "after": after,
+        }));
+        let path = |name: &str| input.folder.path().join(name).to_str().expect("temporary paths are UTF-8").to_owned();
+        let [given, out] = ["given.f32", "rows.f32"].map(path);
+        let bytes: Vec<u8> = rows.iter().flat_map(|x| x.to_le_bytes()).collect();
+        fs::write(&given, bytes).expect("the temporary folder is writable");
+        let printed = self.run("given", model, &["--in", input.path(), "--rows", &given, "--out", &out]);
+        read_rows(out.as_ref(), member(printed, "n_vocab"))
+    }
+
     /// `n` greedily chosen tokens after each prompt. The end of the text does not stop it.
     pub fn greedy(&self, model: &Path, prompts: &[Vec<i32>], n: usize) -> Vec<Greedy> {
         let input = Input::new(prompts);
         member(self.run("greedy", model, &["--in", input.path(), "-n", &n.to_string()]), "results")
     }
+}
+
+/// Embeddings in place of tokens, among tokens.
+#[derive(Debug, Clone, Copy)]
+pub struct Given<'a> {
+    pub before: &'a [i32],
+    /// `[elements × rows]`
+    pub rows: &'a [f32],
+    /// Of the rows: all first ones, then all second ones, and so on.
+    pub positions: &'a [i32],
+    /// Whether the rows see each other.
+    pub non_causal: bool,
+    /// Where the first token behind them stands.
+    pub next: usize,
+    pub after: &'a [i32],
 }
 
 /// A file with JSON for the program to read; gone when dropped.

@@ -85,6 +85,12 @@ impl Model {
         unsafe { sys::llama_vocab_n_tokens(self.vocab) as usize }
     }
 
+    /// Elements of a row that stands in place of a token.
+    pub fn n_embd_input(&self) -> usize {
+        // SAFETY: the model is alive.
+        unsafe { sys::llama_model_n_embd_inp(self.ptr.as_ptr()) as usize }
+    }
+
     pub fn n_layer(&self) -> usize {
         // SAFETY: the model is alive.
         unsafe { sys::llama_model_n_layer(self.ptr.as_ptr()) as usize }
@@ -513,6 +519,56 @@ impl<'m, H: AttentionHook> Context<'m, H> {
             }
             self.n_past += chunk.len();
         }
+        Ok(())
+    }
+
+    /// Where the next token stands.
+    pub fn go_on_at(&mut self, position: usize) {
+        self.n_past = position;
+    }
+
+    /// Appends rows of embeddings to the sequence in one batch, `positions` all first ones before all second ones, and calls
+    /// `each` with the last one's logits.
+    pub fn decode_rows(
+        &mut self,
+        rows: &[f32],
+        positions: &[i32],
+        non_causal: bool,
+        mut each: impl FnMut(&[f32]),
+    ) -> Result<(), String> {
+        let n = rows.len() / self.model.n_embd_input();
+        if n == 0 || positions.len() % n != 0 || positions.is_empty() {
+            return Err(format!("{n} rows of embeddings and {} positions", positions.len()));
+        }
+        let (mut rows, mut positions) = (rows.to_vec(), positions.to_vec());
+        let (mut n_seq_id, mut id, mut logits) = (vec![1; n], 0, vec![0; n]);
+        let mut seq_id = vec![&raw mut id; n];
+        logits[n - 1] = 1;
+        let batch = sys::llama_batch {
+            n_tokens: n as i32,
+            token: ptr::null_mut(),
+            embd: rows.as_mut_ptr(),
+            pos: positions.as_mut_ptr(),
+            n_seq_id: n_seq_id.as_mut_ptr(),
+            seq_id: seq_id.as_mut_ptr(),
+            logits: logits.as_mut_ptr(),
+        };
+        // SAFETY: the context is alive, and the arrays have what llama.h says and outlive the call; the last row has logits.
+        let row = unsafe {
+            sys::llama_set_causal_attn(self.ptr.as_ptr(), !non_causal);
+            let status = sys::llama_decode(self.ptr.as_ptr(), batch);
+            sys::llama_synchronize(self.ptr.as_ptr());
+            sys::llama_set_causal_attn(self.ptr.as_ptr(), true);
+            if status != 0 {
+                return Err(format!("llama_decode returned {status} for {n} rows of embeddings"));
+            }
+            let row = sys::llama_get_logits_ith(self.ptr.as_ptr(), n as i32 - 1);
+            if row.is_null() {
+                return Err("no logits for the last row of embeddings".into());
+            }
+            std::slice::from_raw_parts(row, self.model.n_vocab())
+        };
+        each(row);
         Ok(())
     }
 

@@ -85,6 +85,20 @@ enum Command {
         #[arg(long)]
         decode: Option<PathBuf>,
     },
+    /// Logits of rows of embeddings among tokens, and of each token behind them, as rows of n_vocab f32.
+    Given {
+        #[command(flatten)]
+        run: RunArgs,
+        /// JSON: `before` and `after`, lists of token ids; `positions` of the rows, all first ones, then all second ones and
+        /// so on, and `next`, the position of the first token behind them; `non_causal`.
+        #[arg(long = "in")]
+        input: PathBuf,
+        /// The rows, little-endian f32.
+        #[arg(long)]
+        rows: PathBuf,
+        #[arg(long)]
+        out: PathBuf,
+    },
     /// Greedy continuations; end-of-generation tokens do not stop them.
     Greedy {
         #[command(flatten)]
@@ -260,6 +274,7 @@ fn run(command: Command, repack: bool) -> Result<Value, String> {
         Command::Logits { run, input, out, all, decode } => {
             logits(&load(&run.model)?, &run, &input, &out, all, decode.as_deref())
         }
+        Command::Given { run, input, rows, out } => given(&load(&run.model)?, &run, &input, &rows, &out),
         Command::Greedy { run, input, n_predict } => greedy(&load(&run.model)?, &run, &input, n_predict),
         Command::Rss { model, n_predict, prompt, threads } => rss(&load(&model)?, n_predict, &prompt, threads),
         Command::Scores { run, tokens, sinks, windows, lasts } => {
@@ -307,6 +322,26 @@ fn info(model: &Model) -> Result<Value, String> {
         "eog": eog,
         "offloads": llama::offloads(),
     }))
+}
+
+fn given(model: &Model, run: &RunArgs, input: &Path, rows: &Path, out: &Path) -> Result<Value, String> {
+    let given = read_json(input)?;
+    let list = |key: &str| -> Result<Vec<i32>, String> {
+        serde_json::from_value(given[key].clone()).map_err(|e| format!("{}: {key}: {e}", input.display()))
+    };
+    let (before, positions, after) = (list("before")?, list("positions")?, list("after")?);
+    let bytes = std::fs::read(rows).map_err(|e| format!("{}: {e}", rows.display()))?;
+    let (rows, _) = bytes.as_chunks::<4>();
+    let rows: Vec<f32> = rows.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+    let n = before.len() + after.len() + rows.len() / model.n_embd_input();
+    let mut ctx = Context::new(model, &run.options(n)?)?;
+    let mut out = RowWriter::create(out)?;
+    ctx.decode(&before, Outputs::Last, |_| {})?;
+    let non_causal = given["non_causal"] == true;
+    ctx.decode_rows(&rows, &positions, non_causal, |row| out.push(row))?;
+    ctx.go_on_at(given["next"].as_u64().unwrap_or(0) as usize);
+    ctx.decode(&after, Outputs::All, |row| out.push(row))?;
+    Ok(json!({ "rows": out.finish()?, "n_vocab": model.n_vocab() }))
 }
 
 fn tokenize(model: &Model, input: &Path, add: bool, parse: bool) -> Result<Value, String> {
