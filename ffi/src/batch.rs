@@ -86,9 +86,9 @@ pub(crate) unsafe fn entries(
         }
     };
     let n_positions = if tokens.is_some() { 1 } else { n_positions };
-    // SAFETY: embeddings have so many positions each, all first ones before all second ones, as llama.h says.
     let positions = match batch.pos.is_null() {
         true => None,
+        // SAFETY: embeddings have so many positions each, all first ones before all second ones, as llama.h says.
         false => Some(unsafe { slice(batch.pos, n * n_positions, "pos") }?),
     };
     let counts = optional(batch.n_seq_id, "n_seq_id")?;
