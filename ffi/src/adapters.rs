@@ -156,9 +156,9 @@ api! {
         Ok(ptr::null_mut())
     }
 
+    // Those of `llama_get_logits_ith` stand: llama-server takes `logprobs` from so many.
     fn llama_get_sampled_logits_count_ith(ctx: *mut sys::llama_context, _i: i32) -> u32, or 0, {
-        CONTEXTS.get(ctx)?;
-        Ok(0)
+        Ok(CONTEXTS.get(ctx)?.model.n_vocab() as u32)
     }
 
     fn llama_get_sampled_candidates_ith(ctx: *mut sys::llama_context, _i: i32) -> *mut sys::llama_token,

@@ -1,6 +1,7 @@
 //! llama.cpp's own frontends, unmodified, on the library of `cargo xtask dist`: each must do its job, and say what it
 //! says on llama.cpp's own library.
 
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -28,6 +29,8 @@ enum Part {
     ServerSlots,
     /// Many requests of mixed turns to such a server.
     ServerMany,
+    /// A conversation about pictures with llama-server, with a random model that sees them.
+    Picture,
     /// llama-completion with lazy layers.
     CompletionLazy,
     /// llama.cpp's own tests of states, sequences and threads, with and without lazy layers.
@@ -72,6 +75,7 @@ pub fn run(args: &Args) -> Result<()> {
             Part::ServerTurns => frontends.server_turns(),
             Part::ServerSlots => frontends.server_slots(),
             Part::ServerMany => frontends.server_many(args.turns),
+            Part::Picture => frontends.picture(),
             Part::CompletionLazy => frontends.completion_lazy(),
             Part::MemoryTests => frontends.memory_tests(),
             Part::PythonTurns => frontends.python_turns(),
@@ -428,12 +432,58 @@ impl Frontends<'_> {
         Ok(answer)
     }
 
+    /// What llama-server says about pictures is what it says on unmodified llama.cpp, to the last digit, with the same ggml:
+    /// the picture's rows are then the same.
+    fn picture(&self) -> Result<()> {
+        let folder = prepare::tools_dir().join("frontends-picture");
+        std::fs::create_dir_all(&folder)?;
+        let sees = folder.join("mmproj.gguf");
+        let mut cargo = self.env.cargo();
+        cargo.args([
+            "run",
+            "--release",
+            "-q",
+            "-p",
+            "simlayer-testkit",
+            "--example",
+            "random_clip",
+            "--",
+            SMOLLM2_WIDTH,
+        ]);
+        sh::run(cargo.arg(&sees))?;
+        let upstreams = folder.join("lib");
+        if upstreams.exists() {
+            std::fs::remove_dir_all(&upstreams)?;
+        }
+        std::fs::create_dir_all(&upstreams)?;
+        for entry in std::fs::read_dir(&self.lib)? {
+            let (path, name) = entry.map(|entry| (entry.path(), entry.file_name()))?;
+            if name.to_string_lossy().starts_with("libggml") {
+                symlink(&path, upstreams.join(name))?;
+            }
+        }
+        symlink(self.lib.join("libsimlayer-upstream.so"), upstreams.join("libllama.so.0"))?;
+        let answers = |lib: &Path| -> Result<Value> {
+            let tool = self.tool("llama-server", true)?;
+            let mut script = self.script("picture.py");
+            script.env("LD_LIBRARY_PATH", lib).arg(tool.get_program()).args(tool.get_args());
+            serde_json::from_str(&sh::output(script.arg("--mmproj").arg(&sees))?).context("picture.py wrote no JSON")
+        };
+        let (ours, theirs) = (answers(&self.lib)?, answers(&upstreams)?);
+        println!("llama-server --mmproj: {}", ours[0]["text"]);
+        ensure!(ours == theirs, "llama.cpp says otherwise: {theirs}, ours: {ours}");
+        Ok(())
+    }
+
     fn script(&self, name: &str) -> Command {
         let mut command = self.env.command("python3");
         command.arg(root().join("xtask/frontends").join(name));
         command
     }
 }
+
+/// Elements of SmolLM2's embeddings.
+const SMOLLM2_WIDTH: &str = "576";
 
 /// Rules for lazy layers that conversations are held under.
 const RULES: [&str; 4] = ["auto", "budget:0.5", "profile:0.8", "threshold"];

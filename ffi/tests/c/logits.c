@@ -46,6 +46,8 @@ int main(int argc, char ** argv) {
         if (end || !prompt) {
             batch.logits[batch.n_tokens - 1] = true;
             CHECK(llama_decode(ctx, batch) == 0);
+            // llama-server takes a token's probability from so many.
+            CHECK(llama_get_sampled_logits_count_ith(ctx, -1) == n_vocab);
             CHECK(fwrite(llama_get_logits_ith(ctx, -1), sizeof(float), n_vocab, out) == n_vocab);
             batch.n_tokens = 0;
             prompt         = false;

@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod clip;
 mod decoder;
 pub mod gguf;
 mod lora;
@@ -24,6 +25,7 @@ use std::{
 /// An allocator that knows the most that was allocated at once.
 pub use peak_alloc::PeakAlloc;
 
+pub use clip::RandomClip;
 pub use decoder::{Heads, Latent, RandomDecoder, Shape, Ssm};
 pub use lora::RandomLora;
 pub use model::{RandomModel, RopeScaling};
