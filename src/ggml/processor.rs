@@ -1,5 +1,7 @@
 //! What the processor can do, of what our kernels are compiled for: told here, and nowhere else.
 
+use std::sync::OnceLock;
+
 /// Instruction sets that kernels of ours are compiled for. Each has all of those before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Features {
@@ -26,10 +28,32 @@ pub(super) enum Features {
     I8mm,
 }
 
+/// The name of the most that is to be used, for a look at what another processor would do: that of a [`Features`] in small
+/// letters. What the processor lacks is not used for it.
+const MOST: &str = "SIMLAYER_CPU";
+
 impl Features {
+    /// The best that this processor has, of what may be used.
+    pub(super) fn detect() -> Features {
+        static DETECTED: OnceLock<Features> = OnceLock::new();
+        *DETECTED.get_or_init(|| {
+            let best = Features::best();
+            match std::env::var(MOST) {
+                Ok(name) => {
+                    Features::KNOWN.iter().find(|features| features.name() == name).map_or(best, |&most| best.min(most))
+                }
+                Err(_) => best,
+            }
+        })
+    }
+
+    fn name(self) -> String {
+        format!("{self:?}").to_lowercase()
+    }
+
     /// The best that this processor has.
     #[cfg(target_arch = "x86_64")]
-    pub(super) fn detect() -> Features {
+    fn best() -> Features {
         use std::arch::is_x86_feature_detected as has;
         if !(has!("avx2") && has!("fma") && has!("f16c")) {
             Features::Portable
@@ -44,7 +68,7 @@ impl Features {
 
     /// The best that this processor has.
     #[cfg(target_arch = "aarch64")]
-    pub(super) fn detect() -> Features {
+    fn best() -> Features {
         use std::arch::is_aarch64_feature_detected as has;
         if !has!("dotprod") {
             Features::Neon
@@ -57,29 +81,31 @@ impl Features {
 
     /// The best that this processor has.
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    pub(super) fn detect() -> Features {
+    fn best() -> Features {
         Features::Portable
     }
+
+    /// All that processors of this target may have, the best last.
+    const KNOWN: &[Features] = &[
+        Features::Portable,
+        #[cfg(target_arch = "x86_64")]
+        Features::Avx2,
+        #[cfg(target_arch = "x86_64")]
+        Features::Avx512,
+        #[cfg(target_arch = "x86_64")]
+        Features::Avx512Vnni,
+        #[cfg(target_arch = "aarch64")]
+        Features::Neon,
+        #[cfg(target_arch = "aarch64")]
+        Features::DotProd,
+        #[cfg(target_arch = "aarch64")]
+        Features::I8mm,
+    ];
 
     /// All that this processor has, the best last.
     #[cfg(test)]
     pub(super) fn all() -> Vec<Features> {
-        let all = [
-            Features::Portable,
-            #[cfg(target_arch = "x86_64")]
-            Features::Avx2,
-            #[cfg(target_arch = "x86_64")]
-            Features::Avx512,
-            #[cfg(target_arch = "x86_64")]
-            Features::Avx512Vnni,
-            #[cfg(target_arch = "aarch64")]
-            Features::Neon,
-            #[cfg(target_arch = "aarch64")]
-            Features::DotProd,
-            #[cfg(target_arch = "aarch64")]
-            Features::I8mm,
-        ];
-        all.into_iter().filter(|&features| features <= Features::detect()).collect()
+        Features::KNOWN.iter().copied().filter(|&features| features <= Features::detect()).collect()
     }
 }
 
