@@ -52,7 +52,7 @@ fn mimo2() {
     check(shapes.map(|(shape, windowed)| {
         let mut m = RandomDecoder::new("mimo2", shape);
         let is_full = shape.seed == 2;
-        let n_head_kv = |i: usize| windowed.filter(|_| i % 3 == 0).unwrap_or(shape.n_head_kv);
+        let n_head_kv = |i: usize| windowed.filter(|_| i.is_multiple_of(3)).unwrap_or(shape.n_head_kv);
         m.expert_keys();
         m.key("expert_feed_forward_length", N_FF as u32);
         m.key("attention.sliding_window", 40u32);
