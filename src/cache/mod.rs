@@ -1,6 +1,7 @@
 //! The cache of a sequence: for each layer a store of key and value rows, or a recurrent state. It knows nothing of
 //! architectures.
 
+mod chain;
 mod meter;
 mod rotation;
 mod shrink;
@@ -8,6 +9,7 @@ mod span;
 mod state;
 mod store;
 
+pub(crate) use chain::Chain;
 pub(crate) use meter::{Lease, Meter};
 pub(crate) use rotation::Rotations;
 pub(crate) use shrink::{Move, move_rows};

@@ -47,8 +47,9 @@ fn try_ubatch(
     for entry in batch {
         let (first, n) = (tokens.len(), entry.tokens.len());
         let sequence = sequences.get_or_new(entry.seq, setup);
-        sequence.before_writing(sequence.n_past() + n, &setup.meter);
-        sequence.reserve(n, setup, executor)?;
+        let n_past = sequence.n_past();
+        sequence.before_writing(n_past + n, &setup.meter);
+        sequence.reserve(n_past..n_past + n, setup, executor)?;
         parts.push(part(setup, sequence, entry, first, ends));
         rows.extend(entry.outputs.rows(n).map(|row| (first + row) as i32));
         tokens.extend_from_slice(entry.tokens);
