@@ -24,9 +24,10 @@ pub(crate) use store::{Format, RowShape, Store};
 pub struct KvReport {
     /// Tokens in the context, over all sequences.
     pub context_tokens: usize,
-    /// What an uncompressed f16 cache of this context takes, recurrent layers' states included.
+    /// What an uncompressed f16 cache of this context takes, recurrent layers' states included. Tokens whose rows several sequences
+    /// share are counted once.
     pub f16_bytes: usize,
-    /// What the buffers hold now.
+    /// What the buffers hold now: what sequences share is counted once.
     pub allocated_bytes: usize,
     /// The highest sum of all buffers at any moment, prefill's scratch included.
     pub peak_bytes: usize,

@@ -86,21 +86,21 @@ impl RowShape {
         format.k.row_bytes(self.key_width()) + format.v.row_bytes(self.value_width())
     }
 
-    /// Keys `0..n` of rows as `[key size, n, KV heads]`, the form in which attention reads them.
-    pub fn keys(self, graph: &Graph, rows: &Tensor, n: usize) -> Tensor {
-        self.of_heads(graph, rows, self.key_size, n)
+    /// Some of the rows of keys as `[key size, rows, KV heads]`, the form in which attention reads them.
+    pub fn keys(self, graph: &Graph, rows: &Tensor, some: Range<usize>) -> Tensor {
+        self.of_heads(graph, rows, self.key_size, some)
     }
 
-    /// Values `0..n` of the rows that they are in, which are the keys' where they have none, as `[value size, n, KV heads]`.
-    pub fn values(self, graph: &Graph, rows: &Tensor, n: usize) -> Tensor {
-        self.of_heads(graph, rows, self.value_size, n)
+    /// Some of the rows that values are in, which are the keys' where they have none, as `[value size, rows, KV heads]`.
+    pub fn values(self, graph: &Graph, rows: &Tensor, some: Range<usize>) -> Tensor {
+        self.of_heads(graph, rows, self.value_size, some)
     }
 
     /// The first `size` elements of each head.
-    fn of_heads(self, graph: &Graph, rows: &Tensor, size: usize, n: usize) -> Tensor {
+    fn of_heads(self, graph: &Graph, rows: &Tensor, size: usize, some: Range<usize>) -> Tensor {
         let ([width, ..], [_, row_bytes, ..]) = (rows.shape(), rows.strides());
         let head_bytes = rows.ty().row_bytes(width / self.heads);
-        graph.view(rows, [size, n, self.heads], [row_bytes, head_bytes], 0)
+        graph.view(rows, [size, some.len(), self.heads], [row_bytes, head_bytes], some.start * row_bytes)
     }
 }
 
@@ -148,18 +148,10 @@ impl Store {
         Ok(Store { k, v, format, n_rows, memory, lease: lease(bytes) })
     }
 
-    /// A store of these rows alone.
-    pub fn copied(&self, rows: Range<usize>) -> Result<Store, Error> {
+    /// A store that differs from this one by its number of rows.
+    pub fn like(&self, n_rows: usize) -> Result<Store, Error> {
         let widths = (self.k.shape()[0], self.v.as_ref().map(|v| v.shape()[0]));
-        let lease = |bytes| self.lease.another(bytes);
-        let copy = Store::of_widths(widths, rows.len(), self.format, self.memory, lease)?;
-        let mut bytes = Vec::new();
-        for tensor in 0..self.n_tensors() {
-            bytes.clear();
-            self.read(tensor, rows.clone(), &mut bytes);
-            copy.write(tensor, 0..rows.len(), &bytes);
-        }
-        Ok(copy)
+        Store::of_widths(widths, n_rows, self.format, self.memory, |bytes| self.lease.another(bytes))
     }
 
     /// The rows that values are in: see [`RowShape::values`].

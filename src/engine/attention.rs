@@ -423,7 +423,7 @@ impl Source<'_> {
     fn heads(&self, graph: &Graph, shape: RowShape, n: usize) -> [Vec<Tensor>; 2] {
         match self {
             Source::Stored(chain) => [chain.keys(shape, graph, n), chain.values(shape, graph, n)],
-            Source::Own(k, v) => [vec![shape.keys(graph, k, n)], vec![shape.values(graph, v, n)]],
+            Source::Own(k, v) => [vec![shape.keys(graph, k, 0..n)], vec![shape.values(graph, v, 0..n)]],
         }
     }
 

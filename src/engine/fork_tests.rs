@@ -179,3 +179,49 @@ proptest! {
         compare(&params, &steps);
     }
 }
+
+/// Going back to a prompt's end puts rows back: those of a copy stay as they are.
+#[test]
+fn an_answer_that_is_taken_back_is_nobody_elses() {
+    for ty in [Type::F16, Type::Q8_0] {
+        let mut session = session(&SessionParams { type_k: ty, type_v: ty, ..params("layers:1") });
+        let prompt = run(&mut session, &[(0, text(0, 0..200))]);
+        let answer = |session: &mut Session, seq| -> Vec<Vec<f32>> {
+            (200..330).map(|at| run(session, &[(seq, text(1, at..at + 1))])).collect()
+        };
+        session.fork(0, 1, &BTreeSet::new()).unwrap();
+        let first = answer(&mut session, 0);
+        session.fork(0, 2, &BTreeSet::new()).unwrap();
+        let [copy, grown] = [1, 2].map(|seq| saved(&session, seq));
+        // The ring has lost the prompt's window by now.
+        assert!(session.seq_truncate(0, 199));
+        assert_eq!(run(&mut session, &[(0, text(0, 199..200))]), prompt);
+        assert!(saved(&session, 1) == copy && saved(&session, 2) == grown);
+        assert!(answer(&mut session, 0) == first && answer(&mut session, 1) == first);
+        assert!(saved(&session, 2) == grown);
+    }
+}
+
+/// Looks before dropping, and keys that become narrow, in a copy: as in a sequence that was never copied, and the other one
+/// stays as it is.
+#[test]
+fn copies_are_looked_at_alone() {
+    for policy in ["kl:1000", "kl:1e-30", "budget:0.4"] {
+        let lazy = LazyParams { narrow_keys: true, ..params(policy).lazy };
+        let params = SessionParams { type_k: Type::Q8_0, type_v: Type::Q4_0, lazy, ..params(policy) };
+        let (mut alone, mut copied) = (session(&params), session(&params));
+        let mut seq = 0;
+        for (number, n) in [60, 90, 300].into_iter().enumerate() {
+            let n_past = alone.seq_n_past(0);
+            let tokens = text(number, n_past..n_past + n);
+            let expected = run(&mut alone, &[(0, tokens.clone())]);
+            copied.fork(seq, seq + 1, &BTreeSet::new()).unwrap();
+            let before = saved(&copied, seq);
+            assert_eq!(run(&mut copied, &[(seq + 1, tokens)]), expected, "{policy}");
+            assert!(saved(&copied, seq) == before, "{policy}");
+            seq += 1;
+        }
+        assert!(saved(&copied, seq) == saved(&alone, 0), "{policy}");
+        assert_eq!(copied.foretold(seq), alone.foretold(0));
+    }
+}

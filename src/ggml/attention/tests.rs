@@ -620,7 +620,7 @@ fn agrees_with_ggmls_flash_attention() {
 /// Bit for bit, wherever the pieces end, and whatever kernels run.
 #[test]
 fn pieces_are_as_one() {
-    let mut scheduler = scheduler(2);
+    let mut scheduler = Scheduler::new(&[Device::cpu()], 2, 256).unwrap();
     for (ty_k, ty_v) in [(Type::F16, Type::F16), (Type::Q8_0, Type::Q4_0), (Type::Q4_0, Type::F32)] {
         for n in [1, 3, 40] {
             for mask in [MaskKind::Causal, MaskKind::Ring] {
