@@ -91,11 +91,9 @@ impl Chain {
         self.pieces.iter().map(|piece| piece.n).sum()
     }
 
-    /// Bytes of all buffers that rows are in, whoever else reads them.
+    /// Bytes of the buffers, of each as much as is these rows', whoever else reads them.
     pub fn bytes(&self) -> usize {
-        let is_new =
-            |at: usize| self.pieces[..at].iter().all(|piece| !Arc::ptr_eq(&piece.store, &self.pieces[at].store));
-        (0..self.pieces.len()).filter(|&at| is_new(at)).map(|at| self.pieces[at].store.bytes()).sum()
+        self.pieces.iter().map(|piece| piece.store.bytes() * piece.n / piece.store.n_rows()).sum()
     }
 
     /// The one store of rows that must be in one.
@@ -266,10 +264,7 @@ mod tests {
     use std::slice::from_ref;
 
     use super::*;
-    use crate::{
-        cache::Meter,
-        ggml::{Device, Type},
-    };
+    use crate::{cache::Meter, ggml::Device};
 
     const SHAPE: RowShape = RowShape { heads: 2, key_size: 8, value_size: 4, values_in_keys: false };
 
