@@ -46,13 +46,19 @@ fn grown(model: &simlayer::Model, params: SessionParams) -> (i64, i64, simlayer:
 fn forked(model: &simlayer::Model, params: SessionParams) -> [i64; 3] {
     const N: u32 = 8;
     let mut session = warm(model, params);
+    let text = story(model, 6_000 + 64);
+    let decode = |session: &mut Session, token| {
+        let entry = |seq| BatchEntry { seq, tokens: slice::from_ref(token), outputs: Outputs::Last, prompt_end: false };
+        session.run(&(0..N).map(entry).collect::<Vec<_>>()).expect("a token in each");
+    };
+    decode(&mut session, &text[0]);
+    session.clear();
     // Intermediate results and the last graph go with a sequence, also with one that there is not.
     let taken = |session: &mut Session| {
         session.seq_clear(99);
         resident().expect("a figure") - session.compute_bytes() as i64
     };
     let start = taken(&mut session);
-    let text = story(model, 6_000 + 64);
     session.prefill(&text[..6_000]).expect("prefill");
     let (one, f16_bytes) = (taken(&mut session) - start, session.kv().f16_bytes);
     for seq in 1..N {
@@ -62,8 +68,7 @@ fn forked(model: &simlayer::Model, params: SessionParams) -> [i64; 3] {
     assert_eq!(kv.f16_bytes, f16_bytes, "what is shared is counted once");
     assert_eq!(kv.context_tokens, N as usize * 6_000);
     for token in &text[6_000..] {
-        let entry = |seq| BatchEntry { seq, tokens: slice::from_ref(token), outputs: Outputs::Last, prompt_end: false };
-        session.run(&(0..N).map(entry).collect::<Vec<_>>()).expect("a token in each");
+        decode(&mut session, token);
     }
     let (grown, reported) = (taken(&mut session) - start, session.kv().allocated_bytes as i64);
     println!("{one} bytes resident, {copies} with the copies, {grown} with 64 tokens in each, {reported} reported");
