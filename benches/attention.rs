@@ -41,7 +41,7 @@ impl Layers {
             let (k, v) = (heads(k), heads(v));
             let scale = 1.0 / (SIZE as f32).sqrt();
             let node = if fused {
-                let segment = KvSegment { k: &k, v: &v, mask: Some(&mask) };
+                let segment = KvSegment { k: std::slice::from_ref(&k), v: std::slice::from_ref(&v), mask: Some(&mask) };
                 graph.fused_attention(&queries, &[segment], &FusedAttention { scale, soft_cap: None, sinks: None })
             } else {
                 graph.flash_attn(&queries, &k, &v, &mask, scale, 0.0, None)

@@ -3,8 +3,13 @@
 
 mod common;
 
+use std::{slice, sync::Mutex};
+
 use common::{plain, session, smollm2, story};
-use simlayer::{Session, SessionParams, ggml::Type};
+use simlayer::{BatchEntry, Outputs, Session, SessionParams, ggml::Type};
+
+/// One test after the other: each would count what the other takes.
+static ALONE: Mutex<()> = Mutex::new(());
 
 /// Resident memory that is not of files: how much of a mapped model is resident is the system's to decide.
 fn resident() -> Option<i64> {
@@ -36,6 +41,58 @@ fn grown(model: &simlayer::Model, params: SessionParams) -> (i64, i64, simlayer:
     (grown, left, kv)
 }
 
+/// Resident memory of a prompt of 6,000 tokens, of eight copies with it, and once each of these has 64 tokens of its own;
+/// without what is computed in.
+fn forked(model: &simlayer::Model, params: SessionParams) -> [i64; 3] {
+    const N: u32 = 8;
+    let mut session = warm(model, params);
+    let text = story(model, 6_000 + 64);
+    let decode = |session: &mut Session, token| {
+        let entry = |seq| BatchEntry { seq, tokens: slice::from_ref(token), outputs: Outputs::Last, prompt_end: false };
+        session.run(&(0..N).map(entry).collect::<Vec<_>>()).expect("a token in each");
+    };
+    decode(&mut session, &text[0]);
+    session.clear();
+    // Intermediate results and the last graph go with a sequence, also with one that there is not.
+    let taken = |session: &mut Session| {
+        session.seq_clear(99);
+        resident().expect("a figure") - session.compute_bytes() as i64
+    };
+    let start = taken(&mut session);
+    session.prefill(&text[..6_000]).expect("prefill");
+    let (one, f16_bytes) = (taken(&mut session) - start, session.kv().f16_bytes);
+    for seq in 1..N {
+        session.sequence(0).copy_to(seq).expect("a copy");
+    }
+    let (copies, kv) = (taken(&mut session) - start, session.kv());
+    assert_eq!(kv.f16_bytes, f16_bytes, "what is shared is counted once");
+    assert_eq!(kv.context_tokens, N as usize * 6_000);
+    for token in &text[6_000..] {
+        decode(&mut session, token);
+    }
+    let (grown, reported) = (taken(&mut session) - start, session.kv().allocated_bytes as i64);
+    println!("{one} bytes resident, {copies} with the copies, {grown} with 64 tokens in each, {reported} reported");
+    assert!((grown - reported).abs() < reported / 20 + (4 << 20), "{grown} resident, {reported} reported");
+    [one, copies, grown]
+}
+
+/// Full, and with half of the layers lazy.
+#[test]
+fn copies_take_the_prompt_once() {
+    if resident().is_none() {
+        return;
+    }
+    let _alone = ALONE.lock();
+    let model = smollm2();
+    let mut lazy = plain();
+    lazy.lazy.policy = "budget:0.5".parse().expect("a policy");
+    for params in [plain(), lazy] {
+        let [one, copies, grown] = forked(&model, params).map(|bytes| bytes as f64);
+        assert!(copies <= 1.15 * one, "{copies} of {one}");
+        assert!(grown <= 1.3 * one, "{grown} of {one}");
+    }
+}
+
 /// Full, and all in four bits with half of the layers lazy.
 #[test]
 fn resident_memory_is_what_the_report_says() {
@@ -43,6 +100,7 @@ fn resident_memory_is_what_the_report_says() {
         println!("resident memory cannot be read on this system");
         return;
     }
+    let _alone = ALONE.lock();
     let model = smollm2();
     let full = grown(&model, plain());
     let mut params = plain();

@@ -109,8 +109,8 @@ int32_t simlayer_get_layers(struct llama_context * ctx, int32_t seq_id, struct s
 struct simlayer_memory {
     size_t   size;            // sizeof(struct simlayer_memory)
     uint64_t tokens;          // in all sequences
-    uint64_t f16_bytes;       // what an uncompressed f16 cache of these tokens takes
-    uint64_t allocated_bytes; // what the buffers hold now
+    uint64_t f16_bytes;       // what an uncompressed f16 cache of these tokens takes; what sequences share counts once
+    uint64_t allocated_bytes; // what the buffers hold now, likewise
     uint64_t peak_bytes;      // the highest sum of all buffers so far
     uint32_t lazy_layers;     // of the longest sequence
     uint32_t active_layers;

@@ -44,6 +44,11 @@ impl Lease {
     pub fn bytes(&self) -> usize {
         self.bytes
     }
+
+    /// Other bytes in the same count.
+    pub fn another(&self, bytes: usize) -> Lease {
+        self.meter.lease(bytes)
+    }
 }
 
 impl Drop for Lease {

@@ -1,6 +1,7 @@
 //! The cache of a sequence: for each layer a store of key and value rows, or a recurrent state. It knows nothing of
 //! architectures.
 
+mod chain;
 mod meter;
 mod rotation;
 mod shrink;
@@ -8,6 +9,7 @@ mod span;
 mod state;
 mod store;
 
+pub(crate) use chain::Chain;
 pub(crate) use meter::{Lease, Meter};
 pub(crate) use rotation::Rotations;
 pub(crate) use shrink::{Move, move_rows};
@@ -22,9 +24,10 @@ pub(crate) use store::{Format, RowShape, Store};
 pub struct KvReport {
     /// Tokens in the context, over all sequences.
     pub context_tokens: usize,
-    /// What an uncompressed f16 cache of this context takes, recurrent layers' states included.
+    /// What an uncompressed f16 cache of this context takes, recurrent layers' states included. Tokens whose rows several sequences
+    /// share are counted once.
     pub f16_bytes: usize,
-    /// What the buffers hold now.
+    /// What the buffers hold now: what sequences share is counted once.
     pub allocated_bytes: usize,
     /// The highest sum of all buffers at any moment, prefill's scratch included.
     pub peak_bytes: usize,

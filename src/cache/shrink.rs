@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Rotations, Store};
+use super::{Chain, Rotations, Store};
 use crate::ggml::{Error, Graph, Scheduler, Tensor};
 
 /// A run of rows: from one store's rows to another's.
@@ -12,25 +12,31 @@ pub(crate) struct Move {
     pub to: usize,
 }
 
-/// Copies rows from one store into another in one graph, converting types and rotation.
+/// Copies rows into a store in one graph, converting types and rotation.
 ///
 /// Rows of equal format are copied as they are, so that nothing is quantised twice.
 pub(crate) fn move_rows(
     scheduler: &mut Scheduler,
-    from: &Store,
+    from: &Chain,
     to: &Store,
     moves: &[Move],
     rotations: &Rotations,
 ) -> Result<(), Error> {
-    let graph = Graph::new(32 * moves.len().max(1));
-    for Move { from: rows, to: first } in moves {
-        let n = rows.len();
-        let keys = (&from.k, &to.k, from.format.rotate_k != to.format.rotate_k, true);
-        let values = from.own_value_rows().zip(to.own_value_rows());
-        let values = values.map(|(from_v, to_v)| (from_v, to_v, from.format.rotate_v != to.format.rotate_v, false));
+    let format = from.format();
+    let runs = |Move { from: rows, to: first }: &Move| {
+        let (start, first) = (rows.start, *first);
+        from.runs(rows.clone()).map(move |run| (first + run.rows.start - start, run))
+    };
+    let runs: Vec<_> = moves.iter().flat_map(runs).collect();
+    let graph = Graph::new(32 * runs.len().max(1));
+    for (first, run) in runs {
+        let n = run.rows.len();
+        let keys = (&run.store.k, &to.k, format.rotate_k != to.format.rotate_k, true);
+        let values = run.store.own_value_rows().zip(to.own_value_rows());
+        let values = values.map(|(from_v, to_v)| (from_v, to_v, format.rotate_v != to.format.rotate_v, false));
         for (source, target, turn, is_key) in std::iter::once(keys).chain(values) {
-            let source_rows = graph.rows(source, rows.start, n);
-            let target_rows = graph.rows(target, *first, n);
+            let source_rows = graph.rows(source, run.first, n);
+            let target_rows = graph.rows(target, first, n);
             let source_rows = converted(&graph, &source_rows, &target_rows, turn, is_key, rotations);
             graph.expand(&graph.copy(&source_rows, &target_rows));
         }

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Lease, Meter};
-use crate::ggml::{BufferType, Context, Error, Graph, Scheduler, Tensor, Type};
+use crate::ggml::{BufferType, Context, Error, Tensor, Type};
 
 /// Rows of a state: the one that is read, and the one that is written meanwhile, so that a run that fails leaves the state
 /// as it was.
@@ -17,19 +17,29 @@ pub(crate) struct StateStore {
     /// `[elements, 2]`; none of a convolution alone.
     pub matrices: Option<Tensor>,
     id: u64,
+    memory: BufferType,
     lease: Lease,
 }
 
 impl StateStore {
     /// A zeroed state of so many elements of columns and of matrices.
     pub fn new(n_columns: usize, n_matrices: usize, memory: BufferType, meter: &Meter) -> Result<StateStore, Error> {
+        StateStore::of_sizes(n_columns, n_matrices, memory, |bytes| meter.lease(bytes))
+    }
+
+    fn of_sizes(
+        n_columns: usize,
+        n_matrices: usize,
+        memory: BufferType,
+        lease: impl FnOnce(usize) -> Lease,
+    ) -> Result<StateStore, Error> {
         static NEXT_ID: AtomicU64 = AtomicU64::new(0);
         let context = Context::new(2);
         let columns = context.tensor(Type::F32, &[n_columns, ROWS]).named("state_columns");
         let matrices = (n_matrices > 0).then(|| context.tensor(Type::F32, &[n_matrices, ROWS]).named("state_matrices"));
         let bytes = context.alloc(memory, "a recurrent layer's state")?;
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        Ok(StateStore { columns, matrices, id, lease: meter.lease(bytes) })
+        Ok(StateStore { columns, matrices, id, memory, lease: lease(bytes) })
     }
 
     /// Bytes that a state of so many elements takes.
@@ -76,16 +86,18 @@ impl StateStore {
         }
     }
 
-    /// Makes this state what another of the same size is.
-    pub fn copy_from(&self, other: &StateStore, scheduler: &mut Scheduler) -> Result<(), Error> {
-        let graph = Graph::new(16);
-        for (from, to) in other.tensors().zip(self.tensors()) {
-            graph.expand(&graph.copy(from, to));
+    /// A state of its own that is as this one.
+    pub fn copied(&self) -> Result<StateStore, Error> {
+        let n_matrices = self.matrices.as_ref().map_or(0, |matrices| matrices.shape()[0]);
+        let lease = |bytes| self.lease.another(bytes);
+        let copy = StateStore::of_sizes(self.columns.shape()[0], n_matrices, self.memory, lease)?;
+        let mut bytes = Vec::new();
+        for row in 0..ROWS {
+            bytes.clear();
+            self.read_row(row, &mut bytes);
+            copy.write_row(row, &bytes);
         }
-        scheduler.alloc(&graph)?;
-        scheduler.compute(&graph)?;
-        scheduler.release();
-        Ok(())
+        Ok(copy)
     }
 }
 
@@ -99,11 +111,10 @@ mod tests {
         let meter = Meter::default();
         let memory = Device::cpu().buffer_type();
         for n_matrices in [0, 5] {
-            let [state, copy] = [(); 2].map(|()| StateStore::new(3, n_matrices, memory, &meter).unwrap());
+            let state = StateStore::new(3, n_matrices, memory, &meter).unwrap();
             let rows: [Vec<u8>; 2] = [1, 2].map(|row| (0..state.row_bytes() as u8).map(|byte| byte * row).collect());
             (0..).zip(&rows).for_each(|(row, bytes)| state.write_row(row, bytes));
-            let mut scheduler = Scheduler::new(&[], 1, 64).unwrap();
-            copy.copy_from(&state, &mut scheduler).unwrap();
+            let copy = state.copied().unwrap();
             for (row, bytes) in rows.iter().enumerate() {
                 let mut found = Vec::new();
                 copy.read_row(row, &mut found);

@@ -1,9 +1,6 @@
 //! The block of memory that holds a layer's keys and values, and in which format.
 
-use std::{
-    ops::Range,
-    sync::atomic::{AtomicU64, Ordering},
-};
+use std::ops::Range;
 
 use super::{Lease, Meter};
 use crate::ggml::{BufferType, Context, Error, Graph, Tensor, Type};
@@ -89,21 +86,21 @@ impl RowShape {
         format.k.row_bytes(self.key_width()) + format.v.row_bytes(self.value_width())
     }
 
-    /// Keys `0..n` of rows as `[key size, n, KV heads]`, the form in which attention reads them.
-    pub fn keys(self, graph: &Graph, rows: &Tensor, n: usize) -> Tensor {
-        self.of_heads(graph, rows, self.key_size, n)
+    /// Some of the rows of keys as `[key size, rows, KV heads]`, the form in which attention reads them.
+    pub fn keys(self, graph: &Graph, rows: &Tensor, some: Range<usize>) -> Tensor {
+        self.of_heads(graph, rows, self.key_size, some)
     }
 
-    /// Values `0..n` of the rows that they are in, which are the keys' where they have none, as `[value size, n, KV heads]`.
-    pub fn values(self, graph: &Graph, rows: &Tensor, n: usize) -> Tensor {
-        self.of_heads(graph, rows, self.value_size, n)
+    /// Some of the rows that values are in, which are the keys' where they have none, as `[value size, rows, KV heads]`.
+    pub fn values(self, graph: &Graph, rows: &Tensor, some: Range<usize>) -> Tensor {
+        self.of_heads(graph, rows, self.value_size, some)
     }
 
     /// The first `size` elements of each head.
-    fn of_heads(self, graph: &Graph, rows: &Tensor, size: usize, n: usize) -> Tensor {
+    fn of_heads(self, graph: &Graph, rows: &Tensor, size: usize, some: Range<usize>) -> Tensor {
         let ([width, ..], [_, row_bytes, ..]) = (rows.shape(), rows.strides());
         let head_bytes = rows.ty().row_bytes(width / self.heads);
-        graph.view(rows, [size, n, self.heads], [row_bytes, head_bytes], 0)
+        graph.view(rows, [size, some.len(), self.heads], [row_bytes, head_bytes], some.start * row_bytes)
     }
 }
 
@@ -116,7 +113,7 @@ pub(crate) struct Store {
     v: Option<Tensor>,
     pub format: Format,
     n_rows: usize,
-    id: u64,
+    memory: BufferType,
     lease: Lease,
 }
 
@@ -131,16 +128,30 @@ impl Store {
         memory: BufferType,
         meter: &Meter,
     ) -> Result<Store, Error> {
-        static NEXT_ID: AtomicU64 = AtomicU64::new(0);
         let n_rows = n_rows.max(1).next_multiple_of(block);
         let n_rows = max_rows.map_or(n_rows, |max| n_rows.min(max));
+        let value_width = (!shape.values_in_keys).then(|| shape.value_width());
+        Store::of_widths((shape.key_width(), value_width), n_rows, format, memory, |bytes| meter.lease(bytes))
+    }
+
+    fn of_widths(
+        (key_width, value_width): (usize, Option<usize>),
+        n_rows: usize,
+        format: Format,
+        memory: BufferType,
+        lease: impl FnOnce(usize) -> Lease,
+    ) -> Result<Store, Error> {
         let context = Context::new(2);
-        let k = context.tensor(format.k, &[shape.key_width(), n_rows]).named("cache_k");
-        let v =
-            (!shape.values_in_keys).then(|| context.tensor(format.v, &[shape.value_width(), n_rows]).named("cache_v"));
+        let k = context.tensor(format.k, &[key_width, n_rows]).named("cache_k");
+        let v = value_width.map(|width| context.tensor(format.v, &[width, n_rows]).named("cache_v"));
         let bytes = context.alloc(memory, "the KV cache")?;
-        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        Ok(Store { k, v, format, n_rows, id, lease: meter.lease(bytes) })
+        Ok(Store { k, v, format, n_rows, memory, lease: lease(bytes) })
+    }
+
+    /// A store that differs from this one by its number of rows.
+    pub fn like(&self, n_rows: usize) -> Result<Store, Error> {
+        let widths = (self.k.shape()[0], self.v.as_ref().map(|v| v.shape()[0]));
+        Store::of_widths(widths, n_rows, self.format, self.memory, |bytes| self.lease.another(bytes))
     }
 
     /// The rows that values are in: see [`RowShape::values`].
@@ -151,10 +162,6 @@ impl Store {
     /// Values' own rows, where they have some.
     pub fn own_value_rows(&self) -> Option<&Tensor> {
         self.v.as_ref()
-    }
-
-    fn tensors(&self) -> impl Iterator<Item = &Tensor> {
-        std::iter::once(&self.k).chain(&self.v)
     }
 
     /// Rows allocated.
@@ -172,34 +179,30 @@ impl Store {
         self.lease.bytes()
     }
 
-    /// A number that no other store ever has: graphs that refer to a store's memory are told apart by it.
-    pub fn id(&self) -> u64 {
-        self.id
+    /// Tensors of rows: keys, and values where they have some of their own.
+    pub fn n_tensors(&self) -> usize {
+        1 + self.v.iter().len()
     }
 
-    /// Appends the bytes of rows: the keys of all ranges, then the values.
-    pub fn read_rows(&self, ranges: &[Range<usize>], to: &mut Vec<u8>) {
-        for rows in self.tensors() {
-            let row_bytes = rows.strides()[1];
-            for range in ranges {
-                let start = to.len();
-                to.resize(start + range.len() * row_bytes, 0);
-                rows.read(range.start * row_bytes, &mut to[start..]);
-            }
-        }
+    fn tensor(&self, index: usize) -> &Tensor {
+        if index == 0 { &self.k } else { self.value_rows() }
     }
 
-    /// Writes what [`Store::read_rows`] read.
-    pub fn write_rows(&self, ranges: &[Range<usize>], from: &[u8]) {
-        let mut from = from;
-        for rows in self.tensors() {
-            let row_bytes = rows.strides()[1];
-            for range in ranges {
-                let (bytes, rest) = from.split_at(range.len() * row_bytes);
-                rows.write(range.start * row_bytes, bytes);
-                from = rest;
-            }
-        }
+    /// Appends the bytes of rows of one of the tensors.
+    pub fn read(&self, tensor: usize, rows: Range<usize>, to: &mut Vec<u8>) {
+        let tensor = self.tensor(tensor);
+        let (start, row_bytes) = (to.len(), tensor.strides()[1]);
+        to.resize(start + rows.len() * row_bytes, 0);
+        tensor.read(rows.start * row_bytes, &mut to[start..]);
+    }
+
+    /// Writes what [`Store::read`] read; the rest of `from`.
+    pub fn write<'a>(&self, tensor: usize, rows: Range<usize>, from: &'a [u8]) -> &'a [u8] {
+        let tensor = self.tensor(tensor);
+        let row_bytes = tensor.strides()[1];
+        let (bytes, rest) = from.split_at(rows.len() * row_bytes);
+        tensor.write(rows.start * row_bytes, bytes);
+        rest
     }
 }
 

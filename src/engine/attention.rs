@@ -1,5 +1,7 @@
 //! Attention of a ubatch's tokens over their sequences' caches, which they are written to; and its scores.
 
+use std::slice;
+
 use super::{
     batch::Part,
     inputs::{Inputs, Keys},
@@ -8,7 +10,7 @@ use super::{
     setup::{Kernel, LayerPlan, Setup},
 };
 use crate::{
-    cache::{Span, StateStore, Store},
+    cache::{Chain, RowShape, Span, StateStore, Store},
     ggml::{FusedAttention, Graph, KvSegment, Tensor, Type},
     model::{Attention, AttentionOptions, Mixed, State},
 };
@@ -146,7 +148,7 @@ impl CacheAttention<'_> {
         let layer = hparams.owner(reader);
         let last_reader = hparams.last_reader(layer);
         let (cache, rotations) = (&layers[layer], &self.setup.layers[layer].rotations);
-        let format = store(cache).format;
+        let format = store(cache).format();
         let mut q = slice(graph, q, &part);
         if format.rotate_k {
             q = rotations.rotate_key(graph, &q);
@@ -233,7 +235,7 @@ impl CacheAttention<'_> {
         let device = self.plan(layer).apart;
         let mask = self.inputs.mask(graph, &part, index, &[Keys::All { span, n_rows }], device);
         let rows = self.plan(layer).rows;
-        let (k, v) = (rows.keys(graph, &store.k, n_rows), rows.values(graph, store.value_rows(), n_rows));
+        let (k, v) = (store.keys(rows, graph, n_rows), store.values(rows, graph, n_rows));
         attention(graph, self.plan(layer), queries, [&k, &v], &mask, options)
     }
 
@@ -243,20 +245,38 @@ impl CacheAttention<'_> {
         let main = cache.store.as_ref().filter(|_| which != Which::Exact);
         let exact = cache.exact.as_ref().filter(|_| which != Which::Main);
         let stores = [main.map(|store| (store, cache.span)), exact.map(|exact| (&exact.store, Some(exact.span)))];
-        for (store, span) in stores.into_iter().flatten() {
-            let values = store.own_value_rows().map(|stored| (&own.v, stored));
-            for (own, stored) in std::iter::once((&own.k, &store.k)).chain(values) {
-                let Some(span) = span.filter(|_| part.n > 1) else {
-                    let rows = self.inputs.rows(graph, part.n, index, span);
-                    graph.expand(&graph.set_rows(stored, own, &rows));
+        let written = |store: &Store| {
+            let values = store.own_value_rows().map(|stored| (own.v.clone(), stored.clone()));
+            std::iter::once((own.k.clone(), store.k.clone())).chain(values)
+        };
+        for (chain, span) in stores.into_iter().flatten() {
+            let Some(span) = span.filter(|_| part.n > 1) else {
+                // Rows of their own, one after the other.
+                let row = span.map_or(part.n_past, |span| span.row(part.n_past));
+                for run in chain.runs(row..row + part.n) {
+                    let tokens = run.rows.start - row..run.rows.end - row;
+                    // The next steps write other rows of the piece.
+                    let rows = self.inputs.rows(graph, index, tokens.clone(), span, run.piece.start);
+                    for (own, stored) in written(run.store) {
+                        let own = some(graph, &own, tokens.start, tokens.len());
+                        let stored = some(graph, &stored, run.piece_first, run.piece.len());
+                        graph.expand(&graph.set_rows(&stored, &own, &rows));
+                    }
+                }
+                continue;
+            };
+            // Of tokens that share a row the last is kept.
+            for kept in span.kept_ranges(part.n_past + part.n) {
+                let kept = kept.start.max(part.n_past)..kept.end;
+                if kept.is_empty() {
                     continue;
-                };
-                // Of tokens that share a row the last is kept.
-                for kept in span.kept_ranges(part.n_past + part.n) {
-                    let kept = kept.start.max(part.n_past)..kept.end;
-                    if !kept.is_empty() {
-                        let from = graph.rows(own, kept.start - part.n_past, kept.len());
-                        let to = graph.rows(stored, span.row(kept.start), kept.len());
+                }
+                let row = span.row(kept.start);
+                for run in chain.runs(row..row + kept.len()) {
+                    for (own, stored) in written(run.store) {
+                        let token = kept.start - part.n_past + run.rows.start - row;
+                        let from = graph.rows(&own, token, run.rows.len());
+                        let to = graph.rows(&stored, run.first, run.rows.len());
                         graph.expand(&graph.copy(&from, &to));
                     }
                 }
@@ -278,7 +298,7 @@ impl CacheAttention<'_> {
         let (part, span, shape) = (self.parts[index], cache.span, self.plan(layer).rows);
         let (kernel, device) = (self.plan(layer).kernel, self.plan(layer).apart);
         // Rounded as they will be stored. Not quantised though: that would lose more than is needed.
-        let rounded = |rows: &Tensor, stored: &Tensor| match stored.ty() {
+        let rounded = |rows: &Tensor, stored: Type| match stored {
             Type::F32 => rows.clone(),
             ty if ty.is_quantized() => graph.cast(rows, Type::F16),
             ty => graph.cast(rows, ty),
@@ -287,61 +307,59 @@ impl CacheAttention<'_> {
             .store
             .as_ref()
             .filter(|_| !has_own)
-            .map(|store| (rounded(&own.k, &store.k), rounded(&own.v, store.value_rows())));
-        let mut groups: Vec<(&Tensor, &Tensor, Keys)> = Vec::new();
+            .map(|store| (rounded(&own.k, store.format().k), rounded(&own.v, store.format().v)));
+        let mut groups: Vec<(Source<'_>, Keys)> = Vec::new();
         if let Some(store) = &cache.store {
             let n_past = part.n_past;
             let n_rows = if has_own { cache.rows_read(n_past + part.n) } else { cache.used_rows(n_past) };
             let exact = cache.exact.as_ref().map(|exact| exact.span);
-            groups.push((&store.k, store.value_rows(), Keys::Stored { span, n_rows, has_own, exact }));
+            groups.push((Source::Stored(store), Keys::Stored { span, n_rows, has_own, exact }));
         }
         if let Some(exact) = &cache.exact {
             let keys = Keys::Exact { span, exact: exact.span, has_own };
-            groups.push((&exact.store.k, exact.store.value_rows(), keys));
+            groups.push((Source::Stored(&exact.store), keys));
         }
         if part.n_past == 0 && !has_own {
             groups.clear();
         }
         if let Some((k, v)) = &own_rows {
-            groups.push((k, v, Keys::Own { span, n: part.n }));
+            groups.push((Source::Own(k, v), Keys::Own { span, n: part.n }));
         }
-        let keys: Vec<Keys> = groups.iter().map(|(.., keys)| *keys).collect();
+        let keys: Vec<Keys> = groups.iter().map(|(_, keys)| *keys).collect();
         let mask = self.inputs.mask(graph, &part, index, &keys, device);
-        let heads = |k: &Tensor, v: &Tensor, n: usize| [shape.keys(graph, k, n), shape.values(graph, v, n)];
         if kernel == Kernel::Fused {
             let mut first = 0;
-            let views: Vec<[Tensor; 3]> = groups
+            let views: Vec<([Vec<Tensor>; 2], Tensor)> = groups
                 .iter()
-                .map(|(k, v, keys)| {
+                .map(|(source, keys)| {
                     let mask = columns(graph, &mask, first, keys.n_rows());
                     first += keys.n_rows();
-                    let [k, v] = heads(k, v, keys.n_rows());
-                    [k, v, mask]
+                    (source.heads(graph, shape, keys.n_rows()), mask)
                 })
                 .collect();
             let segments: Vec<KvSegment<'_>> =
-                views.iter().map(|[k, v, mask]| KvSegment { k, v, mask: Some(mask) }).collect();
+                views.iter().map(|([k, v], mask)| KvSegment { k, v, mask: Some(mask) }).collect();
             return swapped(graph, &fused(graph, &own.queries, &segments, options));
         }
         match &groups[..] {
-            [(k, v, keys)] if has_own => {
-                let [k, v] = heads(k, v, keys.n_rows());
+            [(source, keys)] if has_own => {
+                let [k, v] = source.heads(graph, shape, keys.n_rows());
                 attention(graph, self.plan(layer), &own.queries, [&k, &v], &mask, options)
             }
             groups => {
                 // In one piece, one after the other: ggml's operations know one tensor only.
-                let joined = |tensor: fn(&(&Tensor, &Tensor, Keys)) -> Tensor| {
+                let joined = |tensor: fn(&Source<'_>) -> Tensor| {
                     let parts = groups
                         .iter()
-                        .map(|group| graph.cast(&graph.rows(&tensor(group), 0, group.2.n_rows()), Type::F32));
+                        .map(|(source, keys)| graph.cast(&graph.rows(&tensor(source), 0, keys.n_rows()), Type::F32));
                     let all = parts.reduce(|all, more| graph.concat(&all, &more, 1)).expect("at least the tokens' own");
                     // What ggml reads of a cache that is not f32.
-                    let is_f32 = groups.iter().all(|group| tensor(group).ty() == Type::F32);
+                    let is_f32 = groups.iter().all(|(source, _)| tensor(source).ty() == Type::F32);
                     if is_f32 { all } else { graph.cast(&all, Type::F16) }
                 };
-                let k = joined(|group| group.0.clone());
-                let v = if shape.values_in_keys { k.clone() } else { joined(|group| group.1.clone()) };
-                let [k, v] = heads(&k, &v, k.shape()[1]);
+                let k = joined(|source| source.keys());
+                let v = if shape.values_in_keys { k.clone() } else { joined(|source| source.values()) };
+                let [k, v] = Source::Own(&k, &v).heads(graph, shape, k.shape()[1]);
                 attention(graph, self.plan(layer), &own.queries, [&k, &v], &mask, options)
             }
         }
@@ -363,7 +381,7 @@ impl CacheAttention<'_> {
         let first_node = graph.n_nodes();
         let n_rows = cache.rows_read(n_past + n);
         let LayerPlan { apart, lazy_span, kernel, rows, .. } = *self.plan(layer);
-        let keys = rows.keys(graph, &store(cache).k, n_rows);
+        let keys = store(cache).keys(rows, graph, n_rows);
         let stored = Keys::Stored { span: None, n_rows, has_own: true, exact: None };
         let mask = self.inputs.mask(graph, &self.parts[index], index, &[stored], apart);
         let kept = self.inputs.kept(graph, &self.parts[index], index, lazy_span, n_rows, apart);
@@ -375,7 +393,7 @@ impl CacheAttention<'_> {
         let masses = if kernel == Kernel::Fused {
             vec![fused_mass(graph, &queries, &keys, &kept, &mask, options)]
         } else {
-            masses(graph, &queries, &keys, &kept, &mask, options)
+            masses(graph, &queries, single(&keys), &kept, &mask, options)
         };
         for mass in &masses {
             if let Some(device) = apart {
@@ -393,8 +411,52 @@ fn state(cache: &LayerCache) -> &StateStore {
     cache.state.as_ref().expect("room was reserved before the graph is built")
 }
 
+/// Rows that attention reads.
+enum Source<'a> {
+    Stored(&'a Chain),
+    /// The tokens' own keys and values.
+    Own(&'a Tensor, &'a Tensor),
+}
+
+impl Source<'_> {
+    /// The first `n` keys and values, by heads and in pieces: see [`KvSegment`].
+    fn heads(&self, graph: &Graph, shape: RowShape, n: usize) -> [Vec<Tensor>; 2] {
+        match self {
+            Source::Stored(chain) => [chain.keys(shape, graph, n), chain.values(shape, graph, n)],
+            Source::Own(k, v) => [vec![shape.keys(graph, k, 0..n)], vec![shape.values(graph, v, 0..n)]],
+        }
+    }
+
+    /// Rows of keys, for kernels that want them in one piece.
+    fn keys(&self) -> Tensor {
+        match self {
+            Source::Stored(chain) => chain.single().k.clone(),
+            Source::Own(k, _) => (*k).clone(),
+        }
+    }
+
+    /// Rows of values, likewise.
+    fn values(&self) -> Tensor {
+        match self {
+            Source::Stored(chain) => chain.single().value_rows().clone(),
+            Source::Own(_, v) => (*v).clone(),
+        }
+    }
+}
+
+/// The one piece of rows for kernels that want no more.
+fn single(pieces: &[Tensor]) -> &Tensor {
+    assert_eq!(pieces.len(), 1, "rows are in one piece");
+    &pieces[0]
+}
+
+/// Some of a tensor's rows, or itself where they are all.
+fn some(graph: &Graph, rows: &Tensor, first: usize, n: usize) -> Tensor {
+    if n == rows.shape()[1] { rows.clone() } else { graph.rows(rows, first, n) }
+}
+
 /// The store of a layer whose tokens have room.
-fn store(cache: &LayerCache) -> &Store {
+fn store(cache: &LayerCache) -> &Chain {
     cache.store.as_ref().expect("room was reserved before the graph is built")
 }
 
@@ -404,12 +466,12 @@ fn fused(graph: &Graph, queries: &Tensor, segments: &[KvSegment<'_>], options: &
     graph.fused_attention(queries, segments, &FusedAttention { scale, soft_cap: softcap, sinks })
 }
 
-/// Attention to keys and values in one piece, on the layer's device. → `[value size, tokens, heads]`
+/// Attention to keys and values, in pieces where the kernel is our own, on the layer's device. → `[value size, tokens, heads]`
 fn attention(
     graph: &Graph,
     plan: &LayerPlan,
     queries: &Tensor,
-    [keys, values]: [&Tensor; 2],
+    [keys, values]: [&[Tensor]; 2],
     mask: &Tensor,
     options: &AttentionOptions<'_>,
 ) -> Tensor {
@@ -422,6 +484,7 @@ fn attention(
     if plan.kernel == Kernel::Fused {
         return swapped(graph, &fused(graph, queries, &[KvSegment { k: keys, v: values, mask: Some(mask) }], options));
     }
+    let (keys, values) = (single(keys), single(values));
     if plan.kernel == Kernel::Flash {
         let AttentionOptions { scale, softcap, sinks, .. } = *options;
         // As llama.cpp does it, so that the logits are its own.
@@ -462,11 +525,12 @@ struct Own {
 fn fused_mass(
     graph: &Graph,
     queries: &Tensor,
-    keys: &Tensor,
+    keys: &[Tensor],
     kept: &Tensor,
     mask: &Tensor,
     options: &AttentionOptions<'_>,
 ) -> Tensor {
+    let kept = slice::from_ref(kept);
     let read = fused(graph, queries, &[KvSegment { k: keys, v: kept, mask: Some(mask) }], options);
     let [n_score, heads, ..] = read.shape();
     let [_, head_bytes, query_bytes, _] = read.strides();

@@ -60,6 +60,7 @@ pub(super) fn restore(
     let grown = sequences.get_mut(seq).filter(|sequence| sequence.tokens.starts_with(&state.tokens));
     if let Some(sequence) = grown {
         if fits(sequence, &layers, n_past) {
+            sequence.layers.iter_mut().try_for_each(LayerCache::own_kept)?;
             for (layer, saved) in sequence.layers.iter_mut().zip(&layers) {
                 layer.put_ring_rows(n_past, saved.header.held_from, saved.rows);
                 layer.put_exact_rows(saved.exact);

@@ -11,7 +11,7 @@ use super::{
     step::{Output, Step, Stretch},
 };
 use crate::{
-    cache::{StateStore, Store},
+    cache::{Chain, Span},
     ggml::{self, Error, Graph, Scheduler},
 };
 
@@ -47,8 +47,16 @@ struct Key {
     parts: Vec<Part>,
     has_embeddings: bool,
     n_outputs: usize,
-    /// For each part and layer: its store, how many rows attention reads, and its state's store.
-    stores: Vec<(u64, usize, u64)>,
+    /// For each part and layer: its store and the piece of it that the first token is written to, how many rows attention reads,
+    /// the same of its exact store, and its state's store.
+    stores: Vec<(Option<Written>, usize, Option<Written>, Option<u64>)>,
+}
+
+/// A chain of rows, and which of its pieces is written to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Written {
+    chain: u64,
+    piece: usize,
 }
 
 impl Executor {
@@ -154,8 +162,12 @@ impl Executor {
 impl Key {
     fn new(stretch: &Stretch<'_>) -> Key {
         let store = |part: &Part, layer: &LayerCache| {
-            let state = layer.state.as_ref().map_or(u64::MAX, StateStore::id);
-            (layer.store.as_ref().map_or(u64::MAX, Store::id), layer.rows_read(part.n_past + part.n), state)
+            let state = layer.state.as_ref().map(|state| state.id());
+            let row = |span: Option<Span>| span.map_or(part.n_past, |span| span.row(part.n_past));
+            let written = |store: &Chain, span| Written { chain: store.id(), piece: store.piece_of(row(span)) };
+            let main = layer.store.as_ref().map(|store| written(store, layer.span));
+            let exact = layer.exact.as_ref().map(|exact| written(&exact.store, Some(exact.span)));
+            (main, layer.rows_read(part.n_past + part.n), exact, state)
         };
         let caches = stretch.parts.iter().zip(stretch.caches);
         let stores = caches.flat_map(|(part, layers)| layers.iter().map(move |layer| store(part, layer))).collect();

@@ -34,7 +34,7 @@ use super::{
     step::Stretch,
 };
 use crate::{
-    cache::{Format, Move, Store, move_rows},
+    cache::{Chain, Format, Move, move_rows},
     ggml::Type,
     lazy::{DEFAULT_KL, LazyParams},
     quality::metrics::{kl_with, log_sum_exp},
@@ -407,7 +407,7 @@ impl Sequence {
         executor: &mut Executor,
     ) -> Result<(Vec<f32>, Vec<Scored>), Error> {
         let (start, n) = (probe.start, probe.tokens.len());
-        self.reserve(probe.end() - self.n_past(), setup, executor)?;
+        self.reserve(start..probe.end(), setup, executor)?;
         let mut others = Vec::new();
         for &index in changed {
             let (layer, scheduler) = (&setup.layers[index], &mut executor.scheduler);
@@ -416,7 +416,7 @@ impl Sequence {
                 Change::Narrow => (false, layer.plan.narrow),
             };
             let mut cache = self.layers[index].copy(start, is_lazy, format, layer, scheduler)?;
-            cache.reserve(start, n, layer, scheduler)?;
+            cache.reserve(start..start + n, layer, scheduler)?;
             others.push(cache);
         }
         let written = start..probe.end();
@@ -495,16 +495,16 @@ fn key_loss(
 ) -> Result<f64, Error> {
     let Some(store) = &layer.store else { return Ok(0.0) };
     let (n_rows, width) = (layer.used_rows(n_past).min(KEY_ROWS), setup.plan.rows.key_width());
-    let mut first_rows = |from: &Store, format: Format| {
+    let mut first_rows = |from: &Chain, format: Format| {
         let to = setup.make(n_rows, None, format)?;
         move_rows(&mut executor.scheduler, from, &to, &[Move { from: 0..n_rows, to: 0 }], &setup.rotations)?;
-        Ok::<_, Error>(to)
+        Ok::<_, Error>(setup.chain(to))
     };
     let narrow = first_rows(store, format)?;
     // Both with the wider store's rotation.
-    let exact = Format { k: Type::F32, v: Type::F32, ..store.format };
+    let exact = Format { k: Type::F32, v: Type::F32, ..store.format() };
     let [before, after] = [first_rows(store, exact)?, first_rows(&narrow, exact)?].map(|store| {
-        let mut keys = store.k.to_f32();
+        let mut keys = store.single().k.to_f32();
         keys.truncate(n_rows * width);
         keys
     });

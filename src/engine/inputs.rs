@@ -1,5 +1,7 @@
 //! A graph's input tensors and what they are filled with before each run.
 
+use std::ops::Range;
+
 use super::batch::{Embeddings, Fed, Part};
 use crate::{
     cache::Span,
@@ -78,10 +80,12 @@ enum Fill {
     },
     /// Numbers of the rows that outputs are wanted of.
     Outputs,
-    /// The rows into which a part's tokens are written.
+    /// The rows into which some of a part's tokens are written, numbered from row `first` on.
     Rows {
         part: usize,
         span: Option<Span>,
+        tokens: Range<usize>,
+        first: usize,
     },
     /// The row of recurrent layers' states that is read, or written.
     StateRow {
@@ -177,8 +181,16 @@ impl Inputs {
         self.input(graph, Type::I32, &[n], Fill::Outputs)
     }
 
-    pub fn rows(&mut self, graph: &Graph, n: usize, part: usize, span: Option<Span>) -> Tensor {
-        self.input(graph, Type::I64, &[n], Fill::Rows { part, span })
+    /// The rows i64 `[tokens]` into which these tokens of a part are written, numbered from row `first` on.
+    pub fn rows(
+        &mut self,
+        graph: &Graph,
+        part: usize,
+        tokens: Range<usize>,
+        span: Option<Span>,
+        first: usize,
+    ) -> Tensor {
+        self.input(graph, Type::I64, &[tokens.len()], Fill::Rows { part, span, tokens, first })
     }
 
     /// The row of recurrent layers' states `[1]` that the part's sequence has, i32; and the one that it has afterwards, i64.
@@ -300,10 +312,11 @@ impl Inputs {
                     tensor.write(0, &all);
                 }
                 Fill::Outputs => tensor.write(0, outputs),
-                &Fill::Rows { part, span } => {
-                    let Part { n, n_past, .. } = parts[part];
-                    let row = |position| span.map_or(position, |span| span.row(position)) as i64;
-                    tensor.write(0, &(n_past..n_past + n).map(row).collect::<Vec<_>>());
+                Fill::Rows { part, span, tokens, first } => {
+                    let n_past = parts[*part].n_past;
+                    let row = |position| (span.map_or(position, |span| span.row(position)) - first) as i64;
+                    let positions = n_past + tokens.start..n_past + tokens.end;
+                    tensor.write(0, &positions.map(row).collect::<Vec<_>>());
                 }
                 &Fill::StateRow { part } => tensor.write(0, &[parts[part].state_row as i32]),
                 &Fill::NextStateRow { part } => tensor.write(0, &[1 - parts[part].state_row as i64]),

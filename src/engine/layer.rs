@@ -1,19 +1,19 @@
 //! One layer's cache in a sequence: its stores, and what it keeps.
 
-use std::{fmt, ops::Range, slice};
+use std::{fmt, ops::Range, slice, sync::Arc};
 
 use serde::Serialize;
 
 use super::setup::{BACK, LayerSetup, ROWS_STEP};
 use crate::{
-    cache::{Format, Move, Span, StateStore, Store, move_rows},
+    cache::{Chain, Format, Move, Span, StateStore, Store, move_rows},
     ggml::{Error, Scheduler},
 };
 
 /// One layer's cache in a sequence.
 #[derive(Debug)]
 pub(super) struct LayerCache {
-    pub store: Option<Store>,
+    pub store: Option<Chain>,
     /// The sink and the newest tokens in f16, beside a quantised store that holds them as well.
     pub exact: Option<Exact>,
     /// `None` keeps every position.
@@ -29,13 +29,13 @@ pub(super) struct LayerCache {
     /// The layer whose keys and values it reads, where it has none.
     shares: Option<usize>,
     /// Its recurrent state, where it has one.
-    pub state: Option<StateStore>,
+    pub state: Option<Arc<StateStore>>,
 }
 
 /// The sink and the newest tokens of a layer in f16, beside its quantised store.
 #[derive(Debug)]
 pub(super) struct Exact {
-    pub store: Store,
+    pub store: Chain,
     pub span: Span,
 }
 
@@ -44,14 +44,11 @@ impl Exact {
     pub fn new(format: Format, setup: &LayerSetup) -> Result<Option<Exact>, Error> {
         let Some(span) = setup.plan.exact_span_for(format) else { return Ok(None) };
         let store = setup.make(span.n_rows(), Some(span), format.exact())?;
-        Ok(Some(Exact { store, span }))
+        Ok(Some(Exact { store: setup.chain(store), span }))
     }
 
-    fn copy(&self, setup: &LayerSetup, scheduler: &mut Scheduler) -> Result<Exact, Error> {
-        let store = setup.make(self.span.n_rows(), Some(self.span), self.store.format)?;
-        let all = [Move { from: 0..self.span.n_rows(), to: 0 }];
-        move_rows(scheduler, &self.store, &store, &all, &setup.rotations)?;
-        Ok(Exact { store, span: self.span })
+    fn share(&self) -> Exact {
+        Exact { store: self.store.share(), span: self.span }
     }
 }
 
@@ -102,7 +99,7 @@ pub struct LayerReport {
     pub shares: Option<usize>,
     /// Recent tokens that it keeps, the newest included; `None` when it keeps all.
     pub window: Option<usize>,
-    /// Bytes of its buffers, with those of its state.
+    /// Bytes of its buffers, with those of its state. What a copy shares with the sequence that it is of counts in each.
     pub kv_bytes: usize,
     /// Bytes of its recurrent state; a layer may have one beside keys and values.
     pub state_bytes: usize,
@@ -132,16 +129,16 @@ impl LayerCache {
     }
 
     /// Takes a store that the prompt is read over; [`LayerCache::keep_scratch`] or [`LayerCache::make_lazy`] follows.
-    pub fn put_scratch(&mut self, store: Store) {
+    pub fn put_scratch(&mut self, store: Chain) {
         self.store = Some(store);
     }
 
     /// Turns the scratch of `n_past` tokens into the layer's store: as it is where the formats agree, else converted.
     pub fn keep_scratch(&mut self, n_past: usize, setup: &LayerSetup, scheduler: &mut Scheduler) -> Result<(), Error> {
-        if let Some(scratch) = self.store.take_if(|scratch| scratch.format != self.format) {
+        if let Some(scratch) = self.store.take_if(|scratch| scratch.format() != self.format) {
             let store = self.refilled(n_past, &scratch, self.used_rows(n_past), self.format, setup, scheduler)?;
             self.exact = self.exact_from_store(n_past, &scratch, self.format, setup, scheduler)?;
-            self.store = Some(store);
+            self.store = Some(setup.chain(store));
         }
         Ok(())
     }
@@ -150,7 +147,7 @@ impl LayerCache {
     fn refilled(
         &self,
         n_past: usize,
-        store: &Store,
+        store: &Chain,
         n_rows: usize,
         format: Format,
         setup: &LayerSetup,
@@ -168,7 +165,7 @@ impl LayerCache {
     fn exact_from_store(
         &self,
         n_past: usize,
-        store: &Store,
+        store: &Chain,
         format: Format,
         setup: &LayerSetup,
         scheduler: &mut Scheduler,
@@ -188,7 +185,7 @@ impl LayerCache {
                 _ => moves.push(Move { from: from..from + 1, to }),
             }
         }
-        move_rows(scheduler, store, &exact.store, &moves, &setup.rotations)?;
+        move_rows(scheduler, store, exact.store.single(), &moves, &setup.rotations)?;
         Ok(Some(exact))
     }
 
@@ -203,15 +200,15 @@ impl LayerCache {
     /// Rows that are read when the sequence has `n_past` tokens: those in use and some more, so that a decode graph
     /// serves many steps.
     pub fn rows_read(&self, n_past: usize) -> usize {
-        let allocated = self.store.as_ref().map_or(0, Store::n_rows);
+        let allocated = self.store.as_ref().map_or(0, Chain::n_rows);
         self.used_rows(n_past).next_multiple_of(ROWS_STEP).min(allocated)
     }
 
-    /// Makes room for the rows of `n_past + n` tokens, keeping what is there.
+    /// Makes room for the rows of these positions, which are to be written, keeping what is there: none of them is another
+    /// sequence's as well then.
     pub fn reserve(
         &mut self,
-        n_past: usize,
-        n: usize,
+        positions: Range<usize>,
         setup: &LayerSetup,
         scheduler: &mut Scheduler,
     ) -> Result<(), Error> {
@@ -219,28 +216,55 @@ impl LayerCache {
         if !self.attends {
             return Ok(());
         }
-        let needed = self.used_rows(n_past + n);
-        match &self.store {
-            Some(store) if store.n_rows() >= needed => return Ok(()),
-            None => {
-                self.exact = Exact::new(self.format, setup)?;
-                self.store = Some(setup.make(needed, self.span, self.format)?);
-            }
-            Some(store) => {
-                let rows = Store::rows_with_room(needed).min(setup.n_ctx).max(needed);
-                // Rows are positions as long as a store grows, whatever its span.
-                self.store = Some(self.refilled(n_past, store, rows, self.format, setup, scheduler)?);
-            }
+        let needed = self.used_rows(positions.end);
+        let Some(store) = &mut self.store else {
+            self.exact = Exact::new(self.format, setup)?;
+            self.store = Some(setup.chain(setup.make(needed, self.span, self.format)?));
+            return Ok(());
+        };
+        if let Some(Exact { store, .. }) = &mut self.exact {
+            store.own(slice::from_ref(&(0..store.n_rows())))?;
         }
-        Ok(())
+        let n_rows = store.n_rows();
+        // Rows are positions as long as a store grows, whatever its span.
+        let grows = self.span.is_none() || n_rows < needed;
+        if let Some(first) = store.replaced_from(positions.start, needed).filter(|_| grows) {
+            let rows = first + Store::rows_with_room(needed - first);
+            let rows = rows.min(setup.n_ctx).max(needed);
+            let rest = setup.make_rest(first, rows, self.span, self.format)?;
+            // What lies after the positions may come back, too.
+            let kept = first..n_rows.min(first + rest.n_rows());
+            if !kept.is_empty() {
+                let moves = [Move { from: kept, to: 0 }];
+                move_rows(scheduler, store, &rest, &moves, &setup.rotations)?;
+            }
+            store.replace_from(first, rest);
+        }
+        store.own(&row_ranges(self.span, positions))
     }
 
     /// Makes room for the layer's state, where it has one: it begins with nothing but zeros.
     pub fn reserve_state(&mut self, setup: &LayerSetup) -> Result<(), Error> {
         if self.state.is_none() {
-            self.state = setup.make_state()?;
+            self.state = setup.make_state()?.map(Arc::new);
+        }
+        self.own_state()
+    }
+
+    fn own_state(&mut self) -> Result<(), Error> {
+        if let Some(state) = self.state.as_mut().filter(|state| Arc::strong_count(state) > 1) {
+            *state = Arc::new(state.copied()?);
         }
         Ok(())
+    }
+
+    /// Before rows and states of before are put back: what is put back is no other sequence's. Rows of a store that keeps all
+    /// never are.
+    pub fn own_kept(&mut self) -> Result<(), Error> {
+        self.own_state()?;
+        let ring = self.store.as_mut().filter(|_| self.span.is_some());
+        let stores = ring.into_iter().chain(self.exact.as_mut().map(|exact| &mut exact.store));
+        stores.into_iter().try_for_each(|store| store.own(slice::from_ref(&(0..store.n_rows()))))
     }
 
     /// Keeps sink and window only from now on, in the lazy format.
@@ -248,10 +272,10 @@ impl LayerCache {
         let (span, format) = (setup.plan.lazy_span, setup.plan.lazy);
         if let Some(store) = &self.store {
             let exact = match self.exact.take() {
-                Some(exact) if exact.store.format == format.exact() => Some(exact),
+                Some(exact) if exact.store.format() == format.exact() => Some(exact),
                 _ => self.exact_from_store(n_past, store, format, setup, scheduler)?,
             };
-            self.store = Some(shrunk(store, n_past, span, format, setup, scheduler)?);
+            self.store = Some(setup.chain(shrunk(store, n_past, span, format, setup, scheduler)?));
             self.exact = exact;
         }
         (self.span, self.format, self.lazy) = (Some(span), format, true);
@@ -260,7 +284,7 @@ impl LayerCache {
     }
 
     /// A copy of the layer in a sequence of `n_past` tokens, which becomes lazy or keeps what this one keeps, in another
-    /// format where one is given.
+    /// format where one is given. What is alike in both is shared until one of them writes.
     pub fn copy(
         &self,
         n_past: usize,
@@ -273,24 +297,21 @@ impl LayerCache {
         let format = if becomes_lazy { setup.plan.lazy } else { format.unwrap_or(self.format) };
         let store = match (&self.store, lazy_span) {
             (None, _) => None,
-            (Some(store), Some(span)) => Some(shrunk(store, n_past, span, format, setup, scheduler)?),
+            (Some(store), Some(span)) => Some(setup.chain(shrunk(store, n_past, span, format, setup, scheduler)?)),
+            (Some(store), None) if store.format() == format => Some(store.share()),
             (Some(store), None) => {
-                Some(self.refilled(n_past, store, self.used_rows(n_past), format, setup, scheduler)?)
+                let refilled = self.refilled(n_past, store, self.used_rows(n_past), format, setup, scheduler)?;
+                Some(setup.chain(refilled))
             }
         };
         let exact = match (&self.exact, &self.store) {
-            (Some(exact), _) if exact.store.format == format.exact() => Some(exact.copy(setup, scheduler)?),
+            (Some(exact), _) if exact.store.format() == format.exact() => Some(exact.share()),
             (_, Some(store)) => self.exact_from_store(n_past, store, format, setup, scheduler)?,
             (_, None) => None,
         };
         let lazy = self.lazy || becomes_lazy;
         let held_from = lazy_span.map_or(self.held_from, |span| span.held_from(n_past));
-        let state = match &self.state {
-            Some(state) => {
-                setup.make_state()?.map(|copy| copy.copy_from(state, scheduler).map(|()| copy)).transpose()?
-            }
-            None => None,
-        };
+        let state = self.state.clone();
         let (span, score) = (lazy_span.or(self.span), self.score);
         let (attends, shares) = (self.attends, self.shares);
         Ok(LayerCache { store, exact, span, held_from, lazy, score, format, attends, shares, state })
@@ -305,7 +326,7 @@ impl LayerCache {
 
     pub fn report(&self, index: usize) -> LayerReport {
         let kind = match (self.lazy, self.span) {
-            _ if !self.attends => match &self.state {
+            _ if !self.attends => match self.state.as_deref() {
                 Some(StateStore { matrices: Some(_), .. }) => LayerKind::Recurrent,
                 Some(_) => LayerKind::Convolution,
                 None if self.shares.is_some() => LayerKind::Shared,
@@ -316,8 +337,8 @@ impl LayerCache {
             (false, None) => LayerKind::Full,
         };
         let stores = self.store.iter().chain(self.exact.as_ref().map(|exact| &exact.store));
-        let state_bytes = self.state.as_ref().map_or(0, StateStore::bytes);
-        let kv_bytes = stores.map(Store::bytes).sum::<usize>() + state_bytes;
+        let state_bytes = self.state.as_ref().map_or(0, |state| state.bytes());
+        let kv_bytes = stores.map(Chain::bytes).sum::<usize>() + state_bytes;
         let window = self.span.map(|span| span.n_window);
         LayerReport {
             index,
@@ -362,21 +383,11 @@ impl LayerCache {
         }
     }
 
-    fn row_ranges(&self, positions: Range<usize>) -> Vec<Range<usize>> {
-        let Some(span) = self.span else { return vec![positions] };
-        let sink = positions.start.min(span.n_sink)..positions.end.min(span.n_sink);
-        // Of more positions than the ring has rows, the last are in it.
-        let end = positions.end.max(span.n_sink);
-        let first = positions.start.max(span.n_sink).max(end.saturating_sub(span.n_rows() - span.n_sink));
-        let ring = span.rows(first..end);
-        std::iter::once(sink).chain(ring).filter(|rows| !rows.is_empty()).collect()
-    }
-
     /// The rows in which positions are, or will be.
     pub fn rows(&self, positions: Range<usize>) -> Vec<u8> {
         let mut rows = Vec::new();
         if let Some(store) = &self.store {
-            store.read_rows(&self.row_ranges(positions), &mut rows);
+            store.read_rows(&row_ranges(self.span, positions), &mut rows);
         }
         rows
     }
@@ -384,7 +395,7 @@ impl LayerCache {
     /// Puts [`LayerCache::rows`] back.
     pub fn put_rows(&self, positions: Range<usize>, rows: &[u8]) {
         if let Some(store) = &self.store {
-            store.write_rows(&self.row_ranges(positions), rows);
+            store.write_rows(&row_ranges(self.span, positions), rows);
         }
     }
 
@@ -425,9 +436,20 @@ pub(super) fn resumable(layers: &[LayerCache], held_from: impl Fn(usize, &LayerC
     layers.iter().enumerate().map(of_layer).max().unwrap_or(0)
 }
 
+/// The rows in which positions are, or will be.
+fn row_ranges(span: Option<Span>, positions: Range<usize>) -> Vec<Range<usize>> {
+    let Some(span) = span else { return vec![positions] };
+    let sink = positions.start.min(span.n_sink)..positions.end.min(span.n_sink);
+    // Of more positions than the ring has rows, the last are in it.
+    let end = positions.end.max(span.n_sink);
+    let first = positions.start.max(span.n_sink).max(end.saturating_sub(span.n_rows() - span.n_sink));
+    let ring = span.rows(first..end);
+    std::iter::once(sink).chain(ring).filter(|rows| !rows.is_empty()).collect()
+}
+
 /// A store with the rows of `store` that the span keeps of `n_past` tokens.
 fn shrunk(
-    store: &Store,
+    store: &Chain,
     n_past: usize,
     span: Span,
     format: Format,

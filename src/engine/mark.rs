@@ -125,7 +125,8 @@ impl Mark {
         self.rings = Some(Arc::new(Rings { layers, _lease: meter.lease(bytes) }));
     }
 
-    /// Puts the rows back that the layers had at the mark. Their rows before it must not have been written since.
+    /// Puts the rows back that the layers had at the mark, after [`LayerCache::own_kept`]. Their rows before it must not have been
+    /// written since.
     pub fn put_rows_back(&self, layers: &mut [LayerCache]) {
         if let Some(states) = &self.end.states {
             states.put_back(layers, self.end.place.state_row);

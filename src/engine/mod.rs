@@ -30,6 +30,8 @@ mod ubatch;
 mod view;
 
 #[cfg(test)]
+mod fork_tests;
+#[cfg(test)]
 mod tests;
 
 pub use batch::{BatchEntry, Embeddings, Outputs, SeqId};

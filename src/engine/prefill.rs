@@ -180,7 +180,8 @@ impl Prompt<'_> {
             let (layer, setup) = (&mut layers[index], &self.setup.layers[index]);
             layer.reserve_state(setup)?;
             if layer.attends() {
-                layer.put_scratch(setup.make(layer.used_rows(n_tokens), layer.span, Format::F16)?);
+                let scratch = setup.make(layer.used_rows(n_tokens), layer.span, Format::F16)?;
+                layer.put_scratch(setup.chain(scratch));
             }
         }
 

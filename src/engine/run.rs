@@ -156,8 +156,8 @@ fn run_alone(
         if anchor == Some(range.start) {
             let sequence = sequences.get_or_new(entry.seq, setup);
             // A new sequence's states are there before its first token.
-            sequence.reserve(range.len(), setup, executor)?;
             let (n_past, row) = (sequence.n_past(), sequence.place.state_row);
+            sequence.reserve(n_past..n_past + range.len(), setup, executor)?;
             sequence.anchor = Some(Snapshot::of(n_past, &sequence.layers, row, &setup.meter));
         }
         run_ubatch(setup, executor, sequences, slice::from_ref(&entry.piece(range)), None, end == n)?;

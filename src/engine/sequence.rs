@@ -1,6 +1,6 @@
 //! One sequence: its tokens, its layers' caches, and how it grows, is cut, becomes lazy and is copied.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, ops::Range};
 
 use super::{
     batch::{BatchEntry, Outputs},
@@ -72,8 +72,9 @@ impl Sequence {
         self.layers.iter().enumerate().map(|(index, layer)| layer.report(index)).collect()
     }
 
-    /// A copy with caches of its own, in which the layers `lazy` become lazy, as far as they are active, and the active
-    /// ones have the formats `active`, one a layer, where they are given. Tokens that were cut off are not in it.
+    /// A copy, in which the layers `lazy` become lazy, as far as they are active, and the active ones have the formats `active`,
+    /// one a layer, where they are given. What stays as it is both share, until one of them writes. Tokens that were cut off are
+    /// not in it.
     pub fn copy(
         &self,
         setup: &Setup,
@@ -97,10 +98,10 @@ impl Sequence {
         Ok(copy)
     }
 
-    /// Makes room for `n` more tokens.
-    pub fn reserve(&mut self, n: usize, setup: &Setup, executor: &mut Executor) -> Result<(), Error> {
+    /// Makes room for tokens at these positions, so that they can be written.
+    pub fn reserve(&mut self, positions: Range<usize>, setup: &Setup, executor: &mut Executor) -> Result<(), Error> {
         for (layer, setup) in self.layers.iter_mut().zip(&setup.layers) {
-            layer.reserve(self.place.n_past, n, setup, &mut executor.scheduler)?;
+            layer.reserve(positions.clone(), setup, &mut executor.scheduler)?;
         }
         Ok(())
     }
@@ -188,6 +189,10 @@ impl Sequence {
             return false;
         }
         if let Some(mark) = self.mark_for(n).cloned() {
+            // Without memory for rows that are shared nothing can be put back.
+            if self.own_kept().is_err() {
+                return false;
+            }
             self.go_to(&mark);
         }
         self.cut(n, self.n_past());
@@ -226,7 +231,12 @@ impl Sequence {
         self.is_held_from(n_past)
     }
 
-    /// Makes everything as it was at the mark.
+    /// See [`LayerCache::own_kept`].
+    fn own_kept(&mut self) -> Result<(), Error> {
+        Ok(self.layers.iter_mut().try_for_each(LayerCache::own_kept)?)
+    }
+
+    /// Makes everything as it was at the mark, after [`Sequence::own_kept`].
     fn go_to(&mut self, mark: &Mark) {
         mark.put_rows_back(&mut self.layers);
         let place = mark.place();
@@ -279,7 +289,7 @@ impl Sequence {
                 && mark.reaches(self.n_past(), &self.layers);
             // Of the tokens before the mark only the last one's logits are known.
             let n_wanted = n_wanted.saturating_sub(n_tokens - n.min(n_tokens));
-            if is_known && n_wanted <= 1 {
+            if is_known && n_wanted <= 1 && self.own_kept().is_ok() {
                 if n_wanted == 1 {
                     executor.logits.extend_from_slice(mark.logits());
                 }

@@ -1,7 +1,7 @@
 //! The sequences of a session, and what is done with them besides running tokens: copies, cuts, and what they hold.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     ops::RangeInclusive,
 };
 
@@ -57,7 +57,10 @@ impl Sequences {
     /// What the caches take. Lazy and active layers are those of the longest sequence.
     pub fn report(&self, setup: &Setup) -> KvReport {
         let hparams = setup.model.hparams();
-        let f16_bytes = self.0.values().map(|sequence| hparams.f16_kv_bytes(sequence.n_past())).sum();
+        let f16_bytes = self.0.values().map(|sequence| hparams.f16_kv_bytes(sequence.n_past())).sum::<usize>();
+        let states = hparams.f16_kv_bytes(1) - hparams.f16_kv_bytes_per_token();
+        let shared = self.shared().filter(|&n| n > 0).map(|n| hparams.f16_kv_bytes(n) - states);
+        let f16_bytes = f16_bytes - shared.sum::<usize>();
         let allocated_bytes = setup.meter.now();
         let longest = self.0.values().max_by_key(|sequence| sequence.n_past());
         let lazy_layers = longest.map_or(0, |sequence| sequence.layers.iter().filter(|layer| layer.lazy).count());
@@ -71,6 +74,24 @@ impl Sequences {
             active_layers: hparams.n_stores() - lazy_layers,
             foretold_kl: longest.and_then(|sequence| sequence.looked).map(|looked| looked.kl),
         }
+    }
+
+    /// How many tokens of each sequence have the same rows as those of one before it, as an active layer tells, if there is
+    /// one.
+    fn shared(&self) -> impl Iterator<Item = usize> {
+        // Rows of each store that are read, which all begin with the first.
+        let mut known: HashMap<_, usize> = HashMap::new();
+        self.0.values().map(move |sequence| {
+            let active = sequence.layers.iter().find(|layer| layer.is_active());
+            let stores = active.and_then(|layer| layer.store.as_ref());
+            let mut shared = 0;
+            for (store, rows) in stores.iter().flat_map(|store| store.places(sequence.n_past())) {
+                let end = known.entry(store).or_default();
+                shared += rows.end.min(*end).saturating_sub(rows.start);
+                *end = rows.end.max(*end);
+            }
+            shared
+        })
     }
 
     /// Takes a sequence away.

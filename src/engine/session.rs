@@ -384,8 +384,8 @@ impl Session {
         self.sequences.keep(seq, &mut self.executor);
     }
 
-    /// Makes sequence `to` a copy of the first `n` tokens of sequence `from`, with caches of its own. What `to` held is
-    /// gone. False, with nothing changed, when a layer of `from` has dropped what `n` tokens need.
+    /// Makes sequence `to` a copy of the first `n` tokens of sequence `from`. Both share their rows until one of them writes. What
+    /// `to` held is gone. False, with nothing changed, when a layer of `from` has dropped what `n` tokens need.
     ///
     /// # Errors
     /// When memory runs out; nothing is changed then.

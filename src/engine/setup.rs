@@ -12,8 +12,8 @@ use super::{
     profile,
 };
 use crate::{
-    cache::{Format, KvRotate, Meter, Rotations, RowShape, Span, StateStore, Store},
-    ggml::{self, Adapted, Device, Graph, Type},
+    cache::{Chain, Format, KvRotate, Meter, Rotations, RowShape, Span, StateStore, Store},
+    ggml::{self, ATTENTION_BLOCK, Adapted, Device, Graph, Type},
     lazy::{At, LazyParams, Policy, Selector, default_threshold},
     model::{Hparams, LoraAdapter, Model, StateSize},
 };
@@ -142,6 +142,9 @@ pub(super) struct LayerPlan {
     exact_span: Option<Span>,
     /// Rows are allocated in blocks of this many.
     pub block: usize,
+    /// Rows that sequences share or not together: those of a block of our own kernel. `None` where a kernel wants all rows in
+    /// one piece; whoever writes first has a copy then.
+    grain: Option<usize>,
     /// The rows of a store with a span are a multiple of this.
     ring_block: usize,
 }
@@ -180,7 +183,8 @@ impl LayerPlan {
             },
             exact_span: (kernel == Kernel::Fused && params.kv_exact > 0).then_some(exact_span),
             // ggml's kernels divide their work by the number of rows, and llama.cpp gives them a multiple of 256.
-            block: if kernel == Kernel::Fused { 64 } else { ROWS_STEP },
+            block: if kernel == Kernel::Fused { ATTENTION_BLOCK } else { ROWS_STEP },
+            grain: (kernel == Kernel::Fused).then_some(ATTENTION_BLOCK),
             // ggml's flash attention for CUDA takes a slower way where rows are no multiple of 256.
             ring_block: if kernel == Kernel::Flash && apart.is_some() { ROWS_STEP } else { 1 },
         }
@@ -212,9 +216,25 @@ pub(super) struct LayerSetup {
 impl LayerSetup {
     /// A store of at least `n_rows` rows on the layer's device.
     pub fn make(&self, n_rows: usize, span: Option<Span>, format: Format) -> Result<Store, ggml::Error> {
+        self.make_rest(0, n_rows, span, format)
+    }
+
+    /// A store of the rows after the first `first`, so that there are at least `n_rows` with them.
+    pub fn make_rest(
+        &self,
+        first: usize,
+        n_rows: usize,
+        span: Option<Span>,
+        format: Format,
+    ) -> Result<Store, ggml::Error> {
         let memory = self.plan.device.buffer_type();
-        let most_rows = span.map(|span| self.plan.most_rows(span));
-        Store::new(self.plan.rows, n_rows, self.plan.block, most_rows, format, memory, &self.meter)
+        let most_rows = span.map(|span| self.plan.most_rows(span) - first);
+        Store::new(self.plan.rows, n_rows - first, self.plan.block, most_rows, format, memory, &self.meter)
+    }
+
+    /// A store as the rows of a sequence, which copies of the sequence share.
+    pub fn chain(&self, store: Store) -> Chain {
+        Chain::new(store, self.plan.grain)
     }
 
     /// A state on the layer's device, where the layer has one.

@@ -25,7 +25,7 @@ use super::{
     setup::{Setup, rows},
 };
 use crate::{
-    cache::{Format, Span, StateStore},
+    cache::{Chain, Format, Span},
     ggml::{self, Type},
     model::{FINGERPRINT_BYTES, Hparams, StateSize},
     vocab::Token,
@@ -143,7 +143,7 @@ pub(super) struct LayerHeader {
 
 impl LayerHeader {
     pub fn of(layer: &LayerCache, n_past: usize, kind: Kind) -> LayerHeader {
-        let format = layer.store.as_ref().map_or(layer.format, |store| store.format);
+        let format = layer.store.as_ref().map_or(layer.format, Chain::format);
         let held_from = match kind {
             Kind::Whole => layer.held_from,
             Kind::Partial => layer.ring_from(n_past),
@@ -249,7 +249,7 @@ pub(super) fn bytes(hparams: &Hparams, sequence: Option<&Sequence>, kind: Kind) 
             let header = LayerHeader::of(layer, sequence.n_past(), kind);
             let exact_rows = header.exact.map_or(0, Span::n_rows);
             let rows = header.rows * shape.row_bytes(header.format);
-            let state = layer.state.as_ref().map_or(0, StateStore::row_bytes);
+            let state = layer.state.as_ref().map_or(0, |state| state.row_bytes());
             LayerHeader::BYTES + rows + exact_rows * shape.row_bytes(header.format.exact()) + state
         };
         bytes += 1 + sequence.positions.to_bytes(sequence.n_past()).len();
@@ -345,7 +345,7 @@ fn layer_of(saved: &LayerRows<'_>, index: usize, n_past: usize, setup: &Setup) -
     let mut layer = LayerCache::new(span, lazy, format, setup);
     (layer.score, layer.held_from) = (score, held_from);
     if layer.attends() {
-        let store = setup.make(rows, span, format)?;
+        let store = setup.chain(setup.make(rows, span, format)?);
         store.write_rows(&saved.header.ranges(n_past, Kind::Whole), saved.rows);
         layer.store = Some(store);
         layer.exact = Exact::new(format, setup)?;

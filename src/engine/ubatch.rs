@@ -49,8 +49,9 @@ fn try_ubatch(
     for entry in batch {
         let (first, n) = (tokens.len(), entry.tokens.len());
         let sequence = sequences.get_or_new(entry.seq, setup);
-        sequence.before_writing(sequence.n_past() + n, &setup.meter);
-        sequence.reserve(n, setup, executor)?;
+        let n_past = sequence.n_past();
+        sequence.before_writing(n_past + n, &setup.meter);
+        sequence.reserve(n_past..n_past + n, setup, executor)?;
         let part = part(setup, sequence, entry, first, ends);
         // The scores' queries go through layers again as tokens of text.
         parts.push(match embeddings {

@@ -113,7 +113,9 @@ impl SequenceView<'_> {
         self.session.seq_clear(self.seq);
     }
 
-    /// Makes sequence `to` a copy of this one, with caches of its own. What `to` held is gone.
+    /// Makes sequence `to` a copy of this one. What `to` held is gone. A copy takes memory only as the two come to differ, as long
+    /// as attention is this crate's ([`SessionParams::fused_attention`](crate::SessionParams::fused_attention)); with ggml's, its
+    /// first token takes a copy of all rows.
     ///
     /// # Errors
     /// When memory runs out; nothing is changed then.

@@ -312,6 +312,11 @@ impl Tensor {
         self.context.has_memory.load(Ordering::Acquire) && !self.header().data.is_null()
     }
 
+    /// Where its data lies; null while no memory is known for it.
+    pub(super) fn address(&self) -> *const u8 {
+        self.header().data.cast_const().cast()
+    }
+
     /// Whether the tensor has memory already that the processor can read by pointer, in ggml's own layout.
     pub(super) fn is_host(&self) -> bool {
         let buffer = self.header().buffer;

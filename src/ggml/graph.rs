@@ -594,7 +594,7 @@ impl Graph {
     }
 
     /// Attention in one operation of our own, for tensors that the processor can read: over one to three segments, each of
-    /// any two cache types.
+    /// any two cache types and in one or more pieces.
     ///
     /// `q` `[head size, n, heads]` f32, rows any distance apart → `[value size, heads, n]`, f32.
     ///
@@ -614,7 +614,7 @@ impl Graph {
     ) -> Tensor {
         self.context.uses(q);
         for segment in segments {
-            [Some(segment.k), Some(segment.v), segment.mask].into_iter().flatten().for_each(|t| self.context.uses(t));
+            segment.k.iter().chain(segment.v).chain(segment.mask).for_each(|tensor| self.context.uses(tensor));
         }
         if let Some(sinks) = params.sinks {
             self.context.uses(sinks);

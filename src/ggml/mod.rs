@@ -62,6 +62,7 @@ pub use low_rank::{Adapted, LowRank};
 #[doc(hidden)]
 pub use scheduler::{AbortCallback, Scheduler};
 
+pub(crate) use attention::ATTENTION_BLOCK;
 #[cfg(test)]
 pub(crate) use context::Plain;
 pub(crate) use llama::{Candidates, RawSampler, SamplerKind, builtin_chat_template, builtin_chat_templates};

@@ -1,7 +1,7 @@
 //! Blocks of rows: what a kernel gets at once, and what is prefetched meanwhile.
 
 /// Rows of keys and values that are worked on at once: they stay in the first-level cache.
-pub(super) const BLOCK: usize = 64;
+pub(crate) const BLOCK: usize = 64;
 
 /// Rows in memory, `bytes` apart.
 #[derive(Clone, Copy)]

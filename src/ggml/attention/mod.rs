@@ -31,6 +31,7 @@ mod views;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod x86;
 
+pub(crate) use block::BLOCK as ATTENTION_BLOCK;
 pub(super) use op::Op;
 pub use op::{FusedAttention, KvSegment};
 pub(super) use scratch::Partials;

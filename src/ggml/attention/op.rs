@@ -9,6 +9,7 @@ use super::neon::Neon;
 #[cfg(target_arch = "x86_64")]
 use super::x86;
 use super::{
+    block::BLOCK,
     call::{Call, Counters},
     chunks::Chunks,
     kernels::{Isa, Shape},
@@ -24,10 +25,12 @@ pub(super) const MIN_PREFILL: usize = 16;
 /// Keys, values and what is seen of them.
 #[derive(Debug, Clone, Copy)]
 pub struct KvSegment<'a> {
-    /// `[head size, rows, KV heads]`, of any cache type; rows and heads may be any distance apart.
-    pub k: &'a Tensor,
-    /// `[value size, rows, KV heads]`, likewise. With one head where the keys have more, all share it.
-    pub v: &'a Tensor,
+    /// `[head size, rows, KV heads]`, of any cache type; rows and heads may be any distance apart. Of several pieces the rows
+    /// come one after the other: the pieces are alike, have their memory already, and all but the last have a multiple of 64
+    /// rows. The results are those of one piece.
+    pub k: &'a [Tensor],
+    /// `[value size, rows, KV heads]`, likewise, in pieces of its own. With one head where the keys have more, all share it.
+    pub v: &'a [Tensor],
     /// f16 or f32 `[rows, queries]`: what is added to the scores, minus infinity to hide a row. `None` hides nothing.
     pub mask: Option<&'a Tensor>,
 }
@@ -43,19 +46,48 @@ pub struct FusedAttention<'a> {
     pub sinks: Option<&'a Tensor>,
 }
 
+impl KvSegment<'_> {
+    /// Rows of all pieces.
+    fn n_rows(&self) -> usize {
+        self.k.iter().map(|piece| piece.shape()[1]).sum()
+    }
+}
+
+/// A segment's rows, and where the blocks of its keys and of its values begin where they lie in several pieces: see
+/// [`blocks`].
+struct Layout {
+    n_rows: usize,
+    k: Vec<*const u8>,
+    v: Vec<*const u8>,
+}
+
+/// Where each block of rows begins in these pieces, and, at last, the place after them; nothing of a single piece.
+fn blocks(pieces: &[Tensor]) -> Vec<*const u8> {
+    let mut blocks = Vec::new();
+    if pieces.len() < 2 {
+        return blocks;
+    }
+    for piece in pieces {
+        let (rows, row_bytes) = (piece.shape()[1], piece.strides()[1]);
+        blocks.extend((0..rows).step_by(BLOCK).map(|row| piece.address().wrapping_add(row * row_bytes)));
+    }
+    blocks.extend(blocks.last().copied());
+    blocks
+}
+
 /// The operation's state: what ggml hands to the callback.
 pub(in crate::ggml) struct Op {
     scale: f32,
     soft_cap: Option<f32>,
     /// A tensor that the graph keeps alive, or null.
     sinks: *const sys::ggml_tensor,
-    n_segments: usize,
+    segments: Vec<Layout>,
     partials: Arc<Partials>,
     features: Features,
     counters: Counters,
 }
 
-// SAFETY: the only pointer is to a header that is not written while graphs run.
+// SAFETY: the pointers are to a header that is not written while graphs run, and to memory of tensors that the graph keeps.
 unsafe impl Send for Op {}
 // SAFETY: as above; the rest is atomic, or (`partials`) divided among the threads by what they take from `counters`.
 unsafe impl Sync for Op {}
@@ -75,16 +107,17 @@ impl Op {
     ) -> (*mut sys::ggml_tensor, Arc<Op>) {
         check(q, segments, params);
         let [_, n, heads, _] = q.shape();
-        let [value_size, ..] = segments[0].v.shape();
-        let [_, _, kv_heads, _] = segments[0].k.shape();
-        let rows: [usize; MAX_SEGMENTS] =
-            std::array::from_fn(|i| segments.get(i).map_or(0, |segment| segment.k.shape()[1]));
+        let [value_size, ..] = segments[0].v[0].shape();
+        let [_, _, kv_heads, _] = segments[0].k[0].shape();
+        let rows: [usize; MAX_SEGMENTS] = std::array::from_fn(|i| segments.get(i).map_or(0, KvSegment::n_rows));
+        let layout =
+            |segment: &KvSegment<'_>| Layout { n_rows: segment.n_rows(), k: blocks(segment.k), v: blocks(segment.v) };
         let n_chunks = if n < MIN_PREFILL { Chunks::new(rows).total() } else { 0 };
         let op = Arc::new(Op {
             scale: params.scale,
             soft_cap: params.soft_cap,
             sinks: params.sinks.map_or(std::ptr::null(), |sinks| sinks.raw().cast_const()),
-            n_segments: segments.len(),
+            segments: segments.iter().map(layout).collect(),
             partials: Arc::clone(partials),
             features,
             counters: Counters::new(kv_heads * n_chunks),
@@ -110,8 +143,8 @@ impl Op {
             );
             (*node).src[0] = q.raw();
             for (i, segment) in segments.iter().enumerate() {
-                (*node).src[1 + 3 * i] = segment.k.raw();
-                (*node).src[2 + 3 * i] = segment.v.raw();
+                (*node).src[1 + 3 * i] = segment.k[0].raw();
+                (*node).src[2 + 3 * i] = segment.v[0].raw();
                 (*node).src[3 + 3 * i] = segment.mask.map_or(std::ptr::null_mut(), Tensor::raw);
             }
             node
@@ -148,14 +181,23 @@ impl Op {
             let [key_size, n, heads, _] = (*q).ne.map(|n| n as usize);
             let [_, query_bytes, head_bytes, _] = (*q).nb;
             let segments = std::array::from_fn(|i| {
-                (i < self.n_segments).then(|| {
+                self.segments.get(i).map(|layout| {
                     let (k, v, mask) = (src[1 + 3 * i], src[2 + 3 * i], src[3 + 3 * i]);
                     let mask = (!mask.is_null()).then(|| Mask {
                         data: (*mask).data.cast(),
                         row_bytes: (*mask).nb[1],
                         is_f16: (*mask).type_ == sys::GGML_TYPE_F16,
                     });
-                    Segment { k: Rows::new(k), v: Rows::new(v), mask, n: (*k).ne[1] as usize }
+                    let table = |blocks: &[*const u8]| match blocks {
+                        [] => std::ptr::null(),
+                        blocks => blocks.as_ptr(),
+                    };
+                    Segment {
+                        k: Rows::new(k, table(&layout.k)),
+                        v: Rows::new(v, table(&layout.v)),
+                        mask,
+                        n: layout.n_rows,
+                    }
                 })
             });
             let kv_heads = (*src[1]).ne[2] as usize;
@@ -190,7 +232,7 @@ impl Op {
 
 impl fmt::Debug for Op {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Op").field("n_segments", &self.n_segments).field("features", &self.features).finish()
+        f.debug_struct("Op").field("n_segments", &self.segments.len()).field("features", &self.features).finish()
     }
 }
 
@@ -207,17 +249,26 @@ fn check(q: &Tensor, segments: &[KvSegment<'_>], params: &FusedAttention<'_>) {
     let [key_size, n, heads, _] = q.shape();
     assert!((1..=MAX_SEGMENTS).contains(&segments.len()), "one to {MAX_SEGMENTS} segments");
     assert!(q.ty() == Type::F32 && q.strides()[0] == 4, "queries are rows of f32");
-    let [value_size, ..] = segments[0].v.shape();
-    let [_, _, kv_heads, _] = segments[0].k.shape();
+    let [value_size, ..] = segments[0].v[0].shape();
+    let [_, _, kv_heads, _] = segments[0].k[0].shape();
     assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "{heads} heads for {kv_heads} KV heads");
-    for KvSegment { k, v, mask } in segments {
-        let rows = k.shape()[1];
-        assert_eq!(k.shape(), [key_size, rows, kv_heads, 1], "keys");
-        let value_heads = if v.shape()[2] == 1 { 1 } else { kv_heads };
-        assert_eq!(v.shape(), [value_size, rows, value_heads, 1], "values");
-        assert!(Type::CACHE.contains(&k.ty()) && Type::CACHE.contains(&v.ty()), "keys and values have cache types");
-        for rows in [k, v] {
-            assert_eq!(rows.strides()[0], rows.ty().block_bytes(), "rows have no gaps");
+    for segment @ KvSegment { k, v, mask } in segments {
+        let rows = segment.n_rows();
+        let value_heads = if v[0].shape()[2] == 1 { 1 } else { kv_heads };
+        for (pieces, size, heads) in [(k, key_size, kv_heads), (v, value_size, value_heads)] {
+            let alike = (pieces[0].ty(), pieces[0].strides());
+            let mut n = 0;
+            for piece in *pieces {
+                assert!(n % BLOCK == 0, "pieces before the last are whole blocks");
+                assert_eq!(piece.shape(), [size, piece.shape()[1], heads, 1], "keys or values");
+                assert!(Type::CACHE.contains(&piece.ty()), "keys and values have cache types");
+                assert_eq!(piece.strides()[0], piece.ty().block_bytes(), "rows have no gaps");
+                let strides = piece.strides();
+                assert_eq!((piece.ty(), strides[..3].as_ref()), (alike.0, alike.1[..3].as_ref()), "pieces are alike");
+                assert!(pieces.len() == 1 || !piece.address().is_null(), "pieces have their memory");
+                n += piece.shape()[1];
+            }
+            assert_eq!(n, rows, "as many values as keys");
         }
         if let Some(mask) = mask {
             assert_eq!(mask.shape(), [rows, n, 1, 1], "the mask");

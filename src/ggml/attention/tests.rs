@@ -1,6 +1,6 @@
 //! Against attention in f64, whatever the types, shapes, masks, features and threads.
 
-use std::cell::Cell;
+use std::{cell::Cell, slice::from_ref};
 
 #[cfg(target_arch = "x86_64")]
 use super::op::MIN_PREFILL;
@@ -200,8 +200,40 @@ impl Data {
         let k: Vec<Tensor> = self.k.iter().map(heads).collect();
         let v: Vec<Tensor> = self.v.iter().map(heads).collect();
         let segments: Vec<KvSegment<'_>> = (0..k.len())
-            .map(|i| KvSegment { k: &k[i], v: &v[i], mask: (case.mask != MaskKind::None).then_some(&self.masks[i]) })
+            .map(|i| KvSegment {
+                k: &k[i..=i],
+                v: &v[i..=i],
+                mask: (case.mask != MaskKind::None).then_some(&self.masks[i]),
+            })
             .collect();
+        graph.fused_attention_with(&q, &segments, &self.params(case), features).as_output()
+    }
+
+    /// As [`Data::node`], with keys and values copied into pieces: the keys' end after so many blocks each, the values' elsewhere.
+    fn node_in_pieces(&self, case: &Case, graph: &Graph, features: Features, at: usize) -> Tensor {
+        let q = graph.permute(&self.q, [0, 2, 1, 3]);
+        let pieces = |stores: &[Tensor], at: usize| -> Vec<Vec<Tensor>> {
+            let cut = |store: &Tensor| {
+                let (rows, row_bytes) = (store.shape()[1], store.strides()[1]);
+                let piece = |first: usize| {
+                    let n = (at * BLOCK).min(rows - first);
+                    // With rows before that are not read.
+                    let context = Context::new(1);
+                    let piece = context.tensor(store.ty(), &[store.shape()[0], n + first % 3]);
+                    context.alloc(Device::cpu().buffer_type(), "a piece").unwrap();
+                    let mut bytes = vec![0u8; n * row_bytes];
+                    store.read(first * row_bytes, &mut bytes);
+                    piece.write(first % 3 * row_bytes, &bytes);
+                    heads(graph, &graph.rows(&piece, first % 3, n), case, n)
+                };
+                (0..rows).step_by(at * BLOCK).map(piece).collect()
+            };
+            stores.iter().map(cut).collect()
+        };
+        let (k, v) = (pieces(&self.k, at), pieces(&self.v, at + 1));
+        let mask = |i| (case.mask != MaskKind::None).then_some(&self.masks[i]);
+        let segments: Vec<KvSegment<'_>> =
+            (0..k.len()).map(|i| KvSegment { k: &k[i], v: &v[i], mask: mask(i) }).collect();
         graph.fused_attention_with(&q, &segments, &self.params(case), features).as_output()
     }
 
@@ -441,7 +473,11 @@ fn heads_may_share_values() {
             };
             let (k, v) = (heads(&data.k[0], 64, 3), heads(&data.v[0], 20, 1));
             let copies = graph.concat(&graph.concat(&v, &v, 2), &v, 2);
-            let segment = KvSegment { k: &k, v: if shared { &v } else { &copies }, mask: Some(&data.masks[0]) };
+            let segment = KvSegment {
+                k: from_ref(&k),
+                v: from_ref(if shared { &v } else { &copies }),
+                mask: Some(&data.masks[0]),
+            };
             let node = graph.fused_attention(&q, &[segment], &data.params(&case)).as_output();
             graph.expand(&node);
             scheduler.alloc(&graph).unwrap();
@@ -517,8 +553,8 @@ fn room_after_the_rows_does_not_change_the_result() {
             let mask = graph.view(&data.masks[0], [rows, 1, 1], [2 * rows, 2 * rows], 0);
             let (next_k, next_v) = (heads(&data.k[1], 300), heads(&data.v[1], 300));
             let segments = [
-                KvSegment { k: &k, v: &v, mask: Some(&mask) },
-                KvSegment { k: &next_k, v: &next_v, mask: Some(&data.masks[1]) },
+                KvSegment { k: from_ref(&k), v: from_ref(&v), mask: Some(&mask) },
+                KvSegment { k: from_ref(&next_k), v: from_ref(&next_v), mask: Some(&data.masks[1]) },
             ];
             let node = graph.fused_attention_with(&q, &segments, &data.params(&case), features).as_output();
             graph.expand(&node);
@@ -577,6 +613,32 @@ fn agrees_with_ggmls_flash_attention() {
             // ggml rounds queries to the keys' own kind of type.
             let ours: Vec<f64> = ours.iter().map(|&x| f64::from(x)).collect();
             assert!(worst(&theirs, &ours) < 2e-2, "{ty}, {n}: {:e}", worst(&theirs, &ours));
+        }
+    }
+}
+
+/// Bit for bit, wherever the pieces end, and whatever kernels run.
+#[test]
+fn pieces_are_as_one() {
+    let mut scheduler = Scheduler::new(&[Device::cpu()], 2, 256).unwrap();
+    for (ty_k, ty_v) in [(Type::F16, Type::F16), (Type::Q8_0, Type::Q4_0), (Type::Q4_0, Type::F32)] {
+        for n in [1, 3, 40] {
+            for mask in [MaskKind::Causal, MaskKind::Ring] {
+                let segments = [(64 * 5 + 17, ty_k, ty_v), (100, Type::F16, Type::F16), (64, ty_k, ty_v)];
+                let case = Case { mask, ..case(64, n, 2, 2, &segments) };
+                let data = Data::new(&case, &mut scheduler, 11);
+                for features in features() {
+                    let whole = data.run(&case, &mut scheduler, features);
+                    for at in [1, 2, 4] {
+                        let graph = Graph::new(256);
+                        let node = data.node_in_pieces(&case, &graph, features, at);
+                        graph.expand(&node);
+                        scheduler.alloc(&graph).unwrap();
+                        scheduler.compute(&graph).unwrap();
+                        assert_eq!(bits(&node.to_f32()), bits(&whole), "{case:?}, {features:?}, {at} blocks");
+                    }
+                }
+            }
         }
     }
 }

@@ -30,6 +30,8 @@ pub(super) enum Kind {
 pub(super) struct Rows {
     pub kind: Kind,
     data: *const u8,
+    /// Where each block of rows begins, where they lie in several pieces; else null.
+    blocks: *const *const u8,
     row_bytes: usize,
     head_bytes: usize,
 }
@@ -66,8 +68,9 @@ impl Sight {
 
 impl Rows {
     /// # Safety
-    /// `tensor` is alive and has memory that the processor can read.
-    pub(super) unsafe fn new(tensor: *const sys::ggml_tensor) -> Rows {
+    /// `tensor` is alive and has memory that the processor can read. `blocks` are those of pieces of which it is the first, or
+    /// null where there are no others.
+    pub(super) unsafe fn new(tensor: *const sys::ggml_tensor, blocks: *const *const u8) -> Rows {
         // SAFETY: as the caller says; the traits' table lives as long as the process.
         unsafe {
             let kind = match (*tensor).type_ {
@@ -81,22 +84,38 @@ impl Rows {
             let [_, row_bytes, head_bytes, _] = (*tensor).nb;
             // A single head serves all.
             let head_bytes = if (*tensor).ne[2] == 1 { 0 } else { head_bytes };
-            Rows { kind, data: (*tensor).data.cast(), row_bytes, head_bytes }
+            Rows { kind, data: (*tensor).data.cast(), blocks, row_bytes, head_bytes }
         }
     }
 
+    /// Where the rows of a block begin, or where those before it end.
+    ///
     /// # Safety
-    /// The rows and the head exist.
+    /// `first` is a multiple of [`BLOCK`], and a row, or the first such number after all rows.
+    #[inline]
+    unsafe fn block(&self, first: usize) -> *const u8 {
+        if self.blocks.is_null() {
+            return self.data.wrapping_add(first * self.row_bytes);
+        }
+        // SAFETY: there is an entry for each block, and one after them.
+        unsafe { *self.blocks.add(first / BLOCK) }
+    }
+
+    /// # Safety
+    /// The rows and the head exist, and the rows are within one block.
     #[inline]
     pub(super) unsafe fn at(&self, head: usize, first: usize, n: usize) -> RowPtr {
         // SAFETY: as the caller says.
-        let data = unsafe { self.data.add(head * self.head_bytes + first * self.row_bytes) };
+        let data = unsafe { self.block(first).add(head * self.head_bytes) };
         RowPtr { data, bytes: self.row_bytes, n, prefetch: Prefetch::NOTHING }
     }
 
     /// What to prefetch while `head`, one of `heads` that are read one after the other, is read, so that the block of rows from
     /// `first` on is there when it is read.
-    pub(super) fn prefetch(
+    ///
+    /// # Safety
+    /// As [`Rows::block`].
+    pub(super) unsafe fn prefetch(
         &self,
         head: usize,
         heads: &std::ops::Range<usize>,
@@ -104,7 +123,8 @@ impl Rows {
         first: usize,
     ) -> Prefetch {
         const LINE: usize = 64;
-        let rows = self.data.wrapping_add(first * self.row_bytes);
+        // SAFETY: as the caller says.
+        let rows = unsafe { self.block(first) };
         let is_packed = self.head_bytes * n_heads == self.row_bytes;
         if is_packed && (heads.len() == n_heads || self.head_bytes < LINE) {
             // Whole rows without gaps, of which each head prefetches a share: all at once they would have to wait for each
