@@ -16,6 +16,7 @@ use super::{
     error::Error,
     executor::Executor,
     layer::LayerReport,
+    plan,
     run::run,
     sequence::Sequence,
     sequences::Sequences,
@@ -289,6 +290,19 @@ impl Session {
     /// What the cache takes. Lazy and active layers are those of the longest sequence.
     pub fn kv(&self) -> KvReport {
         self.sequences.report(&self.setup)
+    }
+
+    /// What a sequence of `n` tokens takes before any layer is lazy, in bytes: what must be free for a prompt of that
+    /// length that is read piece by piece.
+    #[doc(hidden)]
+    pub fn bytes_of(&self, n: usize) -> usize {
+        plan::sequence_bytes(&self.setup, n)
+    }
+
+    /// What an uncompressed f16 cache of `n` tokens takes, in bytes.
+    #[doc(hidden)]
+    pub fn f16_bytes_of(&self, n: usize) -> usize {
+        self.setup.model.hparams().f16_kv_bytes(n)
     }
 
     /// Each layer of a sequence: its score, whether it is lazy, its bytes.

@@ -320,7 +320,7 @@ pub fn sampling(args: SamplingArgs, n_ctx: usize) -> Result<SamplerParams, Failu
         dry_allowed_length: args.dry_allowed_length,
         dry_penalty_last_n: last_n(args.dry_penalty_last_n)?,
         dry_sequence_breakers: match args.dry_sequence_breaker {
-            breakers if breakers.is_empty() => default.dry_sequence_breakers,
+            breakers if breakers.is_empty() => default.dry_sequence_breakers.clone(),
             breakers => breakers.into_iter().filter(|breaker| breaker != "none").collect(),
         },
         mirostat: match args.mirostat {
@@ -331,6 +331,7 @@ pub fn sampling(args: SamplingArgs, n_ctx: usize) -> Result<SamplerParams, Failu
         logit_bias: args.logit_bias,
         ignore_eos: args.ignore_eos,
         grammar,
+        ..default
     })
 }
 
