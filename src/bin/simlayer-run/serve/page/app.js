@@ -328,7 +328,7 @@ async function loadMemory() {
     const [props, slots] = await Promise.allSettled([get("props", apiKey()), get("slots", apiKey())]);
     if (props.status === "fulfilled") memory.props = props.value;
     if (slots.status === "fulfilled" && Array.isArray(slots.value)) {
-      const busy = slots.value.find((slot) => slot.state === "writing" || slot.state === "reading");
+      const busy = slots.value.find((slot) => (slot.state ?? "idle") !== "idle");
       if (running && busy) memory.slot = busy.id;
       memory.slots = slots.value;
     }
@@ -347,7 +347,7 @@ function renewMemory() {
   if (now === drawn) return;
   drawn = now;
   const { props } = memory;
-  $("model").textContent = props?.model ?? props?.model_path?.split("/").at(-1) ?? "";
+  $("model").textContent = props?.model ?? props?.model_alias ?? props?.model_path?.split("/").at(-1) ?? "";
   const choose = (slot) => {
     memory.slot = slot;
     renewMemory();

@@ -5,15 +5,15 @@ import { bytes, h, svg } from "./dom.js";
 const KINDS = {
   active: "active: all tokens are kept",
   lazy: "lazy: the first and the recent tokens only",
-  window: "a window by the model's design",
+  window: "window: by the model's design",
   recurrent: "recurrent: a state of one size",
-  shared: "another layer's cache",
+  convolution: "convolution: a state of one size",
+  shared: "shared: another layer's cache",
+  nothing: "nothing: no cache at all",
 };
 
-const STATES = { idle: "idle", reading: "reading", writing: "writing" };
-
-/** What the colour of a layer is. */
-const kindOf = (layer) => (layer.lazy ? "lazy" : layer.kind in KINDS ? layer.kind : "active");
+/** What the colour of a layer is: `full`, and what is not known here, has all tokens. */
+const kindOf = (layer) => (layer.lazy || layer.kind === "lazy" ? "lazy" : layer.kind in KINDS ? layer.kind : "active");
 
 /**
  * Draws what is known: `props` and `slots` are the server's, each may be missing; `slot` is the one whose layers are
@@ -31,13 +31,17 @@ export function draw(panel, { props, slots, slot, choose, error }) {
   );
 }
 
-function bar({ kv, n_ctx, tokens }) {
+/** How many tokens a slot has. */
+const tokensOf = (slot) => slot.tokens ?? slot.n_past ?? slot.kv?.context_tokens;
+
+function bar(slot) {
+  const { kv, n_ctx } = slot;
   const { f16_bytes: f16 = 0, allocated_bytes: taken = 0 } = kv;
   const share = f16 > 0 ? Math.min(taken / f16, 1) : 0;
   // Before there are tokens, and for very short texts, a cache takes more than f16 would: no word of factors then.
   const factor = taken > 0 && f16 / taken >= 1.05 ? `${(f16 / taken).toFixed(1)} times smaller than f16` : null;
   const text = `${bytes(taken)} of ${bytes(f16)} in f16`;
-  const context = tokens ?? kv.context_tokens;
+  const context = tokensOf(slot);
   return [
     h(
       "figure",
@@ -56,7 +60,7 @@ function bar({ kv, n_ctx, tokens }) {
 
 /** A column a layer, as high as its cache is large; the frame around it is what f16 would take. */
 function picture({ kv, layers }) {
-  const caches = layers.filter((layer) => layer.kind !== "recurrent" && layer.kind !== "shared").length;
+  const caches = layers.filter((layer) => !["recurrent", "convolution", "shared", "nothing"].includes(layer.kind)).length;
   const largest = Math.max(1, ...layers.map((layer) => layer.kv_bytes ?? 0));
   const full = Math.max(largest, (kv?.f16_bytes ?? 0) / Math.max(caches, 1));
   const told = h("p", { class: "note", "aria-live": "polite" }, "Each column is a layer; choose one to read of it.");
@@ -104,8 +108,8 @@ function table(slots, shown, choose) {
       "tr",
       { class: slot === shown ? "chosen" : null },
       h("td", {}, h("button", { type: "button", class: "small", "aria-pressed": String(slot === shown), onclick: () => choose(slot.id) }, String(slot.id))),
-      h("td", {}, STATES[slot.state] ?? "?"),
-      h("td", { class: "right" }, String(slot.tokens ?? "")),
+      h("td", {}, slot.state ?? ""),
+      h("td", { class: "right" }, String(tokensOf(slot) ?? "")),
       h("td", { class: "right" }, slot.kv ? bytes(slot.kv.allocated_bytes ?? 0) : ""),
     );
   const head = ["Slot", "State", "Tokens", "Takes"].map((text, i) => h("th", { scope: "col", class: i > 1 ? "right" : null }, text));
@@ -117,7 +121,8 @@ function table(slots, shown, choose) {
 
 function server(props) {
   if (!props) return [];
-  const { kv_mem, parked } = props;
+  const { parked } = props;
+  const kv_mem = props.kv_mem ?? props.kv?.mem_bytes;
   const lines = [];
   if (kv_mem != null) lines.push(["For all caches", bytes(kv_mem)]);
   if (parked) {
