@@ -2,18 +2,9 @@
 
 use std::sync::Arc;
 
-use axum::{
-    body::Body,
-    extract::{Extension, State},
-    http::HeaderMap,
-    response::{IntoResponse, Response},
-};
-use serde_json::{Map, Value, json};
-use simlayer::chat::Message;
-
 use super::{
     app::App,
-    dialogue::{self, Call, Dialogue, Format, News, Progress, Reader},
+    dialogue::{self, Call, Dialogue, Format, News, Progress},
     error::ApiError,
     http::{Client, LogLine, json, read_json},
     openai::{kv, timings, wanted, working},
@@ -21,6 +12,14 @@ use super::{
     stream::{Render, collect, stream},
     task::{End, Event, Usage},
 };
+use axum::{
+    body::Body,
+    extract::{Extension, State},
+    http::HeaderMap,
+    response::{IntoResponse, Response},
+};
+use serde_json::{Map, Value, json};
+use simlayer::chat::ReasoningFormat;
 
 /// Anthropic's kind of error object.
 #[derive(Debug)]
@@ -78,8 +77,7 @@ pub async fn messages(
         let render = MessageStream {
             id,
             model: app.name().to_owned(),
-            reader,
-            progress: Progress::default(),
+            progress: Progress::new(&reader),
             block: None,
             blocks: 0,
         };
@@ -87,19 +85,19 @@ pub async fn messages(
     }
     let answers = collect(answers, &log).await?;
     let Some(answer) = answers.first() else { return Err(ApiError::internal("there is no answer").into()) };
-    let written = reader.read(&answer.text, false);
+    let written = reader.read(&answer.text);
     let mut content = Vec::new();
-    if !written.reasoning.is_empty() {
-        content.push(json!({ "type": "thinking", "thinking": written.reasoning, "signature": "" }));
+    if !written.reasoning_content.is_empty() {
+        content.push(json!({ "type": "thinking", "thinking": written.reasoning_content, "signature": "" }));
     }
-    if !written.content.is_empty() || written.calls.is_empty() {
+    if !written.content.is_empty() || written.tool_calls.is_empty() {
         content.push(json!({ "type": "text", "text": written.content }));
     }
-    content.extend(written.calls.iter().map(|call| {
+    content.extend(written.tool_calls.iter().map(|call| {
         let input = serde_json::from_str(&call.arguments).unwrap_or_else(|_| json!({}));
         json!({ "type": "tool_use", "id": call.id, "name": call.name, "input": input })
     }));
-    let (reason, sequence) = stop_reason(&answer.end, !written.calls.is_empty());
+    let (reason, sequence) = stop_reason(&answer.end, !written.tool_calls.is_empty());
     Ok(json(&json!({
         "id": id,
         "type": "message",
@@ -149,8 +147,10 @@ fn dialogue_of(body: &Map<String, Value>) -> Result<Dialogue, ApiError> {
     let mut list = Vec::new();
     match member(body, "system") {
         None => {}
-        Some(Value::String(text)) => list.push(Message::new("system", text.as_str())),
-        Some(Value::Array(parts)) => list.push(Message::new("system", dialogue::text_of_parts(parts, "system")?)),
+        Some(Value::String(text)) => list.push(json!({ "role": "system", "content": text })),
+        Some(Value::Array(parts)) => {
+            list.push(json!({ "role": "system", "content": dialogue::text_of_parts(parts, "system")? }))
+        }
         Some(_) => return Err(ApiError::param("system", "it must be a string or a list of text blocks")),
     }
     let given = body.get("messages").and_then(Value::as_array);
@@ -178,8 +178,9 @@ fn dialogue_of(body: &Map<String, Value>) -> Result<Dialogue, ApiError> {
     if let Some(kind) = body.get("thinking").and_then(|thinking| thinking.get("type")).and_then(Value::as_str) {
         variables.insert("enable_thinking".to_owned(), (kind == "enabled").into());
     }
-    let parallel_tool_calls = !alone.unwrap_or(false);
-    Ok(Dialogue { messages: list, tools, tool_choice, parallel_tool_calls, format: Format::Text, variables })
+    let parallel_tool_calls = alone.map(|alone| !alone);
+    let reasoning = ReasoningFormat::Auto;
+    Ok(Dialogue { reasoning, messages: list, tools, tool_choice, parallel_tool_calls, format: Format::Text, variables })
 }
 
 fn tool(tool: &Value) -> Result<Value, ApiError> {
@@ -193,12 +194,12 @@ fn tool(tool: &Value) -> Result<Value, ApiError> {
 }
 
 /// A message of blocks, which may be several of OpenAI's: a tool's result is a message of its own.
-fn add_message(message: &Value, name: &str, list: &mut Vec<Message>) -> Result<(), ApiError> {
+fn add_message(message: &Value, name: &str, list: &mut Vec<Value>) -> Result<(), ApiError> {
     let role = message.get("role").and_then(Value::as_str);
     let role = role.ok_or_else(|| ApiError::param(format!("{name}.role"), "it must be a string"))?;
     let blocks = match message.get("content") {
         Some(Value::String(text)) => {
-            list.push(Message::new(role, text.as_str()));
+            list.push(json!({ "role": role, "content": text }));
             return Ok(());
         }
         Some(Value::Array(blocks)) => blocks,
@@ -213,7 +214,7 @@ fn add_message(message: &Value, name: &str, list: &mut Vec<Message>) -> Result<(
             Some("redacted_thinking") => {}
             Some("tool_use") => calls.push(json!({ "id": string("id"), "type": "function", "function": {
                 "name": string("name"),
-                "arguments": block.get("input").cloned().unwrap_or_else(|| json!({})),
+                "arguments": block.get("input").unwrap_or(&json!({})).to_string(),
             }})),
             Some("tool_result") => {
                 let content = match block.get("content") {
@@ -222,7 +223,7 @@ fn add_message(message: &Value, name: &str, list: &mut Vec<Message>) -> Result<(
                     Some(Value::Array(parts)) => dialogue::text_of_parts(parts, &format!("{name}.content"))?,
                     Some(other) => other.to_string(),
                 };
-                list.push(Message::new("tool", content).with("tool_call_id", string("tool_use_id")));
+                list.push(json!({ "role": "tool", "content": content, "tool_call_id": string("tool_use_id") }));
             }
             other => {
                 let kind = short(&json!(other));
@@ -236,12 +237,12 @@ fn add_message(message: &Value, name: &str, list: &mut Vec<Message>) -> Result<(
     if texts.is_empty() && calls.is_empty() && thinking.is_empty() {
         return Ok(());
     }
-    let mut message = Message::new(role, texts.join("\n"));
+    let mut message = json!({ "role": role, "content": texts.join("\n") });
     if !thinking.is_empty() {
-        message = message.with("reasoning_content", thinking);
+        message["reasoning_content"] = thinking.into();
     }
     if !calls.is_empty() {
-        message = message.with("tool_calls", calls);
+        message["tool_calls"] = calls.into();
     }
     list.push(message);
     Ok(())
@@ -258,7 +259,6 @@ enum Block {
 struct MessageStream {
     id: String,
     model: String,
-    reader: Reader,
     progress: Progress,
     /// The block that is open.
     block: Option<Block>,
@@ -288,7 +288,7 @@ impl MessageStream {
     }
 
     fn pieces(&mut self, text: &str, ends: bool) -> String {
-        let News { reasoning, content, calls } = self.progress.add(&self.reader, text, ends);
+        let News { reasoning, content, calls } = self.progress.add(text, ends);
         let mut out = String::new();
         let delta =
             |index: usize, delta: Value| event("content_block_delta", json!({ "index": index, "delta": delta }));

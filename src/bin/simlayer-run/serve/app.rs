@@ -10,7 +10,10 @@ use std::{
 };
 
 use serde_json::{Map, Value};
-use simlayer::{Model, Sampler, SamplerParams, Token, chat::ChatTemplate};
+use simlayer::{
+    Model, Sampler, SamplerParams, Token,
+    chat::{ChatFormat, ChatTemplate},
+};
 use tokio::sync::mpsc::{self, UnboundedReceiver};
 
 use super::{
@@ -26,6 +29,8 @@ pub struct App {
     pub model: Model,
     pub model_path: PathBuf,
     pub template: ChatTemplate,
+    /// How the model writes calls and thoughts; `None` with a built-in template.
+    pub format: Option<ChatFormat>,
     /// The template's text; empty for a built-in one.
     pub template_text: String,
     /// The template's variables for requests that give no others.
@@ -54,6 +59,7 @@ pub struct App {
 pub struct Settings {
     pub model_path: PathBuf,
     pub template: ChatTemplate,
+    pub format: Option<ChatFormat>,
     pub template_text: String,
     pub template_kwargs: Map<String, Value>,
     pub names: Vec<String>,
@@ -79,6 +85,7 @@ impl App {
             model,
             model_path: settings.model_path,
             template: settings.template,
+            format: settings.format,
             template_text: settings.template_text,
             template_kwargs: settings.template_kwargs,
             names: settings.names,

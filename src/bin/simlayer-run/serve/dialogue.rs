@@ -3,8 +3,11 @@
 
 use serde_json::{Map, Value, json};
 use simlayer::{
-    SamplerParams, Token,
-    chat::{Message, RenderOptions},
+    AddBos, SamplerParams, Special, Token,
+    chat::{
+        self, AnswerDelta, AnswerStream, ChatRequest, FormatError, Message, ReasoningFormat, RenderOptions, ToolChoice,
+        json_schema_to_grammar,
+    },
 };
 
 use super::{
@@ -16,13 +19,13 @@ use super::{
 /// A conversation that is to go on, in OpenAI's terms whatever the API.
 #[derive(Debug, Clone, Default)]
 pub struct Dialogue {
-    pub messages: Vec<Message>,
+    pub messages: Vec<Value>,
     pub tools: Vec<Value>,
-    /// `auto`, `none`, `required`, or a function's name.
     pub tool_choice: Option<Value>,
-    pub parallel_tool_calls: bool,
+    pub parallel_tool_calls: Option<bool>,
     /// What the answer must be.
     pub format: Format,
+    pub reasoning: ReasoningFormat,
     /// Further variables of the template.
     pub variables: Map<String, Value>,
 }
@@ -31,7 +34,7 @@ pub struct Dialogue {
 pub enum Format {
     #[default]
     Text,
-    /// Any JSON, or such as this schema allows.
+    /// An object, or such JSON as this schema allows.
     Json(Option<Value>),
 }
 
@@ -46,78 +49,148 @@ pub struct Prepared {
 
 /// Reads what the model writes.
 #[derive(Debug, Clone)]
-pub struct Reader {}
-
-/// What the model has written, by its parts.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Written {
-    pub content: String,
-    pub reasoning: String,
-    pub calls: Vec<Call>,
+pub enum Reader {
+    /// All of it is content.
+    Plain,
+    /// As the template has models write calls and thoughts.
+    Format(Box<chat::Prepared>),
 }
 
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Call {
-    pub id: String,
-    pub name: String,
-    /// JSON.
-    pub arguments: String,
-}
+pub use simlayer::chat::Answer as Written;
+pub use simlayer::chat::ToolCall as Call;
 
 impl Reader {
-    pub fn plain() -> Reader {
-        Reader {}
-    }
-
-    /// The parts of a text, which may go on where it is `partial`.
-    pub fn read(&self, text: &str, partial: bool) -> Written {
-        let _ = partial;
-        Written { content: text.to_owned(), ..Written::default() }
+    /// The parts of a whole text.
+    pub fn read(&self, text: &str) -> Written {
+        let mut progress = Progress::new(self);
+        progress.add(text, true);
+        progress.written()
     }
 }
 
-/// The prompt of a conversation; a grammar goes to the sampler's parameters.
+/// The prompt of a conversation; what grammar there is goes to the sampler's parameters.
 pub fn prepare(app: &App, dialogue: Dialogue, params: &mut SamplerParams) -> Result<Prepared, ApiError> {
-    let mut messages = dialogue.messages;
-    if messages.is_empty() {
+    if dialogue.messages.is_empty() {
         return Err(ApiError::param("messages", "there are none"));
     }
-    // As in llama-server: an answer that was begun is gone on with.
-    let begun = messages.pop_if(|last| last.role == "assistant" && last.fields.is_empty()).map(|last| last.content);
-    if begun.is_some() && messages.is_empty() {
-        return Err(ApiError::param("messages", "the first one is the assistant's: there is nothing to answer"));
-    }
-    if dialogue.format != Format::Text && params.grammar.is_some() {
+    let has_format = dialogue.format != Format::Text;
+    if has_format && params.grammar.is_some() {
         return Err(ApiError::param("response_format", "it cannot be used with a grammar: leave one of them out"));
     }
     let mut variables = app.template_kwargs.clone();
-    variables.extend(dialogue.variables);
+    variables.extend(dialogue.variables.clone());
+    let Some(format) = &app.format else { return prepare_builtin(app, dialogue, variables, params) };
+    let enable_thinking = variables.remove("enable_thinking").as_ref().and_then(Value::as_bool).unwrap_or(true);
+    // As in llama-server: an answer that was begun is gone on with.
+    let begun = dialogue.messages.last().is_some_and(is_begun);
+    let tool_choice = match &dialogue.tool_choice {
+        None => ToolChoice::Auto,
+        Some(choice) => ToolChoice::from_json(choice)?,
+    };
+    let request = ChatRequest {
+        messages: dialogue.messages,
+        tools: dialogue.tools,
+        tool_choice,
+        parallel_tool_calls: dialogue.parallel_tool_calls,
+        json_schema: match dialogue.format {
+            Format::Text => None,
+            Format::Json(schema) => Some(schema.unwrap_or_else(any_object)),
+        },
+        grammar: params.grammar.take(),
+        reasoning_format: dialogue.reasoning,
+        enable_thinking,
+        chat_template_kwargs: variables,
+        add_generation_prompt: !begun,
+        continue_final_message: begun,
+    };
+    let is_plain = request.tools.is_empty() && request.json_schema.is_none() && !begun;
+    let prepared = format.apply(&request)?;
+    prepared.constrain(params);
+    let vocab = app.model.vocab();
+    let mut shown = Vec::new();
+    for name in &prepared.preserved_tokens {
+        if let [token] = vocab.tokenize(name, AddBos::No, Special::Parse)?[..] {
+            shown.push(token);
+        }
+    }
+    let tokens = app.template.tokenize(vocab, &prepared.prompt)?;
+    let prompt = Prompt { tokens, text: Some(prepared.prompt.clone()) };
+    let stops = prepared.additional_stops.clone();
+    let reader = match is_plain && !prepared.supports_thinking {
+        true => Reader::Plain,
+        false => Reader::Format(Box::new(prepared)),
+    };
+    Ok(Prepared { prompt, stops, shown, reader })
+}
+
+/// As [`prepare`], where the template is one of llama.cpp's built-in ones, which know roles and texts.
+fn prepare_builtin(
+    app: &App,
+    mut dialogue: Dialogue,
+    variables: Map<String, Value>,
+    params: &mut SamplerParams,
+) -> Result<Prepared, ApiError> {
+    if let Format::Json(schema) = &dialogue.format {
+        constrain(schema, params)?;
+    }
+    let begun = dialogue.messages.pop_if(|last| is_begun(last));
+    let message = |message: &Value| {
+        let text = |field: &str| message.get(field).and_then(Value::as_str).unwrap_or_default();
+        let fields = message.as_object().into_iter().flatten();
+        let fields = fields.filter(|(name, _)| !matches!(name.as_str(), "role" | "content"));
+        fields.fold(Message::new(text("role"), text("content")), |message, (name, value)| {
+            message.with(name.as_str(), value.clone())
+        })
+    };
+    let messages: Vec<Message> = dialogue.messages.iter().map(message).collect();
     let mut options = RenderOptions::default();
     options.add_generation_prompt = true;
     options.tools = dialogue.tools;
     options.variables = variables;
     let mut text = app.template.render_with(&messages, &options)?;
     if let Some(begun) = begun {
-        text.push_str(&begun);
+        text.push_str(begun.get("content").and_then(Value::as_str).unwrap_or_default());
     }
     let tokens = app.template.tokenize(app.model.vocab(), &text)?;
     let prompt = Prompt { tokens, text: Some(text) };
-    Ok(Prepared { prompt, stops: Vec::new(), shown: Vec::new(), reader: Reader::plain() })
+    Ok(Prepared { prompt, stops: Vec::new(), shown: Vec::new(), reader: Reader::Plain })
 }
 
-/// Lets the answer be nothing but JSON, such as the schema allows where there is one.
+/// Whether a message is an answer that was begun.
+fn is_begun(message: &Value) -> bool {
+    message.get("role").is_some_and(|role| role == "assistant") && message.get("tool_calls").is_none()
+}
+
+fn any_object() -> Value {
+    json!({ "type": "object" })
+}
+
+/// Lets an answer be nothing but JSON, such as the schema allows where there is one.
 pub fn constrain(schema: &Option<Value>, params: &mut SamplerParams) -> Result<(), ApiError> {
-    let _ = (schema, params);
-    Err(ApiError::not_supported("response_format: only text"))
+    if params.grammar.is_some() {
+        return Err(ApiError::param("json_schema", "it cannot be used with a grammar: leave one of them out"));
+    }
+    params.grammar = Some(json_schema_to_grammar(&schema.clone().unwrap_or_else(any_object))?);
+    Ok(())
 }
 
-/// OpenAI's messages.
-pub fn messages(value: Option<&Value>) -> Result<Vec<Message>, ApiError> {
+impl From<FormatError> for ApiError {
+    fn from(error: FormatError) -> ApiError {
+        match error {
+            FormatError::Schema(_) => ApiError::param("response_format", error),
+            FormatError::Chat(error) => error.into(),
+            error => ApiError::bad(error.to_string()),
+        }
+    }
+}
+
+/// OpenAI's messages, checked: contents are texts, and there is nothing but what templates know.
+pub fn messages(value: Option<&Value>) -> Result<Vec<Value>, ApiError> {
     let list = value.and_then(Value::as_array).ok_or_else(|| ApiError::param("messages", "it must be a list"))?;
     list.iter().enumerate().map(|(index, value)| message(value, &format!("messages[{index}]"))).collect()
 }
 
-fn message(value: &Value, name: &str) -> Result<Message, ApiError> {
+fn message(value: &Value, name: &str) -> Result<Value, ApiError> {
     let object = value.as_object().ok_or_else(|| ApiError::param(name, "it must be an object"))?;
     let role = object.get("role").and_then(Value::as_str);
     let role = role.ok_or_else(|| ApiError::param(format!("{name}.role"), "it must be a string"))?;
@@ -129,26 +202,26 @@ fn message(value: &Value, name: &str) -> Result<Message, ApiError> {
             return Err(ApiError::param(format!("{name}.content"), format_args!("{} is no text", short(other))));
         }
     };
-    let mut message = Message::new(role, content);
+    let mut message = json!({ "role": role, "content": content });
     for field in ["name", "tool_call_id", "reasoning_content"] {
         if let Some(text) = object.get(field).and_then(Value::as_str) {
-            message = message.with(field, text);
+            message[field] = text.into();
         }
     }
     if let Some(calls) = object.get("tool_calls").and_then(Value::as_array).filter(|calls| !calls.is_empty()) {
-        let calls: Vec<Value> = calls.iter().map(call).collect();
-        message = message.with("tool_calls", calls);
+        message["tool_calls"] = calls.iter().map(call).collect();
     }
     Ok(message)
 }
 
-/// A call whose arguments are an object, as templates want them, where they are one.
+/// A call whose arguments are text, as OpenAI's are.
 fn call(value: &Value) -> Value {
     let mut call = value.clone();
-    if let Some(arguments) = call.pointer("/function/arguments").and_then(Value::as_str)
-        && let Ok(arguments @ Value::Object(_)) = serde_json::from_str(arguments)
-    {
-        call["function"]["arguments"] = arguments;
+    if let Some(arguments @ Value::Object(_)) = call.pointer("/function/arguments") {
+        call["function"]["arguments"] = arguments.to_string().into();
+    }
+    if call.is_object() && call.get("type").is_none() {
+        call["type"] = "function".into();
     }
     call
 }
@@ -190,11 +263,21 @@ pub fn format(body: &Map<String, Value>) -> Result<Format, ApiError> {
     }
 }
 
-/// What of a message is new since it was told last.
-#[derive(Debug, Default)]
-pub struct Progress {
-    text: String,
-    told: Written,
+/// A message that comes piece by piece.
+#[derive(Debug)]
+pub enum Progress {
+    Plain(String),
+    Format {
+        stream: Box<AnswerStream>,
+        /// What could not be read as the format has it: it is told as it is.
+        unread: Option<Unread>,
+    },
+}
+
+/// A text that is not written as its format says.
+#[derive(Debug)]
+pub struct Unread {
+    told: usize,
 }
 
 /// New parts of a message.
@@ -207,49 +290,71 @@ pub struct News {
 }
 
 impl Progress {
-    /// Adds text; `ends` where nothing follows.
-    pub fn add(&mut self, reader: &Reader, text: &str, ends: bool) -> News {
-        if text.is_empty() && !ends {
-            return News::default();
-        }
-        self.text.push_str(text);
-        let written = reader.read(&self.text, !ends);
-        // What was told stays told: a part that has become another is told from where it is longer.
-        let news = |told: &mut String, now: &str| {
-            let same = now.strip_prefix(told.as_str()).unwrap_or_default().to_owned();
-            told.push_str(&same);
-            same
-        };
-        let mut calls = Vec::new();
-        for (index, call) in written.calls.into_iter().enumerate() {
-            match self.told.calls.get_mut(index) {
-                None => {
-                    self.told.calls.push(call.clone());
-                    calls.push((index, call));
-                }
-                Some(told) => {
-                    let arguments = news(&mut told.arguments, &call.arguments);
-                    if !arguments.is_empty() {
-                        calls.push((index, Call { arguments, ..Call::default() }));
-                    }
-                }
-            }
-        }
-        News {
-            reasoning: news(&mut self.told.reasoning, &written.reasoning),
-            content: news(&mut self.told.content, &written.content),
-            calls,
+    pub fn new(reader: &Reader) -> Progress {
+        match reader {
+            Reader::Plain => Progress::Plain(String::new()),
+            Reader::Format(format) => Progress::Format { stream: Box::new(format.stream()), unread: None },
         }
     }
 
-    /// The calls that were told, with their arguments until now.
-    pub fn calls(&self) -> &[Call] {
-        &self.told.calls
+    /// Adds text; `ends` where nothing follows. What is new then.
+    pub fn add(&mut self, text: &str, ends: bool) -> News {
+        let (stream, unread) = match self {
+            Progress::Plain(all) => {
+                all.push_str(text);
+                return News { content: text.to_owned(), ..News::default() };
+            }
+            Progress::Format { stream, unread } => (stream, unread),
+        };
+        let mut deltas = if text.is_empty() { Ok(Vec::new()) } else { stream.push(text) };
+        if ends && let Ok(before) = &mut deltas {
+            match stream.finish() {
+                Ok(more) => before.extend(more),
+                Err(error) => deltas = Err(error),
+            }
+        }
+        match deltas {
+            Ok(deltas) if unread.is_none() => News::of(deltas),
+            // A text that breaks off, or that a small model has got wrong: nothing of it is kept from the client.
+            Ok(_) | Err(_) if ends || unread.is_some() => {
+                let all = stream.text();
+                let known = stream.answer();
+                let told = unread.as_ref().map_or(known.content.len(), |unread| unread.told);
+                let content = all.get(told..).unwrap_or_default().to_owned();
+                *unread = Some(Unread { told: all.len() });
+                News { content, ..News::default() }
+            }
+            _ => News::default(),
+        }
+    }
+
+    /// The message until now.
+    pub fn written(&self) -> Written {
+        match self {
+            Progress::Plain(content) => Written { content: content.clone(), ..Written::default() },
+            Progress::Format { stream, unread: None } => stream.answer().clone(),
+            Progress::Format { stream, .. } => Written { content: stream.text().to_owned(), ..stream.answer().clone() },
+        }
     }
 
     /// Whether the model has called a tool.
     pub fn has_calls(&self) -> bool {
-        !self.told.calls.is_empty()
+        matches!(self, Progress::Format { stream, .. } if !stream.answer().tool_calls.is_empty())
+    }
+}
+
+impl News {
+    fn of(deltas: Vec<AnswerDelta>) -> News {
+        let mut news = News::default();
+        for delta in deltas {
+            news.content.push_str(&delta.content);
+            news.reasoning.push_str(&delta.reasoning_content);
+            if let Some(call) = delta.tool_call {
+                let news_of_call = Call { id: call.id, name: call.name, arguments: call.arguments };
+                news.calls.push((call.index, news_of_call));
+            }
+        }
+        news
     }
 }
 
@@ -266,9 +371,9 @@ mod tests {
             {"role": "tool", "tool_call_id": "1", "content": "2"},
         ]);
         let read = messages(Some(&list)).unwrap();
-        assert_eq!(read[0], Message::new("user", "a\nb"));
-        assert_eq!(read[1].fields["tool_calls"][0]["function"]["arguments"], json!({"x": 1}));
-        assert_eq!(read[2].fields["tool_call_id"], "1");
+        assert_eq!(read[0], json!({"role": "user", "content": "a\nb"}));
+        assert_eq!(read[1]["tool_calls"][0]["function"]["arguments"], "{\"x\": 1}");
+        assert_eq!(read[2]["tool_call_id"], "1");
         for wrong in [json!("x"), json!([1]), json!([{"content": "x"}]), json!([{"role": "user", "content": 1}])] {
             assert_eq!(messages(Some(&wrong)).unwrap_err().status.as_u16(), 400);
         }
@@ -290,9 +395,10 @@ mod tests {
 
     #[test]
     fn news_add_up() {
-        let (reader, mut progress) = (Reader::plain(), Progress::default());
-        let pieces = ["The ", "", "sea"].map(|text| progress.add(&reader, text, false).content);
+        let mut progress = Progress::new(&Reader::Plain);
+        let pieces = ["The ", "", "sea"].map(|text| progress.add(text, false).content);
         assert_eq!(pieces, ["The ", "", "sea"]);
-        assert_eq!(progress.add(&reader, ".", true).content, ".");
+        assert_eq!(progress.add(".", true).content, ".");
+        assert_eq!(progress.written().content, "The sea.");
     }
 }

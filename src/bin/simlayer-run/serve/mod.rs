@@ -37,7 +37,10 @@ use axum::{
     routing::{get, post},
 };
 use indicatif::HumanBytes;
-use simlayer::{SessionParams, chat::ChatTemplate};
+use simlayer::{
+    Model, SessionParams, Token,
+    chat::{ChatFormat, ChatTemplate},
+};
 
 use crate::{
     args::ServeArgs,
@@ -95,6 +98,10 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
             (ChatTemplate::new(text, model.vocab()), text.unwrap_or_default().to_owned())
         }
     };
+    let format = match template.is_builtin() {
+        true => None,
+        false => Some(chat_format(&model, &template_text)?),
+    };
     if template.is_builtin() && args.chat_template.is_none() {
         eprintln!("the file has no chat template: messages are written as ChatML");
     }
@@ -132,6 +139,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
         Settings {
             model_path: run.model_path,
             template,
+            format,
             template_text,
             template_kwargs: args.chat_template_kwargs.unwrap_or_default(),
             names,
@@ -183,6 +191,13 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
         Ok(Ok(())) => Ok(()),
         Ok(Err(_)) | Err(_) => Err(Failure::run("the scheduler has failed; what it said is above")),
     }
+}
+
+/// How a template has the model write calls and thoughts.
+fn chat_format(model: &Model, template: &str) -> Result<ChatFormat, Failure> {
+    let vocab = model.vocab();
+    let name = |token: Option<Token>| token.map(|token| vocab.name(token)).unwrap_or_default();
+    ChatFormat::new(template, &name(vocab.bos()), &name(vocab.eos())).map_err(Failure::run)
 }
 
 fn keys_are_missing(app: &App, host: &str) -> bool {

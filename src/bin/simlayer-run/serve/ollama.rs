@@ -10,7 +10,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde_json::{Map, Value, json};
-use simlayer::{AddBos, SamplerParams, Special, chat::Message};
+use simlayer::{AddBos, SamplerParams, Special};
 
 use super::{
     app::{App, Prompt, Wanted},
@@ -152,9 +152,12 @@ async fn answer(
             Kind::Generate => {
                 let (system, prompt) = (name("system")?, name("prompt")?);
                 let system = Some(system).filter(|system| !system.is_empty());
-                let mut messages: Vec<_> = system.map(|system| Message::new("system", system)).into_iter().collect();
+                let mut messages: Vec<_> =
+                    system.map(|system| json!({ "role": "system", "content": system })).into_iter().collect();
                 messages.extend(
-                    Some(prompt).filter(|prompt| !prompt.is_empty()).map(|prompt| Message::new("user", prompt)),
+                    Some(prompt)
+                        .filter(|prompt| !prompt.is_empty())
+                        .map(|prompt| json!({ "role": "user", "content": prompt })),
                 );
                 messages
             }
@@ -167,7 +170,7 @@ async fn answer(
             let text = name("prompt")?;
             let tokens = with.model.vocab().tokenize(&text, AddBos::Yes, Special::Parse)?;
             wanted.prompts = vec![Prompt { tokens, text: Some(text) }];
-            Reader::plain()
+            Reader::Plain
         } else {
             let dialogue = dialogue_of(&body, messages)?;
             let prepared = dialogue::prepare(&with, dialogue, &mut wanted.params)?;
@@ -187,19 +190,19 @@ async fn answer(
         return Ok(json(&object));
     };
     if streams {
-        let render = Lines { head, reader, progress: Progress::default() };
+        let render = Lines { head, progress: Progress::new(&reader) };
         return Ok(stream(answers, render, app.ping, log).await?);
     }
     let answers = collect(answers, &log).await?;
     let Some(answer) = answers.first() else { return Err(ApiError::internal("there is no answer").into()) };
-    let written = reader.read(&answer.text, false);
-    let mut object = head.object(&written.content, &written.reasoning, &written.calls);
+    let written = reader.read(&answer.text);
+    let mut object = head.object(&written.content, &written.reasoning_content, &written.tool_calls);
     finish(&mut object, &answer.end, &answer.usage);
     Ok(json(&object))
 }
 
 /// Ollama's messages: calls' arguments are objects, and results name the tool.
-fn messages(body: &Map<String, Value>) -> Result<Vec<Message>, ApiError> {
+fn messages(body: &Map<String, Value>) -> Result<Vec<Value>, ApiError> {
     let given = body.get("messages").filter(|messages| !messages.is_null());
     let Some(given) = given else { return Ok(Vec::new()) };
     let mut given = given.clone();
@@ -218,7 +221,7 @@ fn messages(body: &Map<String, Value>) -> Result<Vec<Message>, ApiError> {
     dialogue::messages(Some(&given))
 }
 
-fn dialogue_of(body: &Map<String, Value>, messages: Vec<Message>) -> Result<Dialogue, ApiError> {
+fn dialogue_of(body: &Map<String, Value>, messages: Vec<Value>) -> Result<Dialogue, ApiError> {
     let format = match member(body, "format") {
         None => Format::Text,
         Some(Value::String(format)) if format.is_empty() => Format::Text,
@@ -237,7 +240,7 @@ fn dialogue_of(body: &Map<String, Value>, messages: Vec<Message>) -> Result<Dial
         Some(Value::String(effort)) => drop(variables.insert("reasoning_effort".to_owned(), effort.as_str().into())),
         _ => {}
     }
-    Ok(Dialogue { messages, tools, format, variables, parallel_tool_calls: true, ..Dialogue::default() })
+    Ok(Dialogue { messages, tools, format, variables, ..Dialogue::default() })
 }
 
 /// Ollama's `options` are llama-server's members, by and large.
@@ -313,7 +316,6 @@ fn finish(object: &mut Value, end: &End, usage: &Usage) {
 /// An answer, line by line. A call is told when it is complete.
 struct Lines {
     head: Head,
-    reader: Reader,
     progress: Progress,
 }
 
@@ -326,16 +328,16 @@ impl Render for Lines {
         match event {
             Event::Started | Event::Failed(_) => String::new(),
             Event::Token { text, .. } => {
-                let news = self.progress.add(&self.reader, &text, false);
+                let news = self.progress.add(&text, false);
                 if news.content.is_empty() && news.reasoning.is_empty() {
                     return String::new();
                 }
                 format!("{}\n", self.head.object(&news.content, &news.reasoning, &[]))
             }
             Event::Ended { text, end, usage, .. } => {
-                let news = self.progress.add(&self.reader, &text, true);
+                let news = self.progress.add(&text, true);
                 let mut out = String::new();
-                let calls = self.progress.calls();
+                let calls = &self.progress.written().tool_calls;
                 if !news.content.is_empty() || !news.reasoning.is_empty() || !calls.is_empty() {
                     out = format!("{}\n", self.head.object(&news.content, &news.reasoning, calls));
                 }

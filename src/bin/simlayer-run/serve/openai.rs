@@ -10,7 +10,7 @@ use axum::{
 };
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use serde_json::{Map, Value, json};
-use simlayer::{AddBos, Special, Token};
+use simlayer::{AddBos, Special, Token, chat::ReasoningFormat};
 use tokio::sync::oneshot;
 
 use super::{
@@ -51,9 +51,9 @@ pub async fn chat_completions(
     .await?;
     let head = Head { id: app.id("chatcmpl-", id), model: app.name().to_owned(), created: now() };
     if streams {
-        let progress = (0..answers.n).map(|_| Progress::default()).collect();
+        let progress = (0..answers.n).map(|_| Progress::new(&reader)).collect();
         let begun = vec![false; answers.n];
-        let render = ChatStream { head, reader, progress, begun, wants_usage, usages: Vec::new() };
+        let render = ChatStream { head, progress, begun, wants_usage, usages: Vec::new() };
         return stream(answers, render, app.ping, log).await;
     }
     let answers = collect(answers, &log).await?;
@@ -91,10 +91,17 @@ pub fn dialogue(body: &Map<String, Value>) -> Result<Dialogue, ApiError> {
         messages: dialogue::messages(body.get("messages"))?,
         tools: list("tools")?,
         tool_choice: member(body, "tool_choice").cloned(),
-        parallel_tool_calls: sampling::boolean(body, "parallel_tool_calls")?.unwrap_or(false),
+        parallel_tool_calls: sampling::boolean(body, "parallel_tool_calls")?,
         format: dialogue::format(body)?,
+        reasoning: reasoning(body)?,
         variables,
     })
+}
+
+fn reasoning(body: &Map<String, Value>) -> Result<ReasoningFormat, ApiError> {
+    let Some(name) = sampling::text(body, "reasoning_format")? else { return Ok(ReasoningFormat::Auto) };
+    let wrong = || ApiError::param("reasoning_format", "it must be none, auto or deepseek");
+    ReasoningFormat::from_name(name).ok_or_else(wrong)
 }
 
 /// A chat request's conversation, and how it is to go on.
@@ -166,7 +173,7 @@ impl Head {
 }
 
 fn choice(index: usize, answer: &Answer, reader: &Reader) -> Value {
-    let Written { content, reasoning, calls } = reader.read(&answer.text, false);
+    let Written { content, reasoning_content: reasoning, tool_calls: calls } = reader.read(&answer.text);
     let mut message = json!({ "role": "assistant", "content": content });
     if !reasoning.is_empty() {
         message["reasoning_content"] = reasoning.into();
@@ -268,7 +275,6 @@ pub fn timings(usage: &Usage) -> Value {
 /// A chat answer, piece by piece.
 struct ChatStream {
     head: Head,
-    reader: Reader,
     progress: Vec<Progress>,
     /// Whose role was told.
     begun: Vec<bool>,
@@ -280,7 +286,7 @@ impl ChatStream {
     /// The chunks for what is new of an answer.
     fn pieces(&mut self, answer: usize, text: &str, probs: Option<Probs>, ends: bool) -> String {
         let Some(progress) = self.progress.get_mut(answer) else { return String::new() };
-        let news = progress.add(&self.reader, text, ends);
+        let news = progress.add(text, ends);
         let mut deltas = Vec::new();
         if !std::mem::replace(&mut self.begun[answer], true) {
             deltas.push(json!({ "role": "assistant", "content": null }));
