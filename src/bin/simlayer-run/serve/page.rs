@@ -44,7 +44,9 @@ const FILES: [File; 9] = [
 
 /// The page's files: `/`, and what is below `/page/`. Whoever may not ask the model may have them: they are no secret.
 pub fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
-    FILES.into_iter().fold(Router::new(), |router, file| router.route(file.path, get(move || async move { answer(file) })))
+    FILES
+        .into_iter()
+        .fold(Router::new(), |router, file| router.route(file.path, get(move || async move { answer(file) })))
 }
 
 fn answer(file: File) -> Response {
