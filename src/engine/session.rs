@@ -419,6 +419,19 @@ impl Session {
         state::save(&self.setup, self.sequences.get(seq), Kind::Whole, to)
     }
 
+    /// What a state that this session can read depends on, as text: the weights, the adapters, the types and spans of caches.
+    #[doc(hidden)]
+    pub fn state_settings(&self) -> String {
+        let SessionParams { type_k, type_v, kv_rotate, kv_exact, lazy, adapters, .. } = &self.setup.params;
+        let weights: String = self.setup.model.fingerprint().iter().map(|byte| format!("{byte:02x}")).collect();
+        let LazyParams { type_k: lazy_k, type_v: lazy_v, n_sink, n_window, n_slack, windows, .. } = lazy;
+        let adapters: Vec<_> = adapters.iter().map(|(adapter, scale)| (adapter.path(), scale)).collect();
+        format!(
+            "{weights} {type_k}/{type_v} {kv_rotate:?} exact {kv_exact} lazy {lazy_k:?}/{lazy_v:?} {n_sink}+{n_window}+{n_slack} \
+             {windows:?} {adapters:?}"
+        )
+    }
+
     /// Bytes of the state at the beginning of `from`, as its header says.
     ///
     /// # Errors

@@ -397,6 +397,13 @@ pub struct ServeArgs {
     /// Memory for the caches of all conversations together: 4G, 512M
     #[arg(help_heading = "Server", long, value_name = "BYTES", default_value = "4G", value_parser = bytes)]
     pub kv_mem: usize,
+    /// A folder for the conversations that nobody is answered in: they are found there again when their memory was needed for
+    /// others, and after a restart
+    #[arg(help_heading = "Server", long, value_name = "DIR")]
+    pub kv_disk: Option<PathBuf>,
+    /// What they may take there; the ones that were not used for longest go first
+    #[arg(help_heading = "Server", long, value_name = "BYTES", default_value = "20G", value_parser = bytes, requires = "kv_disk")]
+    pub kv_disk_mem: usize,
     /// Conversations that are answered at the same time (-np); others wait
     #[arg(help_heading = "Server", long, value_name = "N", default_value_t = 16, value_parser = parallel, allow_negative_numbers = true)]
     pub parallel: usize,

@@ -18,6 +18,7 @@ use tokio::sync::mpsc::{self, UnboundedReceiver};
 
 use super::{
     error::ApiError,
+    parking::Parking,
     scheduler::Engine,
     task::{Event, Order, Task},
 };
@@ -47,6 +48,7 @@ pub struct App {
     pub timeout: Duration,
     pub ping: Option<Duration>,
     pub max_body: usize,
+    pub parking: Option<Arc<Parking>>,
     /// Large bodies at once.
     pub large_bodies: tokio::sync::Semaphore,
     /// Seconds since 1970.
@@ -72,6 +74,7 @@ pub struct Settings {
     pub timeout: Duration,
     pub ping: Option<Duration>,
     pub max_body: usize,
+    pub parking: Option<Arc<Parking>>,
 }
 
 /// Bodies larger than this are read a few at a time.
@@ -97,6 +100,7 @@ impl App {
             timeout: settings.timeout,
             ping: settings.ping,
             max_body: settings.max_body,
+            parking: settings.parking,
             large_bodies: tokio::sync::Semaphore::new(LARGE_AT_ONCE),
             started: now(),
             next_id: AtomicU64::new(1),
@@ -105,11 +109,6 @@ impl App {
 
     pub fn name(&self) -> &str {
         self.names.first().map_or("model", String::as_str)
-    }
-
-    /// Conversations on disk, and what they take there.
-    pub fn parked(&self) -> (usize, u64) {
-        (0, 0)
     }
 
     /// A number that no other request of this process has.

@@ -9,7 +9,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde_json::{Map, Value, json};
-use simlayer::{AddBos, LayerKind, Special, sampling::Mirostat};
+use simlayer::{AddBos, Special, sampling::Mirostat};
 
 use super::{
     app::App,
@@ -41,7 +41,10 @@ pub async fn props(State(app): State<Arc<App>>) -> Response {
         "bos_token": name(vocab.bos()),
         "eos_token": name(vocab.eos()),
         "build_info": concat!("simlayer ", env!("CARGO_PKG_VERSION")),
-        "kv": { "mem_bytes": app.engine.limits.kv_mem, "lazy": policy },
+        "model": app.name(),
+        "kv_mem": app.engine.limits.kv_mem,
+        "lazy": policy,
+        "parked": app.parking.as_ref().map(|parking| parking.stats()),
     }))
 }
 
@@ -81,7 +84,6 @@ fn settings(app: &App) -> Value {
 pub async fn slots(State(app): State<Arc<App>>) -> Response {
     let status = app.engine.shared.status();
     let of = |slot: &Slot| {
-        let kinds: Vec<&str> = slot.layers.iter().map(|&kind| name_of(kind)).collect();
         json!({
             "id": slot.id,
             "id_task": slot.task,
@@ -90,37 +92,27 @@ pub async fn slots(State(app): State<Arc<App>>) -> Response {
             "state": match (slot.task.is_some(), slot.is_reading) {
                 (false, _) => "idle",
                 (true, true) => "reading",
-                (true, false) => "answering",
+                (true, false) => "writing",
             },
-            "n_past": slot.n_past,
+            "tokens": slot.n_past,
             "n_prompt_tokens": slot.n_prompt,
             "next_token": { "n_decoded": slot.n_generated },
-            "kv": { "allocated_bytes": slot.kv_bytes, "f16_bytes": slot.f16_bytes, "layers": kinds },
+            "kv": { "allocated_bytes": slot.kv_bytes, "f16_bytes": slot.f16_bytes, "context_tokens": slot.n_past },
+            "layers": slot.layers,
         })
     };
     json(&status.running.iter().chain(&status.idle).map(of).collect())
 }
 
-/// A layer's kind, as `inspect` names it.
-pub fn name_of(kind: LayerKind) -> &'static str {
-    match kind {
-        LayerKind::Full => "full",
-        LayerKind::Lazy => "lazy",
-        LayerKind::Window => "window",
-        LayerKind::Recurrent => "recurrent",
-        LayerKind::Convolution => "convolution",
-        _ => "nothing",
-    }
-}
-
 /// Prometheus's text format.
 pub async fn metrics(State(app): State<Arc<App>>) -> Response {
     let (counts, status) = (app.engine.shared.counts(), app.engine.shared.status());
+    let parked = app.parking.as_ref().map(|parking| parking.stats()).unwrap_or_default();
     let idle_bytes: usize = status.idle.iter().map(|slot| slot.kv_bytes).sum();
     let idle_tokens: usize = status.idle.iter().map(|slot| slot.n_past).sum();
     let most_lazy = status.running.iter().chain(&status.idle);
-    let lazy: usize = most_lazy.map(|slot| slot.layers.iter().filter(|&&kind| kind == LayerKind::Lazy).count()).sum();
-    let metrics: [(&str, &str, &str, f64); 22] = [
+    let lazy: usize = most_lazy.map(|slot| slot.layers.iter().filter(|layer| layer.lazy).count()).sum();
+    let metrics: [(&str, &str, &str, f64); 25] = [
         // llama-server's.
         ("llamacpp:prompt_tokens_total", "counter", "Tokens of prompts that were read.", counts.prompt_tokens as f64),
         ("llamacpp:tokens_predicted_total", "counter", "Tokens that were generated.", counts.generated_tokens as f64),
@@ -158,8 +150,16 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
         ("simlayer:kv_mem_bytes", "gauge", "What all caches may take (--kv-mem).", app.engine.limits.kv_mem as f64),
         ("simlayer:kv_tokens", "gauge", "Tokens in all caches.", status.context_tokens as f64),
         ("simlayer:lazy_layers", "gauge", "Lazy layers, summed over all conversations in memory.", lazy as f64),
-        ("simlayer:parked_conversations", "gauge", "Conversations on disk.", app.parked().0 as f64),
-        ("simlayer:parked_bytes", "gauge", "What these take there.", app.parked().1 as f64),
+        ("simlayer:parked_conversations", "gauge", "Conversations on disk (--kv-disk).", parked.entries as f64),
+        ("simlayer:parked_bytes", "gauge", "What these take there.", parked.bytes as f64),
+        (
+            "simlayer:parked_queued_bytes",
+            "gauge",
+            "What waits in memory to be written there.",
+            parked.queued_bytes as f64,
+        ),
+        ("simlayer:restored_total", "counter", "Conversations that were restored from there.", parked.restored as f64),
+        ("simlayer:parking_failed_total", "counter", "Conversations that could not be written.", parked.failed as f64),
     ];
     let mut out = String::new();
     for (name, kind, help, value) in metrics {

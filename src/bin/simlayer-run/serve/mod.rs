@@ -14,6 +14,7 @@ mod ollama;
 mod openai;
 mod pace;
 mod page;
+mod parking;
 mod probs;
 mod sampling;
 mod scheduler;
@@ -52,6 +53,7 @@ use crate::{
 use app::{App, Settings};
 use error::ApiError;
 use http::Listener;
+use parking::Parking;
 use scheduler::{Engine, Limits};
 
 /// Threads that wait for clients; what takes long goes to others.
@@ -116,6 +118,17 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
         names if names.is_empty() => vec![name_of(&run.model_path)],
         names => names,
     };
+    let parking = match &args.kv_disk {
+        None => None,
+        Some(dir) => {
+            let parking = Parking::open(dir, args.kv_disk_mem as u64, &session.state_settings());
+            let parking = parking.map_err(|error| Failure::run(format!("--kv-disk: {error}")))?;
+            let stats = parking.stats();
+            eprintln!("--kv-disk: {} conversations, {}", stats.entries, HumanBytes(stats.bytes));
+            parking.notices().iter().for_each(|notice| eprintln!("--kv-disk: {notice}"));
+            Some(Arc::new(parking))
+        }
+    };
     let needed = session.bytes_of(session.n_ctx());
     let policy = session.policy().to_string();
     eprintln!(
@@ -133,7 +146,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
         eprintln!("longer prompts than --kv-mem has room for are refused: give more, or less with -c");
     }
     let stop = Arc::new(AtomicBool::new(false));
-    let (engine, scheduler) = Engine::start(session, limits, Arc::clone(&stop))?;
+    let (engine, scheduler) = Engine::start(session, limits, parking.clone(), Arc::clone(&stop))?;
     let app = Arc::new(App::new(
         engine,
         model,
@@ -152,6 +165,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
             timeout: Duration::from_secs(args.timeout as u64),
             ping: u64::try_from(args.sse_ping_interval).ok().filter(|&ping| ping > 0).map(Duration::from_secs),
             max_body: args.max_body,
+            parking,
         },
     ));
     let router = router(Arc::clone(&app));

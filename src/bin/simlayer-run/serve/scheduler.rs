@@ -25,6 +25,7 @@ use tokio::sync::{mpsc::UnboundedSender, oneshot};
 use super::{
     error::ApiError,
     pace::Pace,
+    parking::{Parked, Parking, Stored},
     probs::probs,
     status::{Shared, Slot, Status},
     task::{End, Event, Order, Task, Usage},
@@ -38,6 +39,11 @@ const MOST_READ: usize = 4;
 const LEAST_SHARED: usize = 16;
 /// How long answers may take once the server is to stop.
 const FAREWELL: Duration = Duration::from_secs(10);
+
+/// Conversations that were idle for so long are written to disk.
+const PARKED_AFTER: Duration = Duration::from_secs(3);
+/// Shorter ones are read again as fast.
+const LEAST_PARKED: usize = 64;
 
 /// What the scheduler keeps to.
 #[derive(Debug, Clone, Copy)]
@@ -62,7 +68,12 @@ pub struct Engine {
 
 impl Engine {
     /// Starts the thread. It ends when the flag `stop` is set and everybody is answered, or when nobody can order any more.
-    pub fn start(session: Session, limits: Limits, stop: Arc<AtomicBool>) -> std::io::Result<(Engine, JoinHandle<()>)> {
+    pub fn start(
+        session: Session,
+        limits: Limits,
+        parking: Option<Arc<Parking>>,
+        stop: Arc<AtomicBool>,
+    ) -> std::io::Result<(Engine, JoinHandle<()>)> {
         let (orders, receiver) = mpsc::channel();
         let shared = Arc::new(Shared::default());
         let n_ctx = session.n_ctx();
@@ -72,6 +83,7 @@ impl Engine {
             n_queries: session.lazy_params().n_queries,
             session,
             limits,
+            parking,
             orders: receiver,
             shared: Arc::clone(&shared),
             waiting: VecDeque::new(),
@@ -164,6 +176,8 @@ struct Idle {
     text: Option<String>,
     bytes: usize,
     used: Instant,
+    /// It is on disk, or is not to be.
+    is_parked: bool,
 }
 
 /// A text whose last hidden state is wanted.
@@ -195,6 +209,7 @@ struct Scheduler {
     vocab: Vocab,
     n_queries: usize,
     limits: Limits,
+    parking: Option<Arc<Parking>>,
     orders: Receiver<Order>,
     shared: Arc<Shared>,
     waiting: VecDeque<Waiting>,
@@ -232,8 +247,10 @@ impl Scheduler {
             self.drop_cancelled();
             self.admit();
             self.step();
+            self.park_one();
             self.tell();
         }
+        self.park_all();
     }
 
     fn is_at_rest(&self) -> bool {
@@ -330,7 +347,12 @@ impl Scheduler {
             self.refuse(index, error);
             return true;
         }
-        let (mut shared, common) = self.shared_beginning(task);
+        let (mut shared, mut common) = self.shared_beginning(task);
+        if self.parking.is_some() {
+            let prompt = task.prompt.clone();
+            self.restore(&prompt, until, shared.as_ref().map_or(0, |shared| shared.n));
+            (shared, common) = self.shared_beginning(&self.waiting[index].task);
+        }
         let needed = |scheduler: &Scheduler, shared: &Option<SharedBeginning>| match shared {
             None => alone,
             Some(shared) => {
@@ -531,9 +553,77 @@ impl Scheduler {
     }
 
     fn evict(&mut self, index: usize) {
+        self.park(index, true);
         let idle = self.idle.remove(index);
         self.session.seq_clear(idle.seq);
         self.shared.count(|counts| counts.evicted += 1);
+    }
+
+    /// Restores the parked conversation that a prompt has most in common with, where that is more than `known` tokens and
+    /// there is room, as an idle one.
+    fn restore(&mut self, prompt: &[Token], until: usize, known: usize) {
+        let Some(parking) = self.parking.clone() else { return };
+        let Some(parked) = parking.find_common(prompt) else { return };
+        // Of a conversation that goes on otherwise from early on, little could be used.
+        let is_worth = parked.n_common >= LEAST_PARKED + known && 2 * parked.n_common >= parked.n_tokens;
+        let bytes = usize::try_from(parked.bytes).unwrap_or(usize::MAX / 4);
+        let grown = self.session.bytes_of(until).saturating_sub(self.session.bytes_of(parked.n_common));
+        if !is_worth || !self.make_room(bytes + grown, None, false) {
+            return;
+        }
+        let seq = self.new_seq();
+        match self.load(&parking, &parked, seq) {
+            Ok(()) => {
+                let bytes = self.bytes(seq);
+                self.idle.push(Idle { seq, text: None, bytes, used: Instant::now(), is_parked: true });
+            }
+            Err(why) => eprintln!("--kv-disk: {why}; the prompt is read anew"),
+        }
+    }
+
+    fn load(&mut self, parking: &Parking, parked: &Parked, seq: SeqId) -> Result<(), String> {
+        let state = parking.load(parked).map_err(|error| error.to_string())?;
+        self.session.load_seq(seq, &state).map_err(|error| error.to_string())?;
+        Ok(())
+    }
+
+    /// Writes an idle conversation to disk, if it is not there. Where others wait to be written it stays, unless it `must`
+    /// be now.
+    fn park(&mut self, index: usize, must: bool) {
+        let Some(parking) = &self.parking else { return };
+        let idle = &mut self.idle[index];
+        let tokens = self.session.seq_tokens(idle.seq);
+        if idle.is_parked || tokens.len() < LEAST_PARKED {
+            return;
+        }
+        let mut state = Vec::with_capacity(self.session.seq_state_bytes(idle.seq));
+        if self.session.save_seq(idle.seq, &mut state).is_err() {
+            return;
+        }
+        let mut stored = parking.store(tokens, state);
+        if must && let Stored::Busy(state) = stored {
+            parking.flush();
+            stored = parking.store(tokens, state);
+        }
+        idle.is_parked = !matches!(stored, Stored::Busy(_));
+    }
+
+    /// Writes one conversation that nobody has gone on with for a while.
+    fn park_one(&mut self) {
+        let Some(parking) = &self.parking else { return };
+        parking.notices().iter().for_each(|notice| eprintln!("--kv-disk: {notice}"));
+        let waits = |idle: &Idle| !idle.is_parked && idle.used.elapsed() > PARKED_AFTER;
+        let Some(index) = self.idle.iter().position(waits) else { return };
+        if parking.stats().queued > 0 {
+            return;
+        }
+        self.park(index, false);
+        // Nor is one looked at again that is too short, or could not be written.
+        self.idle[index].is_parked = true;
+    }
+
+    fn park_all(&mut self) {
+        (0..self.idle.len()).for_each(|index| self.park(index, true));
     }
 
     /// Bytes of a sequence's cache.
@@ -799,7 +889,7 @@ impl Scheduler {
             String::from_utf8(bytes).ok().map(|said| prompt + &said)
         });
         let bytes = self.bytes(running.seq);
-        self.idle.push(Idle { seq: running.seq, text, bytes, used: Instant::now() });
+        self.idle.push(Idle { seq: running.seq, text, bytes, used: Instant::now(), is_parked: self.parking.is_none() });
     }
 
     /// A step that failed: nothing is known of whose fault that was.
@@ -830,7 +920,7 @@ impl Scheduler {
                 n_generated: running.map_or(0, |running| running.generated.len()),
                 kv_bytes: layers.iter().map(|layer| layer.kv_bytes).sum(),
                 f16_bytes: self.session.f16_bytes_of(n_past),
-                layers: layers.iter().map(|layer| layer.kind).collect(),
+                layers,
             }
         };
         self.shared.tell(

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use simlayer::{LayerKind, SeqId};
+use simlayer::{LayerReport, SeqId};
 
 /// How old what is told may be while answers are given.
 const FRESH: Duration = Duration::from_millis(250);
@@ -51,7 +51,7 @@ pub struct Slot {
     pub n_generated: usize,
     pub kv_bytes: usize,
     pub f16_bytes: usize,
-    pub layers: Vec<LayerKind>,
+    pub layers: Vec<LayerReport>,
 }
 
 /// How things are now.
