@@ -172,7 +172,7 @@ await step("escape stops an answer, and what came is kept", async () => {
 
 await step("what a model writes becomes no element but those of its Markdown", async () => {
   const found = await page.evaluate(async () => {
-    const { show } = await import("./markdown.js");
+    const { show } = await import("./page/markdown.js");
     const element = document.createElement("div");
     const hostile = [
       "<img src=x onerror=alert(1)> <script>alert(1)</script> [a](javascript:alert(1)) [b](data:text/html,x) ![c](https://example.com/x.png)",

@@ -8,10 +8,13 @@ mod dist;
 mod frontends;
 mod fuzz;
 mod notices;
+mod page;
+mod parking;
 mod plot;
 mod prepare;
 mod quality;
 mod rss;
+mod serving;
 mod sh;
 mod test;
 mod upstream;
@@ -49,6 +52,10 @@ enum Command {
     Quality(quality::Args),
     /// Run llama.cpp's own frontends and llama-cpp-python, unmodified, on our library.
     Frontends(frontends::Args),
+    /// Try the server's page in Chromium, and take pictures of it.
+    Page(page::Args),
+    /// Many conversations with a server that has memory for few: restoring them against reading them anew.
+    Parking(parking::Args),
     /// Run the tests of attention and products as compiled for 64-bit Arm, on QEMU's processors.
     ArmCheck,
     /// Compile and link ggml's CUDA kernels with a compiler of its own (no GPU needed; takes long).
@@ -71,6 +78,8 @@ fn main() -> ExitCode {
         Command::Dist(args) => dist::run(&args),
         Command::Quality(args) => quality::run(&args),
         Command::Frontends(args) => frontends::run(&args),
+        Command::Page(args) => page::run(&args),
+        Command::Parking(args) => parking::run(&args),
         Command::ArmCheck => arm_check::run(),
         Command::CudaCheck(args) => cuda_check::run(&args),
         Command::VulkanCheck(args) => vulkan_check::run(&args),

@@ -50,7 +50,9 @@ export async function* chat(messages, sampling, key, signal) {
     }
     const chunk = JSON.parse(data);
     if (chunk.error) throw new ApiError(chunk.error.message ?? "The server gave up.");
-    for (const name of ["usage", "timings", "kv"]) if (chunk[name]) end[name] = chunk[name];
+    for (const name of ["usage", "timings"]) if (chunk[name]) end[name] = chunk[name];
+    const kv = chunk.kv ?? chunk.usage?.kv;
+    if (kv) end.kv = kv;
     const choice = chunk.choices?.[0];
     if (choice?.finish_reason) end.finish = choice.finish_reason;
     const { content, reasoning_content: reasoning } = choice?.delta ?? {};
