@@ -13,6 +13,7 @@ mod llama;
 mod ollama;
 mod openai;
 mod pace;
+mod page;
 mod parking;
 mod probs;
 mod sampling;
@@ -269,6 +270,7 @@ fn router(app: Arc<App>) -> Router {
         ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message).response()
     };
     Router::new()
+        .merge(page::routes())
         .route("/health", get(llama::health))
         .route("/v1/health", get(llama::health))
         .route("/props", get(llama::props))
