@@ -5,8 +5,8 @@ use serde_json::{Map, Value, json};
 use simlayer::{
     AddBos, SamplerParams, Special, Token,
     chat::{
-        self, AnswerDelta, AnswerStream, ChatFormat, ChatRequest, FormatError, Message, ReasoningFormat, RenderOptions, ToolChoice,
-        json_schema_to_grammar,
+        self, AnswerDelta, AnswerStream, ChatFormat, ChatRequest, FormatError, Message, ReasoningFormat, RenderOptions,
+        ToolChoice, json_schema_to_grammar,
     },
     sampling::GrammarTrigger,
 };
@@ -115,7 +115,8 @@ pub fn prepare(app: &App, dialogue: Dialogue, params: &mut SamplerParams) -> Res
     let mut call = String::new();
     if !matches!(request.tool_choice, ToolChoice::Auto | ToolChoice::None) {
         if prepared.grammar.is_none() {
-            let message = "how the model's chat template writes calls is not understood: only \"auto\" can be asked for";
+            let message =
+                "how the model's chat template writes calls is not understood: only \"auto\" can be asked for";
             return Err(ApiError::param("tool_choice", message));
         }
         // The grammar allows words before the call, of which small models find no end.
