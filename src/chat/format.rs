@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::{
-    error::FormatError,
+    error::{ChatError, FormatError},
     message::Message,
     schema::{check_depth, check_text_depth},
     template::{ChatTemplate, RenderOptions},
@@ -269,16 +269,18 @@ impl ChatFormat {
         let raw: RawJson = read(parser.json(), FormatError::Request)?;
         let mut prepared = Prepared::new(raw, request.grammar.is_some(), parser);
         if request.is_plain() {
-            let prompt = self.render(request)?;
-            // Otherwise the parser would not know where the answer begins.
-            if prompt.ends_with(&prepared.generation_prompt) {
-                prepared.prompt = prompt;
+            match self.render(request) {
+                // Otherwise the parser would not know where the answer begins.
+                Ok(prompt) if prompt.ends_with(&prepared.generation_prompt) => prepared.prompt = prompt,
+                Err(error @ ChatError::Lost(_)) => return Err(error.into()),
+                // llama.cpp has rendered what our Jinja does not run, or has put the messages into another form.
+                _ => {}
             }
         }
         Ok(prepared)
     }
 
-    fn render(&self, request: &ChatRequest) -> Result<String, FormatError> {
+    fn render(&self, request: &ChatRequest) -> Result<String, ChatError> {
         let text = |message: &Value, field: &str| message[field].as_str().unwrap_or_default().to_owned();
         let messages: Vec<_> = request
             .messages
@@ -292,7 +294,7 @@ impl ChatFormat {
             variables,
             ..RenderOptions::default()
         };
-        Ok(self.template.render_with(&messages, &options)?)
+        self.template.render_with(&messages, &options)
     }
 }
 

@@ -33,5 +33,7 @@ pub use message::Message;
 pub use schema::json_schema_to_grammar;
 pub use template::{ChatTemplate, RenderOptions};
 
+#[cfg(all(test, feature = "serve"))]
+mod format_tests;
 #[cfg(test)]
 mod tests;

@@ -689,6 +689,14 @@ pub struct SamplingArgs {
     /// A file with such a grammar
     #[arg(long, value_name = "FILE")]
     pub grammar_file: Option<PathBuf>,
+    /// A JSON schema of the text
+    #[cfg(feature = "serve")]
+    #[arg(short, long, value_name = "SCHEMA", conflicts_with_all = ["json_schema_file", "grammar", "grammar_file"])]
+    pub json_schema: Option<String>,
+    /// A file with such a schema (also -jf)
+    #[cfg(feature = "serve")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["grammar", "grammar_file"])]
+    pub json_schema_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

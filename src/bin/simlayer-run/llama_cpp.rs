@@ -120,8 +120,8 @@ const CHAT: &str = "use the command chat";
 const AFFIXES: &str = "write it into the prompt, or use the command chat, which applies the model's template";
 const CACHE: &str = "the prompt is read anew each time";
 const REASONING: &str = "an answer is shown as the model gives it, its reasoning included";
-const SCHEMA: &str =
-    "turn the schema into a grammar with llama.cpp's json_schema_to_grammar.py and give it with --grammar-file";
+#[cfg(not(feature = "serve"))]
+const SCHEMA: &str = "this program is built without the feature `serve`, which turns schemas into grammars";
 
 use Values::{None as No, One, Switch, Two};
 
@@ -231,6 +231,11 @@ const OPTIONS: &[Known] = &[
     ours(&["-l", "--logit-bias"], One, "--logit-bias"),
     ours(&["--grammar"], One, "--grammar"),
     ours(&["--grammar-file"], One, "--grammar-file"),
+    #[cfg(feature = "serve")]
+    ours(&["-j", "--json-schema"], One, "--json-schema"),
+    #[cfg(feature = "serve")]
+    ours(&["-jf", "--json-schema-file"], One, "--json-schema-file"),
+    #[cfg(not(feature = "serve"))]
     refused(&["-j", "--json-schema", "-jf", "--json-schema-file"], One, SCHEMA),
     nothing(&["-bs", "--backend-sampling"], No),
     // llama-cli and llama-completion.

@@ -53,6 +53,8 @@ struct call_bounds {
     uint64_t     calls     = 0;
     bool         exhausted = false;
     bool         endless   = false;
+
+    bool reached() const { return exhausted || endless; }
 };
 
 thread_local call_bounds * bounds = nullptr;
@@ -66,7 +68,7 @@ template <typename Body> void within(call_bounds & limit, const Body & body) {
     try {
         body();
     } catch (...) {
-        if (!limit.exhausted && !limit.endless) {
+        if (!limit.reached()) {
             throw;
         }
     }
@@ -126,15 +128,16 @@ extern "C" __attribute__((no_instrument_function)) void __cyg_profile_func_enter
     if (!limit || std::uncaught_exceptions() > 0) {
         return;
     }
+    limit->calls++;
     if (static_cast<const char *>(__builtin_frame_address(0)) < limit->floor) {
         limit->exhausted = true;
-        throw simlayer::stack_exhausted("nested too deeply");
-    }
-    limit->calls++;
-    if (limit->calls > simlayer::MAX_CALLS ||
-        (limit->calls % simlayer::CALLS_PER_LOOK == 0 && simlayer::thread_seconds() > limit->until)) {
+    } else if (limit->calls > simlayer::MAX_CALLS ||
+               (limit->calls % simlayer::CALLS_PER_LOOK == 0 && simlayer::thread_seconds() > limit->until)) {
         limit->endless = true;
-        throw std::runtime_error("too many steps");
+    }
+    // Whoever catches it does not get far.
+    if (limit->reached()) {
+        throw std::runtime_error("a bound is reached");
     }
 }
 
@@ -206,6 +209,9 @@ extern "C" struct simlayer_chat * simlayer_chat_new(const char * source, size_t 
                 made->templates =
                     common_chat_templates_init(nullptr, text, std::string(bos, bos_size), std::string(eos, eos_size));
             } catch (const std::exception &) {
+                if (simlayer::bounds->reached()) {
+                    throw;
+                }
                 // Its message is lost in llama.cpp; the same again, to get it.
                 common_chat_template again(text, std::string(bos, bos_size), std::string(eos, eos_size));
                 throw;

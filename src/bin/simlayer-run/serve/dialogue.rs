@@ -5,9 +5,10 @@ use serde_json::{Map, Value, json};
 use simlayer::{
     AddBos, SamplerParams, Special, Token,
     chat::{
-        self, AnswerDelta, AnswerStream, ChatRequest, FormatError, Message, ReasoningFormat, RenderOptions, ToolChoice,
-        json_schema_to_grammar,
+        self, AnswerDelta, AnswerStream, ChatFormat, ChatRequest, FormatError, Message, ReasoningFormat, RenderOptions,
+        ToolChoice, json_schema_to_grammar,
     },
+    sampling::GrammarTrigger,
 };
 
 use super::{
@@ -52,8 +53,8 @@ pub struct Prepared {
 pub enum Reader {
     /// All of it is content.
     Plain,
-    /// As the template has models write calls and thoughts.
-    Format(Box<chat::Prepared>),
+    /// As the template has models write calls and thoughts. The prompt ends with the beginning of the answer.
+    Format { format: Box<chat::Prepared>, begun: String },
 }
 
 pub use simlayer::chat::Answer as Written;
@@ -80,6 +81,11 @@ pub fn prepare(app: &App, dialogue: Dialogue, params: &mut SamplerParams) -> Res
     let mut variables = app.template_kwargs.clone();
     variables.extend(dialogue.variables.clone());
     let Some(format) = &app.format else { return prepare_builtin(app, dialogue, variables, params) };
+    if !dialogue.tools.is_empty() && format.capabilities().get("supports_tools") != Some(&Value::Bool(true)) {
+        let message = "the model's chat template knows no tools: leave them out, or start the server with one that does \
+                       (--chat-template-file)";
+        return Err(ApiError::param("tools", message));
+    }
     let enable_thinking = variables.remove("enable_thinking").as_ref().and_then(Value::as_bool).unwrap_or(true);
     // As in llama-server: an answer that was begun is gone on with.
     let begun = dialogue.messages.last().is_some_and(is_begun);
@@ -104,8 +110,22 @@ pub fn prepare(app: &App, dialogue: Dialogue, params: &mut SamplerParams) -> Res
         continue_final_message: begun,
     };
     let is_plain = request.tools.is_empty() && request.json_schema.is_none() && !begun;
-    let prepared = format.apply(&request)?;
+    let mut prepared = format.apply(&request)?;
     prepared.constrain(params);
+    let mut call = String::new();
+    if !matches!(request.tool_choice, ToolChoice::Auto | ToolChoice::None) {
+        if prepared.grammar.is_none() {
+            let message =
+                "how the model's chat template writes calls is not understood: only \"auto\" can be asked for";
+            return Err(ApiError::param("tool_choice", message));
+        }
+        // The grammar allows words before the call, of which small models find no end.
+        if !prepared.supports_thinking && !begun {
+            call = beginning_of_calls(format, request)?;
+            prepared.prompt.push_str(&call);
+            params.grammar_prefix.push_str(&call);
+        }
+    }
     let vocab = app.model.vocab();
     let mut shown = Vec::new();
     for name in &prepared.preserved_tokens {
@@ -118,9 +138,18 @@ pub fn prepare(app: &App, dialogue: Dialogue, params: &mut SamplerParams) -> Res
     let stops = prepared.additional_stops.clone();
     let reader = match is_plain && !prepared.supports_thinking {
         true => Reader::Plain,
-        false => Reader::Format(Box::new(prepared)),
+        false => Reader::Format { format: Box::new(prepared), begun: call },
     };
     Ok(Prepared { prompt, stops, shown, reader })
+}
+
+/// What all calls begin with, where the model may say something else and that tells a call from it.
+fn beginning_of_calls(format: &ChatFormat, request: ChatRequest) -> Result<String, ApiError> {
+    let free = format.apply(&ChatRequest { tool_choice: ToolChoice::Auto, ..request })?;
+    match &free.grammar_triggers[..] {
+        [GrammarTrigger::Word(word)] => Ok(word.clone()),
+        _ => Ok(String::new()),
+    }
 }
 
 /// As [`prepare`], where the template is one of llama.cpp's built-in ones, which know roles and texts.
@@ -293,7 +322,12 @@ impl Progress {
     pub fn new(reader: &Reader) -> Progress {
         match reader {
             Reader::Plain => Progress::Plain(String::new()),
-            Reader::Format(format) => Progress::Format { stream: Box::new(format.stream()), unread: None },
+            Reader::Format { format, begun } => {
+                let mut stream = Box::new(format.stream());
+                // Nothing of it is news: it is the name of no tool yet.
+                let _ = stream.push(begun);
+                Progress::Format { stream, unread: None }
+            }
         }
     }
 

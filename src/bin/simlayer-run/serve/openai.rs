@@ -241,10 +241,12 @@ fn add_usage<'a>(object: &mut Value, usages: impl Iterator<Item = &'a Usage>, n_
 pub fn kv(usages: &[&Usage]) -> Value {
     let bytes: usize = usages.iter().map(|usage| usage.kv_bytes).sum();
     let f16_bytes: usize = usages.iter().map(|usage| usage.f16_bytes).sum();
+    // A short text's cache has more room than it needs: nothing is saved yet.
+    let compression = Some(f16_bytes as f64 / bytes.max(1) as f64).filter(|&times| times >= 1.0);
     json!({
         "allocated_bytes": bytes,
         "f16_bytes": f16_bytes,
-        "compression": if bytes == 0 { 0.0 } else { f16_bytes as f64 / bytes as f64 },
+        "compression": compression,
         "lazy_layers": usages.first().map_or(0, |usage| usage.lazy_layers),
         "active_layers": usages.first().map_or(0, |usage| usage.active_layers),
     })
