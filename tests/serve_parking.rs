@@ -35,7 +35,10 @@ impl Server {
     /// `program` is the program, or one that becomes it.
     fn spawn(mut program: Command, dir: Option<&Path>, options: &[&str]) -> Server {
         program.env("SIMLAYER_PROFILES", "/no/such/folder").args(["serve", "--port", "0", "-t", "1", "-c", "1024"]);
-        program.arg("-m").arg(smollm2_path()).args(["--lazy", "off", "--parallel", "1"]).args(options);
+        program.arg("-m").arg(smollm2_path()).args(["--parallel", "1"]).args(options);
+        if !options.contains(&"--lazy") {
+            program.args(["--lazy", "off"]);
+        }
         if let Some(dir) = dir {
             program.arg("--kv-disk").arg(dir);
         }
@@ -295,4 +298,25 @@ fn a_disk_without_room_is_said_once() {
     expected.begin(&server);
     wait_until("all are parked", || server.parked("stored") >= N as u64);
     assert_eq!(expected.check(&server), N);
+}
+
+#[test]
+fn an_edited_turn_goes_on_from_the_turn_before() {
+    let expected = &*EXPECTED;
+    let dir = tempfile::tempdir().unwrap();
+    // Cutting a conversation back is not possible then, but to where its last prompt ended.
+    let lazy = [&SMALL[..], &["--lazy", "budget:0.5", "--lazy-window", "32", "--lazy-slack", "0"]].concat();
+    let server = Server::start(Some(dir.path()), &lazy);
+    let first = &expected.firsts[0];
+    let turn = [first, &server.answer(first).tokens[..]].concat();
+    wait_until("the first turn is parked", || server.parked("stored") == 1);
+    let [one, other] = [" What happened after that? Then the keeper", " What happened to the ships?"]
+        .map(|text| [&turn[..], &server.tokens(text)].concat());
+    server.answer(&one);
+    wait_until("the second turn is parked", || server.parked("stored") == 2);
+    server.kill();
+    let server = Server::start(Some(dir.path()), &lazy);
+    let answer = server.answer(&other);
+    // The answer's last token was never run.
+    assert_eq!(answer.cached, turn.len() - 1, "{}", server.log());
 }

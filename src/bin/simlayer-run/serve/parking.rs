@@ -237,7 +237,6 @@ impl Parking {
     }
 
     /// The longest parked conversation that the `tokens` begin with.
-    #[cfg(test)]
     pub fn find(&self, tokens: &[i32]) -> Option<Parked> {
         self.best(tokens, |parked| parked.n_common == parked.n_tokens)
     }

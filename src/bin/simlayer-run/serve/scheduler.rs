@@ -559,26 +559,52 @@ impl Scheduler {
         self.shared.count(|counts| counts.evicted += 1);
     }
 
-    /// Restores the parked conversation that a prompt has most in common with, where that is more than `known` tokens and
-    /// there is room, as an idle one.
+    /// Restores a parked conversation that the prompt can go on from, where that is more than `known` tokens and there is
+    /// room, as an idle one: the one that has most in common with it, or, where that cannot be cut back so far (a lazy
+    /// layer has dropped what that needs), the longest that it begins with.
     fn restore(&mut self, prompt: &[Token], until: usize, known: usize) {
         let Some(parking) = self.parking.clone() else { return };
-        let Some(parked) = parking.find_common(prompt) else { return };
+        let (common, whole) = (parking.find_common(prompt), parking.find(prompt));
+        let least = whole.as_ref().map_or(known, |whole| whole.n_common.max(known));
+        if let Some(common) = common.filter(|common| common.n_common > least)
+            && self.restore_one(&parking, &common, prompt, until, least)
+        {
+            return;
+        }
+        if let Some(whole) = whole {
+            self.restore_one(&parking, &whole, prompt, until, known);
+        }
+    }
+
+    /// False where it cannot be gone on from after more than `known` tokens.
+    fn restore_one(
+        &mut self,
+        parking: &Parking,
+        parked: &Parked,
+        prompt: &[Token],
+        until: usize,
+        known: usize,
+    ) -> bool {
         // Of a conversation that goes on otherwise from early on, little could be used.
         let is_worth = parked.n_common >= LEAST_PARKED + known && 2 * parked.n_common >= parked.n_tokens;
         let bytes = usize::try_from(parked.bytes).unwrap_or(usize::MAX / 4);
         let grown = self.session.bytes_of(until).saturating_sub(self.session.bytes_of(parked.n_common));
         if !is_worth || !self.make_room(bytes + grown, None, false) {
-            return;
+            return false;
         }
         let seq = self.new_seq();
-        match self.load(&parking, &parked, seq) {
-            Ok(()) => {
-                let bytes = self.bytes(seq);
-                self.idle.push(Idle { seq, text: None, bytes, used: Instant::now(), is_parked: true });
-            }
-            Err(why) => eprintln!("--kv-disk: {why}; the prompt is read anew"),
+        if let Err(why) = self.load(parking, parked, seq) {
+            eprintln!("--kv-disk: {why}; the prompt is read anew");
+            return false;
         }
+        let most = parked.n_common.min(prompt.len() - 1);
+        if !(known + 1..=most).rev().any(|n| self.session.seq_can_truncate(seq, n)) {
+            self.session.seq_clear(seq);
+            return false;
+        }
+        let bytes = self.bytes(seq);
+        self.idle.push(Idle { seq, text: None, bytes, used: Instant::now(), is_parked: true });
+        true
     }
 
     fn load(&mut self, parking: &Parking, parked: &Parked, seq: SeqId) -> Result<(), String> {
