@@ -205,11 +205,19 @@ await step("what a model writes becomes no element but those of its Markdown", a
   }
 });
 
+await step("a long text makes layers lazy", async () => {
+  await set({ "Longest answer": 60 });
+  await page.getByRole("button", { name: "New conversation" }).click();
+  const days = Array.from({ length: 30 }, (_, day) => `Day ${day + 1}: ${7 + ((day * 5) % 11)} ships passed the lighthouse, and the keeper wrote down their names.`);
+  await ask(`Here are a keeper's notes.\n\n${days.join("\n")}\n\nWhat did the keeper do?`);
+  await page.locator("#memory .legend .lazy").waitFor();
+  await page.getByText("times smaller than f16").first().waitFor();
+  await ask("And how many days do the notes tell of?");
+});
+
 await step("pictures", async () => {
-  await page.locator("#conversations .title").nth(1).click();
-  await messages.nth(5).waitFor();
   await page.mouse.move(640, 5);
-  await page.screenshot({ path: path.join(pictures, "page-light.png") });
+  await page.screenshot({ path: path.join(pictures, "serve-light.png") });
   const state = await context.storageState();
   const phone = await browser.newContext({
     storageState: state,
@@ -221,14 +229,17 @@ await step("pictures", async () => {
   const small = await phone.newPage();
   watch(small);
   await small.goto(url);
+  await small.locator(".message").nth(3).waitFor();
   await small.getByRole("button", { name: "Conversations" }).tap();
-  await small.locator("#conversations .title").nth(1).tap();
+  await small.locator("#conversations .title").nth(2).tap();
   await small.locator(".message").nth(5).waitFor();
   assert.ok(await small.evaluate(() => document.documentElement.scrollWidth <= innerWidth), "wider than the phone");
-  await small.screenshot({ path: path.join(pictures, "page-dark.png") });
+  await small.screenshot({ path: path.join(pictures, "serve-phone.png") });
+  await small.getByRole("button", { name: "Conversations" }).tap();
+  await small.locator("#conversations .title").nth(0).tap();
   await small.getByRole("button", { name: "Memory and layers" }).tap();
   await small.locator("#memory .layer").first().waitFor();
-  await small.screenshot({ path: path.join(pictures, "page-memory.png") });
+  await small.screenshot({ path: path.join(pictures, "serve-dark.png") });
   await phone.close();
 });
 

@@ -42,7 +42,7 @@ pub fn run(args: &Args) -> Result<()> {
     };
     fs::create_dir_all(&pictures)?;
     // Half of the layers are lazy, so that there is something to see.
-    let options = ["-c", "4096", "--lazy", "budget:0.5", "--parallel", "2"];
+    let options = ["-c", "4096", "--lazy", "budget:0.5", "--lazy-window", "128", "--parallel", "2"];
     let server = Serving::start(&env, &program, &model, &options, false)?;
     let mut node = env.command("node");
     sh::run(node.arg(script).arg(format!("{}/", server.url)).arg(&pictures).arg(chromium))?;

@@ -5,7 +5,7 @@ import { ApiError, chat, get } from "./api.js";
 import { Conversation, isConversation, list, load, remove } from "./conversation.js";
 import { bytes, copyButton, h } from "./dom.js";
 import { show } from "./markdown.js";
-import { draw } from "./memory.js";
+import { draw, tokensOf } from "./memory.js";
 
 const $ = (id) => document.getElementById(id);
 const SETTINGS = "simlayer.settings";
@@ -299,10 +299,12 @@ function choose(id) {
 function go(to) {
   conversation = to;
   editing = null;
+  memory.slot = null;
   for (const storage of [sessionStorage, localStorage]) storage.setItem(CHOSEN, to.id);
   toggle("list", false);
   render();
   renewList();
+  renewMemory();
   $("text").focus();
 }
 
@@ -327,11 +329,7 @@ async function loadMemory() {
   if (!document.hidden) {
     const [props, slots] = await Promise.allSettled([get("props", apiKey()), get("slots", apiKey())]);
     if (props.status === "fulfilled") memory.props = props.value;
-    if (slots.status === "fulfilled" && Array.isArray(slots.value)) {
-      const busy = slots.value.find((slot) => (slot.state ?? "idle") !== "idle");
-      if (running && busy) memory.slot = busy.id;
-      memory.slots = slots.value;
-    }
+    if (slots.status === "fulfilled" && Array.isArray(slots.value)) memory.slots = slots.value;
     memory.error = slots.status === "rejected" ? `The server does not tell what its caches take: ${slots.reason.message}` : null;
     renewMemory();
   }
@@ -339,11 +337,22 @@ async function loadMemory() {
   timer = setTimeout(loadMemory, running ? 1500 : 15000);
 }
 
+/** The slot of this conversation, as far as that can be known: the busy one, or the one that has as many tokens. */
+function slotOfConversation() {
+  const busy = memory.slots?.find((slot) => (slot.state ?? "idle") !== "idle");
+  if (running?.conversation === conversation && busy) return busy.id;
+  const usage = conversation.path().findLast((message) => message.end?.usage)?.end.usage;
+  const tokens = usage ? usage.prompt_tokens + usage.completion_tokens : NaN;
+  // The last token of an answer need not be in the cache.
+  return memory.slots?.find((slot) => Math.abs(tokensOf(slot) - tokens) <= 1)?.id;
+}
+
 /** What was drawn last; drawn again only when it changed, so that the focus stays where it is. */
 let drawn = "";
 
 function renewMemory() {
-  const now = JSON.stringify(memory);
+  const slot = memory.slot ?? slotOfConversation();
+  const now = JSON.stringify([memory, slot]);
   if (now === drawn) return;
   drawn = now;
   const { props } = memory;
@@ -352,7 +361,7 @@ function renewMemory() {
     memory.slot = slot;
     renewMemory();
   };
-  draw($("memory"), { ...memory, choose });
+  draw($("memory"), { ...memory, slot, choose });
 }
 
 // ---- settings ----

@@ -32,7 +32,7 @@ export function draw(panel, { props, slots, slot, choose, error }) {
 }
 
 /** How many tokens a slot has. */
-const tokensOf = (slot) => slot.tokens ?? slot.n_past ?? slot.kv?.context_tokens;
+export const tokensOf = (slot) => slot.tokens ?? slot.n_past ?? slot.kv?.context_tokens;
 
 function bar(slot) {
   const { kv, n_ctx } = slot;
@@ -40,7 +40,7 @@ function bar(slot) {
   const share = f16 > 0 ? Math.min(taken / f16, 1) : 0;
   // Before there are tokens, and for very short texts, a cache takes more than f16 would: no word of factors then.
   const factor = taken > 0 && f16 / taken >= 1.05 ? `${(f16 / taken).toFixed(1)} times smaller than f16` : null;
-  const text = `${bytes(taken)} of ${bytes(f16)} in f16`;
+  const text = `${bytes(taken)}; f16 would take ${bytes(f16)}`;
   const context = tokensOf(slot);
   return [
     h(
