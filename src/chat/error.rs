@@ -25,3 +25,25 @@ pub enum ChatError {
     #[error(transparent)]
     Vocab(#[from] VocabError),
 }
+
+/// What can go wrong with a model's tool calls, reasoning and schemas.
+#[cfg(feature = "serve")]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum FormatError {
+    /// The schema is none, or one that is too large or too deep.
+    #[error("the JSON schema cannot be used: {0}")]
+    Schema(String),
+    /// The template does not parse, or nothing can be made of how it writes calls.
+    #[error("the chat template cannot be used: {0}")]
+    Template(String),
+    /// The request says what no template can be given.
+    #[error("the request cannot be used: {0}")]
+    Request(String),
+    /// The prompt was not rendered.
+    #[error(transparent)]
+    Chat(#[from] ChatError),
+    /// The answer is not written as the request's format says.
+    #[error("the model's answer cannot be read: {0}")]
+    Answer(String),
+}

@@ -7,10 +7,10 @@ use serde::Serialize;
 use super::{
     error::Error,
     layer::LayerKind,
-    setup::{LayerPlan, SessionParams, kernel},
+    setup::{LayerPlan, SessionParams, Setup, kernel},
 };
 use crate::{
-    cache::{Format, Span, StateStore},
+    cache::{Format, Span, StateStore, Store},
     ggml::Device,
     lazy::{Policy, n_active},
     model::{Model, ModelParams, Planned},
@@ -117,6 +117,25 @@ fn cache(plan: &LayerPlan, index: usize, n_ctx: usize, policy: &Policy) -> Plann
         (false, None) => LayerKind::Nothing,
     };
     PlannedCache { index, kind, shares: plan.shares, kv_bytes, lazy_kv_bytes, state_bytes: state_bytes(plan) }
+}
+
+/// Bytes of a sequence of `n` tokens of which no layer has become lazy, read piece by piece, with the room to grow that
+/// stores have.
+pub(super) fn sequence_bytes(setup: &Setup, n: usize) -> usize {
+    let hparams = setup.model.hparams();
+    let width = hparams.kv_width();
+    let bytes = setup.layers.iter().map(|layer| {
+        let plan = &layer.plan;
+        if !plan.attends {
+            return state_bytes(plan);
+        }
+        let (span, format) = layer.at_first();
+        let rows = Store::rows_with_room(n).min(layer.n_ctx).max(n).next_multiple_of(plan.block);
+        let rows = span.map_or(rows, |span| rows.min(plan.rows(span)));
+        let exact = plan.exact_span_for(format).map_or(0, |exact| exact.n_rows() * format.exact().row_bytes(width));
+        rows * format.row_bytes(width) + exact + state_bytes(plan)
+    });
+    bytes.sum()
 }
 
 fn state_bytes(plan: &LayerPlan) -> usize {

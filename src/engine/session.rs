@@ -16,6 +16,7 @@ use super::{
     error::Error,
     executor::Executor,
     layer::LayerReport,
+    plan,
     run::{run, run_embeddings},
     sequence::Sequence,
     sequences::Sequences,
@@ -326,6 +327,19 @@ impl Session {
         self.sequences.report(&self.setup)
     }
 
+    /// What a sequence of `n` tokens takes before any layer is lazy, in bytes: what must be free for a prompt of that
+    /// length that is read piece by piece.
+    #[doc(hidden)]
+    pub fn bytes_of(&self, n: usize) -> usize {
+        plan::sequence_bytes(&self.setup, n)
+    }
+
+    /// What an uncompressed f16 cache of `n` tokens takes, in bytes.
+    #[doc(hidden)]
+    pub fn f16_bytes_of(&self, n: usize) -> usize {
+        self.setup.model.hparams().f16_kv_bytes(n)
+    }
+
     /// Each layer of a sequence: its score, whether it is lazy, its bytes.
     pub fn layers(&self, seq: SeqId) -> Vec<LayerReport> {
         self.sequences.get(seq).map_or_else(Vec::new, Sequence::report)
@@ -438,6 +452,19 @@ impl Session {
     #[doc(hidden)]
     pub fn save_seq(&self, seq: SeqId, to: &mut dyn Write) -> io::Result<()> {
         state::save(&self.setup, self.sequences.get(seq), Kind::Whole, to)
+    }
+
+    /// What a state that this session can read depends on, as text: the weights, the adapters, the types and spans of caches.
+    #[doc(hidden)]
+    pub fn state_settings(&self) -> String {
+        let SessionParams { type_k, type_v, kv_rotate, kv_exact, lazy, adapters, .. } = &self.setup.params;
+        let weights: String = self.setup.model.fingerprint().iter().map(|byte| format!("{byte:02x}")).collect();
+        let LazyParams { type_k: lazy_k, type_v: lazy_v, n_sink, n_window, n_slack, windows, .. } = lazy;
+        let adapters: Vec<_> = adapters.iter().map(|(adapter, scale)| (adapter.path(), scale)).collect();
+        format!(
+            "{weights} {type_k}/{type_v} {kv_rotate:?} exact {kv_exact} lazy {lazy_k:?}/{lazy_v:?} {n_sink}+{n_window}+{n_slack} \
+             {windows:?} {adapters:?}"
+        )
     }
 
     /// Bytes of the state at the beginning of `from`, as its header says.

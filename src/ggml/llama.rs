@@ -16,7 +16,7 @@ use super::logging::silence_logs;
 const ERROR_BYTES: usize = 1024;
 
 /// Runs `call` with a message buffer; whatever message it leaves comes back beside its result.
-fn with_message<T>(call: impl FnOnce(*mut c_char, usize) -> T) -> (T, String) {
+pub(super) fn with_message<T>(call: impl FnOnce(*mut c_char, usize) -> T) -> (T, String) {
     let mut buffer = [0u8; ERROR_BYTES];
     let result = call(buffer.as_mut_ptr().cast(), buffer.len());
     let length = buffer.iter().position(|&byte| byte == 0).unwrap_or(buffer.len());
@@ -431,6 +431,41 @@ impl RawSampler {
         let (sampler, message) = with_message(|message, size| unsafe {
             let ptr =
                 sys::simlayer_sampler_init_grammar(vocab.as_ptr(), grammar.as_ptr(), root.as_ptr(), message, size);
+            RawSampler::own(ptr, vocab)
+        });
+        sampler.ok_or(message)
+    }
+
+    /// As [`RawSampler::grammar`], of which nothing holds before one of the tokens comes, or a match of one of the patterns:
+    /// regular expressions (ECMAScript's) over the text so far. The grammar begins at the pattern's first group.
+    pub fn lazy_grammar(
+        vocab: &Arc<RawVocab>,
+        grammar: &str,
+        root: &str,
+        patterns: &[String],
+        tokens: &[i32],
+    ) -> Result<RawSampler, String> {
+        if let Some(token) = tokens.iter().find(|&&token| !vocab.contains(token)) {
+            return Err(format!("{token} is no token of the vocabulary"));
+        }
+        let grammar = c_string(grammar, "the grammar")?;
+        let root = c_string(root, "the rule's name")?;
+        let texts =
+            patterns.iter().map(|pattern| c_string(pattern, "a trigger pattern")).collect::<Result<Vec<_>, _>>()?;
+        let mut patterns: Vec<_> = texts.iter().map(|pattern| pattern.as_ptr()).collect();
+        // SAFETY: the strings, the arrays and the buffer outlive the call, which copies them; the sampler is new.
+        let (sampler, message) = with_message(|message, size| unsafe {
+            let ptr = sys::simlayer_sampler_init_lazy_grammar(
+                vocab.as_ptr(),
+                grammar.as_ptr(),
+                root.as_ptr(),
+                patterns.as_mut_ptr(),
+                patterns.len(),
+                tokens.as_ptr(),
+                tokens.len(),
+                message,
+                size,
+            );
             RawSampler::own(ptr, vocab)
         });
         sampler.ok_or(message)

@@ -16,6 +16,8 @@
 //! * Weights are written while loading only. Other tensors belong to one session, which is used through `&mut`.
 
 mod attention;
+#[cfg(feature = "serve")]
+mod chat;
 mod context;
 mod device;
 mod error;
@@ -63,6 +65,8 @@ pub use low_rank::{Adapted, LowRank};
 pub use scheduler::{AbortCallback, Scheduler};
 
 pub(crate) use attention::ATTENTION_BLOCK;
+#[cfg(feature = "serve")]
+pub(crate) use chat::{RawChat, RawPrepared, json_schema_to_grammar, message_diff};
 #[cfg(test)]
 pub(crate) use context::Plain;
 pub(crate) use llama::{Candidates, RawSampler, SamplerKind, builtin_chat_template, builtin_chat_templates};

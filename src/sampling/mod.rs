@@ -1,24 +1,16 @@
 //! From logits to the next token: llama.cpp's samplers, in the order and with the defaults of its `llama-cli`.
 
+mod constraint;
+mod error;
+
+use constraint::Constraint;
+pub use constraint::{GrammarTrigger, ThinkingTags};
+pub use error::SamplingError;
+
 use crate::{
     ggml::{Candidates, RawSampler, SamplerKind},
     vocab::{Token, Vocab},
 };
-
-/// What can go wrong while a token is chosen.
-#[derive(Debug, Clone, PartialEq, thiserror::Error)]
-#[non_exhaustive]
-pub enum SamplingError {
-    /// A parameter is outside its range.
-    #[error("{name} is {value}: it must be {must}")]
-    Parameter { name: &'static str, value: f64, must: &'static str },
-    /// The grammar does not parse.
-    #[error("the grammar cannot be used: {0}")]
-    Grammar(String),
-    /// No token could be chosen, for instance because the grammar allows none.
-    #[error("no token can be sampled: {0}")]
-    Sample(String),
-}
 
 /// How tokens are chosen; [`Default`] gives llama-cli's settings.
 ///
@@ -75,6 +67,12 @@ pub struct SamplerParams {
     pub ignore_eos: bool,
     /// A GBNF grammar, with a rule named `root`, that the generated text follows.
     pub grammar: Option<String>,
+    /// What makes the grammar hold, from there on: until then any text goes. Without any it holds from the beginning.
+    pub grammar_triggers: Vec<GrammarTrigger>,
+    /// What of the grammar's text the prompt ends with already. A grammar with triggers does not begin there.
+    pub grammar_prefix: String,
+    /// What marks the model's thoughts, in which no trigger counts.
+    pub thinking: Option<ThinkingTags>,
 }
 
 /// Sampling that steers towards a target surprise.
@@ -120,6 +118,9 @@ impl Default for SamplerParams {
             logit_bias: Vec::new(),
             ignore_eos: false,
             grammar: None,
+            grammar_triggers: Vec::new(),
+            grammar_prefix: String::new(),
+            thinking: None,
         }
     }
 }
@@ -212,7 +213,7 @@ const LLAMA_RANDOM_SEED: u32 = u32::MAX;
 #[derive(Debug)]
 pub struct Sampler {
     chain: RawSampler,
-    grammar: Option<RawSampler>,
+    grammar: Option<Constraint>,
     candidates: Candidates,
     n_vocab: usize,
     seed: u32,
@@ -223,13 +224,19 @@ impl Sampler {
     ///
     /// # Errors
     /// [`SamplingError::Parameter`] when a parameter is out of range, [`SamplingError::Grammar`] when the grammar does
-    /// not parse.
+    /// not parse, a trigger is no regular expression, or the prefix is none of the grammar's texts.
     pub fn new(vocab: &Vocab, params: &SamplerParams) -> Result<Sampler, SamplingError> {
         params.check()?;
         let seed = params.seed.filter(|&seed| seed != LLAMA_RANDOM_SEED).unwrap_or_else(random_seed);
         let chain = RawSampler::chain(vocab.raw(), &params.links(vocab, seed)).map_err(SamplingError::Sample)?;
         let grammar = match &params.grammar {
-            Some(text) => Some(RawSampler::grammar(vocab.raw(), text, "root").map_err(SamplingError::Grammar)?),
+            Some(text) => Some(Constraint::new(
+                vocab,
+                text,
+                &params.grammar_triggers,
+                &params.grammar_prefix,
+                params.thinking.as_ref(),
+            )?),
             None => None,
         };
         Ok(Sampler { chain, grammar, candidates: Candidates::default(), n_vocab: vocab.n_tokens(), seed })
@@ -258,7 +265,7 @@ impl Sampler {
             token = self.choose(logits, true)?;
         }
         if let Some(grammar) = &mut self.grammar {
-            grammar.accept(token).map_err(SamplingError::Sample)?;
+            grammar.accept(token)?;
         }
         self.chain.accept(token).map_err(SamplingError::Sample)?;
         Ok(token)
@@ -279,7 +286,7 @@ impl Sampler {
     /// [`SamplingError::Sample`] when llama.cpp fails to do so.
     pub fn reset(&mut self) -> Result<(), SamplingError> {
         if let Some(grammar) = &mut self.grammar {
-            grammar.reset().map_err(SamplingError::Sample)?;
+            grammar.reset()?;
         }
         self.chain.reset().map_err(SamplingError::Sample)
     }
@@ -289,10 +296,10 @@ impl Sampler {
     /// # Errors
     /// [`SamplingError::Sample`] when llama.cpp fails to copy it.
     pub fn try_clone(&self) -> Result<Sampler, SamplingError> {
-        let grammar = self.grammar.as_ref().map(RawSampler::try_clone).transpose();
+        let grammar = self.grammar.as_ref().map(Constraint::try_clone).transpose();
         Ok(Sampler {
             chain: self.chain.try_clone().map_err(SamplingError::Sample)?,
-            grammar: grammar.map_err(SamplingError::Sample)?,
+            grammar: grammar?,
             candidates: Candidates::default(),
             n_vocab: self.n_vocab,
             seed: self.seed,
@@ -302,7 +309,7 @@ impl Sampler {
     fn choose(&mut self, logits: &[f32], by_grammar: bool) -> Result<Token, SamplingError> {
         self.candidates.fill(logits);
         if by_grammar && let Some(grammar) = &mut self.grammar {
-            grammar.apply(&mut self.candidates).map_err(SamplingError::Sample)?;
+            grammar.apply(&mut self.candidates)?;
         }
         self.chain.apply(&mut self.candidates).map_err(SamplingError::Sample)?;
         self.candidates.selected().ok_or_else(|| SamplingError::Sample("every token was filtered out".to_owned()))
@@ -311,7 +318,7 @@ impl Sampler {
     fn allows(&mut self, token: Token) -> Result<bool, SamplingError> {
         let Some(grammar) = &mut self.grammar else { return Ok(true) };
         self.candidates.fill_one(token);
-        grammar.apply(&mut self.candidates).map_err(SamplingError::Sample)?;
+        grammar.apply(&mut self.candidates)?;
         Ok(self.candidates.first_logit().is_some_and(|logit| logit > f32::NEG_INFINITY))
     }
 }

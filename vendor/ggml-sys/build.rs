@@ -128,6 +128,9 @@ impl<'a> Library<'a> {
     /// Compiles one archive each for llama.cpp's files, ggml-cpu and ggml-base, users before used, since the
     /// linker resolves static archives in order.
     fn build(&self) {
+        if has_feature("CHAT") {
+            self.chat();
+        }
         let llama = [
             "unicode-data",
             "llama-sampler",
@@ -223,6 +226,60 @@ impl<'a> Library<'a> {
         if self.openmp {
             println!("cargo:rustc-link-lib=dylib=gomp");
         }
+    }
+
+    /// llama.cpp's chat files: templates with tools, parsers of answers, JSON schemas to grammars.
+    fn chat(&self) {
+        let common = self.source.join("common");
+        let named = |names: &[&str]| names.iter().map(|name| common.join(format!("{name}.cpp"))).collect();
+        let mut parsers = files_ending(&common.join("parsers"), ".cpp");
+        parsers.sort();
+        // Each of these many files is small, and spends its time on the same headers.
+        let units: [(&str, Vec<PathBuf>); 4] = [
+            ("parsers", parsers),
+            // In this order: the first of them specialises a template that others use.
+            (
+                "jinja",
+                named(&["jinja/value", "jinja/string", "jinja/lexer", "jinja/parser", "jinja/runtime", "jinja/caps"]),
+            ),
+            (
+                "templates",
+                named(&[
+                    "chat",
+                    "chat-peg-parser",
+                    "chat-auto-parser-generator",
+                    "chat-auto-parser-helpers",
+                    "chat-diff-analyzer",
+                ]),
+            ),
+            ("peg", named(&["peg-parser", "json-schema-to-grammar", "json-schema", "trie", "unicode"])),
+        ];
+        let mut bounded = self.chat_compiler(&common);
+        for (name, files) in units {
+            let unit = self.out.join(format!("chat-{name}.cpp"));
+            let text: String =
+                files.iter().map(|file| format!("#include {:?}\n", file.display().to_string())).collect();
+            fs::write(&unit, text).expect("OUT_DIR is writable");
+            bounded.file(unit);
+        }
+        bounded.flag("-include").flag("shim/chat_bounds.h");
+        // shim/chat.cpp says what for. Only gcc can leave functions out; elsewhere their input's size is what is bounded.
+        if bounded.get_compiler().is_like_gnu() {
+            bounded
+                .flag("-finstrument-functions")
+                .flag("-finstrument-functions-exclude-file-list=/c++/,/nlohmann/")
+                .flag("-finstrument-functions-exclude-function-list=~,operator=,&&),hash,what");
+        }
+        let mut build = self.chat_compiler(&common);
+        build.file(common.join("json.cpp")).file("shim/chat.cpp").objects(bounded.compile_intermediates());
+        build.compile("simlayer-chat");
+    }
+
+    /// Nothing of these runs for each token of a prompt: they are to compile fast.
+    fn chat_compiler(&self, common: &Path) -> cc::Build {
+        let mut build = self.cpp();
+        build.opt_level(1).include(self.source).include(common).include(self.source.join("vendor"));
+        build
     }
 
     /// The client and the server of ggml's protocol for remote devices.
@@ -474,8 +531,8 @@ fn stop(why: &str) -> ! {
 fn bind(source: &Path, out: &Path) {
     let include = |dir: &str| format!("-I{}", source.join(dir).display());
     let mut clang_args = vec![include("ggml/include"), include("include")];
-    if has_feature("RPC") {
-        clang_args.push("-DSIMLAYER_RPC".to_owned());
+    for feature in ["RPC", "CHAT"].into_iter().filter(|feature| has_feature(feature)) {
+        clang_args.push(format!("-DSIMLAYER_{feature}"));
     }
     bindgen::Builder::default()
         .header("shim/bindings.h")

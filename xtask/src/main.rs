@@ -8,10 +8,14 @@ mod dist;
 mod frontends;
 mod fuzz;
 mod notices;
+mod page;
+mod parking;
 mod plot;
 mod prepare;
 mod quality;
 mod rss;
+mod serve_load;
+mod serving;
 mod sh;
 mod test;
 mod upstream;
@@ -49,6 +53,12 @@ enum Command {
     Quality(quality::Args),
     /// Run llama.cpp's own frontends and llama-cpp-python, unmodified, on our library.
     Frontends(frontends::Args),
+    /// Try the server's page in Chromium, and take pictures of it.
+    Page(page::Args),
+    /// Many conversations with a server that has memory for few: restoring them against reading them anew.
+    Parking(parking::Args),
+    /// Many clients of `simlayer-run serve` at once: its memory, and how long running answers wait.
+    ServeLoad(serve_load::Args),
     /// Run the tests of attention and products as compiled for 64-bit Arm, on QEMU's processors.
     ArmCheck,
     /// Compile and link ggml's CUDA kernels with a compiler of its own (no GPU needed; takes long).
@@ -71,6 +81,9 @@ fn main() -> ExitCode {
         Command::Dist(args) => dist::run(&args),
         Command::Quality(args) => quality::run(&args),
         Command::Frontends(args) => frontends::run(&args),
+        Command::Page(args) => page::run(&args),
+        Command::Parking(args) => parking::run(&args),
+        Command::ServeLoad(args) => serve_load::run(&args),
         Command::ArmCheck => arm_check::run(),
         Command::CudaCheck(args) => cuda_check::run(&args),
         Command::VulkanCheck(args) => vulkan_check::run(&args),

@@ -141,6 +141,18 @@ pub fn jinja2() -> Result<PathBuf> {
     Ok(python_dir())
 }
 
+/// Installs the clients of other people's that the server is tested with, and returns the folder to import them from.
+pub fn clients() -> Result<PathBuf> {
+    let pins = requirements("clients");
+    let pins = std::fs::read_to_string(&pins).with_context(|| pins.display().to_string())?;
+    let mut pinned = pins.lines().filter_map(|line| line.split_whitespace().next()?.split_once("=="));
+    if !pinned.all(|(name, version)| python_dir().join(format!("{name}-{version}.dist-info")).is_dir()) {
+        eprintln!("the openai and ollama clients are missing; the server is tested with them");
+        pip_install("clients")?;
+    }
+    Ok(python_dir())
+}
+
 /// Installs Valgrind where it is missing. No package of pip's has it.
 pub fn valgrind() -> Result<()> {
     if on_path("valgrind") {
@@ -238,7 +250,7 @@ fn is_root() -> bool {
     sh::output(Command::new("id").arg("-u")).is_ok_and(|id| id.trim() == "0")
 }
 
-fn apt_install(package: &str) -> Result<()> {
+pub fn apt_install(package: &str) -> Result<()> {
     let apt = |args: &[&str]| {
         let mut command = Command::new("apt-get");
         command.env("DEBIAN_FRONTEND", "noninteractive").arg("-q").args(args);

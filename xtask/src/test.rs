@@ -75,6 +75,7 @@ fn everything(env: &mut Env) -> Result<()> {
     })?;
     // The package that llama.cpp's source comes from otherwise leaves them out.
     let (jinja2, templates) = step("chat templates, jinja2", || Ok((prepare::jinja2()?, upstream::chat_templates()?)))?;
+    let clients = step("openai, ollama", prepare::clients)?;
     let env = &*env;
     let fuzz = Some(root().join("fuzz")).filter(|dir| dir.join("Cargo.toml").is_file());
     let outside = root().join("tests/outside");
@@ -125,6 +126,7 @@ fn everything(env: &mut Env) -> Result<()> {
         // The tests of the C ABI look for the library there.
         test.env("SIMLAYER_DIST", &dist);
         test.env("SIMLAYER_CHAT_TEMPLATES", &templates).env("SIMLAYER_JINJA2", &jinja2);
+        test.env("SIMLAYER_CLIENTS", &clients);
         test.args(["test", "--workspace", "--release", "--no-fail-fast", "--test", "*", "--examples"]);
         sh::run(test.args(ONE_AT_A_TIME))
     });

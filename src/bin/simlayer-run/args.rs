@@ -57,6 +57,9 @@ pub enum Command {
     /// Lend this machine's devices to others, for their --rpc
     #[cfg(feature = "rpc")]
     RpcServer(RpcServerArgs),
+    /// Serve the model over HTTP: OpenAI's API, llama-server's, Anthropic's and Ollama's
+    #[cfg(feature = "serve")]
+    Serve(ServeArgs),
     /// Print shell completions
     Completions(CompletionsArgs),
 }
@@ -368,6 +371,71 @@ pub struct RpcServerArgs {
     pub cache: Option<PathBuf>,
 }
 
+#[cfg(feature = "serve")]
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    pub common: CommonArgs,
+    /// Address to listen at, a path ending in .sock for a Unix socket
+    #[arg(help_heading = "Server", long, value_name = "HOST", default_value = "127.0.0.1")]
+    pub host: String,
+    /// Port to listen at; 0 takes a free one, which the log names
+    #[arg(help_heading = "Server", long, value_name = "PORT", default_value_t = 8080)]
+    pub port: u16,
+    /// Keys of which clients must send one (Authorization: Bearer KEY, or x-api-key)
+    #[arg(help_heading = "Server", long, value_name = "KEY,...", value_delimiter = ',', action = ArgAction::Append)]
+    pub api_key: Vec<String>,
+    /// A file with such keys, one a line; lines that begin with # are comments
+    #[arg(help_heading = "Server", long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+    /// The model's name for clients, several by commas [default: the file's name]
+    #[arg(help_heading = "Server", long, value_name = "NAME,...", value_delimiter = ',')]
+    pub alias: Vec<String>,
+    /// Pages of other hosts whose scripts may call the server, as Origin headers name them, or * for all [default: none]
+    #[arg(help_heading = "Server", long, value_name = "ORIGIN,...", value_delimiter = ',')]
+    pub cors_origins: Vec<String>,
+    /// Memory for the caches of all conversations together: 4G, 512M
+    #[arg(help_heading = "Server", long, value_name = "BYTES", default_value = "4G", value_parser = bytes)]
+    pub kv_mem: usize,
+    /// A folder for the conversations that nobody is answered in: they are found there again when their memory was needed for
+    /// others, and after a restart
+    #[arg(help_heading = "Server", long, value_name = "DIR")]
+    pub kv_disk: Option<PathBuf>,
+    /// What they may take there; the ones that were not used for longest go first
+    #[arg(help_heading = "Server", long, value_name = "BYTES", default_value = "20G", value_parser = bytes, requires = "kv_disk")]
+    pub kv_disk_mem: usize,
+    /// Conversations that are answered at the same time (-np); others wait
+    #[arg(help_heading = "Server", long, value_name = "N", default_value_t = 16, value_parser = parallel, allow_negative_numbers = true)]
+    pub parallel: usize,
+    /// Requests that may wait; more are refused with 503
+    #[arg(help_heading = "Server", long, value_name = "N", default_value_t = 256, value_parser = positive)]
+    pub queue: usize,
+    /// Seconds that a client may take to send a request, or to take what it is sent (-to)
+    #[arg(help_heading = "Server", long, value_name = "SECONDS", default_value_t = 60, value_parser = positive)]
+    pub timeout: usize,
+    /// Seconds after which a silent stream is given a comment, so that it is not taken for dead; -1: never
+    #[arg(help_heading = "Server", long, value_name = "SECONDS", default_value_t = 30, allow_negative_numbers = true)]
+    pub sse_ping_interval: i64,
+    /// Largest body of a request
+    #[arg(help_heading = "Server", long, value_name = "BYTES", default_value = "16M", value_parser = bytes)]
+    pub max_body: usize,
+    /// Use one of llama.cpp's built-in chat templates instead of the file's own
+    #[arg(help_heading = "Text", long, value_name = "NAME")]
+    pub chat_template: Option<String>,
+    /// Use the chat template in this file (Jinja) instead of the model's own
+    #[arg(help_heading = "Text", long, value_name = "FILE", conflicts_with = "chat_template")]
+    pub chat_template_file: Option<PathBuf>,
+    /// Further variables of the chat template, as a JSON object, for requests that give no others
+    #[arg(help_heading = "Text", long, value_name = "JSON", value_parser = json_object)]
+    pub chat_template_kwargs: Option<serde_json::Map<String, serde_json::Value>>,
+    /// Tokens of an answer at most, where a request does not say; -1: until the model ends it or the context is full
+    #[arg(help_heading = "Text", short, long = "predict", alias = "n-predict", value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
+    pub n_predict: i64,
+    /// What requests that do not say otherwise get
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
 #[derive(Debug, Args)]
 pub struct CompletionsArgs {
     #[arg(value_name = "SHELL")]
@@ -621,6 +689,14 @@ pub struct SamplingArgs {
     /// A file with such a grammar
     #[arg(long, value_name = "FILE")]
     pub grammar_file: Option<PathBuf>,
+    /// A JSON schema of the text
+    #[cfg(feature = "serve")]
+    #[arg(short, long, value_name = "SCHEMA", conflicts_with_all = ["json_schema_file", "grammar", "grammar_file"])]
+    pub json_schema: Option<String>,
+    /// A file with such a schema (also -jf)
+    #[cfg(feature = "serve")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["grammar", "grammar_file"])]
+    pub json_schema_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -650,6 +726,39 @@ fn positive(text: &str) -> Result<usize, String> {
         Ok(0) | Err(_) => Err("it must be a whole number above 0".to_owned()),
         Ok(number) => Ok(number),
     }
+}
+
+/// A number of bytes: 512M, 4G, 1.5GiB. As everywhere where memory is meant, K is 1,024.
+#[cfg(feature = "serve")]
+fn bytes(text: &str) -> Result<usize, String> {
+    let wrong = || "it must be a size such as 512M or 4G".to_owned();
+    let upper = text.trim().to_ascii_uppercase();
+    let digits = upper.trim_end_matches(|char: char| char.is_ascii_alphabetic());
+    let scale: f64 = match &upper[digits.len()..] {
+        "" | "B" => 1.0,
+        "K" | "KB" | "KIB" => 1024.0,
+        "M" | "MB" | "MIB" => 1024.0 * 1024.0,
+        "G" | "GB" | "GIB" => 1024.0 * 1024.0 * 1024.0,
+        "T" | "TB" | "TIB" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
+        _ => return Err(wrong()),
+    };
+    let number: f64 = digits.trim().parse().map_err(|_| wrong())?;
+    let bytes = number * scale;
+    if (1.0..9e15).contains(&bytes) { Ok(bytes as usize) } else { Err(wrong()) }
+}
+
+/// llama-server's -1 leaves the number to the server.
+#[cfg(feature = "serve")]
+fn parallel(text: &str) -> Result<usize, String> {
+    match text {
+        "-1" => Ok(16),
+        number => positive(number),
+    }
+}
+
+#[cfg(feature = "serve")]
+fn json_object(text: &str) -> Result<serde_json::Map<String, serde_json::Value>, String> {
+    serde_json::from_str(text).map_err(|error| format!("it must be a JSON object: {error}"))
 }
 
 /// A positive number.

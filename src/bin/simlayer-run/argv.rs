@@ -96,6 +96,10 @@ fn name_here(
             wrong(format!("{name} ({long}) is no option of {command}: see --help"))
         }
         Some(Meaning::Nothing) => Ok(None),
+        Some(Meaning::Serve(option)) if named.is_some_and(|named| named.get_name() == "serve") => {
+            Ok(option.map(str::to_owned))
+        }
+        Some(Meaning::Serve(_)) => wrong(format!("{name} is not supported here: {}", llama_cpp::OF_SERVE)),
         Some(Meaning::Refused(instead)) => wrong(format!("{name} is not supported: {instead}")),
         // A letter of clap's with a number: -t4.
         None if name.starts_with("--") || name.len() == 2 => Ok(Some(name.to_owned())),
@@ -250,6 +254,7 @@ mod tests {
             "--rope-scaling" => "linear",
             "--lora-scaled" => "adapter.gguf:0.5",
             "--logit-bias" => "5+1",
+            "--chat-template-kwargs" => r#"{"a": 1}"#,
             _ => "1",
         }
     }
@@ -320,7 +325,7 @@ mod tests {
         };
         let values: &[&str] = match (known.values, known.meaning) {
             (Values::None, _) => &[],
-            (Values::One, Meaning::Ours(option)) => &[sample(option)],
+            (Values::One, Meaning::Ours(option) | Meaning::Serve(Some(option))) => &[sample(option)],
             (Values::One, _) => &["1"],
             (Values::Two, _) => &["1", "2"],
             (Values::Switch, _) => &["on"],
@@ -358,6 +363,17 @@ mod tests {
                         .unwrap();
                 assert_eq!(format!("{with:?}"), format!("{without:?}"), "{name}");
             }
+            Meaning::Serve(option) => {
+                counts[usize::from(option.is_none())] += 1;
+                let served = try_parse(words(&["serve"], values, name), &|_| None);
+                let Ok(Command::Serve(args)) = served else { panic!("{name}: {:?}", served.err()) };
+                assert_eq!(args.n_predict, 7, "{name}");
+                let error = try_parse(words(&["chat"], values, name), &|_| None).unwrap_err();
+                assert_eq!(
+                    error.to_string(),
+                    format!("error: {name} is not supported here: {}\n", llama_cpp::OF_SERVE)
+                );
+            }
             Meaning::Refused(instead) => {
                 counts[2] += 1;
                 for command in [&[][..], &["chat"]] {
@@ -379,7 +395,8 @@ mod tests {
             for line in readme.lines() {
                 let (Some((names, _)), Some((_, rest))) = (row(line), line.split_once("(env: ")) else { continue };
                 let (variable, _) = rest.split_once(')').expect("a bracket ends");
-                if let Some(Meaning::Ours(option)) = llama_cpp::find(&names[0]).map(|known| known.meaning) {
+                let meaning = llama_cpp::find(&names[0]).map(|known| known.meaning);
+                if let Some(Meaning::Ours(option) | Meaning::Serve(Some(option))) = meaning {
                     theirs.insert(variable.to_owned(), option);
                 }
             }

@@ -20,9 +20,14 @@ pub enum Meaning {
     Ours(&'static str),
     /// It may be given, and changes nothing that one would notice.
     Nothing,
+    /// An option of the command `serve` alone: this one of ours, or one that may be given there and changes nothing.
+    Serve(Option<&'static str>),
     /// It is not supported: what to do instead.
     Refused(&'static str),
 }
+
+/// What other commands than `serve` say of its options.
+pub const OF_SERVE: &str = "it is an option of the command serve";
 
 /// An option with all its spellings.
 #[derive(Debug)]
@@ -61,6 +66,16 @@ pub const VARIABLES: &[(&str, &str)] = &[
     ("LLAMA_ARG_FREQUENCY_PENALTY", "--frequency-penalty"),
     ("LLAMA_ARG_CHAT_TEMPLATE", "--chat-template"),
     ("LLAMA_ARG_CHAT_TEMPLATE_FILE", "--chat-template-file"),
+    ("LLAMA_ARG_CHAT_TEMPLATE_KWARGS", "--chat-template-kwargs"),
+    ("LLAMA_ARG_N_PARALLEL", "--parallel"),
+    ("LLAMA_ARG_ALIAS", "--alias"),
+    ("LLAMA_ARG_HOST", "--host"),
+    ("LLAMA_ARG_PORT", "--port"),
+    ("LLAMA_ARG_CORS_ORIGINS", "--cors-origins"),
+    ("LLAMA_API_KEY", "--api-key"),
+    ("LLAMA_ARG_API_KEY_FILE", "--api-key-file"),
+    ("LLAMA_ARG_TIMEOUT", "--timeout"),
+    ("LLAMA_ARG_SSE_PING_INTERVAL", "--sse-ping-interval"),
 ];
 
 /// What is known of an option, by any of its spellings.
@@ -81,12 +96,22 @@ const fn nothing(names: &'static [&'static str], values: Values) -> Known {
     Known { names, values, meaning: Meaning::Nothing }
 }
 
+const fn served(names: &'static [&'static str], values: Values, option: &'static str) -> Known {
+    Known { names, values, meaning: Meaning::Serve(Some(option)) }
+}
+
+const fn idle_when_served(names: &'static [&'static str], values: Values) -> Known {
+    Known { names, values, meaning: Meaning::Serve(None) }
+}
+
 const fn refused(names: &'static [&'static str], values: Values, instead: &'static str) -> Known {
     Known { names, values, meaning: Meaning::Refused(instead) }
 }
 
 const DOWNLOAD: &str = "nothing is downloaded: fetch the GGUF file and name it with -m";
 const SERVER: &str = "it is llama-server's: run that on simlayer's library (docs/c-abi.md)";
+const PROXY: &str = "put a reverse proxy in front (docs/serve.md)";
+const EMBEDDINGS: &str = "serve gives embeddings of models that decode; others run in llama-server (docs/c-abi.md)";
 const DRAFT: &str = "there is no speculative decoding";
 const MEDIA: &str = "pictures, sounds and videos are not read: llama-server on simlayer's library reads none either";
 const SPLIT: &str = "layers go to devices whole: choose them with --device, -ngl and -ts";
@@ -95,8 +120,8 @@ const CHAT: &str = "use the command chat";
 const AFFIXES: &str = "write it into the prompt, or use the command chat, which applies the model's template";
 const CACHE: &str = "the prompt is read anew each time";
 const REASONING: &str = "an answer is shown as the model gives it, its reasoning included";
-const SCHEMA: &str =
-    "turn the schema into a grammar with llama.cpp's json_schema_to_grammar.py and give it with --grammar-file";
+#[cfg(not(feature = "serve"))]
+const SCHEMA: &str = "this program is built without the feature `serve`, which turns schemas into grammars";
 
 use Values::{None as No, One, Switch, Two};
 
@@ -139,7 +164,7 @@ const OPTIONS: &[Known] = &[
     ours(&["-nr", "--no-repack"], No, "--no-repack"),
     ours(&["-ctk", "--cache-type-k"], One, "--cache-type-k"),
     ours(&["-ctv", "--cache-type-v"], One, "--cache-type-v"),
-    nothing(&["-dt", "--defrag-thold", "-np", "--parallel"], One),
+    nothing(&["-dt", "--defrag-thold"], One),
     ours(&["--rpc"], One, "--rpc"),
     // Weights are mapped, and read as they are needed.
     nothing(&["-lm", "--load-mode", "-lzm", "--lazy-mode", "--numa"], One),
@@ -206,6 +231,11 @@ const OPTIONS: &[Known] = &[
     ours(&["-l", "--logit-bias"], One, "--logit-bias"),
     ours(&["--grammar"], One, "--grammar"),
     ours(&["--grammar-file"], One, "--grammar-file"),
+    #[cfg(feature = "serve")]
+    ours(&["-j", "--json-schema"], One, "--json-schema"),
+    #[cfg(feature = "serve")]
+    ours(&["-jf", "--json-schema-file"], One, "--json-schema-file"),
+    #[cfg(not(feature = "serve"))]
     refused(&["-j", "--json-schema", "-jf", "--json-schema-file"], One, SCHEMA),
     nothing(&["-bs", "--backend-sampling"], No),
     // llama-cli and llama-completion.
@@ -224,7 +254,7 @@ const OPTIONS: &[Known] = &[
     refused(&["-o", "--output", "--output-file"], One, "the text goes to stdout: redirect it with > FILE"),
     ours(&["--chat-template"], One, "--chat-template"),
     ours(&["--chat-template-file"], One, "--chat-template-file"),
-    refused(&["--chat-template-kwargs"], One, "templates get the messages alone"),
+    served(&["--chat-template-kwargs"], One, "--chat-template-kwargs"),
     nothing(&["--jinja", "--no-skip-chat-parsing", "--skip-chat-parsing"], No),
     refused(&["--no-jinja"], No, "templates are always Jinja's"),
     refused(&["--reasoning-format", "--reasoning-effort"], One, REASONING),
@@ -308,28 +338,38 @@ const OPTIONS: &[Known] = &[
     // llama-server.
     nothing(&["-ctxcp", "--ctx-checkpoints", "--swa-checkpoints", "-cram", "--cache-ram"], One),
     nothing(&["-cms", "--checkpoint-min-step"], One),
-    refused(&["--kv-unified-per-slot", "--pooling", "-a", "--alias", "--tags", "--embd-normalize"], One, SERVER),
-    refused(&["-kvu", "--kv-unified", "-no-kvu", "--no-kv-unified", "--spm-infill"], No, SERVER),
-    refused(&["--cache-idle-slots", "--no-cache-idle-slots", "-cb", "--cont-batching"], No, SERVER),
-    refused(&["-nocb", "--no-cont-batching", "--reuse-port"], No, SERVER),
-    refused(&["--host", "--port", "--path", "--cors-origins", "--cors-methods", "--cors-headers"], One, SERVER),
-    refused(&["--cors-credentials", "--no-cors-credentials"], No, SERVER),
-    refused(&["--api-prefix", "--ui-config", "--webui-config", "--ui-config-file", "--webui-config-file"], One, SERVER),
+    served(&["-np", "--parallel"], One, "--parallel"),
+    served(&["-a", "--alias"], One, "--alias"),
+    served(&["--host"], One, "--host"),
+    served(&["--port"], One, "--port"),
+    served(&["--cors-origins"], One, "--cors-origins"),
+    served(&["--api-key"], One, "--api-key"),
+    served(&["--api-key-file"], One, "--api-key-file"),
+    served(&["-to", "--timeout"], One, "--timeout"),
+    served(&["--sse-ping-interval"], One, "--sse-ping-interval"),
+    // All of it is always on, or the scheduler's to say.
+    idle_when_served(&["-kvu", "--kv-unified", "-no-kvu", "--no-kv-unified"], No),
+    idle_when_served(&["--cache-idle-slots", "-cb", "--cont-batching", "--cache-prompt", "--metrics", "--slots"], No),
+    idle_when_served(&["--props", "--prefill-assistant", "--ui", "--webui", "--no-prefill-assistant"], No),
+    idle_when_served(&["--kv-unified-per-slot", "--threads-http", "--cache-reuse", "-sps"], One),
+    idle_when_served(&["--slot-prompt-similarity", "--cors-methods", "--cors-headers"], One),
+    refused(&["--no-cache-idle-slots", "--no-cache-prompt"], No, "what is known of a prompt is never read again"),
+    refused(&["-nocb", "--no-cont-batching"], No, "conversations always share batches"),
+    refused(&["--no-slots"], No, "what /slots says is no secret of anybody's: close it in a reverse proxy"),
+    refused(&["--pooling", "--embd-normalize"], One, "an embedding is the last token's, of length 1"),
+    refused(&["--embedding", "--embeddings", "--rerank", "--reranking"], No, EMBEDDINGS),
+    refused(&["--cors-credentials", "--no-cors-credentials"], No, "keys come in a header, never in a cookie"),
+    refused(&["--api-prefix", "--path", "--ssl-key-file", "--ssl-cert-file"], One, PROXY),
+    refused(&["--reuse-port"], No, PROXY),
+    refused(&["--slot-save-path"], One, "idle conversations are kept with --kv-disk"),
+    refused(&["--tags", "--media-path", "--sleep-idle-seconds"], One, SERVER),
+    refused(&["--spm-infill", "--lora-init-without-apply"], No, SERVER),
+    refused(&["--ui-config", "--webui-config", "--ui-config-file", "--webui-config-file"], One, SERVER),
     refused(&["--ui-mcp-proxy", "--webui-mcp-proxy", "--no-ui-mcp-proxy", "--no-webui-mcp-proxy"], No, SERVER),
     refused(&["--tools", "--tools-runtime", "--mcp-servers-config", "--mcp-servers-json"], One, SERVER),
-    refused(&["-ag", "--agent", "-no-ag", "--no-agent", "--ui", "--webui", "--no-ui", "--no-webui"], No, SERVER),
-    refused(&["--embedding", "--embeddings", "--rerank", "--reranking"], No, SERVER),
-    refused(&["--api-key", "--api-key-file", "--ssl-key-file", "--ssl-cert-file", "-to", "--timeout"], One, SERVER),
-    refused(
-        &["--sse-ping-interval", "--threads-http", "--cache-reuse", "--slot-save-path", "--media-path"],
-        One,
-        SERVER,
-    ),
-    refused(&["--cache-prompt", "--no-cache-prompt", "--metrics", "--props", "--slots", "--no-slots"], No, SERVER),
-    refused(&["--models-dir", "--models-preset", "--models-max", "-sps", "--slot-prompt-similarity"], One, SERVER),
-    refused(&["--models-autoload", "--no-models-autoload"], No, SERVER),
-    refused(&["--prefill-assistant", "--no-prefill-assistant", "--lora-init-without-apply"], No, SERVER),
-    refused(&["--sleep-idle-seconds"], One, SERVER),
+    refused(&["-ag", "--agent", "-no-ag", "--no-agent", "--no-ui", "--no-webui"], No, SERVER),
+    refused(&["--models-dir", "--models-preset", "--models-max"], One, "serve has one model: give it with -m"),
+    refused(&["--models-autoload", "--no-models-autoload"], No, "serve has one model: give it with -m"),
 ];
 
 #[cfg(test)]

@@ -24,6 +24,8 @@ mod progress;
 mod report;
 #[cfg(feature = "rpc")]
 mod rpc_server;
+#[cfg(feature = "serve")]
+mod serve;
 mod stream;
 
 use std::process::ExitCode;
@@ -59,6 +61,8 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Devices(args) => devices::run(args),
         #[cfg(feature = "rpc")]
         Command::RpcServer(args) => rpc_server::run(args),
+        #[cfg(feature = "serve")]
+        Command::Serve(args) => serve::run(args),
         Command::Completions(args) => completions::run(args),
     }
 }

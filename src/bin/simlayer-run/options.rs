@@ -279,6 +279,19 @@ fn unescape(text: &[u8]) -> Vec<u8> {
     out
 }
 
+/// The grammar of a JSON schema, given as text or as a file.
+#[cfg(feature = "serve")]
+fn schema(text: Option<String>, file: Option<PathBuf>) -> Result<Option<String>, Failure> {
+    let (bytes, name) = match (text, file) {
+        (Some(text), _) => (text.into_bytes(), "--json-schema".to_owned()),
+        (None, Some(path)) => (read_file(&path)?, path.display().to_string()),
+        (None, None) => return Ok(None),
+    };
+    let schema = serde_json::from_slice(&bytes).map_err(|error| Failure::run(format!("{name} is no JSON: {error}")))?;
+    let grammar = simlayer::chat::json_schema_to_grammar(&schema);
+    Ok(Some(grammar.map_err(|error| Failure::run(format!("{name}: {error}")))?))
+}
+
 /// How tokens are chosen in a context of `n_ctx` tokens.
 pub fn sampling(args: SamplingArgs, n_ctx: usize) -> Result<SamplerParams, Failure> {
     let last_n = |n: i32| match n {
@@ -294,6 +307,11 @@ pub fn sampling(args: SamplingArgs, n_ctx: usize) -> Result<SamplerParams, Failu
             Some(text.map_err(|_| Failure::run(format!("{}: the grammar is not valid UTF-8", path.display())))?)
         }
         (None, None) => None,
+    };
+    #[cfg(feature = "serve")]
+    let grammar = match schema(args.json_schema, args.json_schema_file)? {
+        Some(grammar) => Some(grammar),
+        None => grammar,
     };
     let default = SamplerParams::default();
     Ok(SamplerParams {
@@ -320,7 +338,7 @@ pub fn sampling(args: SamplingArgs, n_ctx: usize) -> Result<SamplerParams, Failu
         dry_allowed_length: args.dry_allowed_length,
         dry_penalty_last_n: last_n(args.dry_penalty_last_n)?,
         dry_sequence_breakers: match args.dry_sequence_breaker {
-            breakers if breakers.is_empty() => default.dry_sequence_breakers,
+            breakers if breakers.is_empty() => default.dry_sequence_breakers.clone(),
             breakers => breakers.into_iter().filter(|breaker| breaker != "none").collect(),
         },
         mirostat: match args.mirostat {
@@ -331,6 +349,7 @@ pub fn sampling(args: SamplingArgs, n_ctx: usize) -> Result<SamplerParams, Failu
         logit_bias: args.logit_bias,
         ignore_eos: args.ignore_eos,
         grammar,
+        ..default
     })
 }
 

@@ -10,3 +10,6 @@
 #include "ggml-rpc.h"
 #include "rpc.h"
 #endif
+#ifdef SIMLAYER_CHAT
+#include "chat.h"
+#endif

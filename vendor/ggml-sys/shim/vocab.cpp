@@ -128,19 +128,39 @@ static void check_grammar(const struct llama_vocab * vocab, const char * grammar
     }
 }
 
+// Checks the grammar, and makes a sampler of it with `init`.
+template <typename Init> static struct llama_sampler * grammar_sampler(const struct llama_vocab * vocab,
+                                                                       const char * grammar, const char * root,
+                                                                       const Init & init) {
+    simlayer::on_long_stack([&] {
+        check_grammar(vocab, grammar, root);
+    });
+    llama_sampler * sampler = init();
+    if (!sampler) {
+        const std::string & refusal = simlayer::grammar_refusal;
+        throw std::runtime_error(refusal.empty() ? "llama.cpp refuses it" : refusal);
+    }
+    return sampler;
+}
+
 extern "C" struct llama_sampler * simlayer_sampler_init_grammar(const struct llama_vocab * vocab,
                                                                 const char * grammar, const char * root,
                                                                 char * error, size_t error_size) {
     return guarded<llama_sampler *>(error, error_size, nullptr, [&] {
-        simlayer::on_long_stack([&] {
-            check_grammar(vocab, grammar, root);
+        return grammar_sampler(vocab, grammar, root, [&] { return llama_sampler_init_grammar(vocab, grammar, root); });
+    });
+}
+
+extern "C" struct llama_sampler * simlayer_sampler_init_lazy_grammar(const struct llama_vocab * vocab,
+                                                                     const char * grammar, const char * root,
+                                                                     const char ** patterns, size_t n_patterns,
+                                                                     const llama_token * tokens, size_t n_tokens,
+                                                                     char * error, size_t error_size) {
+    return guarded<llama_sampler *>(error, error_size, nullptr, [&] {
+        return grammar_sampler(vocab, grammar, root, [&] {
+            return llama_sampler_init_grammar_lazy_patterns(vocab, grammar, root, patterns, n_patterns, tokens,
+                                                            n_tokens);
         });
-        llama_sampler * sampler = llama_sampler_init_grammar(vocab, grammar, root);
-        if (!sampler) {
-            const std::string & refusal = simlayer::grammar_refusal;
-            throw std::runtime_error(refusal.empty() ? "llama.cpp refuses it" : refusal);
-        }
-        return sampler;
     });
 }
 

@@ -45,6 +45,12 @@ int32_t simlayer_detokenize(const struct llama_vocab * vocab, const llama_token 
 struct llama_sampler * simlayer_sampler_init_grammar(const struct llama_vocab * vocab, const char * grammar,
                                                      const char * root, char * error, size_t error_size);
 
+// As llama_sampler_init_grammar_lazy_patterns, with the reason when the grammar or a pattern is refused. NULL on failure.
+struct llama_sampler * simlayer_sampler_init_lazy_grammar(const struct llama_vocab * vocab, const char * grammar,
+                                                          const char * root, const char ** patterns,
+                                                          size_t n_patterns, const llama_token * tokens,
+                                                          size_t n_tokens, char * error, size_t error_size);
+
 // As llama_sampler_init_dry. NULL on failure.
 struct llama_sampler * simlayer_sampler_init_dry(const struct llama_vocab * vocab, float multiplier, float base,
                                                  int32_t allowed_length, int32_t penalty_last_n,
