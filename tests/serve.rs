@@ -152,28 +152,28 @@ fn llama_servers_and_anthropics_api() {
     let text = "Two fishes, €5.";
     let tokens = server.json("/tokenize", &json!({"content": text}))["tokens"].clone();
     assert_eq!(server.json("/detokenize", &json!({ "tokens": tokens }))["content"], text);
-    let prompt = server.json("/apply-template", &json!({"messages": sea()}))["prompt"].clone();
-    assert!(prompt.as_str().unwrap().ends_with("sea.<|im_end|>\n<|im_start|>assistant\n"), "{prompt}");
+    // Long enough that what is known of it is worth more than reading it.
+    let talk = json!([{"role": "user", "content":
+        "Say one sentence about the sea, the wind over it and the birds on it, for somebody who has never been there."}]);
+    let prompt = server.json("/apply-template", &json!({ "messages": talk }))["prompt"].clone();
+    assert!(prompt.as_str().unwrap().ends_with("been there.<|im_end|>\n<|im_start|>assistant\n"), "{prompt}");
 
-    // A raw completion of that prompt says what a chat says.
-    let greedy = json!({"prompt": prompt, "n_predict": 12, "temperature": 0, "n_probs": 2});
+    // A raw completion of that prompt says what a chat says; of few tokens, since a prompt that is known is rounded otherwise.
+    let greedy = json!({"prompt": prompt, "n_predict": 4, "temperature": 0, "n_probs": 2});
     let raw = server.json("/completion", &greedy);
-    assert_eq!(
-        (&raw["stop"], &raw["tokens_predicted"], &raw["stop_type"]),
-        (&json!(true), &json!(12), &json!("limit"))
-    );
-    assert_eq!(raw["completion_probabilities"].as_array().map(Vec::len), Some(12));
-    let message = json!({"model": "x", "max_tokens": 12, "temperature": 0, "messages": sea()});
+    assert_eq!((&raw["stop"], &raw["tokens_predicted"], &raw["stop_type"]), (&json!(true), &json!(4), &json!("limit")));
+    assert_eq!(raw["completion_probabilities"].as_array().map(Vec::len), Some(4));
+    let message = json!({"model": "x", "max_tokens": 4, "temperature": 0, "messages": talk});
     let message = server.json("/v1/messages", &message);
     assert_eq!(message["content"][0]["text"], raw["content"]);
-    assert_eq!((&message["stop_reason"], &message["usage"]["output_tokens"]), (&json!("max_tokens"), &json!(12)));
+    assert_eq!((&message["stop_reason"], &message["usage"]["output_tokens"]), (&json!("max_tokens"), &json!(4)));
     let usage = &message["usage"];
     assert!(usage["cache_read_input_tokens"].as_u64() > usage["input_tokens"].as_u64(), "{usage}");
 
     // Piece by piece, with a tool's call in it.
     let tool = json!({"name": "weather", "input_schema": {"type": "object",
         "properties": {"city": {"type": "string", "enum": ["Oslo", "Rome"]}}, "required": ["city"]}});
-    let ask = json!({"max_tokens": 60, "temperature": 0, "messages": sea(), "tools": [tool],
+    let ask = json!({"max_tokens": 60, "temperature": 0, "messages": talk, "tools": [tool],
         "tool_choice": {"type": "any"}, "stream": true});
     let (status, events) = server.post("/v1/messages", ask.to_string().as_bytes());
     assert_eq!(status, 200, "{events}");

@@ -109,13 +109,14 @@ def tools():
     stream = client.chat.completions.create(
         messages=ask[:1], tools=[weather], tool_choice="required", max_tokens=80, stream=True, **greedy
     )
-    name, text, reason = "", "", None
+    names, texts, reason = {}, {}, None
     for chunk in stream:
         reason = chunk.choices[0].finish_reason or reason
         for delta in chunk.choices[0].delta.tool_calls or []:
-            name += delta.function.name or ""
-            text += delta.function.arguments or ""
-    assert (name, reason) == ("weather", "tool_calls") and json.loads(text)["city"] in ("Oslo", "Rome"), (name, text)
+            names[delta.index] = names.get(delta.index, "") + (delta.function.name or "")
+            texts[delta.index] = texts.get(delta.index, "") + (delta.function.arguments or "")
+    assert reason == "tool_calls" and set(names.values()) == {"weather"}, (reason, names)
+    assert all(json.loads(text)["city"] in ("Oslo", "Rome") for text in texts.values()), texts
 
 
 def schema():
@@ -201,18 +202,20 @@ def embeddings():
 
 
 def together():
-    """Several clients at once are each told their own."""
+    """Several clients at once are each told what they are told alone."""
     words = ["apple", "river", "stone", "cloud"]
-    said = {}
 
-    def ask(word):
-        text = client.completions.create(prompt=f"{word} {word} {word} {word} {word} {word}", max_tokens=8, **greedy)
+    def ask(word, said):
+        text = client.completions.create(prompt=" ".join([word] * 6), max_tokens=8, **greedy)
         said[word] = text.choices[0].text
 
-    threads = [threading.Thread(target=ask, args=[word]) for word in words]
+    alone, together = {}, {}
+    for word in words:
+        ask(word, alone)
+    threads = [threading.Thread(target=ask, args=[word, together]) for word in words]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert all(word in said.get(word, "") for word in words), said
+    assert together == alone and len(set(alone.values())) == 4, (alone, together)
 
 
 def ollamas():

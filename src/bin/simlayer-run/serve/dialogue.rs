@@ -94,6 +94,8 @@ pub fn prepare(app: &App, dialogue: Dialogue, params: &mut SamplerParams) -> Res
         Some(choice) => ToolChoice::from_json(choice)?,
     };
     let request = ChatRequest {
+        // One of the client's own holds from the answer's beginning; together with tools there is none.
+        grammar: if dialogue.tools.is_empty() { None } else { params.grammar.clone() },
         messages: dialogue.messages,
         tools: dialogue.tools,
         tool_choice,
@@ -102,7 +104,6 @@ pub fn prepare(app: &App, dialogue: Dialogue, params: &mut SamplerParams) -> Res
             Format::Text => None,
             Format::Json(schema) => Some(schema.unwrap_or_else(any_object)),
         },
-        grammar: params.grammar.take(),
         reasoning_format: dialogue.reasoning,
         enable_thinking,
         chat_template_kwargs: variables,

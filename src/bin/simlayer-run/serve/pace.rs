@@ -5,7 +5,7 @@ use std::time::Duration;
 /// No step that reads prompts while others are answered should take longer than this, or three steps without prompts.
 const PATIENCE: Duration = Duration::from_millis(100);
 /// Fewer tokens at once cost nearly as much.
-const LEAST: usize = 16;
+const LEAST: usize = 32;
 
 /// How long steps took.
 #[derive(Debug)]
