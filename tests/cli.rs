@@ -192,6 +192,9 @@ fn failures_have_code_1_and_say_what_failed() {
         (&["@", "-p", "x", "--grammar-file", "no/such.gbnf"], "no/such.gbnf"),
         (&["@", "-p", "x", "--lazy-profile", "no/such.toml"], "no/such.toml"),
         (&["@", "-p", "x", "--grammar", "root ::= ("], "grammar"),
+        (&["@", "-p", "x", "-j", "{"], "--json-schema is no JSON"),
+        (&["@", "-p", "x", "-j", "{\"type\": \"colour\"}"], "unrecognized type colour"),
+        (&["@", "-p", "x", "-jf", "no/such.json"], "no/such.json"),
         (&["@", "-p", "x", "--repeat-penalty", "0"], "repeat_penalty"),
         (&["@", "-p", "a b c d e f g h i j", "-c", "4"], "n_ctx"),
         (&["@", "-p", ""], ""),
@@ -385,6 +388,16 @@ fn grammars() {
     let ran = run!["@", "-p", "A number:", "--grammar-file", file.path().to_str().unwrap()];
     let number = ran.text().trim_end();
     assert!(number.len() == 3 && number.bytes().all(|byte| byte.is_ascii_digit()), "{number}");
+
+    let schema = r#"{"type": "object", "properties": {"name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120}}, "required": ["name", "age"]}"#;
+    std::fs::write(file.path(), schema).unwrap();
+    for schema in [["-j", schema], ["-jf", file.path().to_str().unwrap()]] {
+        let ran = run!["@", "-p", "Ada, 36 years old, as JSON: ", "-n", "64", "--temp", "0", schema[0], schema[1]];
+        let person: serde_json::Value = serde_json::from_str(ran.text()).unwrap();
+        assert!(person["name"].as_str().is_some_and(|name| name.len() <= 48), "{person}");
+        assert!(person["age"].as_i64().is_some_and(|age| (0..=120).contains(&age)), "{person}");
+    }
 }
 
 /// llama.cpp's command lines: what is not supported says so, what does nothing here may be given.
@@ -392,7 +405,6 @@ fn grammars() {
 fn llama_cpps_command_lines() {
     for (args, said) in [
         (&["-hf", "some/model", "-p", "hi"][..], "-hf is not supported: nothing is downloaded"),
-        (&["@", "-p", "hi", "-j", "{}"], "-j is not supported: turn the schema into a grammar"),
         (&["@", "-p", "hi", "-cnv"], "-cnv is not supported: use the command chat"),
         (&["@", "-p", "hi", "-sys", "x"], "-sys (--system) is no option of generating"),
         (&["@", "-p", "hi", "-nope"], "there is no option -nope"),

@@ -198,8 +198,6 @@ impl ChatRequest {
 pub struct ChatFormat {
     raw: RawChat,
     template: ChatTemplate,
-    /// Several calls in one message.
-    parallel_tool_calls: bool,
     capabilities: Map<String, Value>,
 }
 
@@ -207,20 +205,28 @@ impl ChatFormat {
     /// A Jinja template, with the texts that stand for BOS and EOS in it.
     ///
     /// # Errors
-    /// [`FormatError::Template`] for one that llama.cpp does not parse, that has more than 128 KiB, or takes more than
-    /// some seconds.
+    /// [`FormatError::Template`] for one that llama.cpp does not parse or makes no parser of, that has more than 128 KiB,
+    /// or takes more than some seconds.
     pub fn new(template: &str, bos: &str, eos: &str) -> Result<ChatFormat, FormatError> {
         let raw = RawChat::new(template, bos, eos).map_err(FormatError::Template)?;
         let capabilities = raw.capabilities().map_err(FormatError::Template)?;
         let capabilities: Map<String, Value> =
             serde_json::from_str(&capabilities).map_err(|error| FormatError::Template(error.to_string()))?;
-        let parallel_tool_calls = capabilities.get("supports_parallel_tool_calls") == Some(&Value::Bool(true));
-        Ok(ChatFormat { raw, template: ChatTemplate::jinja(template, bos, eos), parallel_tool_calls, capabilities })
+        Ok(ChatFormat { raw, template: ChatTemplate::jinja(template, bos, eos), capabilities })
     }
 
     /// What llama.cpp has found that the template can do, such as `supports_tools`, each true or false.
     pub fn capabilities(&self) -> &Map<String, Value> {
         &self.capabilities
+    }
+
+    fn can(&self, capability: &str) -> bool {
+        self.capabilities.get(capability) == Some(&Value::Bool(true))
+    }
+
+    /// As llama-server: a template without thoughts is told that there are none.
+    fn thinks(&self, request: &ChatRequest) -> bool {
+        request.enable_thinking && self.can("supports_thinking")
     }
 
     /// The prompt of a request, and what its answer is to be read with.
@@ -251,11 +257,11 @@ impl ChatFormat {
             "messages": request.messages,
             "tools": tools,
             "tool_choice": tool_choice,
-            "parallel_tool_calls": request.parallel_tool_calls.unwrap_or(self.parallel_tool_calls),
+            "parallel_tool_calls": request.parallel_tool_calls.unwrap_or_else(|| self.can("supports_parallel_tool_calls")),
             "json_schema": request.json_schema,
             "grammar": request.grammar.as_deref().unwrap_or_default(),
             "reasoning_format": request.reasoning_format.name(),
-            "enable_thinking": request.enable_thinking,
+            "enable_thinking": self.thinks(request),
             "chat_template_kwargs": request.chat_template_kwargs,
             "add_generation_prompt": request.add_generation_prompt,
             "continue_final_message": request.continue_final_message,
@@ -288,7 +294,7 @@ impl ChatFormat {
             .map(|message| Message::new(text(message, "role"), text(message, "content")))
             .collect();
         let mut variables = request.chat_template_kwargs.clone();
-        variables.entry("enable_thinking").or_insert(request.enable_thinking.into());
+        variables.entry("enable_thinking").or_insert(self.thinks(request).into());
         let options = RenderOptions {
             add_generation_prompt: request.add_generation_prompt,
             variables,

@@ -269,7 +269,8 @@ fn plain_prompts_are_those_of_the_template() {
             prepare(template, &ChatRequest::new(messages.map(message).to_vec()))
         };
         let messages = messages.map(|(role, content)| Message::new(role, content));
-        let variables = Map::from_iter([("enable_thinking".to_owned(), json!(true))]);
+        let thinks = prepared.supports_thinking;
+        let variables = Map::from_iter([("enable_thinking".to_owned(), json!(thinks))]);
         let options = RenderOptions { add_generation_prompt: true, variables, ..RenderOptions::default() };
         let expected = ChatTemplate::jinja(template, "<s>", "</s>").render_with(&messages, &options).unwrap();
         assert_eq!(prepared.prompt, expected);

@@ -231,7 +231,13 @@ extern "C" void simlayer_chat_free(struct simlayer_chat * chat) {
 extern "C" struct simlayer_text * simlayer_chat_capabilities(const struct simlayer_chat * chat, char * error,
                                                              size_t error_size) {
     return guarded(error, error_size, [&] {
-        return text_of(common_json(common_chat_templates_get_caps(chat->templates.get())));
+        text_ptr made;
+        bounded([&] {
+            auto capabilities = common_chat_templates_get_caps(chat->templates.get());
+            capabilities["supports_thinking"] = common_chat_templates_support_enable_thinking(chat->templates.get());
+            made                              = text_of(common_json(capabilities));
+        });
+        return made;
     });
 }
 

@@ -27,7 +27,8 @@ struct simlayer_chat * simlayer_chat_new(const char * source, size_t source_size
                                          const char * eos, size_t eos_size, char * error, size_t error_size);
 void                   simlayer_chat_free(struct simlayer_chat * chat);
 
-// What the template can do, as an object of booleans (llama.cpp's capabilities). NULL on failure.
+// What the template can do, as an object of booleans: llama.cpp's capabilities, and
+// `supports_thinking`. NULL on failure.
 struct simlayer_text * simlayer_chat_capabilities(const struct simlayer_chat * chat, char * error, size_t error_size);
 
 // A request (see chat.cpp for its fields) by the template. NULL on failure. Any number of threads may use it at once.
