@@ -51,7 +51,8 @@ struct Key {
     stores: Vec<Stores>,
 }
 
-/// What a graph refers to of a layer in a sequence: the chains and the piece that the first token is written to, and the state's store.
+/// What a graph refers to of a layer in a sequence: chains and their pieces that the first token is written to, the state's
+/// store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stores {
     main: Option<Written>,
