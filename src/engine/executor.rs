@@ -47,9 +47,19 @@ struct Key {
     parts: Vec<Part>,
     has_embeddings: bool,
     n_outputs: usize,
-    /// For each part and layer: its store and the piece of it that the first token is written to, how many rows attention reads,
-    /// the same of its exact store, and its state's store.
-    stores: Vec<(Option<Written>, usize, Option<Written>, Option<u64>)>,
+    /// For each part and layer.
+    stores: Vec<Stores>,
+}
+
+/// What a graph refers to of a layer in a sequence: chains and their pieces that the first token is written to, the state's
+/// store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stores {
+    main: Option<Written>,
+    /// Rows of it that attention reads.
+    n_rows: usize,
+    exact: Option<Written>,
+    state: Option<u64>,
 }
 
 /// A chain of rows, and which of its pieces is written to.
@@ -167,7 +177,7 @@ impl Key {
             let written = |store: &Chain, span| Written { chain: store.id(), piece: store.piece_of(row(span)) };
             let main = layer.store.as_ref().map(|store| written(store, layer.span));
             let exact = layer.exact.as_ref().map(|exact| written(&exact.store, Some(exact.span)));
-            (main, layer.rows_read(part.n_past + part.n), exact, state)
+            Stores { main, n_rows: layer.rows_read(part.n_past + part.n), exact, state }
         };
         let caches = stretch.parts.iter().zip(stretch.caches);
         let stores = caches.flat_map(|(part, layers)| layers.iter().map(move |layer| store(part, layer))).collect();
