@@ -638,6 +638,9 @@ fn versions_say_what_was_built() {
     if std::env::var_os("GGML_SOURCE_DIR").is_none() {
         assert_eq!(origin, format!("llama-cpp-sys-2-{}", pinned.unwrap()));
     }
+    let (version, source) = line("llama.cpp:").split_once(" (").unwrap();
+    assert!(version.split('.').count() == 3 && version.split('.').all(|part| part.parse::<u32>().is_ok()), "{version}");
+    assert_eq!(source.trim_end_matches(')'), origin);
     let features: Vec<&str> = line("features:").split(", ").collect();
     for (feature, is_on) in [("cli", true), ("rpc", cfg!(feature = "rpc")), ("cuda", cfg!(feature = "cuda"))] {
         assert_eq!(features.contains(&feature), is_on, "{feature} in {features:?}");
@@ -649,6 +652,7 @@ fn versions_say_what_was_built() {
     let build = run!["bench", "@", "-p", "4", "-n", "0", "-r", "1", "--json"].json()["build"].clone();
     assert_eq!(build["version"], env!("CARGO_PKG_VERSION"));
     assert_eq!(build["ggml"], line("ggml:"));
+    assert_eq!(build["llama_cpp"], line("llama.cpp:"));
     assert_eq!(build["target"], line("target:"));
     assert_eq!(build["revision"], revision);
     assert_eq!(build["features"], serde_json::json!(features));
