@@ -8,6 +8,7 @@ mod dist;
 mod frontends;
 mod fuzz;
 mod notices;
+mod package;
 mod plot;
 mod prepare;
 mod quality;
@@ -45,6 +46,8 @@ enum Command {
     Rss(rss::Args),
     /// Make dist/: a drop-in libllama.so.0 for llama.cpp's frontends, with headers.
     Dist(dist::Args),
+    /// Make what people install, in Debian 11's root: tarball, deb, wheel; or install and run them in a fresh Debian.
+    Package(package::Args),
     /// What lazy layers cost on texts of different kinds.
     Quality(quality::Args),
     /// Run llama.cpp's own frontends and llama-cpp-python, unmodified, on our library.
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Command::Compare(args) => compare::run(&args),
         Command::Rss(args) => rss::run(&args),
         Command::Dist(args) => dist::run(&args),
+        Command::Package(args) => package::run(&args),
         Command::Quality(args) => quality::run(&args),
         Command::Frontends(args) => frontends::run(&args),
         Command::ArmCheck => arm_check::run(),
