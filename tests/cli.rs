@@ -393,7 +393,9 @@ fn llama_cpps_command_lines() {
     for (args, said) in [
         (&["-hf", "some/model", "-p", "hi"][..], "-hf is not supported: nothing is downloaded"),
         (&["@", "-p", "hi", "-j", "{}"], "-j is not supported: turn the schema into a grammar"),
-        (&["@", "-p", "hi", "-cnv"], "-cnv is not supported: use the command chat"),
+        (&["@", "-p", "hi", "-mli"], "-mli is not supported: give a long message with -f"),
+        (&["chat", "@", "--chat-template-kwargs", "[1]"], "it must be a JSON object"),
+        (&["@", "-p", "hi", "--prompt-cache-all"], "--prompt-cache <FILE>"),
         (&["@", "-p", "hi", "-sys", "x"], "-sys (--system) is no option of generating"),
         (&["@", "-p", "hi", "-nope"], "there is no option -nope"),
         (&["@", "-p", "hi", "--override-kv", "a=b"], "it must be KEY=int:N"),
@@ -427,6 +429,116 @@ fn llama_cpps_command_lines() {
     let path = file.path().to_str().unwrap();
     let read = |option: &str| run!["@", option, path, "-n", "1", "--json"].json()["prompt_tokens"].as_u64();
     assert_eq!((read("-f"), read("-bf")), (Some(3), Some(4)));
+}
+
+/// llama-cli's ways to a conversation are the command chat.
+#[test]
+fn a_conversation_of_one_turn() {
+    let options = ["-n", "8", "--temp", "0", "-c", "512"];
+    let chat =
+        with_stdin(&arguments(&[&["chat", "@"][..], &options].concat()), b"What is the sea?\nAnd this is not read\n");
+    let first = chat.text().lines().next().unwrap().to_owned();
+    for asked in [
+        &["@", "-p", "What is the sea?", "-st"][..],
+        &["@", "-cnv", "-p", "What is the sea?", "-st"],
+        &["chat", "@", "-p", "What is the sea?", "--single-turn"],
+    ] {
+        let ran = with_stdin(&arguments(&[asked, &options].concat()), b"another question\n");
+        assert_eq!(ran.text().trim_end(), first, "{asked:?}");
+    }
+    // Variables reach the template.
+    let mut template = tempfile::NamedTempFile::new().unwrap();
+    template.write_all(b"{% if shout %}THE SEA IS{% else %}{{ messages[0].content }}{% endif %}").unwrap();
+    let path = template.path().to_str().unwrap();
+    let with = |variables: &str| {
+        let asked = ["@", "-st", "-p", "A", "--chat-template-file", path, "--chat-template-kwargs", variables];
+        with_stdin(&arguments(&[&asked[..], &options].concat()), b"").text().to_owned()
+    };
+    assert_ne!(with("{\"shout\": true}"), with("{}"));
+}
+
+/// A conversation that was kept goes on without reading it anew; one of another model is refused.
+#[test]
+fn conversations_are_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let kept = path("kept.chat");
+    fs::write(path("question.txt"), "Name a colour.\n").unwrap();
+    let options = ["chat", "@", "-n", "8", "--temp", "0", "-c", "1024"];
+    let say = |lines: String| with_stdin(&arguments(&options), lines.as_bytes());
+    let whole = say(format!("Name a colour.\n/save {kept}\nAnother one.\n"));
+    let answers: Vec<&str> = whole.text().lines().filter(|line| !line.is_empty()).collect();
+    let read = say(format!("/read {}\n", path("question.txt")));
+    assert!(read.text().lines().any(|line| line == answers[0]), "{answers:?}: {}", read.text());
+    let loaded = say(format!("/load {kept}\nAnother one.\n"));
+    assert!(loaded.stderr.contains("2 messages"), "{}", loaded.stderr);
+    assert_eq!(loaded.text().trim_end(), whole.text().trim_end().strip_prefix(read.text().trim_end()).unwrap().trim());
+    // Only the new question is read.
+    let prefilled = |ran: &Ran| {
+        let line = ran.stderr.lines().find_map(|line| line.strip_prefix("prefill")).unwrap().trim();
+        line.split(' ').next().unwrap().parse::<usize>().unwrap()
+    };
+    assert!(prefilled(&loaded) < prefilled(&whole) / 2, "{} and {}", prefilled(&loaded), prefilled(&whole));
+    // Taken back, the question was never asked.
+    let undone = say(format!("Name a colour.\nSay nothing.\n/undo\nAnother one.\n"));
+    assert!(undone.text().trim_end().ends_with(loaded.text().trim_end()), "{}", undone.text());
+    // Of another model.
+    let other = path("other.gguf");
+    RandomModel::new("llama").write(&other);
+    let refused = with_stdin(&["chat", "-m", &other, "-c", "256"], format!("/load {kept}\n").as_bytes());
+    assert_eq!(refused.code, Some(1), "{}", refused.stderr);
+}
+
+/// A prompt is read once, and one that begins alike from where it differs.
+#[test]
+fn prompts_are_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prompt.bin").display().to_string();
+    let say = |prompt: &str, more: &[&str]| {
+        let all = [&["@", "-p", prompt, "-n", "8", "--temp", "0", "--json", "--prompt-cache", &file], more].concat();
+        with_stdin(&arguments(&all), b"").json()
+    };
+    let prompt = "The sea is wide and the ships on it are small, and the harbour";
+    let (first, second) = (say(prompt, &[]), say(prompt, &[]));
+    let n = first["prompt_tokens"].as_u64().unwrap();
+    assert_eq!((first["read_tokens"].as_u64(), second["read_tokens"].as_u64()), (Some(n), Some(1)));
+    assert_eq!(first["text"], second["text"]);
+    let bytes = fs::read(&file).unwrap();
+    let longer = format!("{prompt} is calm today");
+    let read_only = say(&longer, &["--prompt-cache-ro"]);
+    assert!(read_only["read_tokens"].as_u64().unwrap() < 5, "{read_only}");
+    assert_eq!(fs::read(&file).unwrap(), bytes, "it is not written");
+    assert_eq!(read_only["text"], run!["@", "-p", &longer, "-n", "8", "--temp", "0", "--json"].json()["text"]);
+    // With the answer in it, the text goes on.
+    let whole = say(prompt, &["--prompt-cache-all"]);
+    let on = format!("{prompt}{}", whole["text"].as_str().unwrap());
+    assert!(say(&on, &["--prompt-cache-ro"])["read_tokens"].as_u64().unwrap() <= 3);
+    fs::write(&file, b"damaged").unwrap();
+    let damaged = run!["@", "-p", "x", "-n", "1", "--prompt-cache", &file];
+    assert_eq!(damaged.code, Some(1));
+    assert!(damaged.stderr.contains("--prompt-cache") && damaged.stdout.is_empty(), "{}", damaged.stderr);
+}
+
+/// What one is told without asking.
+#[test]
+fn first_contact() {
+    let long = run!["@", "-p", "The sea", "-n", "1", "-c", "9000"];
+    assert!(long.stderr.contains("a context of 9000 tokens; the model was trained with 8192"), "{}", long.stderr);
+    assert!(!run!["@", "-p", "The sea", "-n", "1", "-c", "512"].stderr.contains("warning"));
+    let plan = run!["devices", "@", "--plan"];
+    assert!(
+        plan.text().contains("--lazy budget:0.5 -ctk q8_0 -ctv q4_0") && plan.text().contains("-c 8192"),
+        "{}",
+        plan.text()
+    );
+    let doctor = with_stdin(&["doctor", "-m", &model(), "--lib", "/no/such/folder"], b"");
+    for said in ["simlayer-run ", "llama.cpp ", "--lib: /no/such/folder has none", "physical cores", "-c 8192"] {
+        assert!(doctor.text().contains(said), "{said}: {}", doctor.text());
+    }
+    let script = run!["completions", "bash"];
+    for value in ["budget", "q8_0", "chatml"] {
+        assert!(script.text().contains(value), "{value}");
+    }
 }
 
 /// Adapters change the text as often as they are named and as much as they count; one that counts nothing does not.

@@ -1,6 +1,8 @@
 //! The project's chores, run as `cargo xtask <command>`.
 
+mod abi;
 mod arm_check;
+mod bump;
 mod compare;
 mod cuda_check;
 mod demo;
@@ -18,6 +20,7 @@ mod test;
 mod upstream;
 mod upstream_library;
 mod valgrind;
+mod versions;
 mod vulkan_check;
 
 use std::path::PathBuf;
@@ -48,6 +51,10 @@ enum Command {
     Dist(dist::Args),
     /// Make what people install, in Debian 11's root: tarball, deb, wheel; or install and run them in a fresh Debian.
     Package(package::Args),
+    /// What another version of the package that llama.cpp comes from would change here; with --apply, move there.
+    Bump(bump::Args),
+    /// Compare releases of llama-cpp-python with our llama.cpp, for the table in docs/c-abi.md.
+    Versions,
     /// What lazy layers cost on texts of different kinds.
     Quality(quality::Args),
     /// Run llama.cpp's own frontends and llama-cpp-python, unmodified, on our library.
@@ -73,6 +80,8 @@ fn main() -> ExitCode {
         Command::Rss(args) => rss::run(&args),
         Command::Dist(args) => dist::run(&args),
         Command::Package(args) => package::run(&args),
+        Command::Bump(args) => bump::run(&args),
+        Command::Versions => versions::run(),
         Command::Quality(args) => quality::run(&args),
         Command::Frontends(args) => frontends::run(&args),
         Command::ArmCheck => arm_check::run(),

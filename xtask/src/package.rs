@@ -10,6 +10,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::abi;
 use crate::dist;
 use crate::notices;
 use crate::prepare::{self, Env};
@@ -283,7 +284,7 @@ impl Packages<'_> {
             module.join("_checked.py"),
             format!(
                 "VERSION = {VERSION:?}\nLLAMA_CPP = {:?}\nCHECKED = [{LLAMA_CPP_PYTHON:?}]\n",
-                llama_cpp(&dist::source(self.env)?)?
+                abi::revision(&dist::source(self.env)?)
             ),
         )?;
         self.program(&module.join("bin/simlayer-run"))?;
@@ -303,17 +304,6 @@ impl Packages<'_> {
         let wheel = sh::output(write.arg(format!("llama-cpp-python:llama-cpp-python=={LLAMA_CPP_PYTHON}")))?;
         Ok(PathBuf::from(wheel.trim()))
     }
-}
-
-/// llama.cpp's version, as its build file says it.
-pub fn llama_cpp(source: &Path) -> Result<String> {
-    let file = source.join("CMakeLists.txt");
-    let text = std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
-    let part = |name: &str| {
-        let set = format!("set(LLAMA_VERSION_{name} ");
-        text.lines().find_map(|line| line.strip_prefix(&set)?.split(')').next()).unwrap_or("?").to_owned()
-    };
-    Ok(["MAJOR", "MINOR", "PATCH"].map(part).join("."))
 }
 
 /// Copies a folder with its links.

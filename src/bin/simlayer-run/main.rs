@@ -11,6 +11,7 @@ mod calibrate;
 mod chat;
 mod completions;
 mod devices;
+mod doctor;
 mod failure;
 mod generate;
 mod inspect;
@@ -20,6 +21,7 @@ mod options;
 mod passkey;
 mod perplexity;
 mod plot;
+mod processor;
 mod progress;
 mod report;
 #[cfg(feature = "rpc")]
@@ -59,6 +61,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Devices(args) => devices::run(args),
         #[cfg(feature = "rpc")]
         Command::RpcServer(args) => rpc_server::run(args),
+        Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => completions::run(args),
     }
 }

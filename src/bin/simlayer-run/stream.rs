@@ -43,7 +43,7 @@ pub struct Answer {
 }
 
 /// Reads `prompt` and generates at most `limit` tokens. `show` gets the text in pieces of whole characters, and
-/// nothing from the first of `stops` on.
+/// nothing from the first of `stops` on. `read` is called when the prompt has been read.
 ///
 /// Ctrl-C is no failure: the answer says that it was interrupted.
 pub fn answer(
@@ -53,6 +53,7 @@ pub fn answer(
     prompt: &[Token],
     limit: Option<u64>,
     stops: &[String],
+    read: impl FnOnce(&Session) -> Result<(), Failure>,
     mut show: impl FnMut(&str) -> io::Result<()>,
 ) -> Result<Answer, Failure> {
     let vocab = model.vocab();
@@ -60,9 +61,9 @@ pub fn answer(
         Answer { tokens: Vec::new(), text: String::new(), stop: Stop::Length, timings: Timings::default() };
 
     let start = Instant::now();
-    let read = prefill(session, prompt);
+    let prefilled = prefill(session, prompt);
     answer.timings.prefill = start.elapsed();
-    let mut logits = match read {
+    let mut logits = match prefilled {
         Ok(logits) => logits,
         Err(Error::Interrupted) => {
             answer.stop = Stop::Interrupted;
@@ -71,6 +72,7 @@ pub fn answer(
         Err(error) => return Err(error.into()),
     };
     answer.timings.prefilled = prompt.len();
+    read(session)?;
 
     let mut stream = StopText::new(stops);
     let mut add = |answer: &mut Answer, piece: String| {

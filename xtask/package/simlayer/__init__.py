@@ -30,7 +30,7 @@ def _set_up():
         return
     if found not in CHECKED:
         raise ImportError(
-            f"simlayer {VERSION} is built for llama.cpp {LLAMA_CPP} and was checked with llama-cpp-python "
+            f"simlayer {VERSION} is built for {LLAMA_CPP} and was checked with llama-cpp-python "
             f"{', '.join(CHECKED)}; {found} is installed. Install that version (pip install "
             f"llama-cpp-python=={CHECKED[-1]}), or another version of simlayer."
         )
