@@ -484,9 +484,10 @@ fn conversations_are_kept() {
     assert!(undone.text().trim_end().ends_with(loaded.text().trim_end()), "{}", undone.text());
     // Of another model.
     let other = path("other.gguf");
-    RandomModel::new("llama").write(&other);
+    RandomModel::tiny().gguf().write(&other);
     let refused = with_stdin(&["chat", "-m", &other, "-c", "256"], format!("/load {kept}\n").as_bytes());
     assert_eq!(refused.code, Some(1), "{}", refused.stderr);
+    assert!(refused.stderr.contains("kept.chat: "), "{}", refused.stderr);
 }
 
 /// A prompt is read once, and one that begins alike from where it differs.
@@ -517,6 +518,33 @@ fn prompts_are_kept() {
     let damaged = run!["@", "-p", "x", "-n", "1", "--prompt-cache", &file];
     assert_eq!(damaged.code, Some(1));
     assert!(damaged.stderr.contains("--prompt-cache") && damaged.stdout.is_empty(), "{}", damaged.stderr);
+}
+
+/// The README's first commands, as they stand there, on a model and a prompt of these names. (Those that measure take long:
+/// that they can be typed is tested beside the command line's reader.)
+#[test]
+fn the_readmes_commands_run() {
+    let folder = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(fs::canonicalize(model()).unwrap(), folder.path().join("model.gguf")).unwrap();
+    fs::write(folder.path().join("prompt.txt"), "The sea is wide, and the ships on it are small.").unwrap();
+    let readme = fs::read_to_string(simlayer_testkit::workspace_root().join("README.md")).unwrap();
+    let mut ran = Vec::new();
+    for (line, words) in simlayer_testkit::markdown::commands(&readme) {
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let is_long =
+            ["bench", "calibrate", "perplexity", "passkey", "rpc-server"].iter().any(|name| words.contains(name));
+        let is_elsewhere = words.contains(&"--rpc");
+        if words[0] != "simlayer-run" || is_long || is_elsewhere {
+            continue;
+        }
+        let mut child = command(&words[1..]).current_dir(folder.path()).spawn().unwrap();
+        let _ = child.stdin.take().unwrap().write_all(b"/exit\n");
+        let output: Ran = child.wait_with_output().unwrap().into();
+        assert_eq!(output.code, Some(0), "README.md:{line}: {}", output.stderr);
+        ran.push(words[1..].first().copied().unwrap_or_default().to_owned());
+    }
+    assert!(ran.len() >= 4, "{ran:?}");
+    assert!(folder.path().join("scores.svg").is_file());
 }
 
 /// What one is told without asking.

@@ -99,6 +99,32 @@ fn main() -> ExitCode {
     }
 }
 
+#[cfg(test)]
+#[path = "../../tests/support/src/markdown.rs"]
+mod markdown;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The chores that the documentation names, with their options.
+    #[test]
+    fn documented_chores_are_understood() {
+        let mut n = 0;
+        for (file, text) in markdown::documents(&root()) {
+            for (line, words) in markdown::commands(&text) {
+                if words.first().is_some_and(|word| word == "cargo") && words.get(1).is_some_and(|word| word == "xtask")
+                {
+                    n += 1;
+                    let parsed = Cli::try_parse_from(&words[1..]);
+                    assert!(parsed.is_ok(), "{file}:{line}: {}", parsed.unwrap_err());
+                }
+            }
+        }
+        assert!(n > 5, "{n} commands were found");
+    }
+}
+
 /// The repository's root.
 fn root() -> PathBuf {
     let manifest = PathBuf::from(env!("CARGO_MANIFEST_DIR"));

@@ -41,6 +41,9 @@ pub struct Args {
     /// Debian 11's root, in which it is built; made where it is missing. Default: .tools/debian-bullseye.
     #[arg(long)]
     build_root: Option<PathBuf>,
+    /// Put together what the last build made, in target/portable.
+    #[arg(long, conflicts_with = "check")]
+    built: bool,
     /// Install what is in the folder in a fresh Debian and run it, in place of building.
     #[arg(long)]
     check: bool,
@@ -58,7 +61,15 @@ pub fn run(args: &Args) -> Result<()> {
         Some(root) => std::path::absolute(root)?,
         None => prepare::tools_dir().join(format!("debian-{BUILT_IN}")),
     };
-    let built = step("build", || build(&env, &debian))?;
+    let target = env.target_dir()?.join("portable");
+    if !args.built {
+        step("build", || build(&env, &debian, &target))?;
+    }
+    let built = Built { program: target.join("release/simlayer-run"), dist: target.join("dist") };
+    oldest(&built.program)?;
+    for library in libraries(&built.dist.join("lib"))? {
+        oldest(&library)?;
+    }
     let packages = Packages { env: &env, built: &built, debian: &debian, out: &out };
     for package in
         [step("tarball", || packages.tarball())?, step("deb", || packages.deb())?, step("wheel", || packages.wheel())?]
@@ -103,29 +114,22 @@ struct Built {
     dist: PathBuf,
 }
 
-fn build(env: &Env, debian_root: &Path) -> Result<Built> {
+fn build(env: &Env, debian_root: &Path, target: &Path) -> Result<()> {
     debian(BUILT_IN, debian_root, BUILD_TOOLS)?;
     // Everything is fetched here: nothing is, in there.
     sh::run(env.cargo().args(["fetch", "--locked"]))?;
     let home = std::env::var_os("HOME").map(PathBuf::from).context("HOME is not set")?;
     let of = |variable: &str, usual: &str| std::env::var_os(variable).map_or(home.join(usual), PathBuf::from);
     let (cargo, rustup) = (of("CARGO_HOME", ".cargo"), of("RUSTUP_HOME", ".rustup"));
-    let target = env.target_dir()?.join("portable");
-    std::fs::create_dir_all(&target)?;
-    let mounts = [(root(), "/src"), (cargo, "/cargo"), (rustup, "/rustup"), (target.clone(), "/target")];
+    std::fs::create_dir_all(target)?;
+    let mounts = [(root(), "/src"), (cargo, "/cargo"), (rustup, "/rustup"), (target.to_owned(), "/target")];
     let mounts: Vec<(&Path, &str)> = mounts.iter().map(|(from, at)| (from.as_path(), *at)).collect();
     let script = "export PATH=/cargo/bin:$PATH CARGO_HOME=/cargo RUSTUP_HOME=/rustup CARGO_TARGET_DIR=/target CARGO_NET_OFFLINE=true
         git config --global --add safe.directory /src
         cd /src
         cargo rustc --release --locked --bin simlayer-run --features portable -- -C link-arg=-Wl,-rpath,'$ORIGIN/../lib'
         cargo xtask dist --portable --out /target/dist";
-    sh::run(&mut inside(debian_root, &mounts, script))?;
-    let built = Built { program: target.join("release/simlayer-run"), dist: target.join("dist") };
-    oldest(&built.program)?;
-    for library in libraries(&built.dist.join("lib"))? {
-        oldest(&library)?;
-    }
-    Ok(built)
+    sh::run(&mut inside(debian_root, &mounts, script))
 }
 
 /// The shared libraries of a folder, without the links to them.
@@ -271,7 +275,7 @@ impl Packages<'_> {
             ),
         )?;
         let file = self.out.join(format!("simlayer_{VERSION}_amd64.deb"));
-        sh::output(Command::new("dpkg-deb").args(["--root-owner-group", "--build"]).arg(&folder).arg(&file))?;
+        sh::output(Command::new("dpkg-deb").args(["--root-owner-group", "-z3", "--build"]).arg(&folder).arg(&file))?;
         Ok(file)
     }
 

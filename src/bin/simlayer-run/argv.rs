@@ -386,6 +386,23 @@ mod tests {
         }
     }
 
+    /// What the documentation tells its readers to type can be typed.
+    #[test]
+    fn documented_commands_are_understood() {
+        let root = simlayer_testkit::workspace_root();
+        let mut n = 0;
+        for (file, text) in simlayer_testkit::markdown::documents(&root) {
+            for (line, words) in simlayer_testkit::markdown::commands(&text) {
+                if words[0].rsplit('/').next() == Some("simlayer-run") {
+                    n += 1;
+                    let parsed = try_parse(words.iter().map(OsString::from), &|_| None);
+                    assert!(parsed.is_ok(), "{file}:{line}: {}", parsed.unwrap_err());
+                }
+            }
+        }
+        assert!(n > 20, "{n} commands were found");
+    }
+
     /// The variables are those of llama.cpp's tables, for options that are ours.
     #[test]
     fn variables_are_llama_cpps() {

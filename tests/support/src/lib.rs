@@ -8,6 +8,7 @@
 mod decoder;
 pub mod gguf;
 mod lora;
+pub mod markdown;
 pub mod metrics;
 mod model;
 mod quantize;
