@@ -382,7 +382,7 @@ fn check(out: &Path) -> Result<()> {
     ensure!(texts.iter().all(|text| *text == texts[0]), "the packages' programs say different texts: {texts:?}");
     let python = format!(
         "/venv/bin/pip install -q --no-index --find-links /wheels '/packages/{wheel}[llama-cpp-python]' >&2
-         /venv/bin/python /scripts/check.py /models/{file}"
+         cp /scripts/check.py /tmp; /venv/bin/python /tmp/check.py /models/{file}"
     );
     run("llama-cpp-python after `import simlayer`", python)?;
     Ok(())

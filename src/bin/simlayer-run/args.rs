@@ -85,10 +85,10 @@ pub struct GenerateArgs {
     #[arg(help_heading = "Text", long, value_name = "FILE")]
     pub prompt_cache: Option<PathBuf>,
     /// Keep the answer there as well
-    #[arg(help_heading = "Text", long, requires = "prompt_cache")]
+    #[arg(help_heading = "Text", long)]
     pub prompt_cache_all: bool,
     /// Only go on from that file, and do not write it
-    #[arg(help_heading = "Text", long, requires = "prompt_cache", conflicts_with = "prompt_cache_all")]
+    #[arg(help_heading = "Text", long, conflicts_with = "prompt_cache_all")]
     pub prompt_cache_ro: bool,
     #[command(flatten)]
     pub sampling: SamplingArgs,
