@@ -99,6 +99,12 @@ fn main() -> ExitCode {
     }
 }
 
+/// The repository's root.
+fn root() -> PathBuf {
+    let manifest = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    manifest.parent().map_or(manifest.clone(), |p| p.to_path_buf())
+}
+
 #[cfg(test)]
 #[path = "../../tests/support/src/markdown.rs"]
 mod markdown;
@@ -123,10 +129,4 @@ mod tests {
         }
         assert!(n > 5, "{n} commands were found");
     }
-}
-
-/// The repository's root.
-fn root() -> PathBuf {
-    let manifest = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
-    manifest.parent().map_or(manifest.clone(), |p| p.to_path_buf())
 }
