@@ -20,7 +20,7 @@ use crate::{
     generate, interrupt,
     options::{self, Run},
     report,
-    stream::{self, Answer, Stop, Timings},
+    stream::{self, Answer, Stop, Timings, Until},
 };
 
 const HELP: &str = "/clear      forget the conversation
@@ -318,8 +318,7 @@ impl Chat {
             &mut self.session,
             &mut sampler,
             &unread,
-            self.limit,
-            &[],
+            &Until { limit: self.limit, stops: &[] },
             |_| Ok(()),
             |text| {
                 out.write_all(text.as_bytes())?;

@@ -43,7 +43,7 @@ fn with_values(command: clap::Command) -> clap::Command {
 /// Gives an option of a command, and of those beneath it, these values.
 fn fill(mut command: clap::Command, id: &str, values: &[String]) -> clap::Command {
     if command.get_arguments().any(|arg| arg.get_id() == id) {
-        command = command.mut_arg(id.to_owned(), |arg| {
+        command = command.mut_arg(id, |arg| {
             arg.value_parser(PossibleValuesParser::new(
                 values.iter().map(|value| PossibleValue::new(&*value.clone().leak())),
             ))

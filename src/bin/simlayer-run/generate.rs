@@ -15,7 +15,7 @@ use crate::{
     interrupt,
     options::{self, Run},
     report,
-    stream::{self, Stop},
+    stream::{self, Stop, Until},
 };
 
 pub fn run(args: GenerateArgs) -> Result<(), Failure> {
@@ -55,8 +55,7 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
         &mut session,
         &mut sampler,
         &tokens[n_known..],
-        limit,
-        &args.reverse_prompt,
+        &Until { limit, stops: &args.reverse_prompt },
         |session| keep(session, !args.prompt_cache_all),
         |text| {
             if json {
@@ -118,7 +117,8 @@ fn known(session: &mut Session, file: &Path, prompt: &[Token]) -> Result<usize, 
 
 /// Writes what the session holds, whole or not at all.
 fn save(session: &Session, file: &Path) -> Result<(), Failure> {
-    let part = file.with_added_extension("part");
+    let mut part = file.as_os_str().to_owned();
+    part.push(".part");
     let write = || {
         let mut to = io::BufWriter::new(fs::File::create(&part)?);
         session.save_seq(SeqId::default(), &mut to)?;
