@@ -11,6 +11,7 @@ fn main() {
     }
     println!("cargo:rustc-env=SIMLAYER_REVISION={}", revision().unwrap_or_else(|| "unknown".to_owned()));
     println!("cargo:rustc-env=SIMLAYER_GGML={}", env::var("DEP_GGML_REVISION").unwrap_or_default());
+    println!("cargo:rustc-env=SIMLAYER_LLAMA={}", env::var("DEP_GGML_LLAMA").unwrap_or_default());
     println!("cargo:rustc-env=SIMLAYER_FEATURES={}", features().join(", "));
     println!("cargo:rustc-env=SIMLAYER_TARGET={}", env::var("TARGET").unwrap_or_default());
 }

@@ -10,6 +10,8 @@ fn main() {
     let source = PathBuf::from(env::var_os("DEP_GGML_SOURCE").expect("ggml-sys says where its source is"));
     // For the layout test.
     println!("cargo:rustc-env=LLAMA_SOURCE={}", source.display());
+    // For what callers of another revision are told.
+    println!("cargo:rustc-env=LLAMA_VERSION={}", env::var("DEP_GGML_LLAMA").unwrap_or_default());
     // Nothing is linked where only the bindings are made.
     if env::var("DEP_GGML_BINDINGS_ONLY").as_deref() == Ok("true") {
         return;

@@ -405,7 +405,8 @@ fn grammars() {
 fn llama_cpps_command_lines() {
     for (args, said) in [
         (&["-hf", "some/model", "-p", "hi"][..], "-hf is not supported: nothing is downloaded"),
-        (&["@", "-p", "hi", "-cnv"], "-cnv is not supported: use the command chat"),
+        (&["@", "-p", "hi", "-mli"], "-mli is not supported: give a long message with -f"),
+        (&["chat", "@", "--chat-template-kwargs", "[1]"], "it must be a JSON object"),
         (&["@", "-p", "hi", "-sys", "x"], "-sys (--system) is no option of generating"),
         (&["@", "-p", "hi", "-nope"], "there is no option -nope"),
         (&["@", "-p", "hi", "--override-kv", "a=b"], "it must be KEY=int:N"),
@@ -439,6 +440,144 @@ fn llama_cpps_command_lines() {
     let path = file.path().to_str().unwrap();
     let read = |option: &str| run!["@", option, path, "-n", "1", "--json"].json()["prompt_tokens"].as_u64();
     assert_eq!((read("-f"), read("-bf")), (Some(3), Some(4)));
+}
+
+/// llama-cli's ways to a conversation are the command chat.
+#[test]
+fn a_conversation_of_one_turn() {
+    let options = ["-n", "8", "--temp", "0", "-c", "512"];
+    let chat =
+        with_stdin(&arguments(&[&["chat", "@"][..], &options].concat()), b"What is the sea?\nAnd this is not read\n");
+    let first = chat.text().lines().next().unwrap().to_owned();
+    for asked in [
+        &["@", "-p", "What is the sea?", "-st"][..],
+        &["@", "-cnv", "-p", "What is the sea?", "-st"],
+        &["chat", "@", "-p", "What is the sea?", "--single-turn"],
+    ] {
+        let ran = with_stdin(&arguments(&[asked, &options].concat()), b"another question\n");
+        assert_eq!(ran.text().trim_end(), first, "{asked:?}");
+    }
+    // Variables reach the template.
+    let mut template = tempfile::NamedTempFile::new().unwrap();
+    template.write_all(b"{{ messages[0].content }}{% if shout %} IS FOR THE SEA{% endif %}").unwrap();
+    let path = template.path().to_str().unwrap();
+    let with = |variables: &str| {
+        let asked = ["@", "-st", "-p", "A", "--chat-template-file", path, "--chat-template-kwargs", variables];
+        with_stdin(&arguments(&[&asked[..], &options].concat()), b"").text().to_owned()
+    };
+    assert_ne!(with("{\"shout\": true}"), with("{}"));
+}
+
+/// A conversation that was kept goes on without reading it anew; one of another model is refused.
+#[test]
+fn conversations_are_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let kept = path("kept.chat");
+    fs::write(path("question.txt"), "Name a colour.\n").unwrap();
+    let options = ["chat", "@", "-n", "8", "--temp", "0", "-c", "1024"];
+    let say = |lines: String| with_stdin(&arguments(&options), lines.as_bytes());
+    let whole = say(format!("Name a colour.\n/save {kept}\nAnother one.\n"));
+    let answers: Vec<&str> = whole.text().lines().filter(|line| !line.is_empty()).collect();
+    let read = say(format!("/read {}\n", path("question.txt")));
+    assert!(read.text().lines().any(|line| line == answers[0]), "{answers:?}: {}", read.text());
+    let loaded = say(format!("/load {kept}\nAnother one.\n"));
+    assert!(loaded.stderr.contains("2 messages"), "{}", loaded.stderr);
+    assert_eq!(loaded.text().trim_end(), whole.text().trim_end().strip_prefix(read.text().trim_end()).unwrap().trim());
+    // Only the new question is read.
+    let prefilled = |ran: &Ran| {
+        let line = ran.stderr.lines().find_map(|line| line.strip_prefix("prefill")).unwrap().trim();
+        line.split(' ').next().unwrap().parse::<usize>().unwrap()
+    };
+    assert!(prefilled(&loaded) < prefilled(&whole) / 2, "{} and {}", prefilled(&loaded), prefilled(&whole));
+    // Taken back, the question was never asked.
+    let undone = say(format!("Name a colour.\nSay nothing.\n/undo\nAnother one.\n"));
+    assert!(undone.text().trim_end().ends_with(loaded.text().trim_end()), "{}", undone.text());
+    // Of another model.
+    let other = path("other.gguf");
+    RandomModel::tiny().gguf().write(&other);
+    let refused = with_stdin(&["chat", "-m", &other, "-c", "256"], format!("/load {kept}\n").as_bytes());
+    assert_eq!(refused.code, Some(1), "{}", refused.stderr);
+    assert!(refused.stderr.contains("kept.chat: "), "{}", refused.stderr);
+}
+
+/// A prompt is read once, and one that begins alike from where it differs.
+#[test]
+fn prompts_are_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prompt.bin").display().to_string();
+    let say = |prompt: &str, more: &[&str]| {
+        let all = [&["@", "-p", prompt, "-n", "8", "--temp", "0", "--json", "--prompt-cache", &file], more].concat();
+        with_stdin(&arguments(&all), b"").json()
+    };
+    let prompt = "The sea is wide and the ships on it are small, and the harbour";
+    let (first, second) = (say(prompt, &[]), say(prompt, &[]));
+    let n = first["prompt_tokens"].as_u64().unwrap();
+    assert_eq!((first["read_tokens"].as_u64(), second["read_tokens"].as_u64()), (Some(n), Some(1)));
+    assert_eq!(first["text"], second["text"]);
+    let bytes = fs::read(&file).unwrap();
+    let longer = format!("{prompt} has a lighthouse. It was built in");
+    let read_only = say(&longer, &["--prompt-cache-ro"]);
+    assert!(read_only["read_tokens"].as_u64().unwrap() < n, "{read_only}");
+    assert_eq!(fs::read(&file).unwrap(), bytes, "it is not written");
+    assert_eq!(read_only["text"], run!["@", "-p", &longer, "-n", "8", "--temp", "0", "--json"].json()["text"]);
+    // With the answer in it, the text goes on.
+    let whole = say(prompt, &["--prompt-cache-all"]);
+    let on = format!("{prompt}{}", whole["text"].as_str().unwrap());
+    assert!(say(&on, &["--prompt-cache-ro"])["read_tokens"].as_u64().unwrap() <= 3);
+    fs::write(&file, b"damaged").unwrap();
+    let damaged = run!["@", "-p", "x", "-n", "1", "--prompt-cache", &file];
+    assert_eq!(damaged.code, Some(1));
+    assert!(damaged.stderr.contains("--prompt-cache") && damaged.stdout.is_empty(), "{}", damaged.stderr);
+}
+
+/// The README's first commands, as they stand there, on a model and a prompt of these names. (Those that measure take long:
+/// that they can be typed is tested beside the command line's reader.)
+#[test]
+fn the_readmes_commands_run() {
+    let folder = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(fs::canonicalize(model()).unwrap(), folder.path().join("model.gguf")).unwrap();
+    fs::write(folder.path().join("prompt.txt"), "The sea is wide, and the ships on it are small.").unwrap();
+    let readme = fs::read_to_string(simlayer_testkit::workspace_root().join("README.md")).unwrap();
+    let mut ran = Vec::new();
+    for (line, words) in simlayer_testkit::markdown::commands(&readme) {
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let is_long =
+            ["bench", "calibrate", "perplexity", "passkey", "rpc-server"].iter().any(|name| words.contains(name));
+        let is_elsewhere = words.contains(&"--rpc");
+        if words[0] != "simlayer-run" || is_long || is_elsewhere {
+            continue;
+        }
+        let mut child = command(&words[1..]).current_dir(folder.path()).spawn().unwrap();
+        let _ = child.stdin.take().unwrap().write_all(b"/exit\n");
+        let output: Ran = child.wait_with_output().unwrap().into();
+        assert_eq!(output.code, Some(0), "README.md:{line}: {}", output.stderr);
+        ran.push(words[1..].first().copied().unwrap_or_default().to_owned());
+    }
+    assert!(ran.len() >= 4, "{ran:?}");
+    assert!(folder.path().join("scores.svg").is_file());
+}
+
+/// What one is told without asking.
+#[test]
+fn first_contact() {
+    let long = run!["@", "-p", "The sea", "-n", "1", "-c", "9000"];
+    assert!(long.stderr.contains("a context of 9000 tokens; the model was trained with 8192"), "{}", long.stderr);
+    assert!(!run!["@", "-p", "The sea", "-n", "1", "-c", "512"].stderr.contains("warning"));
+    let plan = run!["devices", "@", "--plan"];
+    assert!(
+        plan.text().contains("--lazy budget:0.5 -ctk q8_0 -ctv q4_0") && plan.text().contains("-c 8192"),
+        "{}",
+        plan.text()
+    );
+    let doctor = with_stdin(&["doctor", "-m", &model(), "--lib", "/no/such/folder"], b"");
+    for said in ["simlayer-run ", "llama.cpp ", "--lib: /no/such/folder has none", "physical cores", "-c 8192"] {
+        assert!(doctor.text().contains(said), "{said}: {}", doctor.text());
+    }
+    let script = run!["completions", "bash"];
+    for value in ["budget", "q8_0", "chatml"] {
+        assert!(script.text().contains(value), "{value}");
+    }
 }
 
 /// Adapters change the text as often as they are named and as much as they count; one that counts nothing does not.
@@ -650,6 +789,9 @@ fn versions_say_what_was_built() {
     if std::env::var_os("GGML_SOURCE_DIR").is_none() {
         assert_eq!(origin, format!("llama-cpp-sys-2-{}", pinned.unwrap()));
     }
+    let (version, source) = line("llama.cpp:").split_once(" (").unwrap();
+    assert!(version.split('.').count() == 3 && version.split('.').all(|part| part.parse::<u32>().is_ok()), "{version}");
+    assert_eq!(source.trim_end_matches(')'), origin);
     let features: Vec<&str> = line("features:").split(", ").collect();
     for (feature, is_on) in [("cli", true), ("rpc", cfg!(feature = "rpc")), ("cuda", cfg!(feature = "cuda"))] {
         assert_eq!(features.contains(&feature), is_on, "{feature} in {features:?}");
@@ -661,6 +803,7 @@ fn versions_say_what_was_built() {
     let build = run!["bench", "@", "-p", "4", "-n", "0", "-r", "1", "--json"].json()["build"].clone();
     assert_eq!(build["version"], env!("CARGO_PKG_VERSION"));
     assert_eq!(build["ggml"], line("ggml:"));
+    assert_eq!(build["llama_cpp"], line("llama.cpp:"));
     assert_eq!(build["target"], line("target:"));
     assert_eq!(build["revision"], revision);
     assert_eq!(build["features"], serde_json::json!(features));

@@ -36,7 +36,7 @@ extern "C" {
 
 struct llama_context;
 
-// The version, such as "simlayer 0.1.0".
+// The version, and that of llama.cpp: "simlayer 0.1.0, llama.cpp 0.6.0 (llama-cpp-sys-2-0.1.161)".
 const char * simlayer_version(void);
 
 // Why the last function of llama.h or simlayer.h that failed on this thread did so; empty when none has. Valid until

@@ -3,13 +3,15 @@
 use std::ffi::CStr;
 
 /// Defines functions of llama.h: `fn name(args) -> type, or VALUE, { body }`, where the body is a `Result` and VALUE is
-/// returned when it is an error. That the signature is the header's is checked by the compiler. A call with handles of
+/// returned when it is an error. Arguments that another llama.cpp has with other fields are read with care (`caller`). That the signature is the header's is checked by the compiler. A call with handles of
 /// unmodified llama.cpp goes there in the body's stead, and what that throws goes on to the caller.
 macro_rules! api {
     ($($(#[$meta:meta])* fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)?, or $failed:expr, $body:block)*) => {$(
         $(#[$meta])*
         #[unsafe(no_mangle)]
-        unsafe extern "C-unwind" fn $name($($arg: $ty),*) $(-> $ret)? {
+        unsafe extern "C-unwind" fn $name(
+            $($arg: <$ty as $crate::upstream::Crossing>::Raw),*
+        ) $(-> <$ret as $crate::upstream::Crossing>::Raw)? {
             unsafe extern "C" fn ours($($arg: $ty),*) $(-> $ret)? {
                 $crate::border::guard(stringify!($name), $failed, || $body)
             }
@@ -18,7 +20,15 @@ macro_rules! api {
             };
             const NAME: &std::ffi::CStr = $crate::api::c_name(concat!(stringify!($name), "\0"));
             use $crate::upstream::Crossing;
-            match $crate::upstream::route(NAME, &[$($arg.side()),*]) {
+            fn refused(failure: $crate::border::Failure) $(-> $ret)? {
+                $crate::border::guard(stringify!($name), $failed, || Err(failure))
+            }
+            let read = || -> $crate::border::Result<_> { Ok(($(<$ty as Crossing>::read($arg)?,)*)) };
+            let ($($arg,)*) = match read() {
+                Ok(arguments) => arguments,
+                Err(failure) => return refused(failure).raw(),
+            };
+            let result = match $crate::upstream::route(NAME, &[$($arg.side()),*]) {
                 // SAFETY: the caller's promise is the same.
                 Ok(None) => unsafe { ours($($arg),*) },
                 Ok(Some((function, of))) => {
@@ -29,8 +39,9 @@ macro_rules! api {
                         function($($arg.given()),*).noted(of)
                     }
                 }
-                Err(failure) => $crate::border::guard(stringify!($name), $failed, || Err(failure)),
-            }
+                Err(failure) => refused(failure),
+            };
+            result.raw()
         }
     )*};
 }

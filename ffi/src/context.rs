@@ -500,7 +500,7 @@ api! {
     }
 }
 
-fn default_params() -> sys::llama_context_params {
+pub(crate) fn default_params() -> sys::llama_context_params {
     let threads = sys::GGML_DEFAULT_N_THREADS as i32;
     sys::llama_context_params {
         n_ctx: 512,

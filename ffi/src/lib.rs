@@ -14,6 +14,7 @@ mod api;
 
 mod adapters;
 mod batch;
+mod caller;
 mod context;
 mod decode;
 mod devices;

@@ -431,15 +431,8 @@ pub(crate) unsafe fn write_meta(buf: *mut c_char, size: usize, text: Option<&CSt
 }
 
 api! {
-    fn llama_model_default_params() -> sys::llama_model_params, or no_model_params(), {
-        Ok(sys::llama_model_params {
-            n_gpu_layers: -1,
-            split_mode: sys::LLAMA_SPLIT_MODE_LAYER,
-            load_mode: sys::LLAMA_LOAD_MODE_AUTO,
-            lazy_mode: sys::LLAMA_LAZY_MODE_AUTO,
-            use_extra_bufts: true,
-            ..no_model_params()
-        })
+    fn llama_model_default_params() -> sys::llama_model_params, or default_params(), {
+        Ok(default_params())
     }
 
     fn llama_model_load_from_file(path_model: *const c_char, params: sys::llama_model_params) -> *mut sys::llama_model,
@@ -708,14 +701,14 @@ api! {
 }
 
 /// Everything null, zero or false.
-fn no_model_params() -> sys::llama_model_params {
+pub(crate) fn default_params() -> sys::llama_model_params {
     sys::llama_model_params {
         devices: ptr::null_mut(),
         tensor_buft_overrides: ptr::null(),
-        n_gpu_layers: 0,
-        split_mode: 0,
-        load_mode: 0,
-        lazy_mode: 0,
+        n_gpu_layers: -1,
+        split_mode: sys::LLAMA_SPLIT_MODE_LAYER,
+        load_mode: sys::LLAMA_LOAD_MODE_AUTO,
+        lazy_mode: sys::LLAMA_LAZY_MODE_AUTO,
         main_gpu: 0,
         tensor_split: ptr::null(),
         progress_callback: None,
@@ -723,7 +716,7 @@ fn no_model_params() -> sys::llama_model_params {
         kv_overrides: ptr::null(),
         vocab_only: false,
         check_tensors: false,
-        use_extra_bufts: false,
+        use_extra_bufts: true,
         no_host: false,
         no_alloc: false,
         load_mtp: false,

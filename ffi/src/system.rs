@@ -201,10 +201,13 @@ pub(crate) fn not_supported<T>(what: &str) -> Result<T> {
     Err(Failure(format!("{what} is not supported by simlayer; use llama.cpp for it")))
 }
 
-/// "simlayer 0.1.0".
+/// "simlayer 0.1.0, llama.cpp 0.6.0 (…)".
 pub(crate) fn version() -> &'static CStr {
     static VERSION: OnceLock<CString> = OnceLock::new();
-    VERSION.get_or_init(|| CString::new(concat!("simlayer ", env!("CARGO_PKG_VERSION"))).unwrap_or_default())
+    VERSION.get_or_init(|| {
+        CString::new(concat!("simlayer ", env!("CARGO_PKG_VERSION"), ", llama.cpp ", env!("LLAMA_VERSION")))
+            .unwrap_or_default()
+    })
 }
 
 /// What the processor can do, as ggml lists it.

@@ -191,6 +191,12 @@ pub(crate) enum Side {
 /// What crosses the ABI, as an argument or as a result. There is no blanket implementation, so that a type that is new in
 /// `llama.h` has to say here whether it is a handle.
 pub(crate) trait Crossing: Sized {
+    /// What it is until it is known to be one: of a struct that another llama.cpp has with other fields, bytes.
+    type Raw;
+
+    fn read(raw: Self::Raw) -> Result<Self>;
+    fn raw(self) -> Self::Raw;
+
     fn side(&self) -> Side {
         Side::Neither
     }
@@ -204,6 +210,21 @@ pub(crate) trait Crossing: Sized {
     fn noted(self, _of: usize) -> Self {
         self
     }
+}
+
+/// For what has no other form.
+macro_rules! as_it_is {
+    () => {
+        type Raw = Self;
+
+        fn read(raw: Self) -> Result<Self> {
+            Ok(raw)
+        }
+
+        fn raw(self) -> Self {
+            self
+        }
+    };
 }
 
 /// What a pointer leads to.
@@ -231,6 +252,8 @@ fn side<T: Target>(handle: *const T) -> Side {
 }
 
 impl<T: Target> Crossing for *const T {
+    as_it_is!();
+
     fn side(&self) -> Side {
         side(*self)
     }
@@ -244,6 +267,8 @@ impl<T: Target> Crossing for *const T {
 }
 
 impl<T: Target> Crossing for *mut T {
+    as_it_is!();
+
     fn side(&self) -> Side {
         side(*self)
     }
@@ -279,26 +304,16 @@ impl Target for sys::llama_sampler {
     const HANDLE: Option<Handle> = OBJECT;
 }
 
-impl Crossing for sys::llama_context_params {
-    fn side(&self) -> Side {
-        self.ctx_other.side()
-    }
-
-    /// Without samplers for its graph, for the reason given above.
-    fn given(self) -> Self {
-        sys::llama_context_params { samplers: ptr::null_mut(), n_samplers: 0, ..self }
-    }
-}
-
 macro_rules! no_handles {
-    ($trait:ident for $($ty:ty),* $(,)?) => {$(impl $trait for $ty {})*};
+    (Target for $($ty:ty),* $(,)?) => {$(impl Target for $ty {})*};
+    (Crossing for $($ty:ty),* $(,)?) => {$(impl Crossing for $ty { as_it_is!(); })*};
 }
 
 no_handles!(Target for c_void, c_char, u8, u32, i32, usize, f32, sys::ggml_tensor, sys::gguf_context);
 no_handles!(Target for sys::ggml_threadpool, sys::ggml_opt_dataset, sys::ggml_opt_result, sys::llama_chat_message);
 no_handles!(Target for sys::llama_model_quantize_params, *const c_char, *mut sys::llama_adapter_lora);
 no_handles!(Crossing for (), bool, i8, u32, i32, u64, i64, usize, f32, sys::llama_batch, sys::llama_embd);
-no_handles!(Crossing for sys::llama_model_params, sys::llama_model_quantize_params, sys::llama_opt_params);
+no_handles!(Crossing for sys::llama_model_quantize_params, sys::llama_opt_params);
 no_handles!(Crossing for sys::llama_sampler_chain_params, sys::llama_perf_context_data);
 no_handles!(Crossing for sys::ggml_abort_callback, sys::llama_model_set_tensor_data_t, sys::ggml_opt_epoch_callback);
 

@@ -122,8 +122,6 @@ fn cache(plan: &LayerPlan, index: usize, n_ctx: usize, policy: &Policy) -> Plann
 /// Bytes of a sequence of `n` tokens of which no layer has become lazy, read piece by piece, with the room to grow that
 /// stores have.
 pub(super) fn sequence_bytes(setup: &Setup, n: usize) -> usize {
-    let hparams = setup.model.hparams();
-    let width = hparams.kv_width();
     let bytes = setup.layers.iter().map(|layer| {
         let plan = &layer.plan;
         if !plan.attends {
@@ -131,9 +129,9 @@ pub(super) fn sequence_bytes(setup: &Setup, n: usize) -> usize {
         }
         let (span, format) = layer.at_first();
         let rows = Store::rows_with_room(n).min(layer.n_ctx).max(n).next_multiple_of(plan.block);
-        let rows = span.map_or(rows, |span| rows.min(plan.rows(span)));
-        let exact = plan.exact_span_for(format).map_or(0, |exact| exact.n_rows() * format.exact().row_bytes(width));
-        rows * format.row_bytes(width) + exact + state_bytes(plan)
+        let rows = span.map_or(rows, |span| rows.min(plan.most_rows(span)));
+        let exact = plan.exact_span_for(format).map_or(0, |exact| exact.n_rows() * plan.rows.row_bytes(format.exact()));
+        rows * plan.rows.row_bytes(format) + exact + state_bytes(plan)
     });
     bytes.sum()
 }

@@ -41,7 +41,8 @@ fn main() {
     // For the build scripts of packages that use this one.
     println!("cargo:source={}", folder.display());
     println!("cargo:bindings_only={bindings_only}");
-    println!("cargo:revision={} of {origin}", ggml_version(&folder));
+    println!("cargo:revision={} of {origin}", version(&folder, "ggml", "GGML"));
+    println!("cargo:llama={} ({origin})", version(&folder, "", "LLAMA"));
     println!("cargo:rustc-env=LLAMA_SOURCE={}", folder.display());
 }
 
@@ -68,11 +69,11 @@ impl Source {
     }
 }
 
-/// ggml's own version, as its build file says it.
-fn ggml_version(source: &Path) -> String {
-    let file = fs::read_to_string(source.join("ggml/CMakeLists.txt")).unwrap_or_default();
+/// The version of ggml or of llama.cpp, as its build file says it.
+fn version(source: &Path, folder: &str, prefix: &str) -> String {
+    let file = fs::read_to_string(source.join(folder).join("CMakeLists.txt")).unwrap_or_default();
     let part = |name: &str| {
-        let set = format!("set(GGML_VERSION_{name} ");
+        let set = format!("set({prefix}_VERSION_{name} ");
         file.lines().find_map(|line| line.strip_prefix(&set)?.split(')').next()).unwrap_or("?").to_owned()
     };
     ["MAJOR", "MINOR", "PATCH"].map(part).join(".")

@@ -262,11 +262,11 @@ fn exports(env: &Env, source: &Path, ours: &Path) -> Result<BTreeSet<String>> {
     let include = [source.join("include"), source.join("ggml/include"), root().join("ffi/include")];
     let mut names = functions(env, &include, "llama.h", "llama_")?;
     names.extend(functions(env, &include, "simlayer.h", "simlayer_")?);
-    let symbols = sh::output(Command::new("nm").args(["--defined-only", "--format=just-symbols"]).arg(ours))?;
+    let symbols = defined(Command::new("nm").arg(ours))?;
     for extension in EXTENSIONS {
         let prefix = format!("_Z{}{extension}", extension.len());
-        let mangled = symbols.lines().find(|symbol| symbol.starts_with(&prefix));
-        names.insert(mangled.with_context(|| format!("{extension} is not in the library"))?.to_owned());
+        let mangled = symbols.iter().find(|symbol| symbol.starts_with(&prefix));
+        names.insert(mangled.with_context(|| format!("{extension} is not in the library"))?.clone());
     }
     Ok(names)
 }
@@ -315,9 +315,13 @@ fn check_exports(library: &Path, expected: &BTreeSet<String>) -> Result<()> {
 
 /// The names that a shared library exports.
 fn exported(library: &Path) -> Result<BTreeSet<String>> {
-    let mut nm = Command::new("nm");
-    nm.args(["-D", "--defined-only", "--format=just-symbols"]).arg(library);
-    Ok(sh::output(&mut nm)?.lines().map(str::to_owned).collect())
+    defined(Command::new("nm").arg("-D").arg(library))
+}
+
+/// The names that `nm` finds defined, in the format that old ones know as well.
+fn defined(nm: &mut Command) -> Result<BTreeSet<String>> {
+    let symbols = sh::output(nm.args(["--defined-only", "--format=posix"]))?;
+    Ok(symbols.lines().filter_map(|line| line.split_whitespace().next().map(str::to_owned)).collect())
 }
 
 fn headers(source: &Path, include: &Path) -> Result<()> {

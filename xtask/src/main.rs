@@ -1,6 +1,8 @@
 //! The project's chores, run as `cargo xtask <command>`.
 
+mod abi;
 mod arm_check;
+mod bump;
 mod compare;
 mod cuda_check;
 mod demo;
@@ -8,6 +10,7 @@ mod dist;
 mod frontends;
 mod fuzz;
 mod notices;
+mod package;
 mod page;
 mod parking;
 mod plot;
@@ -21,6 +24,7 @@ mod test;
 mod upstream;
 mod upstream_library;
 mod valgrind;
+mod versions;
 mod vulkan_check;
 
 use std::path::PathBuf;
@@ -49,6 +53,12 @@ enum Command {
     Rss(rss::Args),
     /// Make dist/: a drop-in libllama.so.0 for llama.cpp's frontends, with headers.
     Dist(dist::Args),
+    /// Make what people install, in Debian 11's root: tarball, deb, wheel; or install and run them in a fresh Debian.
+    Package(package::Args),
+    /// What another version of the package that llama.cpp comes from would change here; with --apply, move there.
+    Bump(bump::Args),
+    /// Compare releases of llama-cpp-python with our llama.cpp, for the table in docs/c-abi.md.
+    Versions,
     /// What lazy layers cost on texts of different kinds.
     Quality(quality::Args),
     /// Run llama.cpp's own frontends and llama-cpp-python, unmodified, on our library.
@@ -79,6 +89,9 @@ fn main() -> ExitCode {
         Command::Compare(args) => compare::run(&args),
         Command::Rss(args) => rss::run(&args),
         Command::Dist(args) => dist::run(&args),
+        Command::Package(args) => package::run(&args),
+        Command::Bump(args) => bump::run(&args),
+        Command::Versions => versions::run(),
         Command::Quality(args) => quality::run(&args),
         Command::Frontends(args) => frontends::run(&args),
         Command::Page(args) => page::run(&args),
@@ -103,4 +116,30 @@ fn main() -> ExitCode {
 fn root() -> PathBuf {
     let manifest = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     manifest.parent().map_or(manifest.clone(), |p| p.to_path_buf())
+}
+
+#[cfg(test)]
+#[path = "../../tests/support/src/markdown.rs"]
+mod markdown;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The chores that the documentation names, with their options.
+    #[test]
+    fn documented_chores_are_understood() {
+        let mut n = 0;
+        for (file, text) in markdown::documents(&root()) {
+            for (line, words) in markdown::commands(&text) {
+                if words.first().is_some_and(|word| word == "cargo") && words.get(1).is_some_and(|word| word == "xtask")
+                {
+                    n += 1;
+                    let parsed = Cli::try_parse_from(&words[1..]);
+                    assert!(parsed.is_ok(), "{file}:{line}: {}", parsed.unwrap_err());
+                }
+            }
+        }
+        assert!(n > 5, "{n} commands were found");
+    }
 }

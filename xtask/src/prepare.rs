@@ -206,6 +206,14 @@ pub fn arm() -> Result<()> {
     missing.iter().try_for_each(|package| apt_install(package))
 }
 
+/// Installs what makes a Debian in a folder where it is missing. No package of pip's has it.
+pub fn debootstrap() -> Result<()> {
+    if !is_root() {
+        bail!("making and entering a Debian's root needs to be root");
+    }
+    if on_path("debootstrap") { Ok(()) } else { apt_install("debootstrap") }
+}
+
 /// Whether `cmake` has to be called by a path of its own: `Command` looks a program up in our PATH,
 /// not in the one that it gives to the child.
 pub fn cmake_program() -> String {

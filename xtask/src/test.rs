@@ -16,7 +16,7 @@ use crate::upstream;
 /// Integration tests that need neither the reference program nor long texts.
 const QUICK: [&str; 2] = ["bad_files", "cli"];
 
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub struct Args {
     /// Unit and property tests, and the integration tests that need neither llama.cpp nor long texts: under two minutes
     /// on two cores, once it is built.

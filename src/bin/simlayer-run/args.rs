@@ -60,6 +60,8 @@ pub enum Command {
     /// Serve the model over HTTP: OpenAI's API, llama-server's, Anthropic's and Ollama's
     #[cfg(feature = "serve")]
     Serve(ServeArgs),
+    /// Say what is installed here: builds, devices, and which frontends would run on simlayer
+    Doctor(DoctorArgs),
     /// Print shell completions
     Completions(CompletionsArgs),
 }
@@ -82,6 +84,15 @@ pub struct GenerateArgs {
     /// Print the generated text only (this is the default)
     #[arg(help_heading = "Text", long)]
     pub no_display_prompt: bool,
+    /// Keep what was read of the prompt in this file, and go on from there where a prompt begins alike
+    #[arg(help_heading = "Text", long, value_name = "FILE")]
+    pub prompt_cache: Option<PathBuf>,
+    /// Keep the answer there as well
+    #[arg(help_heading = "Text", long)]
+    pub prompt_cache_all: bool,
+    /// Only go on from that file, and do not write it
+    #[arg(help_heading = "Text", long, conflicts_with = "prompt_cache_all")]
+    pub prompt_cache_ro: bool,
     #[command(flatten)]
     pub sampling: SamplingArgs,
     #[command(flatten)]
@@ -110,6 +121,14 @@ pub struct ChatArgs {
     /// Use the chat template in this file (Jinja) instead of the model's own
     #[arg(help_heading = "Text", long, value_name = "FILE", conflicts_with = "chat_template")]
     pub chat_template_file: Option<PathBuf>,
+    /// Further variables of the chat template, as a JSON object: {"enable_thinking": false}
+    #[arg(help_heading = "Text", long, value_name = "JSON", value_parser = json_object)]
+    pub chat_template_kwargs: Option<JsonObject>,
+    /// Leave after the first answer (-st)
+    #[arg(help_heading = "Text", long)]
+    pub single_turn: bool,
+    #[command(flatten)]
+    pub first: PromptArgs,
     /// Tokens of an answer at most; -1: until the model ends it or the context is full
     #[arg(help_heading = "Text", short, long = "predict", alias = "n-predict", value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
     pub n_predict: i64,
@@ -339,7 +358,7 @@ pub struct CalibrateArgs {
 pub struct DevicesArgs {
     #[command(flatten)]
     pub common: CommonArgs,
-    /// Say what of the model and of a full context would be on each device
+    /// Say what of the model and of a full context would be on each device, and how long a context would fit
     #[arg(help_heading = "Output", long)]
     pub plan: bool,
     #[command(flatten)]
@@ -457,7 +476,7 @@ pub struct CommonArgs {
     /// Tokens that are computed at once (-ub)
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = positive)]
     pub ubatch_size: usize,
-    /// Threads for decoding [default: all cores]
+    /// Threads for decoding [default: the physical cores that this process may use]
     #[arg(short, long, value_name = "N", value_parser = positive)]
     pub threads: Option<usize>,
     /// Threads for reading prompts (-tb) [default: as for decoding]
@@ -700,6 +719,16 @@ pub struct SamplingArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// A model, to say what of it fits here (GGUF)
+    #[arg(short, long, value_name = "FILE")]
+    pub model: Option<PathBuf>,
+    /// The folder with libllama.so.0 [default: beside this program, and where frontends are told to look]
+    #[arg(long, value_name = "DIR")]
+    pub lib: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
 #[command(next_help_heading = "Output")]
 pub struct OutputArgs {
     /// Print one JSON object on stdout instead of text
@@ -809,6 +838,18 @@ fn tensor_split(text: &str) -> Result<Split, String> {
     let share = |part: &str| part.trim().parse().ok().filter(|share: &f32| *share >= 0.0 && share.is_finite());
     let shares: Option<Vec<f32>> = text.split([',', '/']).map(share).collect();
     shares.map(Split).ok_or_else(|| "it must be proportions such as 3,1".to_owned())
+}
+
+/// Names with values, for a template.
+#[derive(Debug, Clone, PartialEq)]
+pub struct JsonObject(pub serde_json::Map<String, serde_json::Value>);
+
+fn json_object(text: &str) -> Result<JsonObject, String> {
+    match serde_json::from_str(text) {
+        Ok(serde_json::Value::Object(map)) => Ok(JsonObject(map)),
+        Ok(_) => Err("it must be a JSON object, such as {\"enable_thinking\": false}".to_owned()),
+        Err(error) => Err(format!("it is no JSON: {error}")),
+    }
 }
 
 fn flash_attn(text: &str) -> Result<FlashAttn, String> {

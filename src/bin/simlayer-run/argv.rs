@@ -44,6 +44,16 @@ fn rewrite(
         Word::Plain(text) => text.to_str().and_then(|text| command.find_subcommand(text)),
         Word::Option { .. } => None,
     });
+    // llama-cli's way to a conversation: -cnv, or -st with a prompt.
+    let asks_for_chat = |word: &Word| match word {
+        Word::Option { name, .. } => {
+            llama_cpp::CONVERSATION.contains(&name.as_str()) || ["-st", "--single-turn"].contains(&name.as_str())
+        }
+        Word::Plain(_) => false,
+    };
+    let is_named = named.is_some();
+    let chat = || command.find_subcommand("chat").filter(|_| words.iter().any(asks_for_chat));
+    let named = named.or_else(chat);
     let of_command = options_of(named.unwrap_or(command));
     let mut out: Vec<OsString> = program.into_iter().collect();
     out.extend(named.map(|named| named.get_name().into()));
@@ -55,7 +65,7 @@ fn rewrite(
             out.push(word);
         }
     }
-    let mut is_named = false;
+    let mut is_named = !is_named;
     for word in words {
         let (name, value, next) = match word {
             Word::Plain(text) if !is_named && named.is_some_and(|named| text == named.get_name()) => {
@@ -251,6 +261,7 @@ mod tests {
         match option {
             "--cache-type-k" | "--cache-type-v" => "q8_0",
             "--override-kv" => "some.key=int:1",
+            "--chat-template-kwargs" => "{}",
             "--rope-scaling" => "linear",
             "--lora-scaled" => "adapter.gguf:0.5",
             "--logit-bias" => "5+1",
@@ -356,6 +367,12 @@ mod tests {
             }
             Meaning::Nothing => {
                 counts[1] += 1;
+                if llama_cpp::CONVERSATION.contains(&name) {
+                    let chat = try_parse(words(&[], values, name), &|_| None);
+                    let Ok(Command::Chat(chat)) = chat else { panic!("{name} is a conversation") };
+                    assert_eq!(chat.first.prompt.as_deref(), Some("x"), "{name}");
+                    return;
+                }
                 let with =
                     try_parse(words(&[], values, name), &|_| None).unwrap_or_else(|error| panic!("{name}: {error}"));
                 let without =
@@ -383,6 +400,23 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// What the documentation tells its readers to type can be typed.
+    #[test]
+    fn documented_commands_are_understood() {
+        let root = simlayer_testkit::workspace_root();
+        let mut n = 0;
+        for (file, text) in simlayer_testkit::markdown::documents(&root) {
+            for (line, words) in simlayer_testkit::markdown::commands(&text) {
+                if words[0].rsplit('/').next() == Some("simlayer-run") {
+                    n += 1;
+                    let parsed = try_parse(words.iter().map(OsString::from), &|_| None);
+                    assert!(parsed.is_ok(), "{file}:{line}: {}", parsed.unwrap_err());
+                }
+            }
+        }
+        assert!(n > 20, "{n} commands were found");
     }
 
     /// The variables are those of llama.cpp's tables, for options that are ours.

@@ -1,28 +1,35 @@
 //! A conversation in the terminal, or line by line from a pipe.
 
 use std::{
+    fs,
     io::{self, BufRead, IsTerminal, Write},
     path::Path,
 };
 
+use indicatif::HumanBytes;
 use rustyline::{Config, Editor, error::ReadlineError, history::MemHistory};
+use serde::{Deserialize, Serialize};
 use simlayer::{
-    AddBos, Model, Sampler, SamplerParams, Session, Special, Token,
-    chat::{ChatTemplate, Message},
+    AddBos, Model, Sampler, SamplerParams, SeqId, Session, Special, Token,
+    chat::{ChatTemplate, Message, RenderOptions},
 };
 
 use crate::{
-    args::ChatArgs,
+    args::{ChatArgs, PromptArgs},
     failure::Failure,
     generate, interrupt,
     options::{self, Run},
     report,
-    stream::{self, Answer, Stop, Timings},
+    stream::{self, Answer, Stop, Timings, Until},
 };
 
-const HELP: &str = "/clear  forget the conversation
-/regen  give the last answer anew
-/exit   leave (or Ctrl-D)
+const HELP: &str = "/clear      forget the conversation
+/regen      give the last answer anew
+/undo       take the last question and its answer back
+/read FILE  say what is in a file
+/save FILE  keep the conversation, and what was read of it
+/load FILE  go on with a conversation that was kept
+/exit       leave (or Ctrl-D)
 Ctrl-C stops an answer.";
 
 pub fn run(args: ChatArgs) -> Result<(), Failure> {
@@ -31,6 +38,10 @@ pub fn run(args: ChatArgs) -> Result<(), Failure> {
         (Some(text), _) => Some(text),
         (None, Some(path)) => Some(options::utf8(options::text(&path)?, &path)?),
         (None, None) => None,
+    };
+    let first = match &args.first {
+        PromptArgs { prompt: None, file: None, binary_file: None, .. } => None,
+        _ => Some(String::from_utf8_lossy(&options::prompt(args.first)?).into_owned()),
     };
     let mut run = Run::settle(args.common)?;
     run.session.keep_prompt_end = true;
@@ -58,6 +69,7 @@ pub fn run(args: ChatArgs) -> Result<(), Failure> {
     let params = options::sampling(args.sampling, session.n_ctx())?;
     let mut chat = Chat {
         template,
+        variables: args.chat_template_kwargs.map(|object| object.0).unwrap_or_default(),
         // The seed of the first answer; the others follow from it.
         seed: Sampler::new(model.vocab(), &params)?.seed(),
         system: system.map(|text| Message::new("system", text)),
@@ -77,33 +89,70 @@ pub fn run(args: ChatArgs) -> Result<(), Failure> {
     } else {
         Input::Pipe
     };
-    while let Some(line) = interrupt::while_waiting(|| input.next())? {
-        match line.trim() {
-            "" => {}
-            "/exit" | "/quit" => break,
-            "/help" => eprintln!("{HELP}"),
-            "/clear" => chat.clear(),
-            command if command.starts_with('/') && command != "/regen" && interactive => {
-                eprintln!("{command} is no command; /help lists them");
+    let mut first = first;
+    loop {
+        let (line, is_message) = match first.take() {
+            Some(text) => (text, true),
+            None => match interrupt::while_waiting(|| input.next())? {
+                Some(line) => (line, false),
+                None => break,
+            },
+        };
+        let result = match command(&line).filter(|_| !is_message) {
+            None if line.trim().is_empty() => continue,
+            None if is_message => chat.say(&line),
+            None => chat.say(line.trim()),
+            Some(("/exit" | "/quit", "")) => break,
+            Some(("/help", "")) => {
+                eprintln!("{HELP}");
+                continue;
             }
-            line => {
-                match if line == "/regen" { chat.regenerate() } else { chat.say(line) } {
-                    // In a conversation a failed answer is not the end; in a script it is.
-                    Err(Failure::Run(message)) if interactive => eprintln!("error: {message}"),
-                    Err(Failure::Interrupted) if interactive => {}
-                    result => result?,
-                }
-                // In a script it ends the program, also when it came as the answer was complete.
-                if interactive {
-                    interrupt::reset();
-                }
+            Some(("/clear", "")) => {
+                chat.clear();
+                continue;
             }
+            Some(("/undo", "")) => {
+                chat.undo();
+                continue;
+            }
+            Some(("/regen", "")) => chat.regenerate(),
+            Some(("/read", file)) if !file.is_empty() => {
+                let file = Path::new(file);
+                options::text(file).and_then(|bytes| options::utf8(bytes, file)).and_then(|text| chat.say(&text))
+            }
+            Some(("/save", file)) if !file.is_empty() => chat.save(Path::new(file)),
+            Some(("/load", file)) if !file.is_empty() => chat.load(Path::new(file)),
+            Some((command, _)) if interactive => {
+                eprintln!("{command} is no command, or lacks a FILE; /help lists them");
+                continue;
+            }
+            Some(_) => chat.say(line.trim()),
+        };
+        match result {
+            // In a conversation a failed answer is not the end; in a script it is.
+            Err(Failure::Run(message)) if interactive => eprintln!("error: {message}"),
+            Err(Failure::Interrupted) if interactive => {}
+            result => result?,
+        }
+        // In a script it ends the program, also when it came as the answer was complete.
+        if interactive {
+            interrupt::reset();
+            chat.print_fill();
+        }
+        if args.single_turn && chat.answers > 0 {
+            break;
         }
     }
     if chat.answers > 0 {
         report::print(&chat.total, &chat.session.kv());
     }
     Ok(())
+}
+
+/// A line's command and what follows it, where it is one.
+fn command(line: &str) -> Option<(&str, &str)> {
+    let line = line.trim();
+    line.starts_with('/').then(|| line.split_once(' ').map_or((line, ""), |(command, rest)| (command, rest.trim())))
 }
 
 fn template_file(path: &Path) -> Result<String, Failure> {
@@ -147,10 +196,20 @@ struct Context {
     text: String,
 }
 
+/// What is kept of a conversation besides the session's state.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    /// Who said what.
+    messages: Vec<(String, String)>,
+    text: String,
+}
+
 struct Chat {
     model: Model,
     session: Session,
     template: ChatTemplate,
+    /// Of the template, besides the messages.
+    variables: serde_json::Map<String, serde_json::Value>,
     params: SamplerParams,
     seed: u32,
     limit: Option<u64>,
@@ -166,6 +225,55 @@ impl Chat {
         self.messages.clear();
         self.context = Context::default();
         self.session.clear();
+    }
+
+    /// Takes the last question back. What was read of it goes when the next one is read.
+    fn undo(&mut self) {
+        match self.messages.iter().rposition(|message| message.role == "user") {
+            Some(last) => self.messages.truncate(last),
+            None => eprintln!("there is nothing to take back"),
+        }
+    }
+
+    /// How full the context is, and what it takes.
+    fn print_fill(&self) {
+        let (n_past, n_ctx, kv) = (self.session.n_past(), self.session.n_ctx(), self.session.kv());
+        let percent = 100 * n_past / n_ctx.max(1);
+        eprintln!(
+            "[{n_past} of {n_ctx} tokens ({percent} %), cache {}, {} of {} layers lazy, {}]",
+            HumanBytes(kv.allocated_bytes as u64),
+            kv.lazy_layers,
+            kv.lazy_layers + kv.active_layers,
+            report::compression(kv.compression),
+        );
+    }
+
+    /// Writes the conversation as one line of JSON, and behind it the session's state, so that nothing is read anew.
+    fn save(&self, file: &Path) -> Result<(), Failure> {
+        let said = |message: &Message| (message.role.clone(), message.content.clone());
+        let kept = Kept { messages: self.messages.iter().map(said).collect(), text: self.context.text.clone() };
+        let write = || -> io::Result<()> {
+            let mut to = io::BufWriter::new(fs::File::create(file)?);
+            serde_json::to_writer(&mut to, &kept)?;
+            to.write_all(b"\n")?;
+            self.session.save_seq(SeqId::default(), &mut to)?;
+            to.flush()
+        };
+        write().map_err(|error| Failure::run(format!("{}: {error}", file.display())))
+    }
+
+    /// Reads what [`Chat::save`] wrote. Where it is of another model, or damaged, nothing changes.
+    fn load(&mut self, file: &Path) -> Result<(), Failure> {
+        let wrong = |why: &dyn std::fmt::Display| Failure::run(format!("{}: {why}", file.display()));
+        let bytes = fs::read(file).map_err(|error| wrong(&error))?;
+        let end = bytes.iter().position(|&byte| byte == b'\n').ok_or_else(|| wrong(&"no conversation of chat's"))?;
+        let kept: Kept = serde_json::from_slice(&bytes[..end]).map_err(|error| wrong(&error))?;
+        let mut sequence = self.session.sequence(SeqId::default());
+        sequence.load(&bytes[end + 1..]).map_err(|error| wrong(&error))?;
+        self.context = Context { tokens: sequence.tokens().to_vec(), text: kept.text };
+        self.messages = kept.messages.into_iter().map(|(role, text)| Message::new(&role, text)).collect();
+        eprintln!("{} messages, {} tokens", self.messages.len(), self.context.tokens.len());
+        Ok(())
     }
 
     fn say(&mut self, text: &str) -> Result<(), Failure> {
@@ -187,7 +295,9 @@ impl Chat {
     /// Answers the last message.
     fn answer(&mut self) -> Result<(), Failure> {
         let messages: Vec<_> = self.system.iter().chain(&self.messages).cloned().collect();
-        let prompt = self.template.render(&messages, true)?;
+        let mut options = RenderOptions::default();
+        (options.add_generation_prompt, options.variables) = (true, self.variables.clone());
+        let prompt = self.template.render_with(&messages, &options)?;
         let unread = self.reuse(&prompt)?;
         let n_ctx = self.session.n_ctx();
         let needed = self.context.tokens.len() + unread.len();
@@ -203,10 +313,18 @@ impl Chat {
         }
 
         let mut out = interrupt::stdout();
-        let result = stream::answer(&self.model, &mut self.session, &mut sampler, &unread, self.limit, &[], |text| {
-            out.write_all(text.as_bytes())?;
-            out.flush()
-        });
+        let result = stream::answer(
+            &self.model,
+            &mut self.session,
+            &mut sampler,
+            &unread,
+            &Until { limit: self.limit, stops: &[] },
+            |_| Ok(()),
+            |text| {
+                out.write_all(text.as_bytes())?;
+                out.flush()
+            },
+        );
         let answer = match result {
             Ok(answer) => answer,
             Err(failure) => {

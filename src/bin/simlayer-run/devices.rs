@@ -6,7 +6,9 @@ use indicatif::HumanBytes;
 use serde_json::{Value, json};
 use simlayer::{
     DevicePlan, PlannedCache,
-    ggml::{Device, DeviceKind},
+    ggml::{Device, DeviceKind, Type},
+    gguf::Gguf,
+    lazy::Policy,
     plan,
 };
 
@@ -15,6 +17,7 @@ use crate::{
     failure::Failure,
     interrupt,
     options::Run,
+    processor,
 };
 
 pub fn run(args: DevicesArgs) -> Result<(), Failure> {
@@ -46,7 +49,78 @@ pub fn run(args: DevicesArgs) -> Result<(), Failure> {
             writeln!(out, "{:<8} {line}", "")?;
         }
     }
+    if args.plan {
+        for line in fitting(&run)? {
+            writeln!(out, "{line}")?;
+        }
+    }
     Ok(())
+}
+
+/// The longest contexts that fit the free memory, under the rule that was asked for and some others.
+pub fn fitting(run: &Run) -> Result<Vec<String>, Failure> {
+    let trained = trained(run)?;
+    let mut settings = Vec::new();
+    for (name, policy, narrow) in [
+        ("--lazy off, f16", Policy::Off, false),
+        ("--lazy off -ctk q8_0 -ctv q4_0", Policy::Off, true),
+        ("--lazy budget:0.5 -ctk q8_0 -ctv q4_0", Policy::Budget(0.5), true),
+        ("--lazy budget:0.8 -ctk q8_0 -ctv q4_0", Policy::Budget(0.8), true),
+    ] {
+        let mut session = run.session.clone();
+        session.lazy.policy = policy;
+        (session.type_k, session.type_v) = if narrow { (Type::Q8_0, Type::Q4_0) } else { (Type::F16, Type::F16) };
+        settings.push((name, session));
+    }
+    let mut lines = vec![
+        "longest context that fits the free memory (caches and weights; what is computed with comes on top):"
+            .to_owned(),
+    ];
+    for (name, mut session) in settings {
+        let mut fits = |n_ctx: usize| -> Result<bool, Failure> {
+            session.n_ctx = n_ctx;
+            let plans = plan(&run.model_path, &run.model, &session)?;
+            Ok(plans.iter().all(|plan| plan.needed_bytes() <= free(plan)))
+        };
+        let longest = longest(trained, &mut fits)?;
+        let text = match longest {
+            0 => "does not fit".to_owned(),
+            n if n == trained => format!("-c {n}, all that the model was trained with"),
+            n => format!("-c {n}"),
+        };
+        lines.push(format!("  {name:<40} {text}"));
+    }
+    Ok(lines)
+}
+
+/// What is free on a plan's device; of the processor, as the system counts it.
+fn free(plan: &DevicePlan) -> usize {
+    let of_system = processor::available_memory().filter(|_| plan.device == Device::cpu().name());
+    of_system.map_or(plan.free_bytes, |available| available.min(plan.free_bytes))
+}
+
+/// Tokens that the model was trained with.
+fn trained(run: &Run) -> Result<usize, Failure> {
+    let file = Gguf::open(&run.model_path).map_err(simlayer::model::Error::from)?;
+    Ok(simlayer::Hparams::of(&file)?.n_ctx_train)
+}
+
+/// The longest multiple of 256 that fits, at most `most`; 0 where none does.
+fn longest(most: usize, fits: &mut dyn FnMut(usize) -> Result<bool, Failure>) -> Result<usize, Failure> {
+    const STEP: usize = 256;
+    if fits(most)? {
+        return Ok(most);
+    }
+    let (mut good, mut bad) = (0, most.div_ceil(STEP));
+    while bad - good > 1 {
+        let middle = good.midpoint(bad);
+        if fits(middle * STEP)? {
+            good = middle;
+        } else {
+            bad = middle;
+        }
+    }
+    Ok(good * STEP)
 }
 
 fn device_json(device: Device) -> Value {
@@ -77,13 +151,13 @@ fn plan_text(plan: &DevicePlan) -> String {
         Some(lazy) => format!("{} of it behind a full prompt", bytes(lazy)),
         None => "less as the prompt lets layers become lazy".to_owned(),
     };
-    let fits = if plan.needed_bytes() > plan.free_bytes { "; THIS DOES NOT FIT" } else { "" };
+    let fits = if plan.needed_bytes() > free(plan) { "; THIS DOES NOT FIT" } else { "" };
     format!(
         "{:<8} {layers}{output}: weights {}, cache {} ({lazy}); free {}{fits}",
         plan.device,
         bytes(plan.weight_bytes),
         bytes(plan.kv_bytes),
-        bytes(plan.free_bytes),
+        bytes(free(plan)),
     )
 }
 
@@ -130,4 +204,16 @@ fn ranges(numbers: &[usize]) -> String {
 
 fn bytes(n: usize) -> HumanBytes {
     HumanBytes(n as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_context_is_found() {
+        let fitting = |most: usize, limit: usize| longest(most, &mut |n| Ok(n <= limit)).unwrap();
+        assert_eq!((fitting(8192, 8192), fitting(8192, 5000), fitting(8192, 255)), (8192, 4864, 0));
+        assert_eq!((fitting(1000, 999), fitting(100, 10)), (768, 0));
+    }
 }

@@ -1,9 +1,13 @@
 //! The default command: continue a prompt.
 
-use std::io::Write;
+use std::{
+    fs,
+    io::{self, Write},
+    path::Path,
+};
 
 use serde_json::json;
-use simlayer::{AddBos, Sampler, Special, Token, Vocab};
+use simlayer::{AddBos, Sampler, SeqId, Session, Special, Token, Vocab};
 
 use crate::{
     args::GenerateArgs,
@@ -11,7 +15,7 @@ use crate::{
     interrupt,
     options::{self, Run},
     report,
-    stream::{self, Stop},
+    stream::{self, Stop, Until},
 };
 
 pub fn run(args: GenerateArgs) -> Result<(), Failure> {
@@ -36,23 +40,39 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
         sampler.accept(token)?;
     }
 
+    let cache = args.prompt_cache.as_deref();
+    let n_known = cache.map_or(Ok(0), |file| known(&mut session, file, &tokens))?;
     let mut out = interrupt::stdout();
     if args.display_prompt && !json {
         out.write_all(&prompt)?;
     }
-    let answer = stream::answer(&model, &mut session, &mut sampler, &tokens, limit, &args.reverse_prompt, |text| {
-        if json {
-            return Ok(());
-        }
-        out.write_all(text.as_bytes())?;
-        out.flush()
-    })?;
+    let keep = |session: &Session, wanted: bool| match cache.filter(|_| wanted && !args.prompt_cache_ro) {
+        Some(file) => save(session, file),
+        None => Ok(()),
+    };
+    let answer = stream::answer(
+        &model,
+        &mut session,
+        &mut sampler,
+        &tokens[n_known..],
+        &Until { limit, stops: &args.reverse_prompt },
+        |session| keep(session, !args.prompt_cache_all),
+        |text| {
+            if json {
+                return Ok(());
+            }
+            out.write_all(text.as_bytes())?;
+            out.flush()
+        },
+    )?;
+    keep(&session, args.prompt_cache_all)?;
     // Nothing is at work any more.
     interrupt::unwatch();
     let kv = session.kv();
     if json {
         let object = json!({
             "prompt_tokens": tokens.len(),
+            "read_tokens": tokens.len() - n_known,
             "generated_tokens": answer.tokens.len(),
             "text": answer.text,
             "tokens": answer.tokens,
@@ -72,6 +92,40 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
     }
     report::print(&answer.timings, &kv);
     if answer.stop == Stop::Interrupted { Err(Failure::Interrupted) } else { Ok(()) }
+}
+
+/// Takes up what the file has of the prompt, if it is there: how many of the prompt's tokens need not be read. The last one
+/// is read in any case, since its logits are not in the file.
+fn known(session: &mut Session, file: &Path, prompt: &[Token]) -> Result<usize, Failure> {
+    let state = match fs::read(file) {
+        Ok(state) => state,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+        Err(error) => return Err(Failure::run(format!("--prompt-cache {}: {error}", file.display()))),
+    };
+    let loaded = session.sequence(SeqId::default()).load(&state);
+    loaded.map_err(|error| Failure::run(format!("--prompt-cache {}: {error}", file.display())))?;
+    let sequence = session.sequence(SeqId::default());
+    let common = sequence.tokens().iter().zip(prompt).take_while(|(a, b)| a == b).count();
+    let n = common.min(prompt.len() - 1);
+    if session.truncate(n) {
+        return Ok(n);
+    }
+    // A lazy layer has dropped what would be needed.
+    session.clear();
+    Ok(0)
+}
+
+/// Writes what the session holds, whole or not at all.
+fn save(session: &Session, file: &Path) -> Result<(), Failure> {
+    let mut part = file.as_os_str().to_owned();
+    part.push(".part");
+    let write = || {
+        let mut to = io::BufWriter::new(fs::File::create(&part)?);
+        session.save_seq(SeqId::default(), &mut to)?;
+        to.flush()?;
+        fs::rename(&part, file)
+    };
+    write().map_err(|error| Failure::run(format!("--prompt-cache {}: {error}", file.display())))
 }
 
 /// The number of tokens to generate at most; `None` for no limit.

@@ -116,9 +116,9 @@ const DRAFT: &str = "there is no speculative decoding";
 const MEDIA: &str = "pictures, sounds and videos are not read: llama-server on simlayer's library reads none either";
 const SPLIT: &str = "layers go to devices whole: choose them with --device, -ngl and -ts";
 const YARN: &str = "YaRN's factors are those of the file";
-const CHAT: &str = "use the command chat";
+/// What asks for a conversation.
+pub const CONVERSATION: &[&str] = &["-cnv", "--conversation", "-i", "--interactive", "-if", "--interactive-first"];
 const AFFIXES: &str = "write it into the prompt, or use the command chat, which applies the model's template";
-const CACHE: &str = "the prompt is read anew each time";
 const REASONING: &str = "an answer is shown as the model gives it, its reasoning included";
 #[cfg(not(feature = "serve"))]
 const SCHEMA: &str = "this program is built without the feature `serve`, which turns schemas into grammars";
@@ -247,14 +247,16 @@ const OPTIONS: &[Known] = &[
     ours(&["-sysf", "--system-prompt-file"], One, "--system-prompt-file"),
     ours(&["-r", "--reverse-prompt"], One, "--reverse-prompt"),
     refused(&["-sp", "--special"], No, "special tokens are not shown"),
-    refused(&["-st", "--single-turn", "-mli", "--multiline-input"], No, CHAT),
-    refused(&["-cnv", "--conversation", "-i", "--interactive", "-if", "--interactive-first"], No, CHAT),
+    ours(&["-st", "--single-turn"], No, "--single-turn"),
+    refused(&["-mli", "--multiline-input"], No, "give a long message with -f, or with /read FILE in the command chat"),
+    // They choose the command chat where none is named.
+    nothing(CONVERSATION, No),
     // Without a command a prompt is continued as it stands.
     nothing(&["-no-cnv", "--no-conversation"], No),
     refused(&["-o", "--output", "--output-file"], One, "the text goes to stdout: redirect it with > FILE"),
     ours(&["--chat-template"], One, "--chat-template"),
     ours(&["--chat-template-file"], One, "--chat-template-file"),
-    served(&["--chat-template-kwargs"], One, "--chat-template-kwargs"),
+    ours(&["--chat-template-kwargs"], One, "--chat-template-kwargs"),
     nothing(&["--jinja", "--no-skip-chat-parsing", "--skip-chat-parsing"], No),
     refused(&["--no-jinja"], No, "templates are always Jinja's"),
     refused(&["--reasoning-format", "--reasoning-effort"], One, REASONING),
@@ -262,8 +264,9 @@ const OPTIONS: &[Known] = &[
     refused(&["--reasoning-budget", "--reasoning-budget-message"], One, REASONING),
     nothing(&["--reasoning-preserve", "--no-reasoning-preserve"], No),
     nothing(&["-ptc", "--print-token-count"], One),
-    refused(&["--prompt-cache"], One, CACHE),
-    refused(&["--prompt-cache-all", "--prompt-cache-ro"], No, CACHE),
+    ours(&["--prompt-cache"], One, "--prompt-cache"),
+    ours(&["--prompt-cache-all"], No, "--prompt-cache-all"),
+    ours(&["--prompt-cache-ro"], No, "--prompt-cache-ro"),
     refused(&["--in-prefix-bos"], No, AFFIXES),
     refused(&["--in-prefix", "--in-suffix"], One, AFFIXES),
     refused(&["-gan", "--grp-attn-n", "-gaw", "--grp-attn-w"], One, "use --rope-scaling to go beyond what was trained"),

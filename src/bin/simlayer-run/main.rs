@@ -11,6 +11,7 @@ mod calibrate;
 mod chat;
 mod completions;
 mod devices;
+mod doctor;
 mod failure;
 mod generate;
 mod inspect;
@@ -20,6 +21,7 @@ mod options;
 mod passkey;
 mod perplexity;
 mod plot;
+mod processor;
 mod progress;
 mod report;
 #[cfg(feature = "rpc")]
@@ -63,6 +65,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::RpcServer(args) => rpc_server::run(args),
         #[cfg(feature = "serve")]
         Command::Serve(args) => serve::run(args),
+        Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => completions::run(args),
     }
 }

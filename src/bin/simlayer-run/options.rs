@@ -18,7 +18,7 @@ use simlayer::{
 use crate::{
     args::{CommonArgs, FlashAttn, GpuLayers, KeyType, LazyAt, LazyPrefill, PromptArgs, SamplingArgs},
     failure::Failure,
-    interrupt,
+    interrupt, processor,
 };
 
 /// A model and how to run it.
@@ -42,7 +42,7 @@ impl Run {
         let rope = rope(&args);
 
         let default = SessionParams::default();
-        let n_threads = args.threads.unwrap_or(default.n_threads);
+        let n_threads = args.threads.unwrap_or_else(processor::physical_cores);
         let (type_k, type_v) = args.lazy.lazy_type.unzip();
         let (key_type, narrow_keys) = match args.cache_type_k {
             Some(KeyType::Of(ty)) => (ty, false),
@@ -91,6 +91,14 @@ impl Run {
         Ok(Run { model_path: args.model, model, session, rope, lora, verbose: args.verbose })
     }
 
+    /// A model with nothing else asked for.
+    pub fn of_model(path: PathBuf) -> Result<Run, Failure> {
+        ggml::logging::set_log(LogLevel::Silent);
+        let model = ModelParams::default();
+        let session = SessionParams::default();
+        Ok(Run { model_path: path, model, session, rope: Vec::new(), lora: Vec::new(), verbose: false })
+    }
+
     /// Loads the model, and the adapters that sessions are to have; also gives the time it took.
     pub fn load(&mut self) -> Result<(Model, Duration), Failure> {
         let start = Instant::now();
@@ -111,6 +119,13 @@ impl Run {
     pub fn session(&self, model: &Model) -> Result<Session, Failure> {
         let session = Session::new(model, self.session.clone())?;
         interrupt::watch();
+        let (n_ctx, n_trained) = (session.n_ctx(), model.hparams().n_ctx_train);
+        if self.session.n_ctx > n_trained {
+            eprintln!(
+                "warning: a context of {n_ctx} tokens; the model was trained with {n_trained}, and is of little use \
+                 beyond (--rope-scaling yarn stretches it)"
+            );
+        }
         if self.verbose {
             let threads = (self.session.n_threads, self.session.n_threads_batch);
             eprintln!(

@@ -42,8 +42,15 @@ pub struct Answer {
     pub timings: Timings,
 }
 
-/// Reads `prompt` and generates at most `limit` tokens. `show` gets the text in pieces of whole characters, and
-/// nothing from the first of `stops` on.
+/// What ends an answer besides the model: so many tokens, or one of these texts.
+#[derive(Debug)]
+pub struct Until<'a> {
+    pub limit: Option<u64>,
+    pub stops: &'a [String],
+}
+
+/// Reads `prompt` and generates. `show` gets the text in pieces of whole characters, and
+/// nothing from the first text on that ends it. `read` is called when the prompt has been read.
 ///
 /// Ctrl-C is no failure: the answer says that it was interrupted.
 pub fn answer(
@@ -51,8 +58,8 @@ pub fn answer(
     session: &mut Session,
     sampler: &mut Sampler,
     prompt: &[Token],
-    limit: Option<u64>,
-    stops: &[String],
+    until: &Until<'_>,
+    read: impl FnOnce(&Session) -> Result<(), Failure>,
     mut show: impl FnMut(&str) -> io::Result<()>,
 ) -> Result<Answer, Failure> {
     let vocab = model.vocab();
@@ -60,9 +67,9 @@ pub fn answer(
         Answer { tokens: Vec::new(), text: String::new(), stop: Stop::Length, timings: Timings::default() };
 
     let start = Instant::now();
-    let read = prefill(session, prompt);
+    let prefilled = prefill(session, prompt);
     answer.timings.prefill = start.elapsed();
-    let mut logits = match read {
+    let mut logits = match prefilled {
         Ok(logits) => logits,
         Err(Error::Interrupted) => {
             answer.stop = Stop::Interrupted;
@@ -71,13 +78,14 @@ pub fn answer(
         Err(error) => return Err(error.into()),
     };
     answer.timings.prefilled = prompt.len();
+    read(session)?;
 
-    let mut stream = StopText::new(stops);
+    let mut stream = StopText::new(until.stops);
     let mut add = |answer: &mut Answer, piece: String| {
         answer.text.push_str(&piece);
         if piece.is_empty() { Ok(()) } else { show(&piece) }
     };
-    let n_ctx = session.n_ctx();
+    let (n_ctx, limit) = (session.n_ctx(), until.limit);
     loop {
         if interrupt::pressed() {
             answer.stop = Stop::Interrupted;

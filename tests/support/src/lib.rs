@@ -9,6 +9,7 @@ mod clip;
 mod decoder;
 pub mod gguf;
 mod lora;
+pub mod markdown;
 pub mod metrics;
 mod model;
 mod quantize;
