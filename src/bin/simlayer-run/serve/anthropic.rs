@@ -188,7 +188,7 @@ fn tool(tool: &Value) -> Result<Value, ApiError> {
     let name = name.ok_or_else(|| ApiError::param("tools", "a tool has no name"))?;
     Ok(json!({ "type": "function", "function": {
         "name": name,
-        "description": tool.get("description").cloned().unwrap_or_default(),
+        "description": tool.get("description").cloned().unwrap_or_else(|| json!("")),
         "parameters": tool.get("input_schema").cloned().unwrap_or_else(|| json!({ "type": "object" })),
     }}))
 }
