@@ -491,7 +491,7 @@ fn conversations_are_kept() {
     };
     assert!(prefilled(&loaded) < prefilled(&whole) / 2, "{} and {}", prefilled(&loaded), prefilled(&whole));
     // Taken back, the question was never asked.
-    let undone = say(format!("Name a colour.\nSay nothing.\n/undo\nAnother one.\n"));
+    let undone = say("Name a colour.\nSay nothing.\n/undo\nAnother one.\n".to_owned());
     assert!(undone.text().trim_end().ends_with(loaded.text().trim_end()), "{}", undone.text());
     // Of another model.
     let other = path("other.gguf");

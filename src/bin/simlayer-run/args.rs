@@ -446,7 +446,7 @@ pub struct ServeArgs {
     pub chat_template_file: Option<PathBuf>,
     /// Further variables of the chat template, as a JSON object, for requests that give no others
     #[arg(help_heading = "Text", long, value_name = "JSON", value_parser = json_object)]
-    pub chat_template_kwargs: Option<serde_json::Map<String, serde_json::Value>>,
+    pub chat_template_kwargs: Option<JsonObject>,
     /// Tokens of an answer at most, where a request does not say; -1: until the model ends it or the context is full
     #[arg(help_heading = "Text", short, long = "predict", alias = "n-predict", value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
     pub n_predict: i64,
@@ -783,11 +783,6 @@ fn parallel(text: &str) -> Result<usize, String> {
         "-1" => Ok(16),
         number => positive(number),
     }
-}
-
-#[cfg(feature = "serve")]
-fn json_object(text: &str) -> Result<serde_json::Map<String, serde_json::Value>, String> {
-    serde_json::from_str(text).map_err(|error| format!("it must be a JSON object: {error}"))
 }
 
 /// A positive number.

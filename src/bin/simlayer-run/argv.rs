@@ -261,7 +261,6 @@ mod tests {
         match option {
             "--cache-type-k" | "--cache-type-v" => "q8_0",
             "--override-kv" => "some.key=int:1",
-            "--chat-template-kwargs" => "{}",
             "--rope-scaling" => "linear",
             "--lora-scaled" => "adapter.gguf:0.5",
             "--logit-bias" => "5+1",

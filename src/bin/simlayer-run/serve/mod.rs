@@ -155,7 +155,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
             template,
             format,
             template_text,
-            template_kwargs: args.chat_template_kwargs.unwrap_or_default(),
+            template_kwargs: args.chat_template_kwargs.map(|object| object.0).unwrap_or_default(),
             names,
             policy,
             defaults,
