@@ -537,7 +537,7 @@ impl<'m, H: AttentionHook> Context<'m, H> {
         mut each: impl FnMut(&[f32]),
     ) -> Result<(), String> {
         let n = rows.len() / self.model.n_embd_input();
-        if n == 0 || positions.len() % n != 0 || positions.is_empty() {
+        if n == 0 || !positions.len().is_multiple_of(n) || positions.is_empty() {
             return Err(format!("{n} rows of embeddings and {} positions", positions.len()));
         }
         let (mut rows, mut positions) = (rows.to_vec(), positions.to_vec());
