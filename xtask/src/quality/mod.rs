@@ -45,7 +45,7 @@ pub struct Args {
     #[arg(long = "rule", value_name = "RULE")]
     rules: Vec<String>,
     /// Further options for simlayer-run.
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = "", allow_hyphen_values = true)]
     options: String,
     /// A simlayer-run that is built already.
     #[arg(long, value_name = "FILE")]
