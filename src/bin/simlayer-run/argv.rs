@@ -109,6 +109,9 @@ fn name_here(
         Some(Meaning::Serve(option)) if named.is_some_and(|named| named.get_name() == "serve") => {
             Ok(option.map(str::to_owned))
         }
+        Some(Meaning::ServeOrNothing(option)) => {
+            Ok(named.filter(|named| named.get_name() == "serve").map(|_| option.to_owned()))
+        }
         Some(Meaning::Serve(_)) => wrong(format!("{name} is not supported here: {}", llama_cpp::OF_SERVE)),
         Some(Meaning::Refused(instead)) => wrong(format!("{name} is not supported: {instead}")),
         // A letter of clap's with a number: -t4.
@@ -335,7 +338,9 @@ mod tests {
         };
         let values: &[&str] = match (known.values, known.meaning) {
             (Values::None, _) => &[],
-            (Values::One, Meaning::Ours(option) | Meaning::Serve(Some(option))) => &[sample(option)],
+            (Values::One, Meaning::Ours(option) | Meaning::Serve(Some(option)) | Meaning::ServeOrNothing(option)) => {
+                &[sample(option)]
+            }
             (Values::One, _) => &["1"],
             (Values::Two, _) => &["1", "2"],
             (Values::Switch, _) => &["on"],
@@ -378,6 +383,15 @@ mod tests {
                     try_parse(["simlayer-run", "-m", "m", "-p", "x", "-n", "7"].map(OsString::from), &|_| None)
                         .unwrap();
                 assert_eq!(format!("{with:?}"), format!("{without:?}"), "{name}");
+            }
+            Meaning::ServeOrNothing(_) => {
+                counts[0] += 1;
+                let served = try_parse(words(&["serve"], values, name), &|_| None);
+                let Ok(Command::Serve(args)) = served else { panic!("{name}: {:?}", served.err()) };
+                assert_eq!(args.n_predict, 7, "{name}");
+                let with = try_parse(words(&[], values, name), &|_| None).unwrap();
+                let without = ["simlayer-run", "-m", "m", "-p", "x", "-n", "7"].map(OsString::from);
+                assert_eq!(format!("{with:?}"), format!("{:?}", try_parse(without, &|_| None).unwrap()), "{name}");
             }
             Meaning::Serve(option) => {
                 counts[usize::from(option.is_none())] += 1;
@@ -429,7 +443,9 @@ mod tests {
                 let (Some((names, _)), Some((_, rest))) = (row(line), line.split_once("(env: ")) else { continue };
                 let (variable, _) = rest.split_once(')').expect("a bracket ends");
                 let meaning = llama_cpp::find(&names[0]).map(|known| known.meaning);
-                if let Some(Meaning::Ours(option) | Meaning::Serve(Some(option))) = meaning {
+                if let Some(Meaning::Ours(option) | Meaning::Serve(Some(option)) | Meaning::ServeOrNothing(option)) =
+                    meaning
+                {
                     theirs.insert(variable.to_owned(), option);
                 }
             }

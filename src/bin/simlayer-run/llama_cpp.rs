@@ -22,6 +22,8 @@ pub enum Meaning {
     Nothing,
     /// An option of the command `serve` alone: this one of ours, or one that may be given there and changes nothing.
     Serve(Option<&'static str>),
+    /// An option of the command `serve`, this one of ours, which other commands may be given: it changes nothing there.
+    ServeOrNothing(&'static str),
     /// It is not supported: what to do instead.
     Refused(&'static str),
 }
@@ -341,7 +343,7 @@ const OPTIONS: &[Known] = &[
     // llama-server.
     nothing(&["-ctxcp", "--ctx-checkpoints", "--swa-checkpoints", "-cram", "--cache-ram"], One),
     nothing(&["-cms", "--checkpoint-min-step"], One),
-    served(&["-np", "--parallel"], One, "--parallel"),
+    Known { names: &["-np", "--parallel"], values: One, meaning: Meaning::ServeOrNothing("--parallel") },
     served(&["-a", "--alias"], One, "--alias"),
     served(&["--host"], One, "--host"),
     served(&["--port"], One, "--port"),
