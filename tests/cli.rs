@@ -542,8 +542,9 @@ fn the_readmes_commands_run() {
     let mut ran = Vec::new();
     for (line, words) in simlayer_testkit::markdown::commands(&readme) {
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
-        let is_long =
-            ["bench", "calibrate", "perplexity", "passkey", "rpc-server", "serve"].iter().any(|name| words.contains(name));
+        let is_long = ["bench", "calibrate", "perplexity", "passkey", "rpc-server", "serve"]
+            .iter()
+            .any(|name| words.contains(name));
         let is_elsewhere = words.contains(&"--rpc");
         if words[0] != "simlayer-run" || is_long || is_elsewhere {
             continue;
