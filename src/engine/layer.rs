@@ -229,9 +229,7 @@ impl LayerCache {
         // Rows are positions as long as a store grows, whatever its span.
         let grows = self.span.is_none() || n_rows < needed;
         if let Some(first) = store.replaced_from(positions.start, needed).filter(|_| grows) {
-            // What a copy begins with behind shared rows has room for some more tokens at once.
-            let least = if first == 0 { 0 } else { 2 * setup.plan.block };
-            let rows = first + Store::rows_with_room(needed - first).max(least);
+            let rows = first + Store::rows_with_room(needed - first);
             let rows = rows.min(setup.n_ctx).max(needed);
             let rest = setup.make_rest(first, rows, self.span, self.format)?;
             // What lies after the positions may come back, too.
