@@ -115,12 +115,8 @@ pub struct ChatArgs {
     /// A file with the system message (-sysf)
     #[arg(help_heading = "Text", long, value_name = "FILE", conflicts_with = "system")]
     pub system_prompt_file: Option<PathBuf>,
-    /// Use one of llama.cpp's built-in chat templates instead of the file's own
-    #[arg(help_heading = "Text", long, value_name = "NAME")]
-    pub chat_template: Option<String>,
-    /// Use the chat template in this file (Jinja) instead of the model's own
-    #[arg(help_heading = "Text", long, value_name = "FILE", conflicts_with = "chat_template")]
-    pub chat_template_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub template: TemplateArgs,
     /// Further variables of the chat template, as a JSON object: {"enable_thinking": false}
     #[arg(help_heading = "Text", long, value_name = "JSON", value_parser = json_object)]
     pub chat_template_kwargs: Option<JsonObject>,
@@ -438,12 +434,8 @@ pub struct ServeArgs {
     /// Largest body of a request
     #[arg(help_heading = "Server", long, value_name = "BYTES", default_value = "16M", value_parser = bytes)]
     pub max_body: usize,
-    /// Use one of llama.cpp's built-in chat templates instead of the file's own
-    #[arg(help_heading = "Text", long, value_name = "NAME")]
-    pub chat_template: Option<String>,
-    /// Use the chat template in this file (Jinja) instead of the model's own
-    #[arg(help_heading = "Text", long, value_name = "FILE", conflicts_with = "chat_template")]
-    pub chat_template_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub template: TemplateArgs,
     /// Further variables of the chat template, as a JSON object, for requests that give no others
     #[arg(help_heading = "Text", long, value_name = "JSON", value_parser = json_object)]
     pub chat_template_kwargs: Option<JsonObject>,
@@ -716,6 +708,16 @@ pub struct SamplingArgs {
     #[cfg(feature = "serve")]
     #[arg(long, value_name = "FILE", conflicts_with_all = ["grammar", "grammar_file"])]
     pub json_schema_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct TemplateArgs {
+    /// Use one of llama.cpp's built-in chat templates instead of the file's own
+    #[arg(help_heading = "Text", long, value_name = "NAME")]
+    pub chat_template: Option<String>,
+    /// Use the chat template in this file (Jinja) instead of the model's own
+    #[arg(help_heading = "Text", long, value_name = "FILE", conflicts_with = "chat_template")]
+    pub chat_template_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -21,6 +21,7 @@ use crate::{
     options::{self, Run},
     report,
     stream::{self, Answer, Stop, Timings, Until},
+    template::NamedTemplate,
 };
 
 const HELP: &str = "/clear      forget the conversation
@@ -45,26 +46,9 @@ pub fn run(args: ChatArgs) -> Result<(), Failure> {
     };
     let mut run = Run::settle(args.common)?;
     run.session.keep_prompt_end = true;
-    let builtin = args.chat_template.as_deref().map(ChatTemplate::builtin).transpose().map_err(|error| {
-        Failure::usage(format!("--chat-template: {error} (there are {})", ChatTemplate::builtin_names().join(", ")))
-    })?;
-    let from_file = args.chat_template_file.as_deref().map(template_file).transpose()?;
+    let named = NamedTemplate::read(&args.template)?;
     let (model, _) = run.load()?;
-    let template = match builtin {
-        Some(template) => template,
-        None => {
-            let text = match &from_file {
-                Some(text) => Some(&**text),
-                None => model.chat_template()?,
-            };
-            let template = ChatTemplate::new(text, model.vocab());
-            if template.is_builtin() {
-                let which = if text.is_some() { "the chat template is empty" } else { "the file has no chat template" };
-                eprintln!("{which}: messages are written as ChatML");
-            }
-            template
-        }
-    };
+    let (template, _) = named.for_model(&model)?;
     let session = run.session(&model)?;
     let params = options::sampling(args.sampling, session.n_ctx())?;
     let mut chat = Chat {
@@ -153,11 +137,6 @@ pub fn run(args: ChatArgs) -> Result<(), Failure> {
 fn command(line: &str) -> Option<(&str, &str)> {
     let line = line.trim();
     line.starts_with('/').then(|| line.split_once(' ').map_or((line, ""), |(command, rest)| (command, rest.trim())))
-}
-
-fn template_file(path: &Path) -> Result<String, Failure> {
-    let bytes = options::read_file(path)?;
-    String::from_utf8(bytes).map_err(|_| Failure::run(format!("{}: a chat template must be UTF-8", path.display())))
 }
 
 enum Input {

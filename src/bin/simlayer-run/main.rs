@@ -29,6 +29,7 @@ mod rpc_server;
 #[cfg(feature = "serve")]
 mod serve;
 mod stream;
+mod template;
 
 use std::process::ExitCode;
 

@@ -81,7 +81,7 @@ pub async fn messages(
             block: None,
             blocks: 0,
         };
-        return Ok(stream(answers, render, app.ping, log).await?);
+        return Ok(stream(answers, render, app.settings.ping, log).await?);
     }
     let answers = collect(answers, &log).await?;
     let Some(answer) = answers.first() else { return Err(ApiError::internal("there is no answer").into()) };
@@ -118,7 +118,8 @@ pub async fn count_tokens(
 ) -> Result<Response, AnthropicError> {
     let body = read_json(&app, body, &headers).await?;
     let with = Arc::clone(&app);
-    let prepared = working(move || dialogue::prepare(&with, dialogue_of(&body)?, &mut with.defaults.clone())).await?;
+    let prepared =
+        working(move || dialogue::prepare(&with, dialogue_of(&body)?, &mut with.settings.defaults.clone())).await?;
     Ok(json(&json!({ "input_tokens": prepared.prompt.tokens.len() })))
 }
 

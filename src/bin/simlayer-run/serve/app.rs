@@ -28,6 +28,17 @@ use super::{
 pub struct App {
     pub engine: Engine,
     pub model: Model,
+    pub settings: Settings,
+    /// Large bodies at once.
+    pub large_bodies: tokio::sync::Semaphore,
+    /// Seconds since 1970.
+    pub started: u64,
+    next_id: AtomicU64,
+}
+
+/// What is known before the server runs.
+#[derive(Debug)]
+pub struct Settings {
     pub model_path: PathBuf,
     pub template: ChatTemplate,
     /// How the model writes calls and thoughts; `None` with a built-in template.
@@ -49,32 +60,6 @@ pub struct App {
     pub ping: Option<Duration>,
     pub max_body: usize,
     pub parking: Option<Arc<Parking>>,
-    /// Large bodies at once.
-    pub large_bodies: tokio::sync::Semaphore,
-    /// Seconds since 1970.
-    pub started: u64,
-    next_id: AtomicU64,
-}
-
-/// What is known before the server runs.
-#[derive(Debug)]
-pub struct Settings {
-    pub model_path: PathBuf,
-    pub template: ChatTemplate,
-    pub format: Option<ChatFormat>,
-    pub template_text: String,
-    pub template_kwargs: Map<String, Value>,
-    pub names: Vec<String>,
-    /// The rule that makes layers lazy.
-    pub policy: String,
-    pub defaults: SamplerParams,
-    pub limit: Option<usize>,
-    pub keys: Vec<String>,
-    pub cors_origins: Vec<String>,
-    pub timeout: Duration,
-    pub ping: Option<Duration>,
-    pub max_body: usize,
-    pub parking: Option<Arc<Parking>>,
 }
 
 /// Bodies larger than this are read a few at a time.
@@ -86,21 +71,7 @@ impl App {
         App {
             engine,
             model,
-            model_path: settings.model_path,
-            template: settings.template,
-            format: settings.format,
-            template_text: settings.template_text,
-            template_kwargs: settings.template_kwargs,
-            names: settings.names,
-            policy: settings.policy,
-            defaults: settings.defaults,
-            limit: settings.limit,
-            keys: settings.keys,
-            cors_origins: settings.cors_origins,
-            timeout: settings.timeout,
-            ping: settings.ping,
-            max_body: settings.max_body,
-            parking: settings.parking,
+            settings,
             large_bodies: tokio::sync::Semaphore::new(LARGE_AT_ONCE),
             started: now(),
             next_id: AtomicU64::new(1),
@@ -108,7 +79,7 @@ impl App {
     }
 
     pub fn name(&self) -> &str {
-        self.names.first().map_or("model", String::as_str)
+        self.settings.names.first().map_or("model", String::as_str)
     }
 
     /// A number that no other request of this process has.

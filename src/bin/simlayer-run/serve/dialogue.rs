@@ -78,9 +78,9 @@ pub fn prepare(app: &App, dialogue: Dialogue, params: &mut SamplerParams) -> Res
     if has_format && params.grammar.is_some() {
         return Err(ApiError::param("response_format", "it cannot be used with a grammar: leave one of them out"));
     }
-    let mut variables = app.template_kwargs.clone();
+    let mut variables = app.settings.template_kwargs.clone();
     variables.extend(dialogue.variables.clone());
-    let Some(format) = &app.format else { return prepare_builtin(app, dialogue, variables, params) };
+    let Some(format) = &app.settings.format else { return prepare_builtin(app, dialogue, variables, params) };
     if !dialogue.tools.is_empty() && format.capabilities().get("supports_tools") != Some(&Value::Bool(true)) {
         let message = "the model's chat template knows no tools: leave them out, or start the server with one that does \
                        (--chat-template-file)";
@@ -134,7 +134,7 @@ pub fn prepare(app: &App, dialogue: Dialogue, params: &mut SamplerParams) -> Res
             shown.push(token);
         }
     }
-    let tokens = app.template.tokenize(vocab, &prepared.prompt)?;
+    let tokens = app.settings.template.tokenize(vocab, &prepared.prompt)?;
     let prompt = Prompt { tokens, text: Some(prepared.prompt.clone()) };
     let stops = prepared.additional_stops.clone();
     let reader = match is_plain && !prepared.supports_thinking {
@@ -177,11 +177,11 @@ fn prepare_builtin(
     options.add_generation_prompt = true;
     options.tools = dialogue.tools;
     options.variables = variables;
-    let mut text = app.template.render_with(&messages, &options)?;
+    let mut text = app.settings.template.render_with(&messages, &options)?;
     if let Some(begun) = begun {
         text.push_str(begun.get("content").and_then(Value::as_str).unwrap_or_default());
     }
-    let tokens = app.template.tokenize(app.model.vocab(), &text)?;
+    let tokens = app.settings.template.tokenize(app.model.vocab(), &text)?;
     let prompt = Prompt { tokens, text: Some(text) };
     Ok(Prepared { prompt, stops: Vec::new(), shown: Vec::new(), reader: Reader::Plain })
 }

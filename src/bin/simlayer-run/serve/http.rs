@@ -99,7 +99,7 @@ pub async fn serve(listener: Listener, router: Router, app: Arc<App>, stop: Arc<
         });
         let mut http = http1::Builder::new();
         http.timer(TokioTimer::new()).header_read_timeout(HEADERS).max_headers(MOST_HEADERS).max_buf_size(HEADER_BYTES);
-        let socket = TokioIo::new(Timed { socket, limit: app.timeout, waits: None });
+        let socket = TokioIo::new(Timed { socket, limit: app.settings.timeout, waits: None });
         let connection = graceful.watch(http.serve_connection(socket, service));
         tokio::spawn(async move {
             // A client that goes away, or is no client, is nothing to tell.
@@ -242,7 +242,7 @@ pub async fn gate(State(app): State<Arc<App>>, mut request: Request, next: Next)
     request.extensions_mut().insert(Client(hasher.finish()));
     request.extensions_mut().insert(Arc::clone(&log));
     let is_open = OPEN.contains(&&*path) || path.starts_with("/page/") || request.method() == Method::OPTIONS;
-    let is_known = app.keys.is_empty() || key.as_deref().is_some_and(|key| is_one_of(key, &app.keys));
+    let is_known = app.settings.keys.is_empty() || key.as_deref().is_some_and(|key| is_one_of(key, &app.settings.keys));
     let mut response = if !is_known && !is_open {
         let message =
             "the key is wrong or missing: send one that the server was started with (Authorization: Bearer KEY)";
@@ -252,7 +252,7 @@ pub async fn gate(State(app): State<Arc<App>>, mut request: Request, next: Next)
     } else {
         next.run(request).await
     };
-    if let Some(allowed) = origin.and_then(|origin| allowed(&origin, &app.cors_origins)) {
+    if let Some(allowed) = origin.and_then(|origin| allowed(&origin, &app.settings.cors_origins)) {
         let headers = response.headers_mut();
         headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, allowed);
         headers.insert(header::VARY, HeaderValue::from_static("Origin"));
@@ -304,24 +304,25 @@ pub async fn read_json(app: &App, body: Body, headers: &HeaderMap) -> Result<Map
 
 async fn read_body(app: &App, body: Body, headers: &HeaderMap) -> Result<Bytes, ApiError> {
     let too_large = || {
-        let message = format!("the body is larger than {} bytes: send less, or raise --max-body", app.max_body);
+        let message =
+            format!("the body is larger than {} bytes: send less, or raise --max-body", app.settings.max_body);
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message)
     };
     let length = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-    if length.is_some_and(|length| length > app.max_body as u64) {
+    if length.is_some_and(|length| length > app.settings.max_body as u64) {
         return Err(too_large());
     }
     let late = |_| {
-        let message = format!("the body did not come within {} seconds (--timeout)", app.timeout.as_secs());
+        let message = format!("the body did not come within {} seconds (--timeout)", app.settings.timeout.as_secs());
         ApiError::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message)
     };
     let read = async {
         // A length that nobody knows may be large.
         let is_large = length.is_none_or(|length| length > LARGE_BODY as u64);
         let _permit = if is_large { app.large_bodies.acquire().await.ok() } else { None };
-        axum::body::to_bytes(body, app.max_body).await
+        axum::body::to_bytes(body, app.settings.max_body).await
     };
-    timeout(app.timeout, read).await.map_err(late)?.map_err(|error| {
+    timeout(app.settings.timeout, read).await.map_err(late)?.map_err(|error| {
         let mut cause: Option<&dyn std::error::Error> = Some(&error);
         while let Some(error) = cause {
             if error.to_string().contains("length limit exceeded") {

@@ -30,27 +30,27 @@ pub async fn health() -> Response {
 pub async fn props(State(app): State<Arc<App>>) -> Response {
     let vocab = app.model.vocab();
     let name = |token: Option<simlayer::Token>| token.map(|token| vocab.name(token)).unwrap_or_default();
-    let policy = app.policy.as_str();
+    let policy = app.settings.policy.as_str();
     json(&json!({
         "default_generation_settings": { "n_ctx": app.engine.n_ctx, "params": settings(&app) },
         "total_slots": app.engine.limits.parallel,
         "model_alias": app.name(),
-        "model_path": app.model_path.display().to_string(),
+        "model_path": app.settings.model_path.display().to_string(),
         "modalities": { "vision": false, "audio": false },
-        "chat_template": app.template_text,
+        "chat_template": app.settings.template_text,
         "bos_token": name(vocab.bos()),
         "eos_token": name(vocab.eos()),
         "build_info": concat!("simlayer ", env!("CARGO_PKG_VERSION")),
         "model": app.name(),
         "kv_mem": app.engine.limits.kv_mem,
         "lazy": policy,
-        "parked": app.parking.as_ref().map(|parking| parking.stats()),
+        "parked": app.settings.parking.as_ref().map(|parking| parking.stats()),
     }))
 }
 
 /// What requests get that do not say otherwise.
 fn settings(app: &App) -> Value {
-    let params = &app.defaults;
+    let params = &app.settings.defaults;
     json!({
         "seed": params.seed,
         "temperature": params.temperature,
@@ -76,7 +76,7 @@ fn settings(app: &App) -> Value {
             Mirostat::V1 { .. } => 1,
             Mirostat::V2 { .. } => 2,
         },
-        "n_predict": app.limit.map_or(-1, |limit| limit as i64),
+        "n_predict": app.settings.limit.map_or(-1, |limit| limit as i64),
     })
 }
 
@@ -107,7 +107,7 @@ pub async fn slots(State(app): State<Arc<App>>) -> Response {
 /// Prometheus's text format.
 pub async fn metrics(State(app): State<Arc<App>>) -> Response {
     let (counts, status) = (app.engine.shared.counts(), app.engine.shared.status());
-    let parked = app.parking.as_ref().map(|parking| parking.stats()).unwrap_or_default();
+    let parked = app.settings.parking.as_ref().map(|parking| parking.stats()).unwrap_or_default();
     let idle_bytes: usize = status.idle.iter().map(|slot| slot.kv_bytes).sum();
     let idle_tokens: usize = status.idle.iter().map(|slot| slot.n_past).sum();
     let most_lazy = status.running.iter().chain(&status.idle);
@@ -207,7 +207,7 @@ pub async fn apply_template(State(app): State<Arc<App>>, headers: HeaderMap, bod
     let with = Arc::clone(&app);
     let prepared = working(move || {
         let dialogue = super::openai::dialogue(&body)?;
-        dialogue::prepare(&with, dialogue, &mut with.defaults.clone())
+        dialogue::prepare(&with, dialogue, &mut with.settings.defaults.clone())
     });
     Ok(json(&json!({ "prompt": prepared.await?.prompt.text })))
 }
@@ -236,7 +236,7 @@ pub async fn completion(
     .await?;
     if streams {
         let render = CompletionStream { returns_tokens, model: app.name().to_owned() };
-        return stream(answers, render, app.ping, log).await;
+        return stream(answers, render, app.settings.ping, log).await;
     }
     let answers = collect(answers, &log).await?;
     let object = |(index, answer): (usize, &Answer)| {

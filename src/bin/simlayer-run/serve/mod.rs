@@ -39,16 +39,14 @@ use axum::{
     routing::{get, post},
 };
 use indicatif::HumanBytes;
-use simlayer::{
-    Model, SessionParams, Token,
-    chat::{ChatFormat, ChatTemplate},
-};
+use simlayer::{Model, SessionParams, Token, chat::ChatFormat};
 
 use crate::{
     args::ServeArgs,
     failure::Failure,
     generate, interrupt,
     options::{self, Run},
+    template::NamedTemplate,
 };
 use app::{App, Settings};
 use error::ApiError;
@@ -65,13 +63,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let limit = generate::limit(args.n_predict)?.map(|limit| usize::try_from(limit).unwrap_or(usize::MAX));
     let keys = keys(args.api_key, args.api_key_file.as_deref())?;
     let mut run = Run::settle(args.common)?;
-    let builtin = args.chat_template.as_deref().map(ChatTemplate::builtin).transpose().map_err(|error| {
-        Failure::usage(format!("--chat-template: {error} (there are {})", ChatTemplate::builtin_names().join(", ")))
-    })?;
-    let from_file = match &args.chat_template_file {
-        Some(path) => Some(options::utf8(options::read_file(path)?, path)?),
-        None => None,
-    };
+    let named = NamedTemplate::read(&args.template)?;
     // Clients who find nobody listening are told so before the model is loaded.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(HTTP_THREADS)
@@ -91,23 +83,11 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
         ..run.session
     };
     let (model, load) = run.load()?;
-    let (template, template_text) = match builtin {
-        Some(template) => (template, String::new()),
-        None => {
-            let text = match &from_file {
-                Some(text) => Some(&**text),
-                None => model.chat_template()?,
-            };
-            (ChatTemplate::new(text, model.vocab()), text.unwrap_or_default().to_owned())
-        }
-    };
+    let (template, template_text) = named.for_model(&model)?;
     let format = match template.is_builtin() {
         true => None,
         false => Some(chat_format(&model, &template_text)?),
     };
-    if template.is_builtin() && args.chat_template.is_none() {
-        eprintln!("the file has no chat template: messages are written as ChatML");
-    }
     let session = simlayer::Session::new(&model, run.session.clone())?;
     let defaults = options::sampling(args.sampling, session.n_ctx())?;
     // What is wrong with them is said now.
@@ -216,7 +196,7 @@ fn chat_format(model: &Model, template: &str) -> Result<ChatFormat, Failure> {
 }
 
 fn keys_are_missing(app: &App, host: &str) -> bool {
-    app.keys.is_empty() && !matches!(host, "127.0.0.1" | "::1" | "localhost") && !host.ends_with(".sock")
+    app.settings.keys.is_empty() && !matches!(host, "127.0.0.1" | "::1" | "localhost") && !host.ends_with(".sock")
 }
 
 /// Keys that clients may send.

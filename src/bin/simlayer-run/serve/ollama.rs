@@ -60,7 +60,7 @@ fn details(app: &App) -> Value {
 }
 
 fn model(app: &App, name: &str) -> Value {
-    let size = std::fs::metadata(&app.model_path).map_or(0, |file| file.len());
+    let size = std::fs::metadata(&app.settings.model_path).map_or(0, |file| file.len());
     json!({
         "name": name,
         "model": name,
@@ -72,7 +72,7 @@ fn model(app: &App, name: &str) -> Value {
 }
 
 pub async fn tags(State(app): State<Arc<App>>) -> Response {
-    json(&json!({ "models": app.names.iter().map(|name| model(&app, name)).collect::<Vec<_>>() }))
+    json(&json!({ "models": app.settings.names.iter().map(|name| model(&app, name)).collect::<Vec<_>>() }))
 }
 
 pub async fn ps(State(app): State<Arc<App>>) -> Response {
@@ -95,7 +95,7 @@ pub async fn show(State(app): State<Arc<App>>) -> Response {
     json(&json!({
         "modelfile": "",
         "parameters": "",
-        "template": app.template_text,
+        "template": app.settings.template_text,
         "details": details(&app),
         "model_info": info,
         "capabilities": ["completion", "tools"],
@@ -191,7 +191,7 @@ async fn answer(
     };
     if streams {
         let render = Lines { head, progress: Progress::new(&reader) };
-        return Ok(stream(answers, render, app.ping, log).await?);
+        return Ok(stream(answers, render, app.settings.ping, log).await?);
     }
     let answers = collect(answers, &log).await?;
     let Some(answer) = answers.first() else { return Err(ApiError::internal("there is no answer").into()) };
@@ -251,12 +251,12 @@ fn options(app: &App, body: &Map<String, Value>) -> Result<Wanted, ApiError> {
         Some(Value::Object(options)) => options,
         Some(_) => return Err(ApiError::param("options", "it must be an object")),
     };
-    let params: SamplerParams = sampling::params(options, &app.defaults, app.model.vocab(), app.engine.n_ctx)?;
+    let params: SamplerParams = sampling::params(options, &app.settings.defaults, app.model.vocab(), app.engine.n_ctx)?;
     Ok(Wanted {
         prompts: Vec::new(),
         params,
         n: 1,
-        limit: sampling::limit(options, &["num_predict"])?.unwrap_or(app.limit),
+        limit: sampling::limit(options, &["num_predict"])?.unwrap_or(app.settings.limit),
         stops: sampling::stops(options.get("stop"), "stop")?,
         shown: Vec::new(),
         n_probs: None,

@@ -54,7 +54,7 @@ pub async fn chat_completions(
         let progress = (0..answers.n).map(|_| Progress::new(&reader)).collect();
         let begun = vec![false; answers.n];
         let render = ChatStream { head, progress, begun, wants_usage, usages: Vec::new() };
-        return stream(answers, render, app.ping, log).await;
+        return stream(answers, render, app.settings.ping, log).await;
     }
     let answers = collect(answers, &log).await?;
     let choices: Vec<Value> =
@@ -134,9 +134,9 @@ pub fn wanted(
     })?;
     Ok(Wanted {
         prompts: Vec::new(),
-        params: sampling::params(body, &app.defaults, app.model.vocab(), app.engine.n_ctx)?,
+        params: sampling::params(body, &app.settings.defaults, app.model.vocab(), app.engine.n_ctx)?,
         n,
-        limit: sampling::limit(body, limits)?.unwrap_or(app.limit),
+        limit: sampling::limit(body, limits)?.unwrap_or(app.settings.limit),
         stops: sampling::stops(body.get("stop"), "stop")?,
         shown: Vec::new(),
         n_probs,
@@ -399,7 +399,7 @@ pub async fn completions(
     let head = Head { id: app.id("cmpl-", id), model: app.name().to_owned(), created: now() };
     if streams {
         let render = TextStream { head, echo, wants_usage, usages: Vec::new(), n_prompts };
-        return stream(answers, render, app.ping, log).await;
+        return stream(answers, render, app.settings.ping, log).await;
     }
     let answers = collect(answers, &log).await?;
     let choices = answers.iter().zip(echo).enumerate().map(|(index, (answer, echo))| {
@@ -546,6 +546,7 @@ pub fn mixed(app: &App, items: &[Value], name: &str) -> Result<Vec<Token>, ApiEr
 pub async fn models(State(app): State<Arc<App>>) -> Response {
     let hparams = app.model.hparams();
     let data: Vec<Value> = app
+        .settings
         .names
         .iter()
         .map(|name| {
