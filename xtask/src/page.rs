@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::prepare::{self, Env};
 use crate::root;
-use crate::serving::Serving;
+use crate::serving::{Served, Serving};
 use crate::sh::{self, on_path};
 
 /// Debian's, Ubuntu's, and the one that it is made from.
@@ -15,12 +15,8 @@ const BROWSERS: [&str; 3] = ["chromium", "chromium-browser", "google-chrome"];
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// A GGUF model; default: the one that demo and tests use.
-    #[arg(short, long)]
-    model: Option<PathBuf>,
-    /// A simlayer-run that is built already.
-    #[arg(long)]
-    simlayer_run: Option<PathBuf>,
+    #[command(flatten)]
+    served: Served,
     /// A Chromium; default: the one in PATH, which apt-get installs where it is missing.
     #[arg(long)]
     chromium: Option<PathBuf>,
@@ -31,9 +27,7 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<()> {
     let mut env = Env::default();
-    prepare::libclang(&mut env)?;
-    let model = args.model.clone().map_or_else(prepare::model, Ok)?;
-    let program = args.simlayer_run.clone().map_or_else(|| env.build_simlayer_run(), Ok)?;
+    let (program, model) = args.served.ready(&mut env)?;
     let chromium = args.chromium.clone().map_or_else(browser, Ok)?;
     let script = script(&env)?;
     let pictures = match &args.pictures {

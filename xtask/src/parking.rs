@@ -2,14 +2,13 @@
 //! at most of reading it anew.
 
 use std::fs;
-use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::prepare::{self, Env};
+use crate::prepare::Env;
 use crate::root;
-use crate::serving::Serving;
+use crate::serving::{Served, Serving};
 use crate::sh;
 
 /// Conversations that are read anew, to compare with.
@@ -17,12 +16,8 @@ const ANEW: usize = 20;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// A GGUF model; default: the one that demo and tests use.
-    #[arg(short, long)]
-    model: Option<PathBuf>,
-    /// A simlayer-run that is built already.
-    #[arg(long)]
-    simlayer_run: Option<PathBuf>,
+    #[command(flatten)]
+    served: Served,
     #[arg(long, default_value_t = 200)]
     conversations: usize,
     /// Conversations for which --kv-mem has room.
@@ -38,9 +33,7 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<()> {
     let mut env = Env::default();
-    prepare::libclang(&mut env)?;
-    let model = args.model.clone().map_or_else(prepare::model, Ok)?;
-    let program = args.simlayer_run.clone().map_or_else(|| env.build_simlayer_run(), Ok)?;
+    let (program, model) = args.served.ready(&mut env)?;
     let folder = env.target_dir()?.join("parking");
     let _ = fs::remove_dir_all(&folder);
     fs::create_dir_all(&folder)?;

@@ -3,8 +3,6 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -13,7 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use crate::prepare::{self, Env};
+use crate::prepare::Env;
+use crate::serving::{Served, Serving};
 
 /// Tokens of the prompts that are long.
 const LONG: usize = 5500;
@@ -31,20 +30,14 @@ pub struct Args {
     /// Memory for the caches, in MiB.
     #[arg(long, default_value_t = 1024)]
     kv_mem: u64,
-    /// A program instead of the one that is built here.
-    #[arg(long)]
-    simlayer_run: Option<std::path::PathBuf>,
+    #[command(flatten)]
+    served: Served,
 }
 
 pub fn run(args: &Args) -> Result<()> {
     let mut env = Env::default();
-    prepare::libclang(&mut env)?;
-    let model = prepare::model()?;
-    let program = match &args.simlayer_run {
-        Some(program) => program.clone(),
-        None => env.build_simlayer_run()?,
-    };
-    let server = Server::start(&program, &model, args.kv_mem)?;
+    let (program, model) = args.served.ready(&mut env)?;
+    let server = Serving::start(&env, &program, &model, &["--kv-mem", &format!("{}M", args.kv_mem)], false)?;
     quiet(&server)?;
     let weights = std::fs::metadata(&model)?.len();
     let report = load(&server, args)?;
@@ -52,82 +45,43 @@ pub fn run(args: &Args) -> Result<()> {
     report.check(bound)
 }
 
-/// A server, which ends with the value.
-struct Server {
-    child: Child,
-    address: String,
-}
-
-impl Server {
-    fn start(program: &Path, model: &Path, kv_mem: u64) -> Result<Server> {
-        let mut command = Command::new(program);
-        command.args(["serve", "--port", "0", "--kv-mem"]).arg(format!("{kv_mem}M")).arg("-m").arg(model);
-        let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().context("the server")?;
-        let mut lines = BufReader::new(child.stderr.take().context("its stderr")?).lines();
-        let address = loop {
-            let line = lines.next().context("the server ended")??;
-            if let Some(address) = line.strip_prefix("listening at http://") {
-                break address.to_owned();
-            }
-        };
-        // Its log is long; what nobody reads would stop it.
-        thread::spawn(move || lines.for_each(drop));
-        Ok(Server { child, address })
-    }
-
-    /// Resident bytes.
-    fn memory(&self) -> Result<u64> {
-        let path = format!("/proc/{}/statm", self.child.id());
-        let text = std::fs::read_to_string(&path).context("the server has ended")?;
-        Ok(text.split(' ').nth(1).context(path)?.parse::<u64>()? * 4096)
-    }
-
-    /// Asks for an answer piece by piece; `came` is called for each token.
-    fn ask(&self, prompt: &str, n: usize, mut came: impl FnMut(Instant)) -> Result<Outcome> {
-        let body =
-            json!({ "prompt": prompt, "n_predict": n, "stream": true, "ignore_eos": true, "return_tokens": true });
-        let body = body.to_string();
-        let mut stream = TcpStream::connect(&self.address)?;
-        write!(
-            stream,
-            "POST /completion HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
-            body.len()
-        )?;
-        let mut lines = BufReader::new(stream);
-        let mut line = String::new();
-        lines.read_line(&mut line)?;
-        match line.split(' ').nth(1) {
-            Some("200") => {}
-            Some("503") => return Ok(Outcome::Busy),
-            _ => {
-                let _ = lines.read_to_string(&mut line);
-                bail!("the server answered {line}");
-            }
-        }
-        loop {
-            line.clear();
-            ensure!(lines.read_line(&mut line)? > 0, "the answer broke off");
-            let Some(data) = line.strip_prefix("data: ") else { continue };
-            let data: Value = serde_json::from_str(data)?;
-            ensure!(data.get("error").is_none(), "{data}");
-            if data["stop"] == true {
-                let milliseconds = |name: &str| data["timings"][name].as_f64().unwrap_or(0.0);
-                return Ok(Outcome::Answered {
-                    read: Duration::from_secs_f64(milliseconds("prompt_ms") / 1e3),
-                    generated: Duration::from_secs_f64(milliseconds("predicted_ms") / 1e3),
-                    prompt: data["tokens_evaluated"].as_u64().unwrap_or(0) as usize,
-                    tokens: data["tokens_predicted"].as_u64().unwrap_or(0) as usize,
-                });
-            }
-            came(Instant::now());
+/// Asks for an answer piece by piece; `came` is called for each token.
+fn ask(server: &Serving, prompt: &str, n: usize, mut came: impl FnMut(Instant)) -> Result<Outcome> {
+    let body = json!({ "prompt": prompt, "n_predict": n, "stream": true, "ignore_eos": true, "return_tokens": true });
+    let body = body.to_string();
+    let mut stream = TcpStream::connect(server.url.trim_start_matches("http://"))?;
+    write!(
+        stream,
+        "POST /completion HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )?;
+    let mut lines = BufReader::new(stream);
+    let mut line = String::new();
+    lines.read_line(&mut line)?;
+    match line.split(' ').nth(1) {
+        Some("200") => {}
+        Some("503") => return Ok(Outcome::Busy),
+        _ => {
+            let _ = lines.read_to_string(&mut line);
+            bail!("the server answered {line}");
         }
     }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+    loop {
+        line.clear();
+        ensure!(lines.read_line(&mut line)? > 0, "the answer broke off");
+        let Some(data) = line.strip_prefix("data: ") else { continue };
+        let data: Value = serde_json::from_str(data)?;
+        ensure!(data.get("error").is_none(), "{data}");
+        if data["stop"] == true {
+            let milliseconds = |name: &str| data["timings"][name].as_f64().unwrap_or(0.0);
+            return Ok(Outcome::Answered {
+                read: Duration::from_secs_f64(milliseconds("prompt_ms") / 1e3),
+                generated: Duration::from_secs_f64(milliseconds("predicted_ms") / 1e3),
+                prompt: data["tokens_evaluated"].as_u64().unwrap_or(0) as usize,
+                tokens: data["tokens_predicted"].as_u64().unwrap_or(0) as usize,
+            });
+        }
+        came(Instant::now());
     }
 }
 
@@ -156,7 +110,7 @@ fn prompt(seed: u64, n: usize) -> String {
 }
 
 /// Four answers go on while one prompt of 6,000 tokens is read, and nobody else asks.
-fn quiet(server: &Server) -> Result<()> {
+fn quiet(server: &Serving) -> Result<()> {
     let gaps = Mutex::new(Vec::new());
     let read = Mutex::new(None);
     let result = thread::scope(|scope| {
@@ -165,7 +119,7 @@ fn quiet(server: &Server) -> Result<()> {
                 let gaps = &gaps;
                 scope.spawn(move || {
                     let mut last: Option<Instant> = None;
-                    server.ask(&prompt(index, 60), 700, |now| {
+                    ask(server, &prompt(index, 60), 700, |now| {
                         if let Some(last) = last.replace(now) {
                             gaps.lock().unwrap_or_else(|e| e.into_inner()).push((last, now));
                         }
@@ -175,7 +129,7 @@ fn quiet(server: &Server) -> Result<()> {
             .collect();
         thread::sleep(Duration::from_millis(600));
         let start = Instant::now();
-        let long = server.ask(&prompt(99, 6000), 1, |_| ())?;
+        let long = ask(server, &prompt(99, 6000), 1, |_| ())?;
         *read.lock().unwrap_or_else(|e| e.into_inner()) = Some((start, Instant::now()));
         if let Outcome::Answered { prompt, read, .. } = long {
             println!("four answers, and a prompt of {prompt} tokens read in {:.1} s", read.as_secs_f64());
@@ -218,7 +172,7 @@ struct Report {
     errors: Vec<String>,
 }
 
-fn load(server: &Server, args: &Args) -> Result<Report> {
+fn load(server: &Serving, args: &Args) -> Result<Report> {
     let length = Duration::from_secs_f64(args.minutes * 60.0);
     let (start, over) = (Instant::now(), AtomicBool::new(false));
     let [answered, busy, tokens, read] = [const { AtomicUsize::new(0) }; 4];
@@ -239,7 +193,7 @@ fn load(server: &Server, args: &Args) -> Result<Report> {
                     let seed = client * 1_000_003 + turn + 1;
                     let n = [100, 300, 700, 1500, 3000, 6000][(seed.wrapping_mul(2_654_435_761) >> 7) as usize % 6];
                     let mut times = Vec::new();
-                    let outcome = server.ask(&prompt(seed, n), 16 + (seed % 7) as usize * 16, |now| times.push(now));
+                    let outcome = ask(server, &prompt(seed, n), 16 + (seed % 7) as usize * 16, |now| times.push(now));
                     let now = Instant::now();
                     match outcome {
                         Ok(Outcome::Answered { read: took, generated, prompt, tokens: n }) => {

@@ -2,14 +2,35 @@
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::thread;
 
 use anyhow::{Context, Result, bail};
 
-use crate::prepare::Env;
+use crate::prepare::{self, Env};
 use crate::sh;
+
+/// What is served, and by which program.
+#[derive(Debug, clap::Args)]
+pub struct Served {
+    /// A GGUF model; default: the one that demo and tests use.
+    #[arg(short, long)]
+    model: Option<PathBuf>,
+    /// A simlayer-run that is built already.
+    #[arg(long)]
+    simlayer_run: Option<PathBuf>,
+}
+
+impl Served {
+    /// The program and the model, fetched and built where they are not named.
+    pub fn ready(&self, env: &mut Env) -> Result<(PathBuf, PathBuf)> {
+        prepare::libclang(env)?;
+        let model = self.model.clone().map_or_else(prepare::model, Ok)?;
+        let program = self.simlayer_run.clone().map_or_else(|| env.build_simlayer_run(), Ok)?;
+        Ok((program, model))
+    }
+}
 
 /// A server that runs until this is dropped.
 #[derive(Debug)]
@@ -47,6 +68,13 @@ impl Serving {
         // Whoever does not read lets it wait.
         thread::spawn(move || lines.filter(|_| is_told).for_each(|line| eprintln!("{line}")));
         Ok(serving)
+    }
+
+    /// Resident bytes.
+    pub fn memory(&self) -> Result<u64> {
+        let path = format!("/proc/{}/statm", self.child.id());
+        let text = std::fs::read_to_string(&path).context("the server has ended")?;
+        Ok(text.split(' ').nth(1).context(path)?.parse::<u64>()? * 4096)
     }
 }
 
