@@ -12,13 +12,16 @@ mod executor;
 mod guard;
 mod inputs;
 mod layer;
+mod looking;
 mod mark;
 mod plan;
 mod positions;
 mod prefill;
+mod probe;
 mod profile;
 mod run;
 mod score;
+mod search;
 mod sequence;
 mod sequences;
 mod session;
@@ -31,6 +34,8 @@ mod view;
 
 #[cfg(test)]
 mod fork_tests;
+#[cfg(test)]
+mod look_tests;
 #[cfg(test)]
 mod tests;
 

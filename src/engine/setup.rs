@@ -71,6 +71,9 @@ pub struct SessionParams {
     pub layer_major: bool,
     /// Which layers become lazy.
     pub lazy: LazyParams,
+    /// Leave what is looked at before layers become lazy ([`Policy::Kl`], [`Policy::Auto`], [`LazyParams::narrow_keys`]) to
+    /// [`Session::look_step`](super::Session::look_step), so that other sequences can go on meanwhile. Off: it is part of reading the prompt.
+    pub look_in_steps: bool,
     /// LoRA adapters of the model, each with what it is multiplied by; [`MAX_ADAPTERS`] at most. Each adds to what the ones
     /// before it gave.
     pub adapters: Vec<(LoraAdapter, f32)>,
@@ -97,6 +100,7 @@ impl Default for SessionParams {
             split_prompts: false,
             layer_major: true,
             lazy: LazyParams::default(),
+            look_in_steps: false,
             adapters: Vec::new(),
             abort: None,
         }
@@ -214,6 +218,11 @@ pub(super) struct LayerSetup {
 }
 
 impl LayerSetup {
+    /// Elements of keys and values of a token.
+    pub fn row_elements(&self) -> usize {
+        self.plan.rows.key_width() + self.plan.rows.value_width()
+    }
+
     /// A store of at least `n_rows` rows on the layer's device.
     pub fn make(&self, n_rows: usize, span: Option<Span>, format: Format) -> Result<Store, ggml::Error> {
         self.make_rest(0, n_rows, span, format)
