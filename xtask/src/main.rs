@@ -17,6 +17,7 @@ mod plot;
 mod prepare;
 mod quality;
 mod rss;
+mod serve_held;
 mod serve_load;
 mod serving;
 mod sh;
@@ -69,6 +70,8 @@ enum Command {
     Parking(parking::Args),
     /// Many clients of `simlayer-run serve` at once: its memory, and how long running answers wait.
     ServeLoad(serve_load::Args),
+    /// How many long conversations a budget of memory holds: `simlayer-run serve` against llama-server.
+    ServeHeld(serve_held::Args),
     /// Run the tests of attention and products as compiled for 64-bit Arm, on QEMU's processors.
     ArmCheck,
     /// Compile and link ggml's CUDA kernels with a compiler of its own (no GPU needed; takes long).
@@ -97,6 +100,7 @@ fn main() -> ExitCode {
         Command::Page(args) => page::run(&args),
         Command::Parking(args) => parking::run(&args),
         Command::ServeLoad(args) => serve_load::run(&args),
+        Command::ServeHeld(args) => serve_held::run(&args),
         Command::ArmCheck => arm_check::run(),
         Command::CudaCheck(args) => cuda_check::run(&args),
         Command::VulkanCheck(args) => vulkan_check::run(&args),

@@ -79,6 +79,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
         keep_prompt_end: true,
         // Others are answered meanwhile.
         layer_major: false,
+        look_in_steps: true,
         abort: Some(Arc::clone(&abort)),
         ..run.session
     };
