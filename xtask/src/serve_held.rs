@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::net::TcpListener;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -37,7 +38,7 @@ pub struct Args {
     theirs: Vec<String>,
     /// A llama-server that is built already.
     #[arg(long)]
-    llama_server: Option<std::path::PathBuf>,
+    llama_server: Option<PathBuf>,
 }
 
 /// What a server held.
@@ -108,7 +109,7 @@ fn ours(server: &Serving, what: &str, tokens: usize) -> Result<Held> {
 }
 
 /// Slots that are as many as fit, each as long as a conversation.
-fn theirs(env: &Env, program: &std::path::Path, model: &std::path::Path, ty: &str, args: &Args) -> Result<Held> {
+fn theirs(env: &Env, program: &Path, model: &Path, ty: &str, args: &Args) -> Result<Held> {
     let slot = (args.tokens + ANSWER + AGAIN + ANSWER).next_multiple_of(256);
     let log = env.target_dir()?.join("llama-server.log");
     let start = |slots: usize| -> Result<(Serving, usize)> {
