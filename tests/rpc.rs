@@ -4,6 +4,10 @@
 #![cfg(feature = "rpc")]
 
 mod common;
+#[path = "rpc/placement.rs"]
+mod placement;
+#[path = "rpc/steps.rs"]
+mod steps;
 
 use std::{
     io::{Read, Write},
@@ -271,6 +275,11 @@ impl Proxy {
     }
 }
 
+/// Bytes that went either way so far.
+fn count(proxies: &[&Proxy]) -> u64 {
+    proxies.iter().map(|proxy| proxy.bytes.load(Ordering::SeqCst)).sum()
+}
+
 fn pass_on(mut from: TcpStream, mut to: TcpStream, counter: &AtomicU64) {
     let mut buffer = vec![0; 1 << 16];
     while let Ok(n @ 1..) = from.read(&mut buffer) {
@@ -303,7 +312,7 @@ fn what_a_token_sends_does_not_grow_with_the_context() {
         (params.lazy.n_window, params.lazy.n_slack) = (64, 128);
         let mut session = session(&model, params);
         let tokens = Rng::new(2).tokens(3_100, random.n_vocab());
-        let count = || proxies.iter().map(|proxy| proxy.bytes.load(Ordering::SeqCst)).sum::<u64>();
+        let count = || count(&[&proxies[0], &proxies[1]]);
         let mut at_depth = |depth: usize| {
             session.clear();
             session.prefill(&tokens[..depth]).expect("prefill");

@@ -14,7 +14,7 @@ use super::{
     batch::{BatchEntry, Embeddings, Outputs, SeqId},
     checkpoint::{self, Checkpoint, Restored},
     error::Error,
-    executor::Executor,
+    executor::{Executor, StepReport},
     layer::LayerReport,
     plan,
     run::{run, run_embeddings},
@@ -220,6 +220,11 @@ impl Session {
     #[doc(hidden)]
     pub fn compute_bytes(&self) -> usize {
         self.executor.scheduler.buffer_bytes()
+    }
+
+    /// What the last decode step was made of; `None` where none can run again. For measuring.
+    pub fn step_report(&self) -> Option<StepReport> {
+        self.executor.report()
     }
 
     /// Gives freed memory back to the system.

@@ -55,6 +55,9 @@ pub struct SessionParams {
     /// Compute attention, and products of quantised weights, with this crate's own kernels, which are
     /// faster. Off (or without flash attention): with ggml's, whose logits are llama.cpp's bit for bit.
     pub fused_attention: bool,
+    /// Let devices compute products of many tokens with weights that the processor has: the weights are sent there for it. Which
+    /// devices want to, and from how many tokens on (32), is ggml's to say; those behind RPC never do.
+    pub op_offload: bool,
     /// When keys and values are rotated.
     pub kv_rotate: KvRotate,
     /// Newest tokens that are kept in f16 as well, with the sink, beside each quantised store: most of what four bits
@@ -91,6 +94,7 @@ impl Default for SessionParams {
             type_v: Type::F16,
             flash_attn: true,
             fused_attention: true,
+            op_offload: true,
             kv_rotate: KvRotate::default(),
             kv_exact: 32,
             keep_prompt_end: true,
@@ -395,6 +399,9 @@ impl Setup {
         let mut graph = Graph::new(max_nodes);
         graph.use_own_kernels(self.params.flash_attn && self.params.fused_attention);
         graph.use_adapted(Arc::clone(&self.adapted));
+        if self.params.op_offload {
+            graph.use_offload(self.model.devices());
+        }
         graph
     }
 }
