@@ -36,9 +36,8 @@ pub mod vocab;
 
 pub use cache::{KvReport, KvRotate};
 pub use engine::{
-    BatchEntry, Checkpoint, DevicePlan, Embeddings, Error, Fit, FitTarget, LayerKind, LayerReport, MAX_ADAPTERS, Outputs,
-    PlannedCache, Restored, SeqId, SequenceView, Session, SessionParams, StateError, StepReport, fit,
-    plan,
+    BatchEntry, Checkpoint, DevicePlan, Embeddings, Error, Fit, FitTarget, LayerKind, LayerReport, MAX_ADAPTERS,
+    Outputs, PlannedCache, Restored, SeqId, SequenceView, Session, SessionParams, StateError, StepReport, fit, plan,
 };
 pub use generation::{Generation, GenerationEnd, GenerationError};
 pub use model::{Hparams, LoraAdapter, Model, ModelParams, Progress, StateSize, TensorOverride, TensorPlace};

@@ -138,3 +138,34 @@ unsafe fn listed(list: *const sys::ggml_backend_dev_t) -> Result<Vec<Device>> {
     }
     Ok(devices)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ptr;
+
+    use super::*;
+
+    #[test]
+    fn tensors_places_are_read() {
+        // SAFETY: takes nothing; lives as long as the process.
+        let cpu = unsafe { sys::ggml_backend_cpu_buffer_type() };
+        let entry = |pattern: *const _, buft| sys::llama_model_tensor_buft_override { pattern, buft };
+        let end = entry(ptr::null(), ptr::null_mut());
+        let read = |list: &[sys::llama_model_tensor_buft_override]| {
+            // SAFETY: each list ends with `end`.
+            unsafe { tensor_overrides(list.as_ptr()) }
+        };
+        let found = read(&[entry(c"exps".as_ptr(), cpu), entry(c"a|b".as_ptr(), cpu), end]);
+        let found = found.unwrap_or_else(|failure| panic!("{}", failure.0));
+        assert_eq!(found.iter().map(|tensors| tensors.pattern.as_str()).collect::<Vec<_>>(), ["exps", "a|b"]);
+        assert!(found.iter().all(|tensors| tensors.device == Device::cpu()));
+        assert!(read(&[end]).is_ok_and(|found| found.is_empty()));
+        // SAFETY: null is no list.
+        assert!(unsafe { tensor_overrides(ptr::null()) }.is_ok_and(|found| found.is_empty()));
+        // Memory of nobody's, which is not looked at.
+        let nobodys = ptr::without_provenance_mut(0x1000);
+        let failure = read(&[entry(c"exps".as_ptr(), nobodys), end]).err().expect("a failure");
+        assert!(failure.0.contains("entry 0 (exps) has no memory"), "{}", failure.0);
+        assert!(read(&[entry(c"exps".as_ptr(), ptr::null_mut()), end]).is_err());
+    }
+}

@@ -10,7 +10,7 @@ use super::{
     setup::{Kernel, LayerPlan, Setup},
 };
 use crate::{
-    cache::{Chain, RowShape, Span, StateStore, Store},
+    cache::{Chain, Format, RowShape, Span, StateStore, Store},
     ggml::{FusedAttention, Graph, KvSegment, Tensor, Type},
     model::{Attention, AttentionOptions, Mixed, State},
 };
@@ -121,25 +121,69 @@ impl CacheAttention<'_> {
         own: Option<[&Tensor; 2]>,
         options: &AttentionOptions<'_>,
     ) -> Tensor {
+        let together = self.rotates_together(layer, options);
+        let rotated = together.map(|format| self.rotated(graph, layer, format, q, own));
+        let (q, own) = match &rotated {
+            Some((q, own)) => (q, own.as_ref().map(|[k, v]| [k, v])),
+            None => (q, own),
+        };
         let mut attended: Option<Tensor> = None;
         for part in 0..self.parts.len() {
-            let one = self.attend_part(graph, (part, layer), q, own, options);
+            let one = self.attend_part(graph, (part, layer), q, own, (options, together.is_some()));
             attended = Some(match attended {
                 Some(others) => graph.concat(&others, &one, 1),
                 None => one,
             });
         }
-        attended.expect("a ubatch has at least one part")
+        let attended = attended.expect("a ubatch has at least one part");
+        match together {
+            Some(format) if format.rotate_v => {
+                let hparams = self.setup.model.hparams();
+                let [_, value_size, heads, _] = hparams.heads(layer);
+                let by_heads = graph.reshape(&attended, &[value_size, heads, attended.shape()[1]]);
+                let rotations = &self.setup.layers[hparams.owner(layer)].rotations;
+                rows(graph, &graph.contiguous_if_needed(&rotations.rotate_value(graph, &by_heads)))
+            }
+            _ => attended,
+        }
     }
 
-    /// `own`: the tokens' keys and values, of a layer that has some.
+    /// How all sequences have their rows in a layer, where their tokens are rotated in one operation: on devices, where each
+    /// operation is a kernel to launch.
+    fn rotates_together(&self, layer: usize, options: &AttentionOptions<'_>) -> Option<Format> {
+        let owner = self.setup.model.hparams().owner(layer);
+        if self.parts.len() < 2 || self.plan(owner).apart.is_none() || options.outputs.is_some() {
+            return None;
+        }
+        let mut formats = self.caches.iter().map(|caches| store(&caches[owner]).format());
+        let first = formats.next()?;
+        (formats.all(|format| format == first) && (first.rotate_k || first.rotate_v)).then_some(first)
+    }
+
+    /// Queries, keys and values of all tokens as rows of this format are.
+    fn rotated(
+        &self,
+        graph: &Graph,
+        layer: usize,
+        format: Format,
+        q: &Tensor,
+        own: Option<[&Tensor; 2]>,
+    ) -> (Tensor, Option<[Tensor; 2]>) {
+        let rotations = &self.setup.layers[self.setup.model.hparams().owner(layer)].rotations;
+        let key = |rows: &Tensor| if format.rotate_k { rotations.rotate_key(graph, rows) } else { rows.clone() };
+        let value = |rows: &Tensor| if format.rotate_v { rotations.rotate_value(graph, rows) } else { rows.clone() };
+        (key(q), own.map(|[k, v]| [key(k), value(v)]))
+    }
+
+    /// `own`: the tokens' keys and values, of a layer that has some. `is_rotated`: they and the queries are as the rows are, and
+    /// so is to be the result.
     fn attend_part(
         &mut self,
         graph: &Graph,
         (index, reader): (usize, usize),
         q: &Tensor,
         own: Option<[&Tensor; 2]>,
-        options: &AttentionOptions<'_>,
+        (options, is_rotated): (&AttentionOptions<'_>, bool),
     ) -> Tensor {
         let part = self.parts[index];
         let layers: &[LayerCache] = self.caches[index];
@@ -149,15 +193,16 @@ impl CacheAttention<'_> {
         let last_reader = hparams.last_reader(layer);
         let (cache, rotations) = (&layers[layer], &self.setup.layers[layer].rotations);
         let format = store(cache).format();
+        let (rotate_k, rotate_v) = (format.rotate_k && !is_rotated, format.rotate_v && !is_rotated);
         let mut q = slice(graph, q, &part);
-        if format.rotate_k {
+        if rotate_k {
             q = rotations.rotate_key(graph, &q);
         }
         // `[head size, tokens, heads]`: what attention wants.
         let queries = swapped(graph, &q);
         // `[value size, tokens, heads]` → `[value size × heads, tokens]`
         let joined = |mut attended: Tensor| {
-            if format.rotate_v {
+            if rotate_v {
                 attended = swapped(graph, &rotations.rotate_value(graph, &swapped(graph, &attended)));
             }
             if let Some(matrices) = options.outputs {
@@ -171,7 +216,7 @@ impl CacheAttention<'_> {
         let [k, v] = match own {
             Some([k, v]) => {
                 let mut k = slice(graph, k, &part);
-                if format.rotate_k {
+                if rotate_k {
                     k = rotations.rotate_key(graph, &k);
                 }
                 let k = rows(graph, &k);
@@ -179,7 +224,7 @@ impl CacheAttention<'_> {
                     k.clone()
                 } else {
                     let v = slice(graph, v, &part);
-                    rows(graph, &if format.rotate_v { rotations.rotate_value(graph, &v) } else { v })
+                    rows(graph, &if rotate_v { rotations.rotate_value(graph, &v) } else { v })
                 };
                 if last_reader != layer {
                     self.shared.push(Shared { part: index, layer, k: k.clone(), v: v.clone() });

@@ -1,10 +1,6 @@
 //! Patterns of names of tensors, with the meaning that llama.cpp gives them: `std::regex_search`.
 
-use std::{
-    ffi::CString,
-    fmt,
-    ptr::NonNull,
-};
+use std::{ffi::CString, fmt, ptr::NonNull};
 
 use ggml_sys as sys;
 

@@ -192,14 +192,17 @@ fn what_does_not_fit_is_fitted() {
     let (code, stdout, stderr) = run(&[&["devices", "--plan", "--json", "-ncmoe", "3"][..], &common].concat());
     assert_eq!(code, Some(0), "{stderr}");
     assert_eq!(on_cpu(&serde_json::from_str(&stdout).expect("JSON")), 1 + 3 * 3);
-    // One server has room for less.
+    // A server that has room for less: what a run moves, it says.
     drop(small);
-    let small = super::Server::start(&["--mem", "5"]);
-    let common = ["-m", path, "--rpc", &small.address, "-fitt", "1", "-c", "1024"];
-    let run_it = [&["-p", "a", "-n", "2", "--verbose", "--ignore-eos"][..], &common].concat();
-    let (code, _, stderr) = run(&run_it);
+    let small = super::Server::start(&["--mem", "3"]);
+    let common = ["-m", path, "--rpc", &small.address, "-fitt", "2", "-c", "1024"];
+    let (code, _, stderr) = run(&[&["-p", "a", "-n", "2", "--verbose", "--ignore-eos"][..], &common].concat());
     assert_eq!(code, Some(0), "{stderr}");
-    println!("{stderr}");
+    assert!(stderr.contains("to fit the devices' free memory: -ncmoe "), "{stderr}");
+    assert!(
+        stderr.contains("blk.0.ffn_up_exps.weight: f32, 96.00 KiB on CPU (file, by --override-tensor)"),
+        "{stderr}"
+    );
     let wrong = |options: &[&str]| run(&[options, &["-p", "a", "-n", "1", "-m", path]].concat());
     let (code, _, stderr) = wrong(&["-ot", "exps=XPU"]);
     assert!(code == Some(2) && stderr.contains("there is no XPU here"), "{code:?} {stderr}");

@@ -3,12 +3,14 @@
 mod abi;
 mod arm_check;
 mod bump;
+mod card_bench;
 mod compare;
 mod cuda_check;
 mod demo;
 mod dist;
 mod frontends;
 mod fuzz;
+mod mesa;
 mod notices;
 mod package;
 mod page;
@@ -71,6 +73,8 @@ enum Command {
     ServeLoad(serve_load::Args),
     /// Run the tests of attention and products as compiled for 64-bit Arm, on QEMU's processors.
     ArmCheck,
+    /// What a card gains, against llama.cpp on the same card, in ten minutes; --dry-run tries it on the processor.
+    CardBench(card_bench::Args),
     /// Compile and link ggml's CUDA kernels with a compiler of its own (no GPU needed; takes long).
     CudaCheck(cuda_check::Args),
     /// Compile ggml's Vulkan backend and run the tests on Mesa's software driver (no GPU needed; takes long).
@@ -98,6 +102,7 @@ fn main() -> ExitCode {
         Command::Parking(args) => parking::run(&args),
         Command::ServeLoad(args) => serve_load::run(&args),
         Command::ArmCheck => arm_check::run(),
+        Command::CardBench(args) => card_bench::run(&args),
         Command::CudaCheck(args) => cuda_check::run(&args),
         Command::VulkanCheck(args) => vulkan_check::run(&args),
         Command::Valgrind => valgrind::run(),

@@ -169,6 +169,9 @@ pub struct BenchArgs {
         default_value = "0"
     )]
     pub depth: Vec<usize>,
+    /// Conversations that go on at once, a token of each in a step; speeds are those of all together
+    #[arg(help_heading = "Tests", long, value_name = "N", default_value_t = 1, value_parser = positive)]
+    pub sequences: usize,
     /// Repetitions of each test
     #[arg(help_heading = "Tests", short, long, alias = "repetitions", value_name = "N", default_value_t = 5, value_parser = positive)]
     pub reps: usize,

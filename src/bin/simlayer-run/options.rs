@@ -289,9 +289,8 @@ fn tensor_overrides(args: &CommonArgs) -> Result<Vec<TensorOverride>, Failure> {
     for (pattern, name) in &args.override_tensor {
         let all = Device::all();
         // llama.cpp names kinds of memory, which for most devices is the device's name; of a server it is `RPC0[HOST:PORT]`.
-        let is_named = |device: &&Device| {
-            name.eq_ignore_ascii_case(&device.name()) || *name == device.buffer_type().name()
-        };
+        let is_named =
+            |device: &&Device| name.eq_ignore_ascii_case(&device.name()) || *name == device.buffer_type().name();
         let device = all.iter().find(is_named).copied().ok_or_else(|| {
             let known: Vec<_> = all.iter().map(|device| device.name()).collect();
             Failure::usage(format!("--override-tensor: there is no {name} here, only {}", known.join(", ")))
