@@ -10,7 +10,7 @@ use super::{
     setup::{Kernel, LayerPlan, Setup},
 };
 use crate::{
-    cache::{Chain, Format, RowShape, Span, StateStore, Store},
+    cache::{Chain, RowShape, Span, StateStore, Store},
     ggml::{FusedAttention, Graph, KvSegment, Tensor, Type},
     model::{Attention, AttentionOptions, Mixed, State},
 };
@@ -109,7 +109,7 @@ impl Attention for CacheAttention<'_> {
 }
 
 impl CacheAttention<'_> {
-    fn plan(&self, layer: usize) -> &LayerPlan {
+    pub(super) fn plan(&self, layer: usize) -> &LayerPlan {
         &self.setup.layers[layer].plan
     }
 
@@ -137,42 +137,9 @@ impl CacheAttention<'_> {
         }
         let attended = attended.expect("a ubatch has at least one part");
         match together {
-            Some(format) if format.rotate_v => {
-                let hparams = self.setup.model.hparams();
-                let [_, value_size, heads, _] = hparams.heads(layer);
-                let by_heads = graph.reshape(&attended, &[value_size, heads, attended.shape()[1]]);
-                let rotations = &self.setup.layers[hparams.owner(layer)].rotations;
-                rows(graph, &graph.contiguous_if_needed(&rotations.rotate_value(graph, &by_heads)))
-            }
-            _ => attended,
+            Some(format) => self.rotated_back(graph, layer, format, attended),
+            None => attended,
         }
-    }
-
-    /// How all sequences have their rows in a layer, where their tokens are rotated in one operation: on devices, where each
-    /// operation is a kernel to launch.
-    fn rotates_together(&self, layer: usize, options: &AttentionOptions<'_>) -> Option<Format> {
-        let owner = self.setup.model.hparams().owner(layer);
-        if self.parts.len() < 2 || self.plan(owner).apart.is_none() || options.outputs.is_some() {
-            return None;
-        }
-        let mut formats = self.caches.iter().map(|caches| store(&caches[owner]).format());
-        let first = formats.next()?;
-        (formats.all(|format| format == first) && (first.rotate_k || first.rotate_v)).then_some(first)
-    }
-
-    /// Queries, keys and values of all tokens as rows of this format are.
-    fn rotated(
-        &self,
-        graph: &Graph,
-        layer: usize,
-        format: Format,
-        q: &Tensor,
-        own: Option<[&Tensor; 2]>,
-    ) -> (Tensor, Option<[Tensor; 2]>) {
-        let rotations = &self.setup.layers[self.setup.model.hparams().owner(layer)].rotations;
-        let key = |rows: &Tensor| if format.rotate_k { rotations.rotate_key(graph, rows) } else { rows.clone() };
-        let value = |rows: &Tensor| if format.rotate_v { rotations.rotate_value(graph, rows) } else { rows.clone() };
-        (key(q), own.map(|[k, v]| [key(k), value(v)]))
     }
 
     /// `own`: the tokens' keys and values, of a layer that has some. `is_rotated`: they and the queries are as the rows are, and
@@ -501,7 +468,7 @@ fn some(graph: &Graph, rows: &Tensor, first: usize, n: usize) -> Tensor {
 }
 
 /// The store of a layer whose tokens have room.
-fn store(cache: &LayerCache) -> &Chain {
+pub(super) fn store(cache: &LayerCache) -> &Chain {
     cache.store.as_ref().expect("room was reserved before the graph is built")
 }
 

@@ -27,6 +27,7 @@ mod setup;
 mod snapshot;
 mod state;
 mod step;
+mod together;
 mod ubatch;
 mod view;
 

@@ -374,7 +374,7 @@ impl Session {
     }
 
     /// Keeps the first `n` tokens of sequence 0. False, with nothing changed, when a layer has dropped tokens that they
-    /// need: what a lazy layer dropped cannot come back. [`LazyParams::n_slack`] tokens can always be taken back, and a
+    /// need: what a lazy layer dropped cannot come back. [`LazyParams::n_slack`] tokens (on devices a tenth less at the worst) can always be taken back, and a
     /// whole answer: what begins at the end of the last prompt, or at a checkpoint ([`SequenceView::restore`](super::SequenceView::restore)).
     /// Of a model with recurrent layers nothing else can be: what has gone into a state cannot be taken out of it.
     pub fn truncate(&mut self, n: usize) -> bool {
