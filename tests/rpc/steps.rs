@@ -31,9 +31,10 @@ fn count_step(n: u32, depth: usize) -> Counted {
     let mut session = super::session(&model, params);
     let tokens = Rng::new(2).tokens(depth + 40, random.n_vocab());
     let sequences = 0..n as SeqId;
-    for seq in sequences.clone() {
-        let entry = BatchEntry { seq, tokens: &tokens[..depth], outputs: Outputs::Last, prompt_end: true };
-        session.run(&[entry]).expect("prefill");
+    session.prefill(&tokens[..depth]).expect("prefill");
+    // Copies have rows of their own once each has written.
+    for seq in 1..n as SeqId {
+        assert!(session.seq_copy(0, seq, depth).expect("copied"));
     }
     let mut decode = |at: usize| {
         let entry = |seq| BatchEntry { seq, tokens: &tokens[at..=at], outputs: Outputs::Last, prompt_end: false };
