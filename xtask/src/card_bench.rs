@@ -266,8 +266,8 @@ impl Bench {
 
 /// Decoding and prefill, of what llama-batched-bench writes.
 fn speeds(text: &str) -> Result<[f64; 2]> {
-    let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let line = lines.filter(|line| line.is_object()).last().context("llama-batched-bench wrote no line of JSON")?;
+    let mut lines = text.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let line = lines.find(Value::is_object).context("llama-batched-bench wrote no line of JSON")?;
     let speed = |name: &str| line[name].as_f64().with_context(|| format!("no {name} in {line}"));
     Ok([speed("speed_tg")?, speed("speed_pp")?])
 }

@@ -1,5 +1,6 @@
 //! Mesa's Vulkan drivers, of which one version does not do.
 
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -41,8 +42,8 @@ fn known(text: &str) -> Vec<Known> {
 }
 
 /// Installs the drivers: of the suite that apt would take them from where those do, else of its backports, which apt need not
-/// know. Nothing is installed that is of no use.
-pub fn install() -> Result<()> {
+/// know. Nothing is installed that is of no use. `folder` is for the list of sources.
+pub fn install(folder: &Path) -> Result<()> {
     sh::run(&mut apt(&[], &["update"]))?;
     let known = known(&sh::output(Command::new("apt-cache").args(["madison", PACKAGE]))?);
     let Some(first) = known.first() else { bail!("apt knows no {PACKAGE}: please install Mesa's Vulkan drivers") };
@@ -51,9 +52,9 @@ pub fn install() -> Result<()> {
     }
     eprintln!("{PACKAGE} {} writes to freed memory; looking for another", first.version);
     // Sources of our own for these commands, so that the system's stay as they are.
-    let folder = tempfile::tempdir()?;
     let (mirror, suite) = (&first.mirror, first.suite.trim_end_matches("-security").trim_end_matches("-updates"));
-    let list = folder.path().join("sources.list");
+    std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    let list = folder.join("backports.list");
     let backports = format!("{suite}-backports");
     std::fs::write(&list, format!("deb {mirror} {suite} main\ndeb {mirror} {backports} main\n"))
         .with_context(|| list.display().to_string())?;

@@ -187,7 +187,7 @@ pub fn vulkan(with_drivers: bool) -> Result<()> {
     }
     let (drivers, others): (Vec<&str>, Vec<&str>) = missing.into_iter().partition(|&package| package == mesa::PACKAGE);
     others.into_iter().try_for_each(apt_install)?;
-    if drivers.is_empty() { Ok(()) } else { mesa::install() }
+    if drivers.is_empty() { Ok(()) } else { mesa::install(&tools_dir()) }
 }
 
 /// Installs what is missing of a cross-compiler for 64-bit Arm and the emulator that runs what it makes. No package of
