@@ -164,7 +164,7 @@ mod tests {
         assert!(unsafe { tensor_overrides(ptr::null()) }.is_ok_and(|found| found.is_empty()));
         // Memory of nobody's, which is not looked at.
         let nobodys = ptr::without_provenance_mut(0x1000);
-        let failure = read(&[entry(c"exps".as_ptr(), nobodys), end]).err().expect("a failure");
+        let failure = read(&[entry(c"exps".as_ptr(), nobodys), end]).expect_err("a failure");
         assert!(failure.0.contains("entry 0 (exps) has no memory"), "{}", failure.0);
         assert!(read(&[entry(c"exps".as_ptr(), ptr::null_mut()), end]).is_err());
     }

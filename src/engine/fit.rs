@@ -182,7 +182,7 @@ mod tests {
 
     #[test]
     fn the_last_that_fits_is_found() {
-        for end in 0..20 {
+        for end in 0..20_usize {
             for limit in 0..=end {
                 let expected = limit.checked_sub(1);
                 assert_eq!(last(0..end, |n| Ok(n < limit)).unwrap(), expected, "{limit} of {end}");
