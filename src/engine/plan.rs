@@ -67,7 +67,7 @@ impl DevicePlan {
 /// # Errors
 /// When the file's header or one of its tensors is wrong.
 pub fn plan(path: &Path, model: &ModelParams, session: &SessionParams) -> Result<Vec<DevicePlan>, Error> {
-    let Planned { hparams, placement, weights } = Model::plan(path, model)?;
+    let Planned { hparams, placement, tensors } = Model::plan(path, model)?;
     let n_ctx = if session.n_ctx == 0 { hparams.n_ctx_train } else { session.n_ctx };
     let scorable = hparams.n_scorable();
     let share = lazy_share(&session.lazy.policy, scorable);
@@ -90,7 +90,7 @@ pub fn plan(path: &Path, model: &ModelParams, session: &SessionParams) -> Result
             bytes.sum::<f64>().round() as usize
         };
         DevicePlan {
-            weight_bytes: weights.iter().filter(|(on, _)| *on == device).map(|(_, bytes)| bytes).sum(),
+            weight_bytes: tensors.iter().filter(|place| place.device == device).map(|place| place.bytes).sum(),
             output: placement.output() == device,
             kv_bytes: caches.iter().map(|cache| cache.kv_bytes).sum(),
             lazy_kv_bytes: share.map(lazy_bytes),

@@ -14,7 +14,7 @@ use super::{
     batch::{BatchEntry, Embeddings, Outputs, SeqId},
     checkpoint::{self, Checkpoint, Restored},
     error::Error,
-    executor::Executor,
+    executor::{Executor, StepReport},
     layer::LayerReport,
     plan,
     run::{run, run_embeddings},
@@ -223,6 +223,11 @@ impl Session {
         self.executor.scheduler.buffer_bytes()
     }
 
+    /// What the last decode step was made of; `None` where none can run again. For measuring.
+    pub fn step_report(&self) -> Option<StepReport> {
+        self.executor.report()
+    }
+
     /// Gives freed memory back to the system.
     #[doc(hidden)]
     pub fn release_memory(&mut self) {
@@ -399,7 +404,7 @@ impl Session {
     }
 
     /// Keeps the first `n` tokens of sequence 0. False, with nothing changed, when a layer has dropped tokens that they
-    /// need: what a lazy layer dropped cannot come back. [`LazyParams::n_slack`] tokens can always be taken back, and a
+    /// need: what a lazy layer dropped cannot come back. [`LazyParams::n_slack`] tokens (on devices a tenth less at the worst) can always be taken back, and a
     /// whole answer: what begins at the end of the last prompt, or at a checkpoint ([`SequenceView::restore`](super::SequenceView::restore)).
     /// Of a model with recurrent layers nothing else can be: what has gone into a state cannot be taken out of it.
     pub fn truncate(&mut self, n: usize) -> bool {

@@ -29,6 +29,7 @@ mod low_rank;
 mod memory;
 mod mmap;
 mod mul_mat;
+mod pattern;
 mod processor;
 #[cfg(feature = "rpc")]
 pub mod rpc;
@@ -73,3 +74,4 @@ pub(crate) use llama::{Candidates, RawSampler, SamplerKind, builtin_chat_templat
 pub(crate) use memory::{map_large_blocks, release_free_memory};
 pub(crate) use mmap::{map_file, release_pages};
 pub(crate) use mul_mat::multiplies_as_stored;
+pub(crate) use pattern::Pattern;

@@ -145,7 +145,7 @@ impl<'a> Library<'a> {
         let mut build = self.cpp();
         build.files(llama.iter().map(|name| self.source.join(format!("src/{name}.cpp"))));
         build
-            .files(["stack", "grammar", "vocab"].map(|name| format!("shim/{name}.cpp")))
+            .files(["stack", "grammar", "pattern", "vocab"].map(|name| format!("shim/{name}.cpp")))
             .include(self.source.join("src"));
         // What recurses in these is bounded, and what is quadratic mended.
         let bounds =

@@ -5,7 +5,7 @@ use std::io::Write;
 use indicatif::HumanBytes;
 use serde_json::{Value, json};
 use simlayer::{
-    DevicePlan, PlannedCache,
+    DevicePlan, Fit, Model, PlannedCache, TensorPlace,
     ggml::{Device, DeviceKind, Type},
     gguf::Gguf,
     lazy::Policy,
@@ -16,7 +16,7 @@ use crate::{
     args::{DevicesArgs, NO_MODEL},
     failure::Failure,
     interrupt,
-    options::Run,
+    options::{Run, tensor_line},
     processor,
 };
 
@@ -32,6 +32,8 @@ pub fn run(args: DevicesArgs) -> Result<(), Failure> {
         let mut object = json!({ "backends": Device::backends(), "devices": devices });
         if args.plan {
             object["plan"] = serde_json::to_value(&plans)?;
+            object["tensors"] = Model::tensors_of(&run.model_path, &run.model)?.iter().map(tensor_json).collect();
+            object["fit"] = run.fitted()?.map_or(Value::Null, |fit| fit_json(&fit));
         }
         serde_json::to_writer(&mut out, &object)?;
         writeln!(out)?;
@@ -52,6 +54,14 @@ pub fn run(args: DevicesArgs) -> Result<(), Failure> {
     if args.plan {
         for line in fitting(&run)? {
             writeln!(out, "{line}")?;
+        }
+        if let Some(fit) = run.fitted()? {
+            writeln!(out, "{}", fit_line(&fit))?;
+        }
+        if run.verbose {
+            for place in Model::tensors_of(&run.model_path, &run.model)? {
+                writeln!(out, "{}", tensor_line(&place))?;
+            }
         }
     }
     Ok(())
@@ -121,6 +131,36 @@ fn longest(most: usize, fits: &mut dyn FnMut(usize) -> Result<bool, Failure>) ->
         }
     }
     Ok(good * STEP)
+}
+
+fn fit_line(fit: &Fit) -> String {
+    match (fit.fits, &fit.options[..]) {
+        (true, []) => "all of this fits the devices".to_owned(),
+        (true, options) => format!("best that fits the devices: {}", options.join(" ")),
+        (false, []) => "this does not fit the devices, and where things go was given".to_owned(),
+        (false, options) => format!("nothing fits the devices, not even {}", options.join(" ")),
+    }
+}
+
+fn fit_json(fit: &Fit) -> Value {
+    json!({
+        "fits": fit.fits,
+        "options": fit.options,
+        "n_ctx": fit.session.n_ctx,
+        "gpu_layers": fit.model.gpu_layers,
+        "experts_of_first": fit.experts_of_first,
+    })
+}
+
+fn tensor_json(place: &TensorPlace) -> Value {
+    json!({
+        "name": place.name,
+        "type": place.ty.to_string(),
+        "bytes": place.bytes,
+        "device": place.device.name(),
+        "memory": place.memory,
+        "overridden": place.overridden,
+    })
 }
 
 fn device_json(device: Device) -> Value {

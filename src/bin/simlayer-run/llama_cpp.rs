@@ -58,6 +58,14 @@ pub const VARIABLES: &[(&str, &str)] = &[
     ("LLAMA_ARG_DEVICE", "--device"),
     ("LLAMA_ARG_N_GPU_LAYERS", "--gpu-layers"),
     ("LLAMA_ARG_TENSOR_SPLIT", "--tensor-split"),
+    ("LLAMA_ARG_SPLIT_MODE", "--split-mode"),
+    ("LLAMA_ARG_MAIN_GPU", "--main-gpu"),
+    ("LLAMA_ARG_OVERRIDE_TENSOR", "--override-tensor"),
+    ("LLAMA_ARG_N_CPU_MOE", "--n-cpu-moe"),
+    ("LLAMA_ARG_N_CPU_FFN", "--n-cpu-ffn"),
+    ("LLAMA_ARG_FIT", "--fit"),
+    ("LLAMA_ARG_FIT_TARGET", "--fit-target"),
+    ("LLAMA_ARG_FIT_CTX", "--fit-ctx"),
     ("LLAMA_ARG_MODEL", "--model"),
     ("LLAMA_ARG_TEMPERATURE", "--temp"),
     ("LLAMA_ARG_TOP_K", "--top-k"),
@@ -116,7 +124,6 @@ const PROXY: &str = "put a reverse proxy in front (docs/serve.md)";
 const EMBEDDINGS: &str = "serve gives embeddings of models that decode; others run in llama-server (docs/c-abi.md)";
 const DRAFT: &str = "there is no speculative decoding";
 const MEDIA: &str = "pictures, sounds and videos are not read: llama-server on simlayer's library reads none either";
-const SPLIT: &str = "layers go to devices whole: choose them with --device, -ngl and -ts";
 const YARN: &str = "YaRN's factors are those of the file";
 /// What asks for a conversation.
 pub const CONVERSATION: &[&str] = &["-cnv", "--conversation", "-i", "--interactive", "-if", "--interactive-first"];
@@ -161,7 +168,9 @@ const OPTIONS: &[Known] = &[
     ours(&["--rope-freq-scale"], One, "--rope-freq-scale"),
     ours(&["--yarn-orig-ctx"], One, "--yarn-orig-ctx"),
     refused(&["--yarn-ext-factor", "--yarn-attn-factor", "--yarn-beta-slow", "--yarn-beta-fast"], One, YARN),
-    nothing(&["-kvo", "--kv-offload", "--op-offload", "--no-op-offload", "--repack", "--no-host"], No),
+    nothing(&["-kvo", "--kv-offload", "--repack", "--no-host"], No),
+    ours(&["--op-offload"], No, "--op-offload"),
+    ours(&["--no-op-offload"], No, "--no-op-offload"),
     refused(&["-nkvo", "--no-kv-offload"], No, "a layer's cache is beside its weights: move layers with -ngl"),
     ours(&["-nr", "--no-repack"], No, "--no-repack"),
     ours(&["-ctk", "--cache-type-k"], One, "--cache-type-k"),
@@ -173,17 +182,17 @@ const OPTIONS: &[Known] = &[
     nothing(&["--mmap", "--no-mmap", "--mlock", "-dio", "--direct-io", "-ndio", "--no-direct-io"], No),
     ours(&["-dev", "--device"], One, "--device"),
     refused(&["--list-devices"], No, "use the command devices"),
-    refused(&["-ot", "--override-tensor"], One, SPLIT),
-    refused(&["-cmoe", "--cpu-moe"], No, SPLIT),
-    refused(
-        &["-ncmoe", "--n-cpu-moe", "-ncffn", "--n-cpu-ffn", "-sm", "--split-mode", "-mg", "--main-gpu"],
-        One,
-        SPLIT,
-    ),
+    ours(&["-ot", "--override-tensor"], One, "--override-tensor"),
+    ours(&["-cmoe", "--cpu-moe"], No, "--cpu-moe"),
+    ours(&["-ncmoe", "--n-cpu-moe"], One, "--n-cpu-moe"),
+    ours(&["-ncffn", "--n-cpu-ffn"], One, "--n-cpu-ffn"),
+    ours(&["-sm", "--split-mode"], One, "--split-mode"),
+    ours(&["-mg", "--main-gpu"], One, "--main-gpu"),
     ours(&["-ngl", "--gpu-layers", "--n-gpu-layers"], One, "--gpu-layers"),
     ours(&["-ts", "--tensor-split"], One, "--tensor-split"),
-    nothing(&["-fit", "--fit"], Switch),
-    nothing(&["-fitt", "--fit-target", "-fitc", "--fit-ctx"], One),
+    ours(&["-fit", "--fit"], Switch, "--fit"),
+    ours(&["-fitt", "--fit-target"], One, "--fit-target"),
+    ours(&["-fitc", "--fit-ctx"], One, "--fit-ctx"),
     refused(&["--check-tensors"], No, "header, shapes and sizes are always checked, the weights' values never"),
     ours(&["--override-kv"], One, "--override-kv"),
     ours(&["--lora"], One, "--lora"),

@@ -7,8 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use indicatif::HumanBytes;
 use simlayer::{
-    KvRotate, LoraAdapter, Model, ModelParams, SamplerParams, Session, SessionParams,
+    Fit, FitTarget, KvRotate, LoraAdapter, Model, ModelParams, SamplerParams, Session, SessionParams, TensorOverride,
+    TensorPlace, fit,
     ggml::{self, Device, Type, logging::LogLevel},
     gguf::{Gguf, Override},
     lazy::{At, LazyParams, PrefillMode},
@@ -16,7 +18,9 @@ use simlayer::{
 };
 
 use crate::{
-    args::{CommonArgs, FlashAttn, GpuLayers, KeyType, LazyAt, LazyPrefill, PromptArgs, SamplingArgs},
+    args::{
+        CommonArgs, FlashAttn, GpuLayers, KeyType, LazyAt, LazyPrefill, OnOrOff, PromptArgs, SamplingArgs, SplitMode,
+    },
     failure::Failure,
     interrupt, processor,
 };
@@ -31,6 +35,8 @@ pub struct Run {
     rope: Vec<(&'static str, Override)>,
     /// Adapters that are not loaded yet, and what they are multiplied by.
     lora: Vec<(PathBuf, f32)>,
+    /// What is fitted to the devices' memory before the model is loaded.
+    fit: Option<FitTarget>,
     pub verbose: bool,
 }
 
@@ -39,7 +45,7 @@ impl Run {
         ggml::logging::set_log(if args.verbose { LogLevel::Info } else { LogLevel::Silent });
         let remote = connect(&args.rpc)?;
         let model = model_params(&args, remote)?;
-        let rope = rope(&args);
+        let (rope, fit) = (rope(&args), fit_target(&args, &model));
 
         let default = SessionParams::default();
         let n_threads = args.threads.unwrap_or_else(processor::physical_cores);
@@ -79,6 +85,7 @@ impl Run {
             type_v: args.cache_type_v,
             flash_attn: args.flash_attn != FlashAttn::Off,
             fused_attention: !args.lazy.ggml_kernels,
+            op_offload: !args.no_op_offload,
             kv_rotate: if args.lazy.no_kv_rotate { KvRotate::Never } else { default.kv_rotate },
             kv_exact: args.lazy.kv_exact,
             // Only a conversation takes answers back.
@@ -88,7 +95,7 @@ impl Run {
             ..default
         };
         let lora = args.lora.into_iter().map(|path| (path, 1.0)).chain(args.lora_scaled).collect();
-        Ok(Run { model_path: args.model, model, session, rope, lora, verbose: args.verbose })
+        Ok(Run { model_path: args.model, model, session, rope, lora, fit, verbose: args.verbose })
     }
 
     /// A model with nothing else asked for.
@@ -96,7 +103,8 @@ impl Run {
         ggml::logging::set_log(LogLevel::Silent);
         let model = ModelParams::default();
         let session = SessionParams::default();
-        Ok(Run { model_path: path, model, session, rope: Vec::new(), lora: Vec::new(), verbose: false })
+        let (rope, lora) = (Vec::new(), Vec::new());
+        Ok(Run { model_path: path, model, session, rope, lora, fit: None, verbose: false })
     }
 
     /// Loads the model, and the adapters that sessions are to have; also gives the time it took.
@@ -108,11 +116,32 @@ impl Run {
             let keys = self.rope.drain(..).map(|(key, value)| (format!("{architecture}.rope.{key}"), value));
             self.model.overrides.extend(keys);
         }
+        self.settle_fit()?;
         let model = Model::load(&self.model_path, &self.model)?;
         for (path, scale) in self.lora.drain(..) {
             self.session.adapters.push((LoraAdapter::load(&model, path)?, scale));
         }
         Ok((model, start.elapsed()))
+    }
+
+    /// What is fitted to the devices' memory where that is asked for; `None` where nothing is.
+    pub fn fitted(&self) -> Result<Option<Fit>, Failure> {
+        let Some(target) = &self.fit else { return Ok(None) };
+        Ok(Some(fit(&self.model_path, &self.model, &self.session, target)?))
+    }
+
+    /// Takes over what was fitted, and says so.
+    fn settle_fit(&mut self) -> Result<(), Failure> {
+        let Some(fit) = self.fitted()? else { return Ok(()) };
+        if !fit.fits {
+            eprintln!("warning: this does not fit the devices' free memory (devices --plan shows what would be where)");
+            return Ok(());
+        }
+        if !fit.options.is_empty() {
+            eprintln!("to fit the devices' free memory: {} (--fit off leaves all as it is)", fit.options.join(" "));
+        }
+        (self.model, self.session) = (fit.model, fit.session);
+        Ok(())
     }
 
     /// A session on the model that Ctrl-C interrupts.
@@ -148,9 +177,33 @@ impl Run {
             }
             let shares: Vec<String> = shares.iter().map(|(device, n)| format!("{n} on {device}")).collect();
             eprintln!("layers: {}; output on {}", shares.join(", "), model.output_device().name());
+            for place in model.tensors().iter().filter(|place| place.overridden) {
+                eprintln!("{}", tensor_line(place));
+            }
         }
         Ok(session)
     }
+}
+
+/// Where a tensor is.
+pub fn tensor_line(place: &TensorPlace) -> String {
+    let TensorPlace { name, ty, bytes, device, memory, overridden, .. } = place;
+    let why = if *overridden { ", by --override-tensor" } else { "" };
+    format!("{name}: {ty}, {} on {} ({memory}{why})", HumanBytes(*bytes as u64), device.name())
+}
+
+/// What is to be fitted. Where the user has said what is where, nothing but the context is; without devices nothing.
+fn fit_target(args: &CommonArgs, model: &ModelParams) -> Option<FitTarget> {
+    let has_devices = model.devices.as_ref().is_some_and(|devices| !devices.is_empty()) && model.gpu_layers != Some(0);
+    let moves = !matches!(args.gpu_layers, Some(GpuLayers::Number(_) | GpuLayers::All))
+        && args.tensor_split.is_none()
+        && model.tensor_overrides.is_empty();
+    (has_devices && args.fit == OnOrOff::On).then(|| FitTarget {
+        margins: args.fit_target.iter().map(|mib| mib.saturating_mul(1 << 20)).collect(),
+        min_ctx: args.fit_ctx,
+        moves,
+        ..FitTarget::default()
+    })
 }
 
 /// The devices of these servers.
@@ -198,6 +251,15 @@ fn model_params(args: &CommonArgs, remote: Vec<Device>) -> Result<ModelParams, F
         [none] if none == "none" => Vec::new(),
         names => devices_named(names)?,
     });
+    if let (SplitMode::None, Some(devices)) = (args.split_mode, &mut params.devices) {
+        let n = devices.len();
+        match devices.get(args.main_gpu) {
+            Some(&device) => *devices = vec![device],
+            None if n == 0 => {}
+            None => return Err(Failure::usage(format!("--main-gpu: there are devices 0 to {} only", n - 1))),
+        }
+    }
+    params.tensor_overrides = tensor_overrides(args)?;
     params.gpu_layers = match args.gpu_layers {
         Some(GpuLayers::Number(n)) => Some(n as usize),
         None | Some(GpuLayers::Auto | GpuLayers::All) => None,
@@ -218,6 +280,29 @@ fn model_params(args: &CommonArgs, remote: Vec<Device>) -> Result<ModelParams, F
         }
     }
     Ok(params)
+}
+
+/// What is elsewhere than its layer. llama.cpp takes these in the order in which they are given; here single tensors come before
+/// groups.
+fn tensor_overrides(args: &CommonArgs) -> Result<Vec<TensorOverride>, Failure> {
+    let mut overrides = Vec::new();
+    for (pattern, name) in &args.override_tensor {
+        let all = Device::all();
+        // llama.cpp names kinds of memory, which for most devices is the device's name; of a server it is `RPC0[HOST:PORT]`.
+        let is_named =
+            |device: &&Device| name.eq_ignore_ascii_case(&device.name()) || *name == device.buffer_type().name();
+        let device = all.iter().find(is_named).copied().ok_or_else(|| {
+            let known: Vec<_> = all.iter().map(|device| device.name()).collect();
+            Failure::usage(format!("--override-tensor: there is no {name} here, only {}", known.join(", ")))
+        })?;
+        overrides.push(TensorOverride { pattern: pattern.clone(), device });
+    }
+    if args.cpu_moe {
+        overrides.push(TensorOverride::experts());
+    }
+    overrides.extend(TensorOverride::experts_of_first(args.n_cpu_moe.unwrap_or(0)));
+    overrides.extend(TensorOverride::feed_forward_of_first(args.n_cpu_ffn.unwrap_or(0)));
+    Ok(overrides)
 }
 
 /// The devices of these names, whatever their letters' case.
