@@ -105,7 +105,9 @@ impl Model {
         let file = open(path, params)?;
         let (_, Builder { hparams, loader, .. }, placement) = build(&file, path, params)?;
         let weights = loader.device_bytes();
-        Ok(Planned { hparams, placement, weights })
+        let name = file.text("general.name")?;
+        let identity = identity::identity(&file, &hparams, name.as_deref());
+        Ok(Planned { hparams, placement, weights, identity })
     }
 
     /// The file that was loaded.
@@ -195,6 +197,7 @@ pub(crate) struct Planned {
     pub placement: Placement,
     /// Bytes of weights on devices; one may be named more than once.
     pub weights: Vec<(Device, usize)>,
+    pub identity: Identity,
 }
 
 fn open(path: &Path, params: &ModelParams) -> Result<Gguf, Error> {
