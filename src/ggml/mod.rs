@@ -29,6 +29,7 @@ mod low_rank;
 mod memory;
 mod mmap;
 mod mul_mat;
+mod numa;
 mod processor;
 #[cfg(feature = "rpc")]
 pub mod rpc;
@@ -38,6 +39,7 @@ mod types;
 
 pub use device::{Device, DeviceKind};
 pub use error::Error;
+pub use numa::{Numa, spread_threads};
 pub use types::Type;
 
 // Public elsewhere in the crate.

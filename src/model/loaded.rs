@@ -20,6 +20,7 @@ use crate::{
     ggml::{self, Device, Tensor},
     gguf::{self, Gguf, Value},
     lazy::Identity,
+    sampling::SamplerParams,
     vocab::Vocab,
 };
 
@@ -44,6 +45,7 @@ struct Inner {
     placement: Placement,
     fingerprint: [u8; FINGERPRINT_BYTES],
     identity: Identity,
+    sampler_params: SamplerParams,
 }
 
 impl Model {
@@ -91,6 +93,7 @@ impl Model {
             vocab,
             name,
             chat_template,
+            sampler_params: SamplerParams::recommended(&file),
             weights,
             weight_bytes,
             placement,
@@ -140,6 +143,11 @@ impl Model {
                 Err(Error::Key { path: self.inner.path.clone(), key: CHAT_TEMPLATE.to_owned(), why })
             }
         }
+    }
+
+    /// llama-cli's settings, with what the file recommends in their place (`general.sampling.…`).
+    pub fn sampler_params(&self) -> &SamplerParams {
+        &self.inner.sampler_params
     }
 
     /// Bytes of all weights.
