@@ -404,7 +404,7 @@ fn grammars() {
 #[test]
 fn llama_cpps_command_lines() {
     for (args, said) in [
-        (&["-hf", "some/model", "-p", "hi"][..], "-hf is not supported: nothing is downloaded"),
+        (&["-dr", "some/model", "-p", "hi"][..], "-dr is not supported: fetch the model with -hf or -mu"),
         (&["@", "-p", "hi", "-mli"], "-mli is not supported: give a long message with -f"),
         (&["chat", "@", "--chat-template-kwargs", "[1]"], "it must be a JSON object"),
         (&["@", "-p", "hi", "-sys", "x"], "-sys (--system) is no option of generating"),
