@@ -304,7 +304,7 @@ impl Setup {
         if params.n_threads_batch == 0 {
             params.n_threads_batch = params.n_threads;
         }
-        let order = profile::settle(&mut params.lazy, model)?;
+        let order = profile::settle(&mut params.lazy, model.path(), model.identity())?;
         check(&params, hparams)?;
         let adapted = Arc::new(adapted(model, &params.adapters)?);
         let mut setup = Setup {

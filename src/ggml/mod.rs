@@ -29,6 +29,7 @@ mod low_rank;
 mod memory;
 mod mmap;
 mod mul_mat;
+mod numa;
 mod pattern;
 mod processor;
 #[cfg(feature = "rpc")]
@@ -39,6 +40,7 @@ mod types;
 
 pub use device::{Device, DeviceKind};
 pub use error::Error;
+pub use numa::{Numa, spread_threads};
 pub use types::Type;
 
 // Public elsewhere in the crate.

@@ -20,6 +20,7 @@ use crate::{
     ggml::{self, Device, Tensor},
     gguf::{self, Gguf, Value},
     lazy::Identity,
+    sampling::SamplerParams,
     vocab::Vocab,
 };
 
@@ -45,6 +46,7 @@ struct Inner {
     placement: Placement,
     fingerprint: [u8; FINGERPRINT_BYTES],
     identity: Identity,
+    sampler_params: SamplerParams,
 }
 
 impl Model {
@@ -93,6 +95,7 @@ impl Model {
             vocab,
             name,
             chat_template,
+            sampler_params: SamplerParams::recommended(&file),
             weights,
             weight_bytes,
             tensors,
@@ -116,7 +119,9 @@ impl Model {
         let file = open(path, params)?;
         let (_, Builder { hparams, loader, .. }, placement) = build(&file, path, params)?;
         let tensors = loader.places();
-        Ok(Planned { hparams, placement, tensors })
+        let name = file.text("general.name")?;
+        let identity = identity::identity(&file, &hparams, name.as_deref());
+        Ok(Planned { hparams, placement, tensors, identity })
     }
 
     /// The file that was loaded.
@@ -149,6 +154,11 @@ impl Model {
                 Err(Error::Key { path: self.inner.path.clone(), key: CHAT_TEMPLATE.to_owned(), why })
             }
         }
+    }
+
+    /// llama-cli's settings, with what the file recommends in their place (`general.sampling.…`).
+    pub fn sampler_params(&self) -> &SamplerParams {
+        &self.inner.sampler_params
     }
 
     /// Bytes of all weights.
@@ -211,6 +221,7 @@ pub(crate) struct Planned {
     pub placement: Placement,
     /// Where each tensor would be.
     pub tensors: Vec<TensorPlace>,
+    pub identity: Identity,
 }
 
 fn open(path: &Path, params: &ModelParams) -> Result<Gguf, Error> {

@@ -40,6 +40,8 @@ fn main() {
 
     // For the build scripts of packages that use this one.
     println!("cargo:source={}", folder.display());
+    let here = env::var("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");
+    println!("cargo:shim={here}/shim");
     println!("cargo:bindings_only={bindings_only}");
     println!("cargo:revision={} of {origin}", version(&folder, "ggml", "GGML"));
     println!("cargo:llama={} ({origin})", version(&folder, "", "LLAMA"));

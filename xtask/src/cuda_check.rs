@@ -40,7 +40,7 @@ pub fn run(args: &Args) -> Result<()> {
     prepare::libclang(&mut env)?;
     prepare::cmake(&mut env)?;
     let model = step("model", prepare::model)?;
-    let toolkit = step("toolkit (800 MB)", toolkit)?;
+    let toolkit = step("toolkit (760 MiB)", toolkit)?;
     let archs = args.archs.clone().unwrap_or_else(|| {
         // A cubin runs on cards of its own generation only.
         let has_card = sh::on_path("nvidia-smi") && sh::succeeds(Command::new("nvidia-smi").arg("-L"));

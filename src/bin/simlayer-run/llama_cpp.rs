@@ -66,7 +66,18 @@ pub const VARIABLES: &[(&str, &str)] = &[
     ("LLAMA_ARG_FIT", "--fit"),
     ("LLAMA_ARG_FIT_TARGET", "--fit-target"),
     ("LLAMA_ARG_FIT_CTX", "--fit-ctx"),
+    ("LLAMA_ARG_NUMA", "--numa"),
     ("LLAMA_ARG_MODEL", "--model"),
+    #[cfg(feature = "download")]
+    ("LLAMA_ARG_MODEL_URL", "--model-url"),
+    #[cfg(feature = "download")]
+    ("LLAMA_ARG_HF_REPO", "--hf-repo"),
+    #[cfg(feature = "download")]
+    ("LLAMA_ARG_HF_FILE", "--hf-file"),
+    #[cfg(feature = "download")]
+    ("HF_TOKEN", "--hf-token"),
+    #[cfg(feature = "download")]
+    ("LLAMA_ARG_OFFLINE", "--offline"),
     ("LLAMA_ARG_TEMPERATURE", "--temp"),
     ("LLAMA_ARG_TOP_K", "--top-k"),
     ("LLAMA_ARG_TOP_P", "--top-p"),
@@ -118,7 +129,14 @@ const fn refused(names: &'static [&'static str], values: Values, instead: &'stat
     Known { names, values, meaning: Meaning::Refused(instead) }
 }
 
-const DOWNLOAD: &str = "nothing is downloaded: fetch the GGUF file and name it with -m";
+#[cfg(feature = "download")]
+const OTHER_DOWNLOAD: &str = "fetch the model with -hf or -mu, or fetch its GGUF file and name it with -m";
+#[cfg(not(feature = "download"))]
+const OTHER_DOWNLOAD: &str = DOWNLOAD;
+#[cfg(not(feature = "download"))]
+const DOWNLOAD: &str =
+    "this program is built without the feature `download`: fetch the model's GGUF file and name it with -m";
+const CACHE_LIST: &str = "what was fetched is in the cache's folder (README.md)";
 const SERVER: &str = "it is llama-server's: run that on simlayer's library (docs/c-abi.md)";
 const PROXY: &str = "put a reverse proxy in front (docs/serve.md)";
 const EMBEDDINGS: &str = "serve gives embeddings of models that decode; others run in llama-server (docs/c-abi.md)";
@@ -138,7 +156,7 @@ const OPTIONS: &[Known] = &[
     // All commands.
     ours(&["-h", "--help", "--usage"], No, "--help"),
     ours(&["--version"], No, "--version"),
-    refused(&["-cl", "--cache-list"], No, DOWNLOAD),
+    refused(&["-cl", "--cache-list"], No, CACHE_LIST),
     refused(&["--completion-bash"], No, "use the command `completions bash`"),
     ours(&["-t", "--threads"], One, "--threads"),
     ours(&["-tb", "--threads-batch"], One, "--threads-batch"),
@@ -178,7 +196,8 @@ const OPTIONS: &[Known] = &[
     nothing(&["-dt", "--defrag-thold"], One),
     ours(&["--rpc"], One, "--rpc"),
     // Weights are mapped, and read as they are needed.
-    nothing(&["-lm", "--load-mode", "-lzm", "--lazy-mode", "--numa"], One),
+    nothing(&["-lm", "--load-mode", "-lzm", "--lazy-mode"], One),
+    ours(&["--numa"], One, "--numa"),
     nothing(&["--mmap", "--no-mmap", "--mlock", "-dio", "--direct-io", "-ndio", "--no-direct-io"], No),
     ours(&["-dev", "--device"], One, "--device"),
     refused(&["--list-devices"], No, "use the command devices"),
@@ -200,9 +219,23 @@ const OPTIONS: &[Known] = &[
     refused(&["--control-vector", "--control-vector-scaled"], One, "there are no control vectors"),
     refused(&["--control-vector-layer-range"], Two, "there are no control vectors"),
     ours(&["-m", "--model"], One, "--model"),
-    refused(&["-mu", "--model-url", "-dr", "--docker-repo", "-hf", "-hfr", "--hf-repo"], One, DOWNLOAD),
-    refused(&["-hff", "--hf-file", "-hft", "--hf-token"], One, DOWNLOAD),
+    #[cfg(feature = "download")]
+    ours(&["-mu", "--model-url"], One, "--model-url"),
+    #[cfg(feature = "download")]
+    ours(&["-hf", "-hfr", "--hf-repo"], One, "--hf-repo"),
+    #[cfg(feature = "download")]
+    ours(&["-hff", "--hf-file"], One, "--hf-file"),
+    #[cfg(feature = "download")]
+    ours(&["-hft", "--hf-token"], One, "--hf-token"),
+    #[cfg(feature = "download")]
+    ours(&["--offline"], No, "--offline"),
+    #[cfg(not(feature = "download"))]
+    refused(&["-mu", "--model-url", "-hf", "-hfr", "--hf-repo", "-hff", "--hf-file"], One, DOWNLOAD),
+    #[cfg(not(feature = "download"))]
+    nothing(&["-hft", "--hf-token"], One),
+    #[cfg(not(feature = "download"))]
     nothing(&["--offline"], No),
+    refused(&["-dr", "--docker-repo"], One, OTHER_DOWNLOAD),
     nothing(&["--log-disable", "--log-prefix", "--no-log-prefix", "--log-timestamps", "--no-log-timestamps"], No),
     nothing(&["--no-log-jsonl"], No),
     refused(&["--log-jsonl"], No, "the log goes to stderr as text"),
@@ -212,8 +245,8 @@ const OPTIONS: &[Known] = &[
     ours(&["-v", "--verbose", "--log-verbose"], No, "--verbose"),
     nothing(&["-lv", "--verbosity", "--log-verbosity"], One),
     // Sampling.
-    refused(&["--samplers"], One, "samplers have llama.cpp's own order"),
-    refused(&["--sampler-seq", "--sampling-seq"], One, "samplers have llama.cpp's own order"),
+    ours(&["--samplers"], One, "--samplers"),
+    ours(&["--sampler-seq", "--sampling-seq"], One, "--sampler-seq"),
     ours(&["-s", "--seed"], One, "--seed"),
     ours(&["--ignore-eos"], No, "--ignore-eos"),
     ours(&["--temp", "--temperature"], One, "--temp"),
@@ -233,7 +266,8 @@ const OPTIONS: &[Known] = &[
     ours(&["--dry-allowed-length"], One, "--dry-allowed-length"),
     ours(&["--dry-penalty-last-n"], One, "--dry-penalty-last-n"),
     ours(&["--dry-sequence-breaker"], One, "--dry-sequence-breaker"),
-    refused(&["--adaptive-target", "--adaptive-decay"], One, "use --mirostat, or --dynatemp-range"),
+    ours(&["--adaptive-target"], One, "--adaptive-target"),
+    ours(&["--adaptive-decay"], One, "--adaptive-decay"),
     ours(&["--dynatemp-range"], One, "--dynatemp-range"),
     ours(&["--dynatemp-exp"], One, "--dynatemp-exp"),
     ours(&["--mirostat"], One, "--mirostat"),
@@ -341,13 +375,13 @@ const OPTIONS: &[Known] = &[
     refused(
         &["--gpt-oss-20b-default", "--gpt-oss-120b-default", "--vision-gemma-4b-default", "--vision-gemma-12b-default"],
         No,
-        DOWNLOAD,
+        OTHER_DOWNLOAD,
     ),
-    refused(&["--embd-gemma-default", "--fim-qwen-1.5b-default", "--fim-qwen-3b-default"], No, DOWNLOAD),
+    refused(&["--embd-gemma-default", "--fim-qwen-1.5b-default", "--fim-qwen-3b-default"], No, OTHER_DOWNLOAD),
     refused(
         &["--fim-qwen-7b-default", "--fim-qwen-7b-spec", "--fim-qwen-14b-spec", "--fim-qwen-30b-default"],
         No,
-        DOWNLOAD,
+        OTHER_DOWNLOAD,
     ),
     // llama-server.
     nothing(&["-ctxcp", "--ctx-checkpoints", "--swa-checkpoints", "-cram", "--cache-ram"], One),

@@ -19,7 +19,8 @@ use simlayer::{
 
 use crate::{
     args::{
-        CommonArgs, FlashAttn, GpuLayers, KeyType, LazyAt, LazyPrefill, OnOrOff, PromptArgs, SamplingArgs, SplitMode,
+        CommonArgs, FlashAttn, GpuLayers, KeyType, LazyAt, LazyPrefill, Numa, OnOrOff, PromptArgs, SamplingArgs,
+        SplitMode,
     },
     failure::Failure,
     interrupt, processor,
@@ -43,6 +44,13 @@ pub struct Run {
 impl Run {
     pub fn settle(args: CommonArgs) -> Result<Run, Failure> {
         ggml::logging::set_log(if args.verbose { LogLevel::Info } else { LogLevel::Silent });
+        if let Some(numa) = args.numa {
+            ggml::spread_threads(match numa {
+                Numa::Distribute => ggml::Numa::Distribute,
+                Numa::Isolate => ggml::Numa::Isolate,
+                Numa::Numactl => ggml::Numa::Numactl,
+            });
+        }
         let remote = connect(&args.rpc)?;
         let model = model_params(&args, remote)?;
         let (rope, fit) = (rope(&args), fit_target(&args, &model));
@@ -95,7 +103,11 @@ impl Run {
             ..default
         };
         let lora = args.lora.into_iter().map(|path| (path, 1.0)).chain(args.lora_scaled).collect();
-        Ok(Run { model_path: args.model, model, session, rope, lora, fit, verbose: args.verbose })
+        #[cfg(feature = "download")]
+        let model_path = crate::download::model(args.model, args.download)?;
+        #[cfg(not(feature = "download"))]
+        let model_path = args.model;
+        Ok(Run { model_path, model, session, rope, lora, fit, verbose: args.verbose })
     }
 
     /// A model with nothing else asked for.
@@ -392,8 +404,8 @@ fn schema(text: Option<String>, file: Option<PathBuf>) -> Result<Option<String>,
     Ok(Some(grammar.map_err(|error| Failure::run(format!("{name}: {error}")))?))
 }
 
-/// How tokens are chosen in a context of `n_ctx` tokens.
-pub fn sampling(args: SamplingArgs, n_ctx: usize) -> Result<SamplerParams, Failure> {
+/// How tokens are chosen in a context of `n_ctx` tokens: as `file` recommends, where nothing else is asked for.
+pub fn sampling(args: SamplingArgs, file: &SamplerParams, n_ctx: usize) -> Result<SamplerParams, Failure> {
     let last_n = |n: i32| match n {
         -1 => Ok(u32::try_from(n_ctx).unwrap_or(u32::MAX)),
         n => u32::try_from(n)
@@ -413,24 +425,31 @@ pub fn sampling(args: SamplingArgs, n_ctx: usize) -> Result<SamplerParams, Failu
         Some(grammar) => Some(grammar),
         None => grammar,
     };
-    let default = SamplerParams::default();
+    let (version, tau, eta) = match file.mirostat {
+        Mirostat::Off => (0, 5.0, 0.1),
+        Mirostat::V1 { tau, eta } => (1, tau, eta),
+        Mirostat::V2 { tau, eta } => (2, tau, eta),
+    };
+    let (tau, eta) = (args.mirostat_ent.unwrap_or(tau), args.mirostat_lr.unwrap_or(eta));
+    let samplers = args.samplers.or(args.sampler_seq);
     Ok(SamplerParams {
         seed: match args.seed {
             -1 => None,
             seed => Some(u32::try_from(seed).map_err(|_| Failure::usage(format!("--seed {seed} is out of range")))?),
         },
-        temperature: args.temp,
+        samplers: samplers.unwrap_or_else(|| file.samplers.clone()),
+        temperature: args.temp.unwrap_or(file.temperature),
         dynatemp_range: args.dynatemp_range,
         dynatemp_exponent: args.dynatemp_exp,
-        top_k: args.top_k,
-        top_p: args.top_p,
-        min_p: args.min_p,
+        top_k: args.top_k.unwrap_or(file.top_k),
+        top_p: args.top_p.unwrap_or(file.top_p),
+        min_p: args.min_p.unwrap_or(file.min_p),
         typical_p: args.typical,
         top_n_sigma: args.top_nsigma,
-        xtc_probability: args.xtc_probability,
-        xtc_threshold: args.xtc_threshold,
-        repeat_last_n: last_n(args.repeat_last_n)?,
-        repeat_penalty: args.repeat_penalty,
+        xtc_probability: args.xtc_probability.unwrap_or(file.xtc_probability),
+        xtc_threshold: args.xtc_threshold.unwrap_or(file.xtc_threshold),
+        repeat_last_n: args.repeat_last_n.map_or(Ok(file.repeat_last_n), last_n)?,
+        repeat_penalty: args.repeat_penalty.unwrap_or(file.repeat_penalty),
         frequency_penalty: args.frequency_penalty,
         presence_penalty: args.presence_penalty,
         dry_multiplier: args.dry_multiplier,
@@ -438,18 +457,20 @@ pub fn sampling(args: SamplingArgs, n_ctx: usize) -> Result<SamplerParams, Failu
         dry_allowed_length: args.dry_allowed_length,
         dry_penalty_last_n: last_n(args.dry_penalty_last_n)?,
         dry_sequence_breakers: match args.dry_sequence_breaker {
-            breakers if breakers.is_empty() => default.dry_sequence_breakers.clone(),
+            breakers if breakers.is_empty() => file.dry_sequence_breakers.clone(),
             breakers => breakers.into_iter().filter(|breaker| breaker != "none").collect(),
         },
-        mirostat: match args.mirostat {
-            1 => Mirostat::V1 { tau: args.mirostat_ent, eta: args.mirostat_lr },
-            2 => Mirostat::V2 { tau: args.mirostat_ent, eta: args.mirostat_lr },
+        adaptive_target: args.adaptive_target,
+        adaptive_decay: args.adaptive_decay,
+        mirostat: match args.mirostat.unwrap_or(version) {
+            1 => Mirostat::V1 { tau, eta },
+            2 => Mirostat::V2 { tau, eta },
             _ => Mirostat::Off,
         },
         logit_bias: args.logit_bias,
         ignore_eos: args.ignore_eos,
         grammar,
-        ..default
+        ..SamplerParams::default()
     })
 }
 
