@@ -149,7 +149,11 @@ impl Sequence {
         executor.scheduler.set_threads(setup.params.n_threads_batch)?;
         let stage = mem::replace(&mut looking.stage, Stage::Done);
         let stage = match stage {
-            Stage::Begin => self.begin_trying(&mut looking, setup, executor)?,
+            Stage::Begin => {
+                let (rows, scores) = self.look(&[], &mut [], &looking.probe, setup, executor)?;
+                Stage::Ordering(rows, scores)
+            }
+            Stage::Ordering(rows, scores) => self.begin_trying(&mut looking, rows, &scores, setup),
             Stage::Trying(trial) => self.try_once(&looking, trial, setup, executor)?,
             Stage::Changing(change, layers) => self.change_some(change, layers, setup, executor)?,
             Stage::Measuring { next, losses } => self.measure_some(next, losses, setup, executor)?,
@@ -167,26 +171,26 @@ impl Sequence {
         Ok(true)
     }
 
-    /// Runs the probe over everything as it is, and finds the order in which layers are tried.
-    fn begin_trying(&mut self, looking: &mut Looking, setup: &Setup, executor: &mut Executor) -> Result<Stage, Error> {
-        let (params, probe) = (&setup.params, &looking.probe);
-        let (rows, scores) = self.look(&[], &mut [], probe, setup, executor)?;
+    /// Finds the order in which layers are tried, from the probe's logits as they are and layers' scores.
+    fn begin_trying(&mut self, looking: &mut Looking, rows: Vec<f32>, scores: &[Scored], setup: &Setup) -> Stage {
+        let params = &setup.params;
         let n_vocab = setup.model.hparams().n_vocab;
-        looking.base = Some(Base::new(rows, probe.n_last, n_vocab, params.n_threads_batch));
+        looking.base = Some(Base::new(rows, looking.probe.n_last, n_vocab, params.n_threads_batch));
         let policy = &params.lazy.policy;
-        let Some(most) = policy.most_foretold() else { return Ok(Stage::Changing(Change::Lazy, Vec::new())) };
-        for scored in &scores {
+        let Some(most) = policy.most_foretold() else { return Stage::Changing(Change::Lazy, Vec::new()) };
+        for scored in scores {
             self.layers[scored.layer].score = Some(scored.value);
         }
-        let mut order = self.proposed(setup, &scores);
+        let mut order = self.proposed(setup, scores);
         let n_lazy = self.layers.iter().filter(|layer| layer.lazy).count();
         let (n_first, n_all) = (order.len().div_ceil(2), order.len() + n_lazy);
         order.truncate(((policy.most_by_looks() * n_all as f32) as usize).saturating_sub(n_lazy));
         let search = Search::new(order.len(), n_first, n_all, most);
-        Ok(Stage::Trying(Trial { change: Change::Lazy, order, search, changed: Vec::new() }))
+        Stage::Trying(Trial { change: Change::Lazy, order, search, changed: Vec::new(), tried: None })
     }
 
-    /// Makes the layers that are to be tried next, as many as a step has time for, and tries them when all are there.
+    /// One of three steps: makes the layers that are to be tried next, as many as there is time for; runs the probe with them
+    /// when all are there; or compares what that gave.
     fn try_once(
         &mut self,
         looking: &Looking,
@@ -195,6 +199,10 @@ impl Sequence {
         executor: &mut Executor,
     ) -> Result<Stage, Error> {
         let (Some(n), Some(base)) = (trial.search.next(), &looking.base) else { return Ok(Stage::Trying(trial)) };
+        if let Some((n, rows)) = trial.tried.take() {
+            trial.search.note(n, base.divergence(&rows));
+            return Ok(Stage::Trying(trial));
+        }
         let (start, end) = (looking.probe.start, looking.probe.end());
         let mut converted = 0;
         while trial.changed.len() < n && converted < STEP_ELEMENTS {
@@ -206,10 +214,10 @@ impl Sequence {
             converted += cache.used_rows(start) * layer.row_elements();
             trial.changed.push(cache);
         }
-        if trial.changed.len() >= n {
+        if converted == 0 {
             let (order, changed) = (&trial.order[..n], &mut trial.changed[..n]);
             let (rows, _) = self.look(order, changed, &looking.probe, setup, executor)?;
-            trial.search.note(n, base.divergence(&rows));
+            trial.tried = Some((n, rows));
         }
         Ok(Stage::Trying(trial))
     }
@@ -382,7 +390,7 @@ fn next_with_work(kl: &mut f64, mut stage: Stage, setup: &Setup) -> Stage {
                 let n = order.len();
                 let most = *kl + setup.params.lazy.policy.most_foretold().unwrap_or(DEFAULT_KL);
                 let search = Search::new(n, n, n, most);
-                Stage::Trying(Trial { change: Change::Narrow, order, search, changed: Vec::new() })
+                Stage::Trying(Trial { change: Change::Narrow, order, search, changed: Vec::new(), tried: None })
             }
             stage => return stage,
         };

@@ -3,6 +3,7 @@
 use super::{
     layer::LayerCache,
     probe::{Base, Probe},
+    score::Scored,
     search::Search,
 };
 
@@ -24,6 +25,8 @@ pub(super) struct Looking {
 pub(super) enum Stage {
     /// The probe is run over everything as it is.
     Begin,
+    /// These are the probe's logits as they are, and layers' scores: layers are put in order.
+    Ordering(Vec<f32>, Vec<Scored>),
     /// Sets of layers are tried.
     Trying(Trial),
     /// These layers change, the last one first.
@@ -54,6 +57,8 @@ pub(super) struct Trial {
     pub search: Search,
     /// The first ones of the order as they would be.
     pub changed: Vec<LayerCache>,
+    /// The probe's logits with so many of them, which are still to be compared.
+    pub tried: Option<(usize, Vec<f32>)>,
 }
 
 /// What a look before dropping found.
