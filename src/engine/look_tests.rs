@@ -165,9 +165,9 @@ fn what_is_looked_at_can_be_copied_saved_cut_and_cleared() {
         });
         assert_eq!(rows[0], rows[1], "{steps}");
         assert!(saved(&session, 0) == before);
-        while session.look_step(0).unwrap() {}
+        finish(&mut session);
         let mut alone = begun();
-        while alone.look_step(0).unwrap() {}
+        finish(&mut alone);
         assert!(saved(&session, 0) == saved(&alone, 0), "{steps}");
 
         // Given up: the next prompt's end is looked at.
@@ -183,7 +183,7 @@ fn what_is_looked_at_can_be_copied_saved_cut_and_cleared() {
         let mut session = begun();
         session.seq_clear(0);
         read(&mut session, 0, 0..200);
-        while session.look_step(0).unwrap() {}
+        finish(&mut session);
         assert!(saved(&session, 0) == saved(&alone, 0), "{steps}");
     }
 }
