@@ -249,6 +249,12 @@ fn cache_type(raw: sys::ggml_type) -> Result<Type> {
     }
 }
 
+/// When rows are rotated: as llama.cpp does it, where its variable for turning that off has this value.
+fn rotation(disabled: Option<&str>) -> KvRotate {
+    let number = disabled.and_then(|text| text.trim().parse::<i32>().ok());
+    if number.is_some_and(|number| number != 0) { KvRotate::Never } else { KvRotate::LlamaCpp }
+}
+
 /// A session with what the parameters and the environment ask for.
 fn start(
     model: &Model,
@@ -275,7 +281,7 @@ fn start(
             // The answers are llama.cpp's, bit for bit: its kernel, and no exact copies.
             session.fused_attention = false;
             session.kv_exact = 0;
-            session.kv_rotate = KvRotate::LlamaCpp;
+            session.kv_rotate = rotation(std::env::var("LLAMA_ATTN_ROT_DISABLE").ok().as_deref());
         } else {
             // The answers are simlayer-run's, whatever llama.cpp's kernels a frontend asks for (llama-cpp-python's
             // default is the one without flash attention).

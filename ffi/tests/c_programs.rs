@@ -226,6 +226,37 @@ fn caches_of_any_type_give_llama_cpps_logits() {
     }
 }
 
+/// llama.cpp's variable that leaves quantised rows unrotated does so here.
+#[test]
+fn rotation_can_be_turned_off() {
+    let Some(programs) = Programs::new() else { return };
+    let program = programs.build("logits", &[]);
+    let path = |name: &str| programs.path().join(name).display().to_string();
+    let (model, rows) = (path("64.gguf"), path("rows.f32"));
+    let random = RandomModel { head_size: 64, ..RandomModel::default() };
+    random.write(&model);
+    let prompt = Rng::new(29).tokens(60, random.n_vocab());
+    let words: Vec<String> = prompt.iter().map(i32::to_string).collect();
+    let arguments: Vec<&str> = [&*model, "on", "q4_0", "q4_0", &*rows]
+        .into_iter()
+        .chain(words.iter().map(String::as_str))
+        .chain(["--"])
+        .collect();
+    let [rotated, as_it_is] = ["0", "1"].map(|disabled| {
+        let mut run = Command::new(&program);
+        run.args(&arguments).env_remove("SIMLAYER_LAZY").env("LLAMA_ATTN_ROT_DISABLE", disabled);
+        assert_eq!(succeed(&mut run).stdout, b"ok\n");
+        let options = ["-fa", "on", "-t", "1", "-ctk", "q4_0", "-ctv", "q4_0"];
+        let reference = UpstreamRef::new().with_options(&options).with_variable("LLAMA_ATTN_ROT_DISABLE", disabled);
+        let what = Logits { prompts: std::slice::from_ref(&prompt), all: false, decode: None };
+        let theirs = reference.logits(model.as_ref(), what).concat();
+        let ours = std::fs::read(&rows).expect("the program has written it");
+        assert!(ours == theirs.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>(), "{disabled}");
+        ours
+    });
+    assert!(rotated != as_it_is);
+}
+
 /// Latent attention as well, over caches of keys alone, and over those of heads whose keys and values differ in size.
 #[test]
 fn latent_caches_give_llama_cpps_logits() {

@@ -18,6 +18,7 @@ pub struct UpstreamRef {
     program: PathBuf,
     /// Options for every run, such as `-fa off` or `-t 2`.
     options: Vec<String>,
+    environment: Vec<[String; 2]>,
 }
 
 /// What to compute logits for.
@@ -55,7 +56,8 @@ impl UpstreamRef {
         assert!(program.is_file(), "the reference program {} is missing: {hint}", program.display());
         let on_devices =
             ["SIMLAYER_TEST_RPC", "SIMLAYER_TEST_DEVICE"].map(std::env::var_os).iter().any(Option::is_some);
-        UpstreamRef { program, options: on_devices.then(|| "--no-repack".to_owned()).into_iter().collect() }
+        let options = on_devices.then(|| "--no-repack".to_owned()).into_iter().collect();
+        UpstreamRef { program, options, environment: Vec::new() }
     }
 
     /// Adds options to every run, such as `["-fa", "off"]`.
@@ -64,10 +66,17 @@ impl UpstreamRef {
         self
     }
 
+    /// Sets a variable for every run.
+    pub fn with_variable(mut self, name: &str, value: &str) -> UpstreamRef {
+        self.environment.push([name, value].map(str::to_owned));
+        self
+    }
+
     /// Runs a command on a model and returns what it prints, or what it wrote to stderr when it fails.
     pub fn try_run(&self, command: &str, model: &Path, arguments: &[&str]) -> Result<Value, String> {
         let mut run = Command::new(&self.program);
         run.arg(command).arg("-m").arg(model).args(arguments).args(&self.options);
+        run.envs(self.environment.iter().map(|[name, value]| (name, value)));
         let output = run.output().unwrap_or_else(|error| panic!("cannot start {}: {error}", self.program.display()));
         if !output.status.success() {
             return Err(format!("{run:?}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr)));
