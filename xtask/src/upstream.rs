@@ -52,6 +52,12 @@ fn build(targets: &[&str]) -> Result<PathBuf> {
     prepare::cmake(&mut env)?;
     let source = source()?;
     let build = dir().join("build");
+    // What cmake knows holds absolute paths, which are wrong once the checkout was moved.
+    let home = format!("CMAKE_HOME_DIRECTORY:INTERNAL={}", source.display());
+    let is_moved = |cache: String| !cache.lines().any(|line| line == home);
+    if std::fs::read_to_string(build.join("CMakeCache.txt")).is_ok_and(is_moved) {
+        std::fs::remove_dir_all(&build).with_context(|| build.display().to_string())?;
+    }
     let cmake = prepare::cmake_program();
     sh::run(
         env.command(&cmake)
