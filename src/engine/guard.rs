@@ -81,7 +81,7 @@ pub(super) fn anchor(sequence: &Sequence, entry: &BatchEntry<'_>, setup: &Setup)
 
 impl Setup {
     /// Whether prompts' ends are looked at before anything is dropped.
-    fn looks(&self) -> bool {
+    pub(super) fn looks(&self) -> bool {
         self.params.lazy.policy.most_foretold().is_some() || self.params.lazy.narrow_keys
     }
 }

@@ -8,7 +8,7 @@ use super::{
     error::Error,
     layer::LayerKind,
     profile,
-    setup::{LayerPlan, SessionParams, Setup, kernel},
+    setup::{LayerPlan, LayerSetup, SessionParams, Setup, kernel},
 };
 use crate::{
     cache::{Format, Span, StateStore, Store},
@@ -138,6 +138,22 @@ pub(super) fn sequence_bytes(setup: &Setup, n: usize) -> usize {
         rows * plan.rows.row_bytes(format) + exact + state_bytes(plan)
     });
     bytes.sum()
+}
+
+/// Bytes that a look before dropping takes at a prompt's end of `n` tokens, beside the sequence's own: of layers that may change,
+/// what they would be, all of them being tried together.
+pub(super) fn look_bytes(setup: &Setup, n: usize) -> usize {
+    let tried = |plan: &LayerPlan| {
+        let bytes = |rows: usize, format: Format| {
+            let exact = plan.exact_span_for(format).map_or(0, Span::n_rows);
+            rows.next_multiple_of(plan.block) * plan.rows.row_bytes(format)
+                + exact * plan.rows.row_bytes(format.exact())
+        };
+        let lazy = bytes(plan.lazy_span.used_rows(n), plan.lazy);
+        plan.narrow.map_or(0, |narrow| bytes(n, narrow)).max(lazy)
+    };
+    let may_change = |layer: &&LayerSetup| layer.plan.attends && layer.at_first().0.is_none();
+    if setup.looks() { setup.layers.iter().filter(may_change).map(|layer| tried(&layer.plan)).sum() } else { 0 }
 }
 
 fn state_bytes(plan: &LayerPlan) -> usize {

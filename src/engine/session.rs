@@ -369,6 +369,13 @@ impl Session {
         plan::sequence_bytes(&self.setup, n)
     }
 
+    /// What a look before dropping takes besides at a prompt's end of `n` tokens, in bytes, while it goes on: 0 where the policy
+    /// does not look.
+    #[doc(hidden)]
+    pub fn look_bytes_of(&self, n: usize) -> usize {
+        plan::look_bytes(&self.setup, n)
+    }
+
     /// What an uncompressed f16 cache of `n` tokens takes, in bytes.
     #[doc(hidden)]
     pub fn f16_bytes_of(&self, n: usize) -> usize {

@@ -15,6 +15,8 @@ use super::{
 
 /// Tokens of an answer for which there must be memory before it goes on.
 const HORIZON: usize = 256;
+/// Rows that a copy takes of what it shares when it begins to write.
+const ROWS_ANEW: usize = 128;
 /// A shared beginning that is shorter is read again.
 pub(super) const LEAST_SHARED: usize = 16;
 
@@ -46,7 +48,8 @@ impl Scheduler {
         let until = (task.prompt.len() + horizon).min(n_ctx);
         let n_prompt = task.prompt.len();
         let copies = (n_answers - 1) * self.bytes_of_copy(n_prompt, until);
-        let alone = self.session.bytes_of(until) + copies;
+        let look = self.session.look_bytes_of(n_prompt);
+        let alone = self.session.bytes_of(until) + look + copies;
         if alone > self.limits.kv_mem {
             let message = format!(
                 "the prompt's cache takes up to {alone} bytes while it is read, all conversations together have {} \
@@ -70,7 +73,7 @@ impl Scheduler {
         });
         let keep = shared.as_ref().map(|shared| self.idle[shared.idle].seq);
         let known = shared.as_ref().map_or(0, |shared| self.session.bytes_of(shared.n));
-        let grown = self.session.bytes_of(until).saturating_sub(known) + copies;
+        let grown = self.session.bytes_of(until).saturating_sub(known) + look + copies;
         let of_copy = |n| self.bytes_of_copy(n, n);
         let of_copy = shared.as_ref().filter(|_| leaves).map_or(0, |shared| of_copy(shared.n));
         let mut takes = shared.is_some() && !leaves;
@@ -221,7 +224,10 @@ impl Scheduler {
             let n_past = self.session.seq_n_past(embedding.seq);
             self.session.bytes_of(embedding.tokens.len()).saturating_sub(self.session.bytes_of(n_past))
         });
-        self.session.kv().allocated_bytes + running + embedding
+        // One look goes on at a time.
+        let to_be_read = self.running.iter().filter(|running| running.read.is_none());
+        let look = to_be_read.map(|running| self.session.look_bytes_of(running.prompt.len())).max().unwrap_or(0);
+        self.session.kv().allocated_bytes + running + embedding + look
     }
 
     /// What a conversation will take besides what it has, with its other answers, until it has as many tokens as there is
@@ -232,13 +238,13 @@ impl Scheduler {
         self.session.bytes_of(until).saturating_sub(self.session.bytes_of(n_past)) + copies
     }
 
-    /// What a copy of a sequence of `n` tokens takes besides what both share, once it has `until`: what follows, and what of
-    /// lazy layers is written anew.
+    /// What a copy of a sequence of `n` tokens takes besides what both share, once it has `until`: what follows, and what is
+    /// written anew of lazy layers and of the last block of the others, with room for one more.
     fn bytes_of_copy(&self, n: usize, until: usize) -> usize {
         let lazy = self.session.lazy_params();
-        let of_rings = if lazy.policy == Policy::Off { 0 } else { n.min(lazy.n_kept()) };
+        let rings = if lazy.policy == Policy::Off { 0 } else { lazy.n_kept() };
         let grown = self.session.bytes_of(until).saturating_sub(self.session.bytes_of(n));
-        grown + self.session.bytes_of(of_rings)
+        grown + self.session.bytes_of(n.min(rings.max(ROWS_ANEW)))
     }
 
     /// Lets idle conversations go, the least recently used first, until there is room for so many bytes more. The one of
