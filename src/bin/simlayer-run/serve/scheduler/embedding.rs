@@ -24,7 +24,7 @@ impl Scheduler {
         let Some(embedding) = self.embedding.take() else { return };
         let done = self.session.seq_n_past(embedding.seq);
         let rest = &embedding.tokens[done..];
-        let n = rest.len().min(self.pace.piece(self.running.len()).max(1));
+        let n = rest.len().min(self.pace.tokens(self.running.len(), done));
         let is_last = n == rest.len();
         self.session.set_embeddings(is_last);
         let outputs = if is_last { Outputs::Last } else { Outputs::None };

@@ -7,6 +7,7 @@ use simlayer::{BatchEntry, Error, LayerKind, LayerReport, Outputs, SeqId, Token,
 use super::{
     super::{
         error::ApiError,
+        pace::Piece,
         probs::probs,
         task::{End, Event, Usage},
     },
@@ -34,15 +35,12 @@ impl Scheduler {
         let entries: Vec<BatchEntry<'_>> = plan.iter().map(|part| part.entry(&running[part.index])).collect();
         let result = session.run(&entries);
         session.swap_logits(logits);
-        let (read, decoded) = plan.iter().fold((0, 0), |(read, decoded), part| match part.reads {
-            Some((from, to)) => (read + to - from, decoded),
-            None => (read, decoded + 1),
-        });
+        let read: Vec<Piece> = plan.iter().filter_map(Part::piece).collect();
         match result {
             Ok(()) => {
-                self.pace.took(read, decoded, start.elapsed());
+                self.pace.took(&read, plan.len() - read.len(), start.elapsed());
                 self.shared.count(|counts| {
-                    counts.prompt_tokens += read as u64;
+                    counts.prompt_tokens += read.iter().map(|piece| piece.n as u64).sum::<u64>();
                     counts.steps += 1;
                 });
                 self.go_on(&plan);
@@ -72,16 +70,19 @@ impl Scheduler {
             others.sort_by_key(|&index| left(index));
         }
         reading.truncate(MOST_READ);
-        let mut budget = self.pace.piece(plan.len());
-        let mut others = reading.len();
+        // Shares are of time: what a token takes differs by the depth.
+        let ((least, most), mut seconds) = (self.pace.bounds(plan.len()), self.pace.seconds(plan.len()));
+        let (mut read, mut others) = (0, reading.len());
         // Whoever needs less than its share leaves the rest to the others.
         reading.sort_by_key(|&index| left(index));
         for index in reading {
             let (from, left) = (self.session.seq_n_past(self.running[index].seq), left(index));
-            let share = (budget / others.max(1)).max(1);
-            others -= 1;
+            let cost = self.pace.cost(from);
+            let [at_least, at_most] = [least, most].map(|tokens: usize| tokens.saturating_sub(read) / others);
+            let share = ((seconds / others as f64 / cost) as usize).clamp(at_least, at_most).max(1);
             let n = piece(left, share, self.n_queries.min(self.limits.n_ubatch));
-            budget = budget.saturating_sub(n);
+            seconds -= n as f64 * cost;
+            (read, others) = (read + n, others - 1);
             plan.push(Part { index, reads: Some((from, from + n)) });
         }
         plan
@@ -313,6 +314,11 @@ struct Part {
 }
 
 impl Part {
+    /// What it reads of a prompt.
+    fn piece(&self) -> Option<Piece> {
+        self.reads.map(|(from, to)| Piece { n: to - from, depth: from })
+    }
+
     fn entry(self, running: &Running) -> BatchEntry<'_> {
         match self.reads {
             None => BatchEntry {
