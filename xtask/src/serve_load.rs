@@ -18,8 +18,8 @@ use crate::serving::{Served, Serving, prompt};
 const LONG: usize = 5500;
 /// What the server may take besides caches and weights.
 const BESIDES: u64 = 150 << 20;
-/// What it may take more in the last quarter than in the one before: what a sample differs from the next by.
-const GROWTH: f64 = 1.02;
+/// What it may take more besides caches in the last quarter than in the one before, of all that it takes.
+const GROWTH: f64 = 0.02;
 /// Of a run of so many minutes.
 const LONG_MINUTES: f64 = 10.0;
 /// How long a token may be awaited while a long prompt is read, in medians.
@@ -141,17 +141,28 @@ fn quiet(server: &Serving) -> Result<f64> {
     longest.context("no token came while the prompt was read")
 }
 
+/// What the caches take, as the server says.
+fn caches(server: &Serving) -> Result<u64> {
+    let mut stream = TcpStream::connect(server.url.trim_start_matches("http://"))?;
+    write!(stream, "GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")?;
+    let lines = BufReader::new(stream).lines().map_while(Result::ok);
+    let value = lines.filter_map(|line| line.strip_prefix("simlayer:kv_bytes ")?.parse::<f64>().ok()).next();
+    Ok(value.context("/metrics has no simlayer:kv_bytes")? as u64)
+}
+
 fn tell(what: &str, mut gaps: Vec<Duration>) -> Option<f64> {
     gaps.sort_unstable();
     let (median, last) = (gaps.get(gaps.len() / 2)?, gaps.last()?);
     let at = |share: f64| gaps[((gaps.len() - 1) as f64 * share) as usize].as_secs_f64() * 1e3;
     let worst = last.as_secs_f64() / median.as_secs_f64();
+    let bound = median.mul_f64(LONGEST);
     println!(
-        "{what}: median {:.0} ms, 99 % {:.0} ms, longest {:.0} ms ({worst:.1} times the median), of {}",
+        "{what}: median {:.0} ms, 99 % {:.0} ms, longest {:.0} ms ({worst:.1} times the median), of {}, {} above {LONGEST} medians",
         at(0.5),
         at(0.99),
         at(1.0),
-        gaps.len()
+        gaps.len(),
+        gaps.iter().filter(|&&gap| gap > bound).count(),
     );
     Some(worst)
 }
@@ -159,7 +170,8 @@ fn tell(what: &str, mut gaps: Vec<Duration>) -> Option<f64> {
 #[derive(Debug, Default)]
 struct Report {
     minutes: f64,
-    memory: Vec<u64>,
+    /// What is resident, and what of it are caches.
+    memory: Vec<[u64; 2]>,
     errors: Vec<String>,
 }
 
@@ -209,7 +221,7 @@ fn load(server: &Serving, args: &Args) -> Result<Report> {
         }
         let mut watch = || -> Result<()> {
             while start.elapsed() < length {
-                memory.push(server.memory()?);
+                memory.push([server.memory()?, caches(server)?]);
                 thread::sleep(Duration::from_millis(500));
             }
             Ok(())
@@ -240,19 +252,27 @@ fn load(server: &Serving, args: &Args) -> Result<Report> {
 impl Report {
     fn check(&self, bound: u64) -> Result<()> {
         let mib = |bytes: u64| bytes >> 20;
-        let most = self.memory.iter().copied().max().context("no sample")?;
+        let most = self.memory.iter().map(|[resident, _]| *resident).max().context("no sample")?;
         let half = &self.memory[self.memory.len() / 2..];
         let (third, fourth) = half.split_at(half.len() / 2);
-        let mean = |samples: &[u64]| samples.iter().sum::<u64>() / samples.len().max(1) as u64;
-        let growth = mean(fourth) as f64 / mean(third).max(1) as f64;
+        let mean = |samples: &[[u64; 2]], of: fn(&[u64; 2]) -> u64| {
+            samples.iter().map(of).sum::<u64>() / samples.len().max(1) as u64
+        };
+        // Caches are as large as what was asked last.
+        let besides = |samples| mean(samples, |[resident, caches]| resident.saturating_sub(*caches));
+        let of_all = |samples| mean(samples, |[resident, _]| *resident);
+        let growth = (besides(fourth) as f64 - besides(third) as f64) / of_all(third).max(1) as f64;
         println!(
-            "resident memory, of {} samples: at most {} MiB of {} MiB; in the third quarter {} MiB, in the fourth {} MiB ({:+.1} %)",
+            "resident memory, of {} samples: at most {} MiB of {} MiB; in the third quarter {} MiB, {} besides caches, in the fourth {} and {} \
+             ({:+.1} % of all)",
             self.memory.len(),
             mib(most),
             mib(bound),
-            mib(mean(third)),
-            mib(mean(fourth)),
-            (growth - 1.0) * 100.0,
+            mib(of_all(third)),
+            mib(besides(third)),
+            mib(of_all(fourth)),
+            mib(besides(fourth)),
+            growth * 100.0,
         );
         for error in self.errors.iter().take(5) {
             println!("error: {error}");
