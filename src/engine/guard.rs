@@ -26,7 +26,7 @@ use super::{
     batch::{BatchEntry, NO_TOKEN, Part},
     error::Error,
     executor::Executor,
-    layer::{LayerCache, resumable},
+    layer::{At, LayerCache, resumable},
     score::Scored,
     sequence::{Looked, Sequence},
     setup::{LayerSetup, Setup},
@@ -358,7 +358,8 @@ impl Sequence {
         executor.forget();
         for &index in &order[..n] {
             let setup = &setup.layers[index];
-            let narrow = self.layers[index].copy(n_past, false, setup.plan.narrow, setup, &mut executor.scheduler)?;
+            let narrow =
+                self.layers[index].copy(self.at(), false, setup.plan.narrow, setup, &mut executor.scheduler)?;
             self.layers[index] = narrow;
         }
         executor.forget();
@@ -408,6 +409,7 @@ impl Sequence {
     ) -> Result<(Vec<f32>, Vec<Scored>), Error> {
         let (start, n) = (probe.start, probe.tokens.len());
         self.reserve(start..probe.end(), setup, executor)?;
+        let at = At { n_past: start, exact_from: self.exact_from(start, self.n_past()) };
         let mut others = Vec::new();
         for &index in changed {
             let (layer, scheduler) = (&setup.layers[index], &mut executor.scheduler);
@@ -415,7 +417,7 @@ impl Sequence {
                 Change::Lazy => (true, None),
                 Change::Narrow => (false, layer.plan.narrow),
             };
-            let mut cache = self.layers[index].copy(start, is_lazy, format, layer, scheduler)?;
+            let mut cache = self.layers[index].copy(at, is_lazy, format, layer, scheduler)?;
             cache.reserve(start..start + n, layer, scheduler)?;
             others.push(cache);
         }
@@ -497,7 +499,8 @@ fn key_loss(
     let (n_rows, width) = (layer.used_rows(n_past).min(KEY_ROWS), setup.plan.rows.key_width());
     let mut first_rows = |from: &Chain, format: Format| {
         let to = setup.make(n_rows, None, format)?;
-        move_rows(&mut executor.scheduler, from, &to, &[Move { from: 0..n_rows, to: 0 }], &setup.rotations)?;
+        let all = [Move { from: 0..n_rows, to: 0 }];
+        move_rows(&mut executor.scheduler, &[(from, &all)], &to, setup.moving())?;
         Ok::<_, Error>(setup.chain(to))
     };
     let narrow = first_rows(store, format)?;

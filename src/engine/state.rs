@@ -18,7 +18,7 @@ use xxhash_rust::xxh3::Xxh3Default;
 use super::{
     batch::NO_TOKEN,
     error::Error,
-    layer::{Exact, LayerCache},
+    layer::{Exact, LayerCache, whole},
     mark::Place,
     positions::{PLACED_BYTES, Positions},
     sequence::Sequence,
@@ -157,11 +157,12 @@ impl LayerHeader {
 
     /// The rows of the layer's store that a state has.
     pub fn ranges(&self, n_past: usize, kind: Kind) -> Vec<Range<usize>> {
+        let first = |n| whole(iter::once(0..n).collect(), self.format);
         match (kind, self.span) {
-            (Kind::Whole, None) => iter::once(0..n_past).collect(),
-            (Kind::Whole, Some(span)) => iter::once(0..span.used_rows(n_past)).collect(),
+            (Kind::Whole, None) => first(n_past),
+            (Kind::Whole, Some(span)) => first(span.used_rows(n_past)),
             (Kind::Partial, None) => Vec::new(),
-            (Kind::Partial, Some(span)) => LayerCache::ring_ranges(span, n_past, self.held_from),
+            (Kind::Partial, Some(span)) => LayerCache::ring_ranges(span, self.format, n_past, self.held_from),
         }
     }
 
@@ -187,10 +188,7 @@ impl LayerHeader {
         let score = f32::from_bits(from.u32()?);
         let score = has_score.then_some(score);
         let span = read_span(from)?;
-        let mut ty = || {
-            let ty = Type::from_raw(from.u32()?).filter(|ty| Type::CACHE.contains(ty));
-            ty.ok_or(StateError::Damaged("a type is no cache type"))
-        };
+        let mut ty = || Type::cache_type_from_raw(from.u32()?).ok_or(StateError::Damaged("a type is no cache type"));
         let (k, v) = (ty()?, ty()?);
         let format = Format { k, v, rotate_k: from.flag()?, rotate_v: from.flag()? };
         let (held_from, rows) = (from.size()?, from.size()?);
