@@ -7,7 +7,8 @@ fn main() {
     println!("cargo:rerun-if-changed=src/ext.cpp");
     println!("cargo:rerun-if-changed=src/reused.cpp");
     println!("cargo:rerun-if-changed=src/upstream.h");
-    let source = PathBuf::from(env::var_os("DEP_GGML_SOURCE").expect("ggml-sys says where its source is"));
+    let told = |name: &str| PathBuf::from(env::var_os(name).expect("ggml-sys says where its source and its shim are"));
+    let (source, shim) = (told("DEP_GGML_SOURCE"), told("DEP_GGML_SHIM"));
     // For the layout test.
     println!("cargo:rustc-env=LLAMA_SOURCE={}", source.display());
     // For what callers of another revision are told.
@@ -23,7 +24,7 @@ fn main() {
         .include(source.join("include"))
         .include(source.join("src"))
         .include(source.join("ggml/include"))
-        .include("../vendor/ggml-sys/shim")
+        .include(shim)
         // llama.h's old names are checked as well.
         .flag("-Wno-deprecated-declarations")
         .files(["src/ext.cpp", "src/reused.cpp"])

@@ -36,10 +36,10 @@ pub mod vocab;
 
 pub use cache::{KvReport, KvRotate};
 pub use engine::{
-    BatchEntry, Checkpoint, DevicePlan, Embeddings, Error, LayerKind, LayerReport, MAX_ADAPTERS, Outputs, PlannedCache,
-    Restored, SeqId, SequenceView, Session, SessionParams, StateError, plan,
+    BatchEntry, Checkpoint, DevicePlan, Embeddings, Error, Fit, FitTarget, LayerKind, LayerReport, MAX_ADAPTERS,
+    Outputs, PlannedCache, Restored, SeqId, SequenceView, Session, SessionParams, StateError, StepReport, fit, plan,
 };
 pub use generation::{Generation, GenerationEnd, GenerationError};
-pub use model::{Hparams, LoraAdapter, Model, ModelParams, Progress, StateSize};
+pub use model::{Hparams, LoraAdapter, Model, ModelParams, Progress, StateSize, TensorOverride, TensorPlace};
 pub use sampling::{Sampler, SamplerParams};
 pub use vocab::{AddBos, Special, Token, Vocab};

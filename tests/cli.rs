@@ -404,7 +404,7 @@ fn grammars() {
 #[test]
 fn llama_cpps_command_lines() {
     for (args, said) in [
-        (&["-hf", "some/model", "-p", "hi"][..], "-hf is not supported: nothing is downloaded"),
+        (&["-dr", "some/model", "-p", "hi"][..], "-dr is not supported: fetch the model with -hf or -mu"),
         (&["@", "-p", "hi", "-mli"], "-mli is not supported: give a long message with -f"),
         (&["chat", "@", "--chat-template-kwargs", "[1]"], "it must be a JSON object"),
         (&["@", "-p", "hi", "-sys", "x"], "-sys (--system) is no option of generating"),
@@ -545,7 +545,7 @@ fn the_readmes_commands_run() {
         let is_long = ["bench", "calibrate", "perplexity", "passkey", "rpc-server", "serve"]
             .iter()
             .any(|name| words.contains(name));
-        let is_elsewhere = words.contains(&"--rpc");
+        let is_elsewhere = words.contains(&"--rpc") || words.contains(&"-hf");
         if words[0] != "simlayer-run" || is_long || is_elsewhere {
             continue;
         }
@@ -559,6 +559,34 @@ fn the_readmes_commands_run() {
     assert!(folder.path().join("scores.svg").is_file());
 }
 
+/// Samplers run in the order that is asked for, and as the file recommends where nothing is.
+#[test]
+fn samplers_and_what_a_file_recommends() {
+    let text = |options: &[&str]| {
+        let args = [&["@", "-p", "The sea is", "-n", "12", "-s", "7"], options].concat();
+        with_stdin(&arguments(&args), b"").text().to_owned()
+    };
+    let (usual, greedy) = (text(&[]), text(&["--temp", "0"]));
+    assert_ne!(usual, greedy);
+    assert_eq!(text(&["--samplers", "penalties;dry;top_n_sigma;top_k;typ_p;top_p;min_p;xtc;temperature"]), usual);
+    assert_eq!(text(&["--sampler-seq", "edskypmxt"]), usual);
+    assert_eq!(text(&["--sampler-seq", "k", "--top-k", "1"]), greedy);
+    // Without top-k among them its number does not count.
+    assert_ne!(text(&["--samplers", "temp", "--top-k", "1"]), greedy);
+    assert_eq!(text(&["--numa", "isolate"]), usual);
+
+    let recommends = ["--override-kv", "general.sampling.temp=float:0"];
+    assert_eq!(text(&recommends), greedy);
+    assert_eq!(text(&[&recommends[..], &["--temp", "0.8"]].concat()), usual);
+    assert_eq!(text(&["--override-kv", "general.sampling.sequence=str:top_k,general.sampling.top_k=int:1"]), greedy);
+
+    for (option, value) in [("--samplers", "top_k;nonsense"), ("--sampler-seq", "kz")] {
+        let wrong = run!["@", "-p", "x", option, value];
+        assert_eq!(wrong.code, Some(2), "{}", wrong.stderr);
+        assert!(wrong.stderr.contains("is no sampler") && wrong.stderr.contains("top_k (k)"), "{}", wrong.stderr);
+    }
+}
+
 /// What one is told without asking.
 #[test]
 fn first_contact() {
@@ -566,11 +594,19 @@ fn first_contact() {
     assert!(long.stderr.contains("a context of 9000 tokens; the model was trained with 8192"), "{}", long.stderr);
     assert!(!run!["@", "-p", "The sea", "-n", "1", "-c", "512"].stderr.contains("warning"));
     let plan = run!["devices", "@", "--plan"];
-    assert!(
-        plan.text().contains("--lazy budget:0.5 -ctk q8_0 -ctv q4_0") && plan.text().contains("-c 8192"),
-        "{}",
-        plan.text()
-    );
+    for said in ["--lazy off, f16", "--lazy budget:0.5 -ctk q8_0 -ctv q4_0", "--lazy profile:0.8", "-c 8192"] {
+        assert!(plan.text().contains(said), "{said}: {}", plan.text());
+    }
+    // A profile's layers are known beforehand; where none is known, that is said.
+    let profile = run!["devices", "@", "--plan", "--lazy", "profile:0.8", "--json"];
+    let lazy = |cache: &Value| cache["kind"] == "lazy";
+    let caches = profile.json()["plan"][0]["caches"].as_array().unwrap().clone();
+    assert_eq!(caches.iter().filter(|cache| lazy(cache)).count(), 24, "{caches:?}");
+    let folder = tempfile::tempdir().unwrap();
+    let unknown = folder.path().join("unknown.gguf");
+    RandomModel::tiny().gguf().write(&unknown);
+    let unknown = with_stdin(&["devices", "--plan", "-m", unknown.to_str().unwrap()], b"");
+    assert!(unknown.text().contains("no profile of") && unknown.text().contains("calibrate"), "{}", unknown.text());
     let doctor = with_stdin(&["doctor", "-m", &model(), "--lib", "/no/such/folder"], b"");
     for said in ["simlayer-run ", "llama.cpp ", "--lib: /no/such/folder has none", "physical cores", "-c 8192"] {
         assert!(doctor.text().contains(said), "{said}: {}", doctor.text());

@@ -187,6 +187,7 @@ impl Context {
             type_v,
             // llama-server reads a prompt's last few tokens apart, to make a checkpoint before them.
             split_prompts: true,
+            op_offload: params.op_offload,
             flash_attn: params.flash_attn_type != sys::LLAMA_FLASH_ATTN_TYPE_DISABLED,
             ..SessionParams::default()
         };

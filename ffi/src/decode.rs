@@ -241,11 +241,23 @@ fn run(
     for lane in lanes.values_mut() {
         lane.runs = runs_of(&lane.outputs, &lane.embd);
     }
+    run_lanes(context, state, session, &lanes)?;
+    pool(context, state, batch);
+    Ok(0)
+}
+
+/// Runs the lanes' runs: the first ones of all of them together, then the second ones.
+fn run_lanes(
+    context: &Context,
+    state: &mut State,
+    session: &mut Session,
+    lanes: &BTreeMap<u32, Lane>,
+) -> std::result::Result<(), RunError> {
     let rounds = lanes.values().map(|lane| lane.runs.len()).max().unwrap_or(0);
     for round in 0..rounds {
         let mut entries = Vec::new();
         let mut targets = Vec::new();
-        for (&seq, lane) in &lanes {
+        for (&seq, lane) in lanes {
             let Some(run) = lane.runs.get(round) else { continue };
             let ends = round + 1 == lane.runs.len() && lane.outputs.last() == Some(&true);
             let prompt_end = ends && is_prompt_end(state, seq, lane.tokens.len());
@@ -262,8 +274,7 @@ fn run(
             collect(session, state, &targets);
         }
     }
-    pool(context, state, batch);
-    Ok(0)
+    Ok(())
 }
 
 /// Runs rows of embeddings of one sequence.
@@ -321,18 +332,7 @@ fn share_prefixes(
         let lane = &lanes[&leader];
         let n = lane.indices.iter().take_while(|&&index| batch[index].seqs == *seqs).count();
         let Some(own) = lanes.get_mut(&leader).map(|lane| lane.take(n)) else { continue };
-        for (i, run) in own.runs.iter().enumerate() {
-            let ends = i + 1 == own.runs.len() && own.outputs.last() == Some(&true);
-            let prompt_end = ends && is_prompt_end(state, leader, n);
-            if own.embd[run.range.start].is_some() {
-                run_rows(context, state, session, (leader, &own, run), prompt_end)?;
-                continue;
-            }
-            let tokens = &own.tokens[run.range.clone()];
-            session.run(&[BatchEntry { seq: leader, tokens, outputs: run.wanted, prompt_end }])?;
-            let targets: Vec<i32> = rows_of(run, &own, &state.outputs.rows).collect();
-            collect(session, state, &targets);
-        }
+        run_lanes(context, state, session, &BTreeMap::from([(leader, own)]))?;
         for &seq in seqs {
             if seq != leader {
                 session.seq_copy(leader, seq, n)?;

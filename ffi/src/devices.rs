@@ -1,20 +1,21 @@
 //! Which devices a model's layers go to: what `llama_model_params` says of it, with llama.cpp's meanings.
 
 use ggml_sys as sys;
-use simlayer::{ModelParams, ggml::Device};
+use simlayer::{ModelParams, TensorOverride, ggml::Device};
 
 use crate::{
-    border::{Result, slice},
+    border::{Result, c_str, slice},
     log,
 };
 
 /// As upstream has it: a `tensor_split` has as many entries.
 pub(crate) const MAX_DEVICES: usize = 16;
 
-/// Takes over devices, the number of layers on them and their shares.
+/// Takes over devices, the number of layers on them and their shares, and tensors that are elsewhere.
 ///
 /// # Safety
-/// `devices` is null or ends with a null pointer; `tensor_split` is null or has [`MAX_DEVICES`] entries.
+/// `devices` is null or ends with a null pointer; `tensor_split` is null or has [`MAX_DEVICES`] entries; `tensor_buft_overrides`
+/// is null or ends with an entry without a pattern.
 pub(crate) unsafe fn place(params: &sys::llama_model_params, engine: &mut ModelParams) -> Result<()> {
     let mut devices = match params.devices.is_null() {
         true => all(),
@@ -46,10 +47,15 @@ pub(crate) unsafe fn place(params: &sys::llama_model_params, engine: &mut ModelP
         }
         engine.tensor_split = shares.to_vec();
     }
+    // SAFETY: the caller's promise.
+    engine.tensor_overrides = unsafe { tensor_overrides(params.tensor_buft_overrides) }?;
     engine.gpu_layers = usize::try_from(params.n_gpu_layers).ok();
     engine.devices = Some(devices);
     Ok(())
 }
+
+/// As many entries `tensor_buft_overrides` has at most: what `llama_max_tensor_buft_overrides` says.
+pub(crate) const MAX_OVERRIDES: usize = 4096;
 
 /// The devices that ggml knows, with their kinds. Which one a pointer is, is told without following it.
 fn registered() -> Vec<(sys::ggml_backend_dev_t, sys::ggml_backend_dev_type, Device)> {
@@ -60,6 +66,48 @@ fn registered() -> Vec<(sys::ggml_backend_dev_t, sys::ggml_backend_dev_type, Dev
         (raw, unsafe { sys::ggml_backend_dev_type(raw) }, device)
     };
     Device::all().into_iter().enumerate().map(raw).collect()
+}
+
+/// # Safety
+/// The list is null or ends with an entry whose pattern is null; patterns are C strings.
+unsafe fn tensor_overrides(list: *const sys::llama_model_tensor_buft_override) -> Result<Vec<TensorOverride>> {
+    let mut overrides = Vec::new();
+    if list.is_null() {
+        return Ok(overrides);
+    }
+    for i in 0..MAX_OVERRIDES {
+        // SAFETY: the entries before had patterns.
+        let entry = unsafe { &*list.add(i) };
+        if entry.pattern.is_null() {
+            return Ok(overrides);
+        }
+        // SAFETY: the caller's promise.
+        let pattern = unsafe { c_str(entry.pattern, "tensor_buft_overrides") }?.to_string_lossy().into_owned();
+        match device_of(entry.buft) {
+            Some(device) => overrides.push(TensorOverride { pattern, device }),
+            None => fail!("tensor_buft_overrides: entry {i} ({pattern}) has no memory of a device that ggml knows"),
+        }
+    }
+    fail!("tensor_buft_overrides: more than {MAX_OVERRIDES} entries, or no end")
+}
+
+/// The device that has this kind of memory; memory of the processor that devices write to is the processor's. Told without
+/// following the pointer.
+fn device_of(buft: sys::ggml_backend_buffer_type_t) -> Option<Device> {
+    if buft.is_null() {
+        return None;
+    }
+    let of = |raw| {
+        // SAFETY: a device of the registry.
+        unsafe { (sys::ggml_backend_dev_buffer_type(raw), sys::ggml_backend_dev_host_buffer_type(raw)) }
+    };
+    let found = registered().into_iter().find_map(|(raw, _, device)| match of(raw) {
+        (own, _) if own == buft => Some(device),
+        (_, host) if host == buft => Some(Device::cpu()),
+        _ => None,
+    });
+    // SAFETY: it takes nothing.
+    found.or_else(|| (unsafe { sys::ggml_backend_cpu_buffer_type() } == buft).then(Device::cpu))
 }
 
 /// In ggml's order, in which frontends list them; a processor's own graphics only where this machine has no card.
@@ -89,4 +137,35 @@ unsafe fn listed(list: *const sys::ggml_backend_dev_t) -> Result<Vec<Device>> {
         next = next.wrapping_add(1);
     }
     Ok(devices)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ptr;
+
+    use super::*;
+
+    #[test]
+    fn tensors_places_are_read() {
+        // SAFETY: takes nothing; lives as long as the process.
+        let cpu = unsafe { sys::ggml_backend_cpu_buffer_type() };
+        let entry = |pattern: *const _, buft| sys::llama_model_tensor_buft_override { pattern, buft };
+        let end = entry(ptr::null(), ptr::null_mut());
+        let read = |list: &[sys::llama_model_tensor_buft_override]| {
+            // SAFETY: each list ends with `end`.
+            unsafe { tensor_overrides(list.as_ptr()) }
+        };
+        let found = read(&[entry(c"exps".as_ptr(), cpu), entry(c"a|b".as_ptr(), cpu), end]);
+        let found = found.unwrap_or_else(|failure| panic!("{}", failure.0));
+        assert_eq!(found.iter().map(|tensors| tensors.pattern.as_str()).collect::<Vec<_>>(), ["exps", "a|b"]);
+        assert!(found.iter().all(|tensors| tensors.device == Device::cpu()));
+        assert!(read(&[end]).is_ok_and(|found| found.is_empty()));
+        // SAFETY: null is no list.
+        assert!(unsafe { tensor_overrides(ptr::null()) }.is_ok_and(|found| found.is_empty()));
+        // Memory of nobody's, which is not looked at.
+        let nobodys = ptr::without_provenance_mut(0x1000);
+        let failure = read(&[entry(c"exps".as_ptr(), nobodys), end]).expect_err("a failure");
+        assert!(failure.0.contains("entry 0 (exps) has no memory"), "{}", failure.0);
+        assert!(read(&[entry(c"exps".as_ptr(), ptr::null_mut()), end]).is_err());
+    }
 }

@@ -62,7 +62,7 @@ api! {
 
     fn llama_max_devices() -> usize, or 0, { Ok(MAX_DEVICES) }
     fn llama_max_parallel_sequences() -> usize, or 0, { Ok(MAX_SEQUENCES) }
-    fn llama_max_tensor_buft_overrides() -> usize, or 0, { Ok(4096) }
+    fn llama_max_tensor_buft_overrides() -> usize, or 0, { Ok(crate::devices::MAX_OVERRIDES) }
     fn llama_supports_mmap() -> bool, or false, { Ok(true) }
     fn llama_supports_mlock() -> bool, or false, { Ok(false) }
     fn llama_supports_gpu_offload() -> bool, or false, {

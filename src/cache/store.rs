@@ -63,6 +63,11 @@ impl RowShape {
         self.heads * self.key_size
     }
 
+    /// Elements of a row of values; 0 where they have none.
+    pub fn value_width(self) -> usize {
+        if self.values_in_keys { 0 } else { self.heads * self.value_size }
+    }
+
     /// The format of rows with keys and values of these types.
     pub fn format(self, k: Type, v: Type, rotate: KvRotate) -> Format {
         let v = if self.values_in_keys { k } else { v };
@@ -225,7 +230,7 @@ mod tests {
     #[test]
     fn rows_of_different_sizes() {
         let shape = RowShape { heads: 2, key_size: 192, value_size: 128, values_in_keys: false };
-        assert_eq!(shape.key_width(), 384);
+        assert_eq!((shape.key_width(), shape.value_width()), (384, 256));
         let format = shape.format(Type::Q8_0, Type::F16, KvRotate::Quantized);
         assert_eq!((format.k, format.v, format.rotate_k, format.rotate_v), (Type::Q8_0, Type::F16, true, false));
         assert_eq!(shape.row_bytes(format), 384 / 32 * 34 + 512);

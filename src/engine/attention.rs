@@ -109,7 +109,7 @@ impl Attention for CacheAttention<'_> {
 }
 
 impl CacheAttention<'_> {
-    fn plan(&self, layer: usize) -> &LayerPlan {
+    pub(super) fn plan(&self, layer: usize) -> &LayerPlan {
         &self.setup.layers[layer].plan
     }
 
@@ -121,25 +121,36 @@ impl CacheAttention<'_> {
         own: Option<[&Tensor; 2]>,
         options: &AttentionOptions<'_>,
     ) -> Tensor {
+        let together = self.rotates_together(layer, options);
+        let rotated = together.map(|format| self.rotated(graph, layer, format, q, own));
+        let (q, own) = match &rotated {
+            Some((q, own)) => (q, own.as_ref().map(|[k, v]| [k, v])),
+            None => (q, own),
+        };
         let mut attended: Option<Tensor> = None;
         for part in 0..self.parts.len() {
-            let one = self.attend_part(graph, (part, layer), q, own, options);
+            let one = self.attend_part(graph, (part, layer), q, own, (options, together.is_some()));
             attended = Some(match attended {
                 Some(others) => graph.concat(&others, &one, 1),
                 None => one,
             });
         }
-        attended.expect("a ubatch has at least one part")
+        let attended = attended.expect("a ubatch has at least one part");
+        match together {
+            Some(format) => self.rotated_back(graph, layer, format, attended),
+            None => attended,
+        }
     }
 
-    /// `own`: the tokens' keys and values, of a layer that has some.
+    /// `own`: the tokens' keys and values, of a layer that has some. `is_rotated`: they and the queries are as the rows are, and
+    /// so is to be the result.
     fn attend_part(
         &mut self,
         graph: &Graph,
         (index, reader): (usize, usize),
         q: &Tensor,
         own: Option<[&Tensor; 2]>,
-        options: &AttentionOptions<'_>,
+        (options, is_rotated): (&AttentionOptions<'_>, bool),
     ) -> Tensor {
         let part = self.parts[index];
         let layers: &[LayerCache] = self.caches[index];
@@ -149,15 +160,16 @@ impl CacheAttention<'_> {
         let last_reader = hparams.last_reader(layer);
         let (cache, rotations) = (&layers[layer], &self.setup.layers[layer].rotations);
         let format = store(cache).format();
+        let (rotate_k, rotate_v) = (format.rotate_k && !is_rotated, format.rotate_v && !is_rotated);
         let mut q = slice(graph, q, &part);
-        if format.rotate_k {
+        if rotate_k {
             q = rotations.rotate_key(graph, &q);
         }
         // `[head size, tokens, heads]`: what attention wants.
         let queries = swapped(graph, &q);
         // `[value size, tokens, heads]` → `[value size × heads, tokens]`
         let joined = |mut attended: Tensor| {
-            if format.rotate_v {
+            if rotate_v {
                 attended = swapped(graph, &rotations.rotate_value(graph, &swapped(graph, &attended)));
             }
             if let Some(matrices) = options.outputs {
@@ -171,7 +183,7 @@ impl CacheAttention<'_> {
         let [k, v] = match own {
             Some([k, v]) => {
                 let mut k = slice(graph, k, &part);
-                if format.rotate_k {
+                if rotate_k {
                     k = rotations.rotate_key(graph, &k);
                 }
                 let k = rows(graph, &k);
@@ -179,7 +191,7 @@ impl CacheAttention<'_> {
                     k.clone()
                 } else {
                     let v = slice(graph, v, &part);
-                    rows(graph, &if format.rotate_v { rotations.rotate_value(graph, &v) } else { v })
+                    rows(graph, &if rotate_v { rotations.rotate_value(graph, &v) } else { v })
                 };
                 if last_reader != layer {
                     self.shared.push(Shared { part: index, layer, k: k.clone(), v: v.clone() });
@@ -509,7 +521,7 @@ fn some(graph: &Graph, rows: &Tensor, first: usize, n: usize) -> Tensor {
 }
 
 /// The store of a layer whose tokens have room.
-fn store(cache: &LayerCache) -> &Chain {
+pub(super) fn store(cache: &LayerCache) -> &Chain {
     cache.store.as_ref().expect("room was reserved before the graph is built")
 }
 

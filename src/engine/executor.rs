@@ -7,7 +7,7 @@ use super::{
     inputs::Inputs,
     layer::LayerCache,
     score::{self, SCORE_NAME, Scored},
-    setup::Setup,
+    setup::{LayerSetup, Setup},
     step::{Output, Step, Stretch},
 };
 use crate::{
@@ -29,6 +29,20 @@ pub(super) struct Executor {
     pub score_time: Option<Duration>,
 }
 
+/// What a step of computation is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StepReport {
+    /// Operations that compute something: on a card about as many kernels are launched, but for those that ggml joins.
+    pub operations: usize,
+    /// Parts of the graph, each of which one device computes.
+    pub splits: usize,
+    /// Bytes of inputs that are filled by the processor before each run.
+    pub input_bytes: usize,
+    /// Bytes of the rows of keys and values that attention reads.
+    pub cache_bytes: usize,
+}
+
 /// Rows of results, put aside.
 pub(super) struct Results {
     logits: Vec<f32>,
@@ -38,6 +52,8 @@ pub(super) struct Results {
 /// A step that can run again as long as its key stays the same.
 pub(super) struct Kept {
     key: Key,
+    /// Bytes of the caches' rows that it reads.
+    cache_bytes: usize,
     pub step: Step,
 }
 
@@ -74,8 +90,9 @@ impl Executor {
     pub fn new(setup: &Setup) -> Result<Executor, Error> {
         let (params, max_nodes) = (&setup.params, Setup::max_nodes(setup.layers.len()));
         let abort = params.abort.clone().unwrap_or_default();
+        let (devices, n_threads) = (setup.model.devices(), params.n_threads);
         Ok(Executor {
-            scheduler: Scheduler::with_abort_flag(&setup.model.devices(), params.n_threads, max_nodes, abort)?,
+            scheduler: Scheduler::with_abort_flag(&devices, n_threads, max_nodes, params.op_offload, abort)?,
             kept: None,
             logits: Vec::new(),
             embeddings: Vec::new(),
@@ -106,7 +123,18 @@ impl Executor {
             step.add_output(setup, self.wants_embeddings);
         }
         self.scheduler.alloc(&step.graph)?;
-        Ok(Kept { key, step })
+        Ok(Kept { key, cache_bytes: cache_bytes(setup, stretch), step })
+    }
+
+    /// What the kept step is made of.
+    pub fn report(&self) -> Option<StepReport> {
+        let kept = self.kept.as_ref().filter(|kept| self.scheduler.is_allocated(&kept.step.graph))?;
+        Some(StepReport {
+            operations: kept.step.graph.n_operations(),
+            splits: self.scheduler.n_splits(),
+            input_bytes: kept.step.inputs.bytes(),
+            cache_bytes: kept.cache_bytes,
+        })
     }
 
     /// Keeps a step for the next call.
@@ -167,6 +195,17 @@ impl Executor {
             self.embeddings.extend(embeddings.to_f32());
         }
     }
+}
+
+/// Bytes of the rows that attention reads, in all layers and sequences.
+fn cache_bytes(setup: &Setup, stretch: &Stretch<'_>) -> usize {
+    let of_layer = |part: &Part, (layer, cache): (&LayerSetup, &LayerCache)| {
+        let bytes = |store: &Chain, n_rows: usize| n_rows * layer.plan.rows.row_bytes(store.format());
+        let main = cache.store.as_ref().map_or(0, |store| bytes(store, cache.rows_read(part.n_past + part.n)));
+        main + cache.exact.as_ref().map_or(0, |exact| bytes(&exact.store, exact.span.n_rows()))
+    };
+    let parts = stretch.parts.iter().zip(stretch.caches);
+    parts.flat_map(|(part, caches)| setup.layers.iter().zip(*caches).map(|both| of_layer(part, both))).sum()
 }
 
 impl Key {

@@ -14,21 +14,25 @@
 //!
 //! Keys of fewer bits are tried in the same way ([`LazyParams::narrow_keys`]): there
 //! are models, and layers, whose keys four bits ruin.
+//!
+//! A look goes in steps, each of which takes about as long as a piece of a prompt: one run of the probe, or as many rows
+//! as are converted meanwhile. Whoever has others to answer does them one at a time ([`Session::look_step`]).
+//!
+//! [`LazyParams::narrow_keys`]: crate::lazy::LazyParams::narrow_keys
+//! [`Session::look_step`]: super::Session::look_step
 
-use std::{
-    collections::{HashMap, HashSet},
-    mem,
-    ops::Range,
-    thread,
-};
+use std::mem;
 
 use super::{
     batch::{BatchEntry, NO_TOKEN, Part},
     error::Error,
     executor::Executor,
     layer::{At, LayerCache, resumable},
+    looking::{Change, Looked, Looking, Stage, Trial},
+    probe::{Base, Probe},
     score::Scored,
-    sequence::{Looked, Sequence},
+    search::Search,
+    sequence::Sequence,
     setup::{LayerSetup, Setup},
     snapshot::Snapshot,
     step::Stretch,
@@ -36,9 +40,7 @@ use super::{
 use crate::{
     cache::{Chain, Format, Move, move_rows},
     ggml::Type,
-    lazy::{DEFAULT_KL, LazyParams},
-    quality::metrics::{kl_with, log_sum_exp},
-    vocab::Token,
+    lazy::DEFAULT_KL,
 };
 
 /// Last tokens that are run again: few tokens' divergences are far from their mean, for it is single ones that are large.
@@ -53,188 +55,11 @@ const N_SCORED: usize = 32;
 /// Fewer tell nothing.
 const FEWEST_LAST: usize = 8;
 
-/// Pieces that are repeated: one from each of so many equal parts of what would be dropped.
-const N_PIECES: usize = 2;
-
-/// Tokens of a piece, and the first ones of them that do not count: what follows them is not known from what is repeated.
-const PIECE: usize = 16;
-const UNCOUNTED: usize = 4;
-
-/// How much more repeated pieces may diverge than the last tokens.
-const REPEATED_MORE: f64 = 5.0;
-
-/// Sets that are tried, besides the run that they are compared with.
-const MOST_SETS: usize = 4;
-
-/// By how much the logarithm of the divergence is taken to grow from no layer to all: where to look next. On
-/// SmolLM2-135M and Qwen2.5-Coder-0.5B it grows by 3.6 and 5.3.
-const GROWTH: f64 = 4.5;
-
-/// After a set that cannot go, at least this part of it is left out, of the layers that are not known to be able to.
-const STEP_DOWN: usize = 4;
-
 /// Rows that the order of keys is found by, of each layer.
 const KEY_ROWS: usize = 256;
 
-/// What is run over other caches.
-#[derive(Debug)]
-struct Probe {
-    /// Position of the first token.
-    start: usize,
-    tokens: Vec<Token>,
-    /// How many of them, the first ones, are the sequence's own last ones: all of these count.
-    n_last: usize,
-    /// Which of the others count.
-    repeated: Vec<usize>,
-    /// Recurrent layers' states before the first token.
-    states: Option<Snapshot>,
-}
-
-impl Probe {
-    /// The last `n_last` of these tokens, and what is repeated after them.
-    fn new(tokens: &[Token], n_last: usize, n_room: usize, lazy: &LazyParams) -> Probe {
-        let start = tokens.len() - n_last;
-        let mut probe = Probe { start, tokens: tokens[start..].to_vec(), n_last, repeated: Vec::new(), states: None };
-        for piece in telling_pieces(tokens, lazy) {
-            if probe.tokens.len() + piece.len() <= n_room {
-                let first = probe.tokens.len();
-                probe.tokens.extend_from_slice(&tokens[piece]);
-                probe.repeated.extend(first + UNCOUNTED..first + PIECE - 1);
-            }
-        }
-        probe
-    }
-
-    fn end(&self) -> usize {
-        self.start + self.tokens.len()
-    }
-}
-
-/// Of each part of what would be dropped, the piece that is told least by what is kept.
-fn telling_pieces(tokens: &[Token], lazy: &LazyParams) -> Vec<Range<usize>> {
-    let mut count: HashMap<Token, usize> = HashMap::new();
-    tokens.iter().for_each(|&token| *count.entry(token).or_default() += 1);
-    let dropped = lazy.n_sink..tokens.len().saturating_sub(lazy.n_window).max(lazy.n_sink);
-    let kept: HashSet<Token> = tokens[..dropped.start].iter().chain(&tokens[dropped.end..]).copied().collect();
-    let rarity = |token: &Token| if kept.contains(token) { 0.0 } else { 1.0 / count[token] as f64 };
-    let is_text = |from: &usize| !tokens[*from..from + PIECE].contains(&NO_TOKEN);
-    let told = |from: usize| tokens[from + UNCOUNTED..from + PIECE].iter().map(rarity).sum::<f64>();
-    let part = dropped.len() / N_PIECES;
-    let parts = (0..N_PIECES).map(|index| dropped.start + index * part..dropped.start + (index + 1) * part);
-    let best = |part: Range<usize>| {
-        let mut best: Option<(f64, usize)> = None;
-        for from in (part.start..(part.end + 1).saturating_sub(PIECE)).filter(is_text) {
-            let told = told(from);
-            if best.is_none_or(|(most, _)| told > most) {
-                best = Some((told, from));
-            }
-        }
-        best.map(|(_, from)| from..from + PIECE)
-    };
-    parts.filter_map(best).collect()
-}
-
-/// What is tried on layers.
-#[derive(Debug, Clone, Copy)]
-enum Change {
-    /// They become lazy.
-    Lazy,
-    /// Their keys become narrow.
-    Narrow,
-}
-
-/// The probe's logits as they are, and how far others are from them.
-struct Base<'a> {
-    probe: &'a Probe,
-    n_vocab: usize,
-    n_threads: usize,
-    rows: Vec<f32>,
-    /// The [`log_sum_exp`] of each row.
-    sums: Vec<f64>,
-}
-
-impl Base<'_> {
-    /// Mean divergence on the last tokens, or on the repeated ones, of which more is bearable: the larger.
-    fn divergence(&self, rows: &[f32]) -> f64 {
-        let n_each = self.sums.len().div_ceil(self.n_threads.max(1));
-        let kls = |(index, rows): (usize, &[f32])| {
-            let kl = |(at, row): (usize, &[f32])| {
-                kl_with(&self.rows[at * self.n_vocab..(at + 1) * self.n_vocab], self.sums[at], row)
-            };
-            (index * n_each..).zip(rows.chunks_exact(self.n_vocab)).map(kl).collect()
-        };
-        let parts = rows.chunks(n_each * self.n_vocab).enumerate();
-        let kls: Vec<f64> = thread::scope(|scope| {
-            let running: Vec<_> = parts.map(|part| scope.spawn(move || -> Vec<f64> { kls(part) })).collect();
-            running.into_iter().flat_map(|part| part.join().unwrap_or_default()).collect()
-        });
-        let (last, repeated) = kls.split_at(self.probe.n_last.min(kls.len()));
-        let mean = |kls: &[f64]| kls.iter().sum::<f64>() / kls.len().max(1) as f64;
-        if kls.len() < self.sums.len() { f64::NAN } else { mean(last).max(mean(repeated) / REPEATED_MORE) }
-    }
-}
-
-/// What is searched for the most layers that can change.
-#[derive(Debug)]
-struct Candidates<'a> {
-    /// The most promising first.
-    order: &'a [usize],
-    change: Change,
-    /// How many are tried first.
-    n_first: usize,
-    /// Layers that there are, those that may not change included.
-    n_all: usize,
-}
-
-/// A search for the most layers that can go.
-#[derive(Debug, Clone, Copy)]
-struct Search {
-    /// So many can go, with this divergence; and so many cannot.
-    can: (usize, f64),
-    cannot: usize,
-    /// How many to try next.
-    next: usize,
-    /// By how much the logarithm of the divergence is taken to grow with a layer.
-    growth: f64,
-    /// The divergence that is allowed.
-    most: f64,
-}
-
-impl Search {
-    fn new(candidates: &Candidates<'_>, most: f64) -> Search {
-        let growth = GROWTH / candidates.n_all as f64;
-        Search { can: (0, 0.0), cannot: candidates.order.len() + 1, next: candidates.n_first, growth, most }
-    }
-
-    /// How many to try next; `None` when it is known how many can go.
-    fn next(&self) -> Option<usize> {
-        let (least, most) = (self.can.0 + 1, self.cannot - 1);
-        (least <= most).then(|| self.next.clamp(least, most))
-    }
-
-    /// Notes how much `n` layers diverge.
-    fn note(&mut self, n: usize, kl: f64) {
-        let known_before = self.can.0;
-        let more = (self.most / kl).ln() / self.growth;
-        // A divergence that is no number (a broken model) is none that is small.
-        if kl <= self.most {
-            self.can = (n, kl);
-            // Another look would bring no further layer.
-            if more < 1.0 {
-                self.cannot = n + 1;
-            }
-        } else {
-            self.cannot = n
-        }
-        self.next = if kl > 0.0 && kl.is_finite() {
-            let next = (n as f64 + more).floor().max(0.0) as usize;
-            // Divergences are noisy: a step down is to leave what failed behind.
-            if kl > self.most { next.min(n - (n - known_before).div_ceil(STEP_DOWN)) } else { next }
-        } else {
-            (self.can.0 + self.cannot).div_ceil(2)
-        };
-    }
-}
+/// Elements of keys and values that are converted in a step, of at least one layer.
+const STEP_ELEMENTS: usize = 8 << 20;
 
 /// Where among an entry's tokens recurrent layers' states are to be kept, for the look at its end: the number of tokens
 /// before. `None` where there is no such look, no such layer, or a place from before serves.
@@ -261,7 +86,7 @@ impl Setup {
 impl Sequence {
     /// Whether a sequence of `n_past` tokens has not grown to twice its length since the last look.
     fn is_early(&self, n_past: usize) -> bool {
-        self.looked.is_some_and(|looked| n_past < 2 * looked.n_past)
+        self.looked.is_some_and(|looked| n_past < looked.n_past.saturating_mul(2))
     }
 
     /// How many of its last tokens a look can run again, if any: recurrent layers' states must be known before them.
@@ -280,15 +105,13 @@ impl Sequence {
         (FEWEST_LAST..=most.min(of_text)).contains(&n_last).then_some(n_last)
     }
 
-    /// Makes layers lazy where the policy goes by looks, and keys narrow where that is asked for: the largest beginning of
-    /// the proposed order whose look diverges by no more than is allowed. Of a sequence that has not grown to twice its
-    /// length since the last look, none.
-    pub fn look_before_dropping(&mut self, setup: &Setup, executor: &mut Executor) -> Result<(), Error> {
+    /// Begins to look where the policy goes by looks, or keys are to be narrow where they can be. Of a sequence that has not
+    /// grown to twice its length since the last look, none; else [`Sequence::look_step`] follows.
+    pub fn begin_look(&mut self, setup: &Setup) {
+        self.looking = None;
         let params = &setup.params;
-        let policy = &params.lazy.policy;
-        let most_lazy = policy.most_foretold();
         if !setup.looks() {
-            return Ok(());
+            return;
         }
         let n_past = self.n_past();
         let is_lazy = self.layers.iter().all(|layer| !layer.is_active());
@@ -296,74 +119,150 @@ impl Sequence {
         let anchor = self.anchor.take();
         let Some(n_last) = n_last.filter(|_| !self.is_early(n_past) && !is_lazy && n_past > params.lazy.n_kept())
         else {
-            return Ok(());
+            return;
         };
         // The repeated pieces lie in the context for a moment.
         let n_room = params.n_ubatch.min(n_last + params.n_ctx - n_past);
         let mut probe = Probe::new(&self.tokens, n_last, n_room, &params.lazy);
         probe.states = anchor;
-        let (rows, scores) = self.look(&[], Change::Lazy, &probe, setup, executor)?;
-        let n_vocab = setup.model.hparams().n_vocab;
-        let sums = rows.chunks_exact(n_vocab).map(log_sum_exp).collect();
-        let base = Base { probe: &probe, n_vocab, n_threads: params.n_threads_batch, rows, sums };
-        let mut kl = 0.0;
-        if let Some(most) = most_lazy {
-            for scored in &scores {
-                self.layers[scored.layer].score = Some(scored.value);
-            }
-            let mut order = self.proposed(setup, &scores);
-            let n_lazy = self.layers.iter().filter(|layer| layer.lazy).count();
-            let n_all = order.len() + n_lazy;
-            let n_first = order.len().div_ceil(2);
-            order.truncate(((policy.most_by_looks() * n_all as f32) as usize).saturating_sub(n_lazy));
-            let candidates = Candidates { order: &order, change: Change::Lazy, n_first, n_all };
-            let found = self.largest(&candidates, &base, most, setup, executor)?;
-            for &layer in &order[..found.0] {
-                self.make_lazy(layer, n_past, setup, executor)?;
-            }
-            kl = found.1;
-        }
-        if params.lazy.narrow_keys {
-            kl = self.narrow_keys(&base, kl + most_lazy.unwrap_or(DEFAULT_KL), setup, executor)?;
-        }
-        self.looked = Some(Looked { n_past, kl });
+        let looking = Looking { probe, base: None, stage: Stage::Begin, kl: 0.0, prompt_end: None };
+        self.looking = Some(Box::new(looking));
+    }
+
+    /// Looks before dropping, in one piece.
+    pub fn look_before_dropping(&mut self, setup: &Setup, executor: &mut Executor) -> Result<(), Error> {
+        self.begin_look(setup);
+        self.finish_look(setup, executor)
+    }
+
+    /// Does what is left of a look, if one is under way.
+    pub fn finish_look(&mut self, setup: &Setup, executor: &mut Executor) -> Result<(), Error> {
+        while self.look_step(setup, executor)? {}
         Ok(())
     }
 
-    /// Narrows the keys of the active layers that can have it, and says how far the logits are from the base then.
-    fn narrow_keys(
+    /// A step of the look that is under way; false when there is none, or it was the last one. Makes layers lazy, and keys
+    /// narrow: the largest beginning of the proposed order whose look diverges by no more than is allowed. After an error the
+    /// look is over.
+    pub fn look_step(&mut self, setup: &Setup, executor: &mut Executor) -> Result<bool, Error> {
+        let Some(mut looking) = self.looking.take() else { return Ok(false) };
+        executor.scheduler.set_threads(setup.params.n_threads_batch)?;
+        let stage = mem::replace(&mut looking.stage, Stage::Done);
+        let stage = match stage {
+            Stage::Begin => self.begin_trying(&mut looking, setup, executor)?,
+            Stage::Trying(trial) => self.try_once(&looking, trial, setup, executor)?,
+            Stage::Changing(change, layers) => self.change_some(change, layers, setup, executor)?,
+            Stage::Measuring { next, losses } => self.measure_some(next, losses, setup, executor)?,
+            Stage::Done => Stage::Done,
+        };
+        looking.stage = next_with_work(&mut looking.kl, stage, setup);
+        if let Stage::Done = looking.stage {
+            self.looked = Some(Looked { n_past: self.n_past(), kl: looking.kl });
+            if let Some(logits) = &looking.prompt_end {
+                self.note_prompt_end(logits, setup);
+            }
+            return Ok(false);
+        }
+        self.looking = Some(looking);
+        Ok(true)
+    }
+
+    /// Runs the probe over everything as it is, and finds the order in which layers are tried.
+    fn begin_trying(&mut self, looking: &mut Looking, setup: &Setup, executor: &mut Executor) -> Result<Stage, Error> {
+        let (params, probe) = (&setup.params, &looking.probe);
+        let (rows, scores) = self.look(&[], &mut [], probe, setup, executor)?;
+        let n_vocab = setup.model.hparams().n_vocab;
+        looking.base = Some(Base::new(rows, probe.n_last, n_vocab, params.n_threads_batch));
+        let policy = &params.lazy.policy;
+        let Some(most) = policy.most_foretold() else { return Ok(Stage::Changing(Change::Lazy, Vec::new())) };
+        for scored in &scores {
+            self.layers[scored.layer].score = Some(scored.value);
+        }
+        let mut order = self.proposed(setup, &scores);
+        let n_lazy = self.layers.iter().filter(|layer| layer.lazy).count();
+        let (n_first, n_all) = (order.len().div_ceil(2), order.len() + n_lazy);
+        order.truncate(((policy.most_by_looks() * n_all as f32) as usize).saturating_sub(n_lazy));
+        let search = Search::new(order.len(), n_first, n_all, most);
+        Ok(Stage::Trying(Trial { change: Change::Lazy, order, search, changed: Vec::new() }))
+    }
+
+    /// Makes the layers that are to be tried next, as many as a step has time for, and tries them when all are there.
+    fn try_once(
         &mut self,
-        base: &Base<'_>,
-        most: f64,
+        looking: &Looking,
+        mut trial: Trial,
         setup: &Setup,
         executor: &mut Executor,
-    ) -> Result<f64, Error> {
-        let n_past = self.n_past();
-        let mut losses = Vec::new();
-        for (index, (layer, setup)) in self.layers.iter().zip(&setup.layers).enumerate() {
-            if let Some(narrow) = setup.plan.narrow.filter(|&narrow| layer.is_active() && layer.format != narrow) {
-                losses.push((key_loss(layer, n_past, narrow, setup, executor)?, index));
-            }
+    ) -> Result<Stage, Error> {
+        let (Some(n), Some(base)) = (trial.search.next(), &looking.base) else { return Ok(Stage::Trying(trial)) };
+        let (start, end) = (looking.probe.start, looking.probe.end());
+        let at = At { n_past: start, exact_from: self.exact_from(start, self.n_past()) };
+        let mut converted = 0;
+        while trial.changed.len() < n && converted < STEP_ELEMENTS {
+            let index = trial.order[trial.changed.len()];
+            let (layer, scheduler) = (&setup.layers[index], &mut executor.scheduler);
+            let (is_lazy, format) = trial.change.to(layer);
+            let mut cache = self.layers[index].copy(at, is_lazy, format, layer, scheduler)?;
+            cache.reserve(start..end, layer, scheduler)?;
+            converted += cache.used_rows(start) * layer.row_elements();
+            trial.changed.push(cache);
         }
-        losses.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let order: Vec<usize> = losses.into_iter().map(|(_, layer)| layer).collect();
-        let n_all = order.len();
-        let candidates = Candidates { order: &order, change: Change::Narrow, n_first: n_all, n_all };
-        let (n, kl) = self.largest(&candidates, base, most, setup, executor)?;
-        if n == 0 {
-            return Ok(kl);
+        if trial.changed.len() >= n {
+            let (order, changed) = (&trial.order[..n], &mut trial.changed[..n]);
+            let (rows, _) = self.look(order, changed, &looking.probe, setup, executor)?;
+            trial.search.note(n, base.divergence(&rows));
         }
-        // No rows after the last token are copied, and the mark's are of another format.
+        Ok(Stage::Trying(trial))
+    }
+
+    /// Changes as many of the layers as a step has time for.
+    fn change_some(
+        &mut self,
+        change: Change,
+        mut layers: Vec<usize>,
+        setup: &Setup,
+        executor: &mut Executor,
+    ) -> Result<Stage, Error> {
+        let (at, mut converted) = (self.at(), 0);
+        // The old stores go only when no graph refers to them any more.
+        executor.forget();
+        // The mark knows nothing of the new stores, which have no rows after the last token.
         self.forget_cut_off();
-        executor.forget();
-        for &index in &order[..n] {
-            let setup = &setup.layers[index];
-            let narrow =
-                self.layers[index].copy(self.at(), false, setup.plan.narrow, setup, &mut executor.scheduler)?;
-            self.layers[index] = narrow;
+        while converted < STEP_ELEMENTS
+            && let Some(index) = layers.pop()
+        {
+            let (layer, setup) = (&mut self.layers[index], &setup.layers[index]);
+            match change {
+                Change::Lazy => layer.make_lazy(at, setup, &mut executor.scheduler)?,
+                Change::Narrow => {
+                    *layer = layer.copy(at, false, setup.plan.narrow, setup, &mut executor.scheduler)?;
+                }
+            }
+            converted += layer.used_rows(at.n_past) * setup.row_elements();
         }
         executor.forget();
-        Ok(kl)
+        Ok(Stage::Changing(change, layers))
+    }
+
+    /// Measures what keys lose of as many layers as a step has time for: of those that can have narrow ones.
+    fn measure_some(
+        &self,
+        mut next: usize,
+        mut losses: Vec<(f64, usize)>,
+        setup: &Setup,
+        executor: &mut Executor,
+    ) -> Result<Stage, Error> {
+        let (n_past, mut converted) = (self.n_past(), 0);
+        while next < self.layers.len() && converted < STEP_ELEMENTS {
+            let (layer, setup) = (&self.layers[next], &setup.layers[next]);
+            if let Some(narrow) = setup.plan.narrow.filter(|&narrow| layer.is_active() && layer.format != narrow) {
+                losses.push((key_loss(layer, n_past, narrow, setup, executor)?, next));
+                // There and back.
+                converted += 3 * KEY_ROWS * setup.row_elements();
+            }
+            next += 1;
+        }
+        Ok(Stage::Measuring { next, losses })
     }
 
     /// The layers that may become lazy, the most promising first: in the order of a profile where one is named,
@@ -378,77 +277,42 @@ impl Sequence {
         scores.into_iter().map(|scored| scored.layer).collect()
     }
 
-    /// How many of these layers, the first ones, can change, and the divergence that was measured with them.
-    fn largest(
-        &mut self,
-        candidates: &Candidates<'_>,
-        base: &Base<'_>,
-        most: f64,
-        setup: &Setup,
-        executor: &mut Executor,
-    ) -> Result<(usize, f64), Error> {
-        let Candidates { order, change, .. } = *candidates;
-        let mut search = Search::new(candidates, most);
-        for _ in 0..MOST_SETS {
-            let Some(n) = search.next() else { break };
-            let (rows, _) = self.look(&order[..n], change, base.probe, setup, executor)?;
-            search.note(n, base.divergence(&rows));
-        }
-        Ok(search.can)
-    }
-
-    /// Rows of logits of the probe as they would be with these layers changed; without any, layers' scores as well where
-    /// they are wanted for an order.
+    /// Rows of logits of the probe as they would be with these layers in place of those that they would come from; without
+    /// any, layers' scores as well where they are wanted for an order.
     fn look(
         &mut self,
-        changed: &[usize],
-        change: Change,
+        order: &[usize],
+        changed: &mut [LayerCache],
         probe: &Probe,
         setup: &Setup,
         executor: &mut Executor,
     ) -> Result<(Vec<f32>, Vec<Scored>), Error> {
-        let (start, n) = (probe.start, probe.tokens.len());
-        self.reserve(start..probe.end(), setup, executor)?;
-        let at = At { n_past: start, exact_from: self.exact_from(start, self.n_past()) };
-        let mut others = Vec::new();
-        for &index in changed {
-            let (layer, scheduler) = (&setup.layers[index], &mut executor.scheduler);
-            let (is_lazy, format) = match change {
-                Change::Lazy => (true, None),
-                Change::Narrow => (false, layer.plan.narrow),
-            };
-            let mut cache = self.layers[index].copy(at, is_lazy, format, layer, scheduler)?;
-            cache.reserve(start..start + n, layer, scheduler)?;
-            others.push(cache);
-        }
-        let written = start..probe.end();
-        // Of the others: the candidates' own caches are put aside.
-        let stays = (0..self.layers.len()).filter(|index| !changed.contains(index));
-        let save = |index: usize| (index, self.layers[index].rows(written.clone()), self.layers[index].exact_rows());
-        let saved: Vec<(usize, Vec<u8>, Vec<u8>)> = stays.map(save).collect();
-        let mut exchange = |layers: &mut [LayerCache]| {
-            changed.iter().zip(&mut others).for_each(|(&index, cache)| mem::swap(&mut layers[index], cache));
-        };
+        let written = probe.start..probe.end();
+        self.reserve(written.clone(), setup, executor)?;
         // Both rows of a state are written: what the sequence has is put back afterwards.
         let row = self.place.state_row;
         let now = probe.states.as_ref().map(|_| Snapshot::of(self.n_past(), &self.layers, row, &setup.meter));
+        let mut exchange = |layers: &mut [LayerCache]| {
+            order.iter().zip(&mut *changed).for_each(|(&index, cache)| mem::swap(&mut layers[index], cache));
+        };
         exchange(&mut self.layers);
+        let save = |layer: &LayerCache| (layer.rows(written.clone()), layer.exact_rows());
+        let saved: Vec<(Vec<u8>, Vec<u8>)> = self.layers.iter().map(save).collect();
         if let Some(states) = &probe.states {
             states.put_back(&self.layers, row);
         }
-        let is_scored =
-            changed.is_empty() && setup.order.is_none() && setup.params.lazy.policy.most_foretold().is_some();
-        let n_scored = n - probe.n_last + probe.n_last.min(N_SCORED);
+        let is_scored = order.is_empty() && setup.order.is_none() && setup.params.lazy.policy.most_foretold().is_some();
+        let n_scored = probe.tokens.len() - probe.n_last + probe.n_last.min(N_SCORED);
         let found = self.run_probe(probe, if is_scored { n_scored } else { 0 }, setup, executor);
-        // The graph refers to caches that go.
+        // The graph refers to caches that may go.
         executor.forget();
+        for (layer, (rows, exact)) in self.layers.iter().zip(&saved) {
+            layer.put_rows(written.clone(), rows);
+            layer.put_exact_rows(exact);
+        }
         exchange(&mut self.layers);
         if let Some(states) = now {
             states.put_back(&self.layers, row);
-        }
-        for (index, rows, exact) in &saved {
-            self.layers[*index].put_rows(written.clone(), rows);
-            self.layers[*index].put_exact_rows(exact);
         }
         found
     }
@@ -486,6 +350,46 @@ impl Sequence {
     }
 }
 
+impl Change {
+    /// What a layer is made of: whether it becomes lazy, and its other format.
+    fn to(self, layer: &LayerSetup) -> (bool, Option<Format>) {
+        match self {
+            Change::Lazy => (true, None),
+            Change::Narrow => (false, layer.plan.narrow),
+        }
+    }
+}
+
+/// The stage itself while something is to be done in it, else the next one in which something is. `kl` becomes what was measured
+/// with the layers that change.
+fn next_with_work(kl: &mut f64, mut stage: Stage, setup: &Setup) -> Stage {
+    loop {
+        stage = match stage {
+            Stage::Trying(trial) if trial.search.next().is_none() => {
+                let (n, found) = trial.search.found();
+                if n > 0 {
+                    *kl = found;
+                }
+                let first = trial.order[..n].iter().rev().copied().collect();
+                Stage::Changing(trial.change, first)
+            }
+            Stage::Changing(Change::Lazy, layers) if layers.is_empty() && setup.params.lazy.narrow_keys => {
+                Stage::Measuring { next: 0, losses: Vec::new() }
+            }
+            Stage::Changing(_, layers) if layers.is_empty() => Stage::Done,
+            Stage::Measuring { next, mut losses } if next == setup.layers.len() => {
+                losses.sort_by(|a, b| a.0.total_cmp(&b.0));
+                let order: Vec<usize> = losses.into_iter().map(|(_, layer)| layer).collect();
+                let n = order.len();
+                let most = *kl + setup.params.lazy.policy.most_foretold().unwrap_or(DEFAULT_KL);
+                let search = Search::new(n, n, n, most);
+                Stage::Trying(Trial { change: Change::Narrow, order, search, changed: Vec::new() })
+            }
+            stage => return stage,
+        };
+    }
+}
+
 /// How much of what tells a layer's keys from each other is lost in another format: the keys' mean is in every product
 /// of a query, and changes no weight. Of the first rows.
 fn key_loss(
@@ -520,82 +424,4 @@ fn key_loss(
     };
     let told: f64 = (0..width).map(spread).sum();
     Ok(if told > 0.0 { lost / told } else { f64::INFINITY })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// How many of `n` can go where so many diverge by as much, and which were tried.
-    fn search(n: usize, kl: impl Fn(usize) -> f64, most: f64) -> (usize, Vec<usize>) {
-        let order: Vec<usize> = (0..n).collect();
-        let candidates = Candidates { order: &order, change: Change::Lazy, n_first: n.div_ceil(2), n_all: n };
-        let (mut search, mut all) = (Search::new(&candidates, most), Vec::new());
-        while let Some(next) = search.next().filter(|_| all.len() < MOST_SETS) {
-            search.note(next, kl(next));
-            all.push(next);
-        }
-        (search.can.0, all)
-    }
-
-    #[test]
-    fn a_search_goes_where_the_bound_is() {
-        assert_eq!(search(30, |_| 1e-9, 0.01).0, 30);
-        assert_eq!(search(30, |_| 0.0, 0.01), (29, vec![15, 23, 27, 29]));
-        assert_eq!(search(30, |_| f64::NAN, 0.01).0, 0);
-        assert_eq!(search(1, |_| 1.0, 0.01), (0, vec![1]));
-        for sharp in 1..24 {
-            let (can, tried) = search(24, |n| if n <= sharp { 1e-3 } else { 1e-1 }, 0.01);
-            assert!(can <= sharp && tried.len() <= MOST_SETS, "{sharp}: {can} of {tried:?}");
-            assert!(can > 0 || sharp < 4, "{sharp}: {can} of {tried:?}");
-        }
-        // As the divergence grows on real models: near the bound after four looks.
-        for slope in [3.6, 5.3] {
-            for at in 6..20 {
-                let kl = |n: usize| 0.01 * (slope * (n as f64 - f64::from(at)) / 24.0).exp();
-                let (can, tried) = search(24, kl, 0.01);
-                assert!(can <= at as usize && can + 2 >= at as usize, "{slope}, {at}: {can} of {tried:?}");
-            }
-        }
-    }
-
-    fn lazy() -> LazyParams {
-        LazyParams { n_sink: 4, n_window: 100, ..LazyParams::default() }
-    }
-
-    /// Where a number stands once among words that come again and again, the piece has it, after its first tokens.
-    #[test]
-    fn pieces_have_what_is_told_nowhere_else() {
-        let mut tokens: Vec<Token> = (0..600).map(|at| at % 7).collect();
-        tokens[90..96].copy_from_slice(&[50, 51, 52, 53, 54, 55]);
-        tokens[400..406].copy_from_slice(&[60, 61, 62, 63, 64, 65]);
-        let pieces = telling_pieces(&tokens, &lazy());
-        assert_eq!(pieces.len(), 2);
-        for (piece, told) in pieces.iter().zip([90..96, 400..406]) {
-            assert!(
-                piece.len() == PIECE && piece.start + UNCOUNTED <= told.start && told.end <= piece.end,
-                "{piece:?}"
-            );
-        }
-        // The newest tokens have it as well: there is nothing to be lost.
-        tokens[590..596].copy_from_slice(&[50, 51, 52, 53, 54, 55]);
-        assert_ne!(telling_pieces(&tokens, &lazy())[0], pieces[0]);
-    }
-
-    #[test]
-    fn a_probe_is_the_last_tokens_and_what_is_repeated() {
-        let tokens: Vec<Token> = (0..300).collect();
-        let probe = Probe::new(&tokens, 32, 512, &lazy());
-        assert_eq!((probe.start, probe.n_last, probe.end()), (268, 32, 268 + 32 + 2 * PIECE));
-        assert_eq!(probe.tokens[..32], tokens[268..]);
-        assert_eq!(probe.repeated.len(), 2 * (PIECE - UNCOUNTED - 1));
-        for &at in &probe.repeated {
-            // Followed by what follows it in the text, within what would be dropped.
-            assert_eq!(probe.tokens[at] + 1, probe.tokens[at + 1]);
-            assert!((4..200).contains(&probe.tokens[at]));
-        }
-        // Less room, or too little that would be dropped, leaves pieces out.
-        assert_eq!(Probe::new(&tokens, 32, 32 + PIECE, &lazy()).tokens.len(), 32 + PIECE);
-        assert!(Probe::new(&tokens[..110], 32, 512, &lazy()).repeated.is_empty());
-    }
 }

@@ -165,6 +165,12 @@ impl Inputs {
         self.computed.clear();
     }
 
+    /// Bytes that [`Inputs::fill`] writes.
+    pub fn bytes(&self) -> usize {
+        let read = self.inputs.iter().filter(|(tensor, _)| tensor.is_allocated());
+        read.map(|(tensor, _)| tensor.n_bytes()).sum()
+    }
+
     fn input(&mut self, graph: &Graph, ty: Type, shape: &[usize], fill: Fill) -> Tensor {
         if let Some((tensor, _)) = self.inputs.iter().find(|(_, other)| *other == fill) {
             return tensor.clone();

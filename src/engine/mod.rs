@@ -9,16 +9,20 @@ mod batch;
 mod checkpoint;
 mod error;
 mod executor;
+mod fit;
 mod guard;
 mod inputs;
 mod layer;
+mod looking;
 mod mark;
 mod plan;
 mod positions;
 mod prefill;
+mod probe;
 mod profile;
 mod run;
 mod score;
+mod search;
 mod sequence;
 mod sequences;
 mod session;
@@ -26,17 +30,22 @@ mod setup;
 mod snapshot;
 mod state;
 mod step;
+mod together;
 mod ubatch;
 mod view;
 
 #[cfg(test)]
 mod fork_tests;
 #[cfg(test)]
+mod look_tests;
+#[cfg(test)]
 mod tests;
 
 pub use batch::{BatchEntry, Embeddings, Outputs, SeqId};
 pub use checkpoint::{Checkpoint, Restored};
 pub use error::Error;
+pub use executor::StepReport;
+pub use fit::{Fit, FitTarget, fit};
 pub use layer::{LayerKind, LayerReport};
 pub use plan::{DevicePlan, PlannedCache, plan};
 pub use session::Session;

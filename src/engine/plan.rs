@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::{
     error::Error,
     layer::LayerKind,
+    profile,
     setup::{LayerPlan, SessionParams, Setup, kernel},
 };
 use crate::{
@@ -65,9 +66,12 @@ impl DevicePlan {
 /// What would be on each device, the processor first, if this model were loaded and run so. No weights are read.
 ///
 /// # Errors
-/// When the file's header or one of its tensors is wrong.
+/// When the file's header or one of its tensors is wrong, or a profile is asked for and none is known.
 pub fn plan(path: &Path, model: &ModelParams, session: &SessionParams) -> Result<Vec<DevicePlan>, Error> {
-    let Planned { hparams, placement, weights } = Model::plan(path, model)?;
+    let Planned { hparams, placement, tensors, identity } = Model::plan(path, model)?;
+    let session = &mut session.clone();
+    profile::settle(&mut session.lazy, path, &identity)?;
+    let session = &*session;
     let n_ctx = if session.n_ctx == 0 { hparams.n_ctx_train } else { session.n_ctx };
     let scorable = hparams.n_scorable();
     let share = lazy_share(&session.lazy.policy, scorable);
@@ -90,7 +94,7 @@ pub fn plan(path: &Path, model: &ModelParams, session: &SessionParams) -> Result
             bytes.sum::<f64>().round() as usize
         };
         DevicePlan {
-            weight_bytes: weights.iter().filter(|(on, _)| *on == device).map(|(_, bytes)| bytes).sum(),
+            weight_bytes: tensors.iter().filter(|place| place.device == device).map(|place| place.bytes).sum(),
             output: placement.output() == device,
             kv_bytes: caches.iter().map(|cache| cache.kv_bytes).sum(),
             lazy_kv_bytes: share.map(lazy_bytes),

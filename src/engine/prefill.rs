@@ -80,7 +80,10 @@ pub(super) fn prefill(
     executor.forget();
     done?;
     if entry.prompt_end {
-        sequence.look_before_dropping(setup, executor)?;
+        sequence.begin_look(setup);
+        if !setup.params.look_in_steps {
+            sequence.finish_look(setup, executor)?;
+        }
         let n_rows = executor.logits.len() / setup.model.hparams().n_vocab;
         sequence.set_mark(entry, n_rows, setup, executor);
     }

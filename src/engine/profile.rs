@@ -1,14 +1,15 @@
 //! From the policies that need a model's profile to a fixed set of layers.
 
+use std::path::Path;
+
 use super::error::Error;
 use crate::{
     ggml::logging,
-    lazy::{LazyParams, Policy, Profile, ProfileError},
-    model::Model,
+    lazy::{Identity, LazyParams, Policy, Profile, ProfileError},
 };
 
-/// Replaces `profile` by the layers that it names. The order of a profile that is named, where the rule goes by looks.
-pub(super) fn settle(lazy: &mut LazyParams, model: &Model) -> Result<Option<Vec<usize>>, Error> {
+/// Replaces `profile` by the layers that it names for the model of this file. The order of a profile that is named, where the rule goes by looks.
+pub(super) fn settle(lazy: &mut LazyParams, path: &Path, identity: &Identity) -> Result<Option<Vec<usize>>, Error> {
     let policy = lazy.policy.clone();
     let is_looked_for = match policy {
         Policy::Profile(_) => true,
@@ -19,7 +20,7 @@ pub(super) fn settle(lazy: &mut LazyParams, model: &Model) -> Result<Option<Vec<
         return Ok(None);
     }
     let skipped = &mut |error: ProfileError| logging::warn(&format!("skipped: {error}"));
-    let found = Profile::find(lazy.profile.as_deref(), model.path(), model.identity(), skipped)?;
+    let found = Profile::find(lazy.profile.as_deref(), path, identity, skipped)?;
     let Policy::Profile(target) = policy else {
         return Ok(found.map(|(source, profile)| {
             logging::info(&format!("lazy layers in the order of profile {source}"));
@@ -27,7 +28,7 @@ pub(super) fn settle(lazy: &mut LazyParams, model: &Model) -> Result<Option<Vec<
         }));
     };
     let Some((source, profile)) = found else {
-        return Err(ProfileError::none_known(model.path(), model.identity()).into());
+        return Err(ProfileError::none_known(path, identity).into());
     };
     logging::info(&format!("lazy layers by profile {source}"));
     lazy.policy = Policy::Layers(profile.lazy_layers(target));

@@ -26,6 +26,7 @@ pub(super) fn run(
     progress: &mut dyn FnMut(f32),
 ) -> Result<(), Error> {
     check(setup, sequences, batch)?;
+    batch.iter().try_for_each(|entry| finish_look(setup, executor, sequences, entry.seq))?;
     executor.logits.clear();
     executor.embeddings.clear();
     let n_tokens: usize = batch.iter().map(|entry| entry.tokens.len()).sum();
@@ -66,6 +67,11 @@ pub(super) fn run(
         progress(done as f32 / total);
     }
     Ok(())
+}
+
+/// What is read next is read after the look that is under way, if one is.
+fn finish_look(setup: &Setup, executor: &mut Executor, sequences: &mut Sequences, seq: SeqId) -> Result<(), Error> {
+    sequences.get_mut(seq).map_or(Ok(()), |sequence| sequence.finish_look(setup, executor))
 }
 
 fn check(setup: &Setup, sequences: &Sequences, batch: &[BatchEntry<'_>]) -> Result<(), Error> {
@@ -124,6 +130,7 @@ pub(super) fn run_embeddings(
     if n_past + n > params.n_ctx {
         return Err(Error::ContextFull { needed: n_past + n, n_ctx: params.n_ctx });
     }
+    finish_look(setup, executor, sequences, seq)?;
     executor.logits.clear();
     executor.embeddings.clear();
     executor.scheduler.set_threads(params.n_threads_batch)?;

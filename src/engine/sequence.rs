@@ -7,6 +7,7 @@ use super::{
     error::Error,
     executor::Executor,
     layer::{At, LayerCache, LayerReport, resumable},
+    looking::{Looked, Looking},
     mark::{Mark, Place},
     positions::Positions,
     setup::{BACK, Setup},
@@ -35,15 +36,8 @@ pub(super) struct Sequence {
     pub looked: Option<Looked>,
     /// Recurrent layers' states before the last tokens, which a look before dropping runs again.
     pub anchor: Option<Snapshot>,
-}
-
-/// What a look before dropping found.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Looked {
-    /// Tokens in the sequence then.
-    pub n_past: usize,
-    /// Mean divergence of the last tokens' logits with the layers that became lazy then, in nats.
-    pub kl: f64,
+    /// A look before dropping that is under way.
+    pub looking: Option<Box<Looking>>,
 }
 
 impl Sequence {
@@ -55,7 +49,17 @@ impl Sequence {
     /// A sequence of these tokens, whose rows the layers hold.
     pub fn of(place: Place, tokens: Vec<Token>, layers: Vec<LayerCache>) -> Sequence {
         let positions = Positions::default();
-        Sequence { place, layers, tokens, positions, cut_off: Vec::new(), mark: None, looked: None, anchor: None }
+        Sequence {
+            place,
+            layers,
+            tokens,
+            positions,
+            cut_off: Vec::new(),
+            mark: None,
+            looked: None,
+            anchor: None,
+            looking: None,
+        }
     }
 
     pub fn n_past(&self) -> usize {
@@ -208,6 +212,7 @@ impl Sequence {
     /// lost what they held before that.
     fn cut(&mut self, n: usize, end: usize) {
         self.wrote(end);
+        self.looking.take_if(|_| n < self.place.n_past);
         self.place.n_past = self.place.n_past.min(n);
         let n_past = self.place.n_past;
         self.anchor.take_if(|anchor| anchor.n_past > n_past);
@@ -251,7 +256,7 @@ impl Sequence {
         self.tokens.extend_from_slice(&tail[tail.len() - n_tail.min(tail.len())..]);
         self.tokens.truncate(place.n_past);
         self.place = place;
-        self.anchor = None;
+        (self.anchor, self.looking) = (None, None);
     }
 
     /// Makes the sequence as it was where a state of its first tokens was taken, whose rows the layers have again.
@@ -262,7 +267,7 @@ impl Sequence {
         self.tokens.truncate(place.n_past);
         self.cut_off.clear();
         self.place = place;
-        self.anchor = None;
+        (self.anchor, self.looking) = (None, None);
     }
 
     /// Whether going back and giving the same tokens again needs care: what was computed of them then is not what would be
@@ -320,11 +325,20 @@ impl Sequence {
     pub fn set_mark(&mut self, entry: &BatchEntry<'_>, n_rows: usize, setup: &Setup, executor: &Executor) {
         self.mark = None;
         let has_row = entry.outputs != Outputs::None && !executor.wants_embeddings;
-        if has_row && self.is_inexact() && setup.params.keep_prompt_end {
+        if has_row && setup.params.keep_prompt_end {
             let n_vocab = setup.model.hparams().n_vocab;
             let logits = &executor.logits[(n_rows - 1) * n_vocab..n_rows * n_vocab];
-            self.mark = Some(Mark::new(self.place, &self.tokens, &self.layers, logits, &setup.meter));
+            self.note_prompt_end(logits, setup);
+            if let Some(looking) = &mut self.looking {
+                looking.prompt_end = Some(logits.to_vec());
+            }
         }
+    }
+
+    /// Notes the prompt that has ended here, whose last token has these logits, where [`Sequence::set_mark`] would.
+    pub fn note_prompt_end(&mut self, logits: &[f32], setup: &Setup) {
+        let mark = self.is_inexact().then(|| Mark::new(self.place, &self.tokens, &self.layers, logits, &setup.meter));
+        self.mark = mark;
     }
 }
 

@@ -31,6 +31,11 @@ impl Sequences {
         self.0.values_mut().for_each(Sequence::forget_prompt_end);
     }
 
+    /// What is being looked at was begun with other parameters.
+    pub fn stop_looks(&mut self) {
+        self.0.values_mut().for_each(|sequence| sequence.looking = None);
+    }
+
     /// The layers' caches of a sequence.
     pub fn layers(&self, seq: SeqId) -> &[LayerCache] {
         self.get(seq).map_or(&[], |sequence| &sequence.layers)

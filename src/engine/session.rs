@@ -14,7 +14,7 @@ use super::{
     batch::{BatchEntry, Embeddings, Outputs, SeqId},
     checkpoint::{self, Checkpoint, Restored},
     error::Error,
-    executor::Executor,
+    executor::{Executor, StepReport},
     layer::LayerReport,
     plan,
     run::{run, run_embeddings},
@@ -193,6 +193,7 @@ impl Session {
         let params = SessionParams { adapters, ..self.setup.params.clone() };
         self.setup = Setup::new(&self.setup.model, params, self.setup.meter.clone())?;
         self.sequences.forget_prompt_ends();
+        self.sequences.stop_looks();
         self.executor.forget();
         Ok(())
     }
@@ -220,6 +221,11 @@ impl Session {
     #[doc(hidden)]
     pub fn compute_bytes(&self) -> usize {
         self.executor.scheduler.buffer_bytes()
+    }
+
+    /// What the last decode step was made of; `None` where none can run again. For measuring.
+    pub fn step_report(&self) -> Option<StepReport> {
+        self.executor.report()
     }
 
     /// Gives freed memory back to the system.
@@ -264,6 +270,34 @@ impl Session {
         Ok(Some(sequence.layers.iter().filter(|layer| layer.lazy).count()))
     }
 
+    /// Whether a look before dropping is under way in a sequence: [`Session::look_step`] is to follow
+    /// ([`SessionParams::look_in_steps`]). The look is given up when the sequence is cut, or the parameters change, and copies
+    /// and states are not looked at: what became lazy stays so then, and the next prompt's end is looked at. Tokens that are
+    /// appended to the sequence wait for the rest of it.
+    pub fn is_looking(&self, seq: SeqId) -> bool {
+        self.sequences.get(seq).is_some_and(|sequence| sequence.looking.is_some())
+    }
+
+    /// Does a step of the look before dropping in a sequence, which takes about as long as a short piece of a prompt. False when
+    /// there is none, or it was the last one. Other sequences can be run between the steps: what comes of them all is what
+    /// would come of them in one piece.
+    ///
+    /// # Errors
+    /// When memory runs out, or the call is interrupted. The look is over then; what became lazy stays so.
+    pub fn look_step(&mut self, seq: SeqId) -> Result<bool, Error> {
+        match self.sequences.get_mut(seq) {
+            Some(sequence) => sequence.look_step(&self.setup, &mut self.executor),
+            None => Ok(false),
+        }
+    }
+
+    /// Gives up the look before dropping in a sequence, if one is under way.
+    pub fn stop_look(&mut self, seq: SeqId) {
+        if let Some(sequence) = self.sequences.get_mut(seq) {
+            sequence.looking = None;
+        }
+    }
+
     /// How far the logits moved when a sequence was last looked at before layers became lazy ([`Policy::Kl`]), with the
     /// layers that then did: a divergence in nats. `None` where it was not looked at.
     #[doc(hidden)]
@@ -284,6 +318,7 @@ impl Session {
     pub fn set_lazy(&mut self, lazy: LazyParams) -> Result<(), Error> {
         let params = SessionParams { lazy, ..self.setup.params.clone() };
         self.setup = Setup::new(&self.setup.model, params, self.setup.meter.clone())?;
+        self.sequences.stop_looks();
         self.executor.forget();
         Ok(())
     }
@@ -369,7 +404,7 @@ impl Session {
     }
 
     /// Keeps the first `n` tokens of sequence 0. False, with nothing changed, when a layer has dropped tokens that they
-    /// need: what a lazy layer dropped cannot come back. [`LazyParams::n_slack`] tokens can always be taken back, and a
+    /// need: what a lazy layer dropped cannot come back. [`LazyParams::n_slack`] tokens (on devices a tenth less at the worst) can always be taken back, and a
     /// whole answer: what begins at the end of the last prompt, or at a checkpoint ([`SequenceView::restore`](super::SequenceView::restore)).
     /// Of a model with recurrent layers nothing else can be: what has gone into a state cannot be taken out of it.
     pub fn truncate(&mut self, n: usize) -> bool {

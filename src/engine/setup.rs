@@ -55,6 +55,9 @@ pub struct SessionParams {
     /// Compute attention, and products of quantised weights, with this crate's own kernels, which are
     /// faster. Off (or without flash attention): with ggml's, whose logits are llama.cpp's bit for bit.
     pub fused_attention: bool,
+    /// Let devices compute products of many tokens with weights that the processor has: the weights are sent there for it. Which
+    /// devices want to, and from how many tokens on (32), is ggml's to say; those behind RPC never do.
+    pub op_offload: bool,
     /// When keys and values are rotated.
     pub kv_rotate: KvRotate,
     /// Newest tokens that are kept in f16 as well, with the sink, beside each quantised store: most of what four bits
@@ -71,6 +74,9 @@ pub struct SessionParams {
     pub layer_major: bool,
     /// Which layers become lazy.
     pub lazy: LazyParams,
+    /// Leave what is looked at before layers become lazy ([`Policy::Kl`], [`Policy::Auto`], [`LazyParams::narrow_keys`]) to
+    /// [`Session::look_step`](super::Session::look_step), so that other sequences can go on meanwhile. Off: it is part of reading the prompt.
+    pub look_in_steps: bool,
     /// LoRA adapters of the model, each with what it is multiplied by; [`MAX_ADAPTERS`] at most. Each adds to what the ones
     /// before it gave.
     pub adapters: Vec<(LoraAdapter, f32)>,
@@ -91,12 +97,14 @@ impl Default for SessionParams {
             type_v: Type::F16,
             flash_attn: true,
             fused_attention: true,
+            op_offload: true,
             kv_rotate: KvRotate::default(),
             kv_exact: 32,
             keep_prompt_end: true,
             split_prompts: false,
             layer_major: true,
             lazy: LazyParams::default(),
+            look_in_steps: false,
             adapters: Vec::new(),
             abort: None,
         }
@@ -166,12 +174,15 @@ impl LayerPlan {
             chunked: false,
         };
         let (chunked, rows) = (hparams.chunked, rows(hparams, index));
+        // ggml's flash attention for CUDA takes a slower way where rows are no multiple of 256.
+        let ring_block = if kernel == Kernel::Flash && apart.is_some() { ROWS_STEP } else { 1 };
+        let in_blocks = |span: Span| whole_blocks(span, ring_block);
         // Positions are in the same row of a tile then, wherever they are kept.
         let slack = |n_window: usize| match has_tiles {
             true => (n_window + lazy.n_slack).next_multiple_of(TILE) - n_window,
             false => lazy.n_slack,
         };
-        let by_design = |n_window| Span { n_sink: 0, n_window, n_slack: slack(n_window), chunked };
+        let by_design = |n_window| in_blocks(Span { n_sink: 0, n_window, n_slack: slack(n_window), chunked });
         LayerPlan {
             device,
             apart,
@@ -184,18 +195,17 @@ impl LayerPlan {
             lazy: lazily,
             narrow: narrow_format(params, rows).filter(|_| hparams.can_be_lazy(index)),
             by_design: hparams.windows[index].filter(|_| hparams.has_store(index)).map(by_design),
-            lazy_span: Span {
+            lazy_span: in_blocks(Span {
                 n_window: lazy.window(index),
                 n_sink: lazy.n_sink,
                 n_slack: slack(lazy.window(index)),
                 chunked: false,
-            },
+            }),
             exact_span: (kernel == Kernel::Fused && exact_span.n_window > 0).then_some(exact_span),
             // ggml's kernels divide their work by the number of rows, and llama.cpp gives them a multiple of 256.
             block: if kernel == Kernel::Fused { ATTENTION_BLOCK } else { ROWS_STEP },
             grain: (kernel == Kernel::Fused).then_some(ATTENTION_BLOCK),
-            // ggml's flash attention for CUDA takes a slower way where rows are no multiple of 256.
-            ring_block: if kernel == Kernel::Flash && apart.is_some() { ROWS_STEP } else { 1 },
+            ring_block,
         }
     }
 
@@ -208,6 +218,13 @@ impl LayerPlan {
     pub fn exact_span_for(&self, format: Format) -> Option<Span> {
         self.exact_span.filter(|_| format.k.is_quantized() || format.v.is_quantized())
     }
+}
+
+/// A span whose rows do not begin another block for the sake of a few of its slack, of which it gives up a tenth at most: all rows
+/// of a block are read.
+fn whole_blocks(span: Span, block: usize) -> Span {
+    let over = span.n_rows() % block;
+    if over <= span.n_slack / 10 { Span { n_slack: span.n_slack - over, ..span } } else { span }
 }
 
 /// A layer's plan, and what its stores are made with.
@@ -223,6 +240,11 @@ pub(super) struct LayerSetup {
 }
 
 impl LayerSetup {
+    /// Elements of keys and values of a token.
+    pub fn row_elements(&self) -> usize {
+        self.plan.rows.key_width() + self.plan.rows.value_width()
+    }
+
     /// A store of at least `n_rows` rows on the layer's device.
     pub fn make(&self, n_rows: usize, span: Option<Span>, format: Format) -> Result<Store, ggml::Error> {
         self.make_rest(0, n_rows, span, format)
@@ -301,7 +323,7 @@ impl Setup {
         if params.n_threads_batch == 0 {
             params.n_threads_batch = params.n_threads;
         }
-        let order = profile::settle(&mut params.lazy, model)?;
+        let order = profile::settle(&mut params.lazy, model.path(), model.identity())?;
         check(&params, hparams)?;
         let adapted = Arc::new(adapted(model, &params.adapters)?);
         let mut setup = Setup {
@@ -425,6 +447,9 @@ impl Setup {
         let mut graph = Graph::new(max_nodes);
         graph.use_own_kernels(self.params.flash_attn && self.params.fused_attention);
         graph.use_adapted(Arc::clone(&self.adapted));
+        if self.params.op_offload {
+            graph.use_offload(self.model.devices());
+        }
         graph
     }
 }
@@ -584,4 +609,20 @@ fn check(params: &SessionParams, hparams: &Hparams) -> Result<(), Error> {
         return Err(Error::FlashAttention);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rings_are_whole_blocks_where_little_is_lost() {
+        let slack = |n_sink, n_window, n_slack, block| {
+            whole_blocks(Span { n_sink, n_window, n_slack, chunked: false }, block).n_slack
+        };
+        assert_eq!((slack(4, 1024, 256, 256), slack(4, 1020, 256, 256), slack(0, 1024, 256, 256)), (252, 256, 256));
+        // Too much would be lost, there is nothing to lose, or rows are not in blocks.
+        assert_eq!((slack(4, 64, 128, 256), slack(4, 1024, 0, 256), slack(4, 1024, 256, 1)), (128, 0, 256));
+        assert_eq!((slack(30, 1024, 256, 256), slack(25, 1024, 256, 256)), (256, 231));
+    }
 }

@@ -19,6 +19,7 @@ use super::{
     batch::NO_TOKEN,
     error::Error,
     layer::{Exact, LayerCache, whole},
+    looking::Looked,
     mark::Place,
     positions::{PLACED_BYTES, Positions},
     sequence::Sequence,
@@ -32,7 +33,10 @@ use crate::{
 };
 
 const MAGIC: [u8; 8] = *b"SIMLAYER";
-const VERSION: u32 = 3;
+const VERSION: u32 = 5;
+/// Older states that are read: of these the first say nothing of looks, and neither have tiles.
+const WITHOUT_LOOKS: u32 = 3;
+const WITHOUT_TILES: u32 = 4;
 /// Magic, version, length.
 pub(super) const HEADER_BYTES: usize = 8 + 4 + 8;
 pub(super) const CHECKSUM_BYTES: usize = 8;
@@ -43,7 +47,7 @@ pub(super) const CHECKSUM_BYTES: usize = 8;
 pub enum StateError {
     #[error("the state is damaged: {0}; save it again")]
     Damaged(&'static str),
-    #[error("the state is of version {0}, this library reads version {VERSION}: save it again")]
+    #[error("the state is of version {0}, this library reads {WITHOUT_LOOKS} to {VERSION}: save it again")]
     Version(u32),
     #[error("the state does not fit here: {0}")]
     Mismatch(String),
@@ -124,6 +128,11 @@ impl<'a> Reader<'a> {
     fn size(&mut self) -> Result<usize, StateError> {
         let value = u64::from_le_bytes(self.array()?);
         usize::try_from(value).map_err(|_| StateError::Damaged("a number is too large"))
+    }
+
+    fn looked(&mut self) -> Result<Option<Looked>, StateError> {
+        let (n_past, kl) = (self.size()?, f64::from_bits(u64::from_le_bytes(self.array()?)));
+        Ok((n_past > 0).then_some(Looked { n_past, kl }))
     }
 }
 
@@ -223,6 +232,9 @@ pub(super) struct State<'a> {
     pub place: Place,
     pub tokens: Vec<Token>,
     pub positions: Positions,
+    /// The last look before dropping.
+    looked: Option<Looked>,
+    version: u32,
     /// The layers.
     rest: Reader<'a>,
     pub length: usize,
@@ -237,10 +249,12 @@ pub(super) struct LayerRows<'a> {
     pub state: &'a [u8],
 }
 
+const LOOKED_BYTES: usize = 8 + 8;
+
 /// Bytes of a state of a sequence, or of none.
 pub(super) fn bytes(hparams: &Hparams, sequence: Option<&Sequence>, kind: Kind) -> usize {
     let sizes = 1 + FINGERPRINT_BYTES + 4 + hparams.architecture.len() + 4 * 4;
-    let mut bytes = HEADER_BYTES + sizes + 8 + 8 + 1 + 8 + 8 + CHECKSUM_BYTES;
+    let mut bytes = HEADER_BYTES + sizes + 8 + 8 + 1 + 8 + 8 + LOOKED_BYTES + CHECKSUM_BYTES;
     if let Some(sequence) = sequence {
         let layer = |(index, layer): (usize, &LayerCache)| {
             let shape = rows(hparams, index);
@@ -278,6 +292,10 @@ pub(super) fn save(setup: &Setup, sequence: Option<&Sequence>, kind: Kind, to: &
     to.u8(u8::from(score_next))?;
     to.u64(n_scored)?;
     to.u64(scored_at)?;
+    let looked = sequence.and_then(|sequence| sequence.looked);
+    let Looked { n_past: looked_at, kl } = looked.unwrap_or(Looked { n_past: 0, kl: 0.0 });
+    to.u64(looked_at)?;
+    to.bytes(&kl.to_bits().to_le_bytes())?;
     let tokens = sequence.map_or(&[][..], |sequence| &sequence.tokens);
     to.bytes(&tokens.iter().flat_map(|token| token.to_le_bytes()).collect::<Vec<u8>>())?;
     if let Some(sequence) = sequence {
@@ -308,7 +326,7 @@ pub(super) fn length(from: &[u8]) -> Result<usize, StateError> {
         return Err(StateError::Damaged("it does not begin as a state of simlayer does"));
     }
     match reader.u32()? {
-        VERSION => {}
+        WITHOUT_LOOKS..=VERSION => {}
         other => return Err(StateError::Version(other)),
     }
     let length = reader.size()?;
@@ -332,7 +350,7 @@ pub(super) fn read(setup: &Setup, from: &[u8]) -> Result<(Option<Sequence>, usiz
     let layer = |(index, rows)| layer_of(rows, index, state.place.n_past, setup);
     let layers = rows.iter().enumerate().map(layer).collect::<Result<_, _>>()?;
     let mut sequence = Sequence::of(state.place, state.tokens, layers);
-    sequence.positions = state.positions;
+    (sequence.positions, sequence.looked) = (state.positions, state.looked);
     Ok((Some(sequence), length))
 }
 
@@ -371,6 +389,7 @@ impl<'a> State<'a> {
         if hash.digest().to_le_bytes() != checksum {
             return Err(StateError::Damaged("its checksum is wrong"));
         }
+        let version = u32::from_le_bytes(Reader { rest: &checked[MAGIC.len()..] }.array()?);
         let mut reader = Reader { rest: &checked[HEADER_BYTES..] };
         let kind = if reader.flag()? { Kind::Partial } else { Kind::Whole };
         let fingerprint: [u8; FINGERPRINT_BYTES] = reader.array()?;
@@ -402,6 +421,7 @@ impl<'a> State<'a> {
         let exact_from = reader.size()?.min(n_past);
         let score_next = reader.flag()?;
         let scored = (reader.size()?.min(setup.params.n_ctx), reader.size()?.min(n_past));
+        let looked = if version == WITHOUT_LOOKS { None } else { reader.looked()? };
         let bytes = reader.bytes(n_past * size_of::<Token>())?;
         let tokens: Vec<Token> =
             bytes.chunks_exact(4).map(|bytes| bytes.try_into().map_or(-1, Token::from_le_bytes)).collect();
@@ -414,13 +434,16 @@ impl<'a> State<'a> {
         let bytes = reader.bytes(if has_positions { n_past * PLACED_BYTES } else { 0 })?;
         let positions = Positions::from_bytes(bytes).ok_or(StateError::Damaged("positions go back"))?;
         let place = Place { n_past, exact_from, scored, score_next, state_row: 0 };
-        Ok(State { kind, place, tokens, positions, rest: reader, length })
+        Ok(State { kind, place, tokens, positions, looked, version, rest: reader, length })
     }
 
     fn layer(&mut self, setup: &Setup, index: usize) -> Result<LayerRows<'a>, StateError> {
         let (kind, n_past, reader) = (self.kind, self.place.n_past, &mut self.rest);
         let (hparams, plan) = (setup.model.hparams(), &setup.layers[index].plan);
         let mut header = LayerHeader::read(reader)?;
+        if self.version <= WITHOUT_TILES && header.format.has_tiles() {
+            return Err(StateError::Damaged("a layer has tiles, which states of its version have not"));
+        }
         if !header.lazy {
             header.span = header.span.map(|span| Span { chunked: hparams.chunked, ..span });
         }

@@ -130,7 +130,10 @@ fn advance(
         sequence.decide_all(if decides { &scores } else { &[] }, setup, executor)?;
     }
     if entry.prompt_end {
-        sequence.look_before_dropping(setup, executor)?;
+        sequence.begin_look(setup);
+        if !setup.params.look_in_steps {
+            sequence.finish_look(setup, executor)?;
+        }
     }
     Ok(())
 }

@@ -28,6 +28,8 @@ pub struct Graph {
     /// Intermediate results of fused attention.
     partials: Arc<Partials>,
     own_kernels: bool,
+    /// Devices that may compute products of weights that the processor has.
+    offload: Vec<Device>,
     adapted: Arc<Adapted>,
     /// Inputs of several products, as our kernels take them.
     quantized: RefCell<HashMap<(*mut sys::ggml_tensor, Scheme), Tensor>>,
@@ -111,6 +113,7 @@ impl Graph {
             max_nodes,
             partials: Arc::default(),
             own_kernels: false,
+            offload: Vec::new(),
             adapted: Arc::default(),
             quantized: RefCell::default(),
             placed: RefCell::default(),
@@ -134,6 +137,12 @@ impl Graph {
     /// Off at first.
     pub fn use_own_kernels(&mut self, on: bool) {
         self.own_kernels = on;
+    }
+
+    /// Lets the first of these devices that wants to compute products of weights which the processor has, in the file's layout:
+    /// for many tokens, for which it is worth while to send it the weights. None at first.
+    pub fn use_offload(&mut self, devices: Vec<Device>) {
+        self.offload = devices;
     }
 
     /// Has products of these weights come with what is added to them. Nothing at first.
@@ -175,6 +184,14 @@ impl Graph {
     pub fn n_nodes(&self) -> usize {
         // SAFETY: a query on a live graph.
         usize::try_from(unsafe { sys::ggml_graph_n_nodes(self.raw()) }).unwrap_or(0)
+    }
+
+    /// Nodes that compute something: no views of others, and none without elements.
+    pub fn n_operations(&self) -> usize {
+        const VIEWS: [sys::ggml_op; 5] =
+            [sys::GGML_OP_NONE, sys::GGML_OP_RESHAPE, sys::GGML_OP_VIEW, sys::GGML_OP_PERMUTE, sys::GGML_OP_TRANSPOSE];
+        // SAFETY: the graph keeps its nodes alive.
+        self.nodes().filter(|&node| unsafe { !VIEWS.contains(&(*node).op) && !(*node).ne.contains(&0) }).count()
     }
 
     /// The nodes in their order.
@@ -385,7 +402,21 @@ impl Graph {
         self.with_low_rank(weight, product, |LowRank { a, b, .. }| self.plain_mul_mat(b, &self.plain_mul_mat(a, input)))
     }
 
+    /// ggml's product with a weight of the processor's, where a device takes it over.
+    fn offloaded(&self, weight: &Tensor, product: impl FnOnce() -> Tensor) -> Option<Tensor> {
+        if self.offload.is_empty() || !weight.is_host() {
+            return None;
+        }
+        let product = product();
+        let device = self.offload.iter().copied().find(|device| device.takes_over(&product))?;
+        self.place(&product, device);
+        Some(product)
+    }
+
     fn plain_mul_mat(&self, weight: &Tensor, input: &Tensor) -> Tensor {
+        if let Some(product) = self.offloaded(weight, || self.ggml_mul_mat(weight, input)) {
+            return product;
+        }
         match self.own_kernels.then(|| Kernel::of_matrix(weight, input, Features::detect())).flatten() {
             Some(kernel) => self.mul_mat_with(weight, input, kernel),
             None => self.ggml_mul_mat(weight, input),
@@ -454,9 +485,13 @@ impl Graph {
     }
 
     fn plain_mul_mat_id(&self, experts: &Tensor, input: &Tensor, ids: &Tensor) -> Tensor {
+        let ggmls = || node!(self, [experts, input, ids], ggml_mul_mat_id(experts.raw(), input.raw(), ids.raw()));
+        if let Some(product) = self.offloaded(experts, ggmls) {
+            return product;
+        }
         match self.own_kernels.then(|| Kernel::of_experts(experts, input, ids, Features::detect())).flatten() {
             Some(kernel) => self.mul_mat_id_with(experts, input, ids, kernel),
-            None => node!(self, [experts, input, ids], ggml_mul_mat_id(experts.raw(), input.raw(), ids.raw())),
+            None => ggmls(),
         }
     }
 

@@ -353,6 +353,8 @@ pub enum SamplerKind {
     Dist { seed: u32 },
     Mirostat { seed: u32, tau: f32, eta: f32 },
     MirostatV2 { seed: u32, tau: f32, eta: f32 },
+    Infill,
+    AdaptiveP { target: f32, decay: f32, seed: u32 },
 }
 
 /// Tokens to choose from, with their logits.
@@ -483,7 +485,7 @@ impl RawSampler {
         let n_vocab = to_i32(vocab.n_tokens(), "the vocabulary")?;
         let mut message = String::new();
         // SAFETY: each call gets plain values, or arrays of the given length that it copies; the sampler it makes is
-        // new. Only DRY reads the vocabulary, during the call.
+        // new. DRY reads the vocabulary during the call, infill as long as it lives, which is no longer than the wrapper's.
         let ptr = unsafe {
             match kind {
                 SamplerKind::LogitBias(biases) => {
@@ -534,6 +536,10 @@ impl RawSampler {
                     sys::llama_sampler_init_mirostat(n_vocab, seed, tau, eta, 100)
                 }
                 &SamplerKind::MirostatV2 { seed, tau, eta } => sys::llama_sampler_init_mirostat_v2(seed, tau, eta),
+                SamplerKind::Infill => sys::llama_sampler_init_infill(vocab.as_ptr()),
+                &SamplerKind::AdaptiveP { target, decay, seed } => {
+                    sys::llama_sampler_init_adaptive_p(target, decay, seed)
+                }
             }
         };
         // SAFETY: as said above.

@@ -29,6 +29,8 @@ mod low_rank;
 mod memory;
 mod mmap;
 mod mul_mat;
+mod numa;
+mod pattern;
 mod processor;
 #[cfg(feature = "rpc")]
 pub mod rpc;
@@ -39,6 +41,7 @@ mod types;
 
 pub use device::{Device, DeviceKind};
 pub use error::Error;
+pub use numa::{Numa, spread_threads};
 pub use types::Type;
 
 // Public elsewhere in the crate.
@@ -74,4 +77,5 @@ pub(crate) use llama::{Candidates, RawSampler, SamplerKind, builtin_chat_templat
 pub(crate) use memory::{map_large_blocks, release_free_memory};
 pub(crate) use mmap::{map_file, release_pages};
 pub(crate) use mul_mat::multiplies_as_stored;
+pub(crate) use pattern::Pattern;
 pub(crate) use tiles::{Due, Packing, Source, TILE};

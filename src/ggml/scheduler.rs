@@ -93,14 +93,16 @@ impl Drop for ThreadPool {
 impl Scheduler {
     /// Starts the devices; the processor is added at the end when it is not among them. `max_nodes` bounds the graphs.
     pub fn new(devices: &[Device], threads: usize, max_nodes: usize) -> Result<Scheduler, Error> {
-        Scheduler::with_abort_flag(devices, threads, max_nodes, Arc::default())
+        Scheduler::with_abort_flag(devices, threads, max_nodes, true, Arc::default())
     }
 
-    /// As [`Scheduler::new`], with a flag that ends computations: see [`Scheduler::abort_flag`].
+    /// As [`Scheduler::new`], with a flag that ends computations: see [`Scheduler::abort_flag`]. `offload`: devices that want to
+    /// may compute what reads the processor's weights.
     pub fn with_abort_flag(
         devices: &[Device],
         threads: usize,
         max_nodes: usize,
+        offload: bool,
         flag: Arc<AtomicBool>,
     ) -> Result<Scheduler, Error> {
         let mut devices = devices.to_vec();
@@ -136,7 +138,7 @@ impl Scheduler {
                 handles.len() as i32,
                 max_nodes,
                 false,
-                true,
+                offload,
             )
         };
         let raw = NonNull::new(raw).ok_or_else(|| Error::Device("scheduler".into()))?;
@@ -343,6 +345,12 @@ impl Scheduler {
             done
         };
         done.map(|()| timer.total)
+    }
+
+    /// Parts that the current graph is split into, each of which one device computes.
+    pub fn n_splits(&self) -> usize {
+        // SAFETY: a live scheduler.
+        usize::try_from(unsafe { sys::ggml_backend_sched_get_n_splits(self.raw.as_ptr()) }).unwrap_or(0)
     }
 
     /// Bytes that intermediate results take on all devices.

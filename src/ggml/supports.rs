@@ -2,7 +2,7 @@
 
 use ggml_sys as sys;
 
-use super::{BufferType, Context, Device, Type};
+use super::{BufferType, Context, Device, Tensor, Type};
 
 impl Device {
     /// Whether `weight × activations` can run here when a weight of this type and shape lies in `memory`. With a third
@@ -35,6 +35,17 @@ impl Device {
             supported
         }
     }
+
+    /// Whether this device wants to compute a product whose weight is the processor's, which is then sent there: for many
+    /// tokens (`op_offload`).
+    pub(super) fn takes_over(self, product: &Tensor) -> bool {
+        // SAFETY: live handles; the node is asked about and not changed.
+        unsafe {
+            sys::ggml_backend_dev_offload_op(self.raw(), product.raw())
+                && sys::ggml_backend_dev_supports_op(self.raw(), product.raw())
+        }
+    }
+
     /// Whether ggml's flash attention can run here over caches of these types.
     ///
     /// `sizes` are elements of a key and of a value, `heads` heads of queries and of keys.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::{ggml, gguf, vocab::VocabError};
 
-/// What can go wrong while a model is loaded. Every message names the file.
+/// What can go wrong while a model is loaded. Every message names the file, or the parameter.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -27,6 +27,8 @@ pub enum Error {
     Vocab { path: PathBuf, source: VocabError },
     #[error("{path}: loading was cancelled")]
     Cancelled { path: PathBuf },
+    #[error("tensor override {0}")]
+    TensorOverride(String),
     #[error("{path}: {source}")]
     Ggml { path: PathBuf, source: ggml::Error },
 }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    Architecture, Error, Hparams, ModelParams, Placement,
+    Architecture, Error, Hparams, ModelParams, Placement, TensorPlace,
     hparams::Keys,
     identity::{self, FINGERPRINT_BYTES},
     parts::{Builder, Decoder},
@@ -20,6 +20,7 @@ use crate::{
     ggml::{self, Device, Tensor},
     gguf::{self, Gguf, Value},
     lazy::Identity,
+    sampling::SamplerParams,
     vocab::Vocab,
 };
 
@@ -41,9 +42,11 @@ struct Inner {
     chat_template: Result<Option<String>, String>,
     weights: HashMap<String, Tensor>,
     weight_bytes: usize,
+    tensors: Vec<TensorPlace>,
     placement: Placement,
     fingerprint: [u8; FINGERPRINT_BYTES],
     identity: Identity,
+    sampler_params: SamplerParams,
 }
 
 impl Model {
@@ -61,6 +64,7 @@ impl Model {
         let file = open(path, params)?;
         let (architecture, Builder { hparams, loader, .. }, placement) = build(&file, path, params)?;
         let architecture = Box::new(architecture);
+        let tensors = loader.places();
         let (weights, weight_bytes) = loader.finish(params.progress.as_ref())?;
         let vocab = Vocab::load_checked(path, &params.overrides)
             .map_err(|source| Error::Vocab { path: path.to_owned(), source })?;
@@ -91,8 +95,10 @@ impl Model {
             vocab,
             name,
             chat_template,
+            sampler_params: SamplerParams::recommended(&file),
             weights,
             weight_bytes,
+            tensors,
             placement,
             fingerprint,
             identity,
@@ -100,12 +106,22 @@ impl Model {
         Ok(Model { inner: Arc::new(inner) })
     }
 
+    /// Where each tensor of a model would be if it was loaded so, in the file's order. No weights are read.
+    ///
+    /// # Errors
+    /// When the file's header or one of its tensors is wrong.
+    pub fn tensors_of(path: impl AsRef<Path>, params: &ModelParams) -> Result<Vec<TensorPlace>, Error> {
+        Model::plan(path.as_ref(), params).map(|planned| planned.tensors)
+    }
+
     /// Where a model would be, from the file's header.
     pub(crate) fn plan(path: &Path, params: &ModelParams) -> Result<Planned, Error> {
         let file = open(path, params)?;
         let (_, Builder { hparams, loader, .. }, placement) = build(&file, path, params)?;
-        let weights = loader.device_bytes();
-        Ok(Planned { hparams, placement, weights })
+        let tensors = loader.places();
+        let name = file.text("general.name")?;
+        let identity = identity::identity(&file, &hparams, name.as_deref());
+        Ok(Planned { hparams, placement, tensors, identity })
     }
 
     /// The file that was loaded.
@@ -140,9 +156,19 @@ impl Model {
         }
     }
 
+    /// llama-cli's settings, with what the file recommends in their place (`general.sampling.…`).
+    pub fn sampler_params(&self) -> &SamplerParams {
+        &self.inner.sampler_params
+    }
+
     /// Bytes of all weights.
     pub fn weight_bytes(&self) -> usize {
         self.inner.weight_bytes
+    }
+
+    /// Where each tensor is, in the file's order.
+    pub fn tensors(&self) -> &[TensorPlace] {
+        &self.inner.tensors
     }
 
     /// The weight of this name that layers multiply with, or the embedding table.
@@ -193,8 +219,9 @@ impl Model {
 pub(crate) struct Planned {
     pub hparams: Hparams,
     pub placement: Placement,
-    /// Bytes of weights on devices; one may be named more than once.
-    pub weights: Vec<(Device, usize)>,
+    /// Where each tensor would be.
+    pub tensors: Vec<TensorPlace>,
+    pub identity: Identity,
 }
 
 fn open(path: &Path, params: &ModelParams) -> Result<Gguf, Error> {
@@ -212,7 +239,7 @@ fn build<'a>(file: &'a Gguf, path: &Path, params: &ModelParams) -> Result<(Decod
     let keys = Keys { file, architecture };
     let hparams = Hparams::read(&keys)?;
     gguf::check_vocab(file)?;
-    let placement = Placement::new(hparams.n_layer, params);
+    let placement = Placement::new(hparams.n_layer, params).map_err(Error::TensorOverride)?;
     let loader = Loader::new(file, params, placement.clone());
     let mut builder = Builder { keys, hparams, loader };
     let decoder = build(&mut builder)?;

@@ -80,9 +80,10 @@ pub(crate) use identity::FINGERPRINT_BYTES;
 pub use loaded::Model;
 pub(crate) use loaded::Planned;
 pub use lora::LoraAdapter;
-pub use params::{ModelParams, Progress};
+pub use params::{ModelParams, Progress, TensorOverride};
 pub(crate) use placement::Placement;
 pub use registry::check_architecture;
+pub use weights::TensorPlace;
 
 #[doc(inline)]
 pub use crate::ggml::{Rope, RopeKind};

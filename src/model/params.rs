@@ -23,6 +23,8 @@ pub struct ModelParams {
     pub gpu_layers: Option<usize>,
     /// How the layers are shared out over the devices, in proportions. Empty, or all zero: by their free memory.
     pub tensor_split: Vec<f32>,
+    /// Tensors that are elsewhere than their layer: a tensor is where the first of these says whose pattern its name matches.
+    pub tensor_overrides: Vec<TensorOverride>,
 }
 
 impl Default for ModelParams {
@@ -35,8 +37,45 @@ impl Default for ModelParams {
             devices: None,
             gpu_layers: None,
             tensor_split: Vec::new(),
+            tensor_overrides: Vec::new(),
         }
     }
+}
+
+/// Where tensors of certain names are: llama.cpp's `--override-tensor`.
+///
+/// Weights are multiplied where they are, and activations go there and back. Tables of embeddings stay with the processor
+/// whatever is said of them, and caches are with their layers ([`ModelParams::gpu_layers`]).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorOverride {
+    /// A regular expression of C++'s library (ECMAScript), which is searched for in the name.
+    pub pattern: String,
+    pub device: Device,
+}
+
+impl TensorOverride {
+    /// All experts with the processor: llama.cpp's `--cpu-moe`.
+    pub fn experts() -> TensorOverride {
+        TensorOverride { pattern: EXPERTS.to_owned(), device: Device::cpu() }
+    }
+
+    /// The experts of the first `n` layers with the processor: llama.cpp's `--n-cpu-moe`.
+    pub fn experts_of_first(n: usize) -> Vec<TensorOverride> {
+        of_first(n, EXPERTS)
+    }
+
+    /// The feed-forward matrices of the first `n` layers that have no experts with the processor: llama.cpp's `--n-cpu-ffn`.
+    pub fn feed_forward_of_first(n: usize) -> Vec<TensorOverride> {
+        of_first(n, FEED_FORWARD)
+    }
+}
+
+const EXPERTS: &str = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps";
+const FEED_FORWARD: &str = r"\.ffn_(up|down|gate)\.";
+
+fn of_first(n: usize, what: &str) -> Vec<TensorOverride> {
+    let layer = |i| TensorOverride { pattern: format!(r"blk\.{i}{what}"), device: Device::cpu() };
+    (0..n).map(layer).collect()
 }
 
 /// A function that is told the share of the weights that is loaded, from 0 to 1, and answers whether to go on.

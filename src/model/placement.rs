@@ -1,18 +1,31 @@
 //! Which layer is on which device.
 
+use std::sync::Arc;
+
 use super::ModelParams;
-use crate::ggml::{Device, DeviceKind};
+use crate::ggml::{Device, DeviceKind, Pattern};
 
 /// The devices of a model's layers. As in llama.cpp the last layers go to devices first, one after the other, and the
 /// output counts as one layer more, the first to go. The embedding stays with the processor.
-#[derive(Debug, Clone, PartialEq, Eq)]
+///
+/// Of single tensors the caller may have said otherwise.
+#[derive(Debug, Clone)]
 pub(crate) struct Placement {
     layers: Vec<Device>,
     output: Device,
+    overrides: Arc<[(Pattern, Device)]>,
 }
 
 impl Placement {
-    pub fn new(n_layer: usize, params: &ModelParams) -> Placement {
+    /// # Errors
+    /// Which pattern of a tensor's name is wrong, and why.
+    pub fn new(n_layer: usize, params: &ModelParams) -> Result<Placement, String> {
+        let overrides = params.tensor_overrides.iter().map(|tensors| {
+            let pattern = Pattern::new(&tensors.pattern)
+                .map_err(|why| format!("{}: no pattern of tensors' names ({why})", tensors.pattern))?;
+            Ok((pattern, tensors.device))
+        });
+        let overrides = overrides.collect::<Result<Arc<[_]>, String>>()?;
         let devices = params.devices.clone().unwrap_or_else(Device::all_but_processor);
         // The processor may be named beside others; it has what is left over.
         let devices: Vec<Device> = devices.into_iter().filter(|device| device.kind() != DeviceKind::Cpu).collect();
@@ -25,7 +38,7 @@ impl Placement {
         let device = |assigned: Option<usize>| assigned.map_or_else(Device::cpu, |index| devices[index]);
         let mut layers: Vec<Device> = assign(n_layer, n_placed, &shares).into_iter().map(device).collect();
         let output = layers.pop().unwrap_or_else(Device::cpu);
-        Placement { layers, output }
+        Ok(Placement { layers, output, overrides })
     }
 
     pub fn layer(&self, index: usize) -> Device {
@@ -36,8 +49,17 @@ impl Placement {
         self.output
     }
 
-    /// The device of a tensor: its layer's, or the output's. What all layers share stays with the processor.
+    /// The device that the caller wants a tensor on: the first word counts.
+    pub fn overridden(&self, name: &str) -> Option<Device> {
+        self.overrides.iter().find(|(pattern, _)| pattern.matches(name)).map(|&(_, device)| device)
+    }
+
+    /// The device of a tensor, unless the caller has named one: its layer's, or the output's. What all layers share stays with
+    /// the processor.
     pub fn tensor(&self, name: &str) -> Device {
+        if let Some(device) = self.overridden(name) {
+            return device;
+        }
         let layer = name.strip_prefix("blk.").and_then(|rest| rest.split('.').next()?.parse().ok());
         match layer {
             Some(layer) => self.layer(layer),
@@ -46,10 +68,11 @@ impl Placement {
         }
     }
 
-    /// The devices other than the processor, in the order of the layers.
+    /// The devices other than the processor, in the order of the layers, and behind them those of single tensors.
     pub fn devices(&self) -> Vec<Device> {
         let mut devices = Vec::new();
-        for &device in self.layers.iter().chain([&self.output]) {
+        let of_tensors = self.overrides.iter().map(|(_, device)| device);
+        for &device in self.layers.iter().chain([&self.output]).chain(of_tensors) {
             if device != Device::cpu() && !devices.contains(&device) {
                 devices.push(device);
             }

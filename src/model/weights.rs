@@ -17,6 +17,20 @@ enum Place {
     Memory(BufferType),
 }
 
+/// Where one tensor of a model is.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct TensorPlace {
+    pub name: String,
+    pub ty: Type,
+    pub bytes: usize,
+    pub device: Device,
+    /// The kind of memory there, as ggml names it (`CPU_REPACK`, `CUDA0`); `file` where it is read from the mapped file.
+    pub memory: String,
+    /// Whether a [`TensorOverride`](super::TensorOverride) says so.
+    pub overridden: bool,
+}
+
 /// The tensors that go to one place, and the context that holds them.
 type Placed<'a> = (Place, Context, Vec<(Tensor, &'a TensorInfo)>);
 
@@ -166,7 +180,11 @@ impl<'a> Loader<'a> {
     fn multiplied(&mut self, info: &'a TensorInfo, shape: &[usize]) -> Tensor {
         // As a matrix the embedding serves for the output.
         let is_output = info.name == "token_embd.weight";
-        let device = if is_output { self.placement.output() } else { self.placement.tensor(&info.name) };
+        let device = match self.placement.overridden(&info.name) {
+            Some(device) => device,
+            None if is_output => self.placement.output(),
+            None => self.placement.tensor(&info.name),
+        };
         if device != Device::cpu() && self.can_multiply(device, device.buffer_type(), info.ty, shape) {
             return self.add(Place::Memory(device.buffer_type()), info);
         }
@@ -213,17 +231,26 @@ impl<'a> Loader<'a> {
         tensor
     }
 
-    /// Bytes of the tensors that were asked for, by device; a device may be named more than once.
-    pub(super) fn device_bytes(&self) -> Vec<(Device, usize)> {
-        let device = |place: &Place| match *place {
-            Place::Map(_) => Device::cpu(),
-            Place::Memory(memory) => {
-                let devices = self.placement.devices().into_iter();
-                devices.into_iter().find(|device| device.buffer_type() == memory).unwrap_or_else(Device::cpu)
-            }
-        };
-        let bytes = |tensors: &[(Tensor, &TensorInfo)]| tensors.iter().map(|(_, info)| info.n_bytes).sum();
-        self.contexts.iter().map(|(place, _, tensors)| (device(place), bytes(tensors))).collect()
+    /// Where each tensor that was asked for is, in the file's order. A tied embedding may be in two places.
+    pub(super) fn places(&self) -> Vec<TensorPlace> {
+        let devices = self.placement.devices();
+        let mut places: Vec<(usize, usize, TensorPlace)> = Vec::new();
+        for (place, _, tensors) in &self.contexts {
+            let (device, memory) = match *place {
+                Place::Map(_) => (Device::cpu(), "file".to_owned()),
+                Place::Memory(memory) => {
+                    let device = devices.iter().copied().find(|device| device.buffer_type() == memory);
+                    (device.unwrap_or_else(Device::cpu), memory.name())
+                }
+            };
+            places.extend(tensors.iter().map(|(_, info)| {
+                let overridden = self.placement.overridden(&info.name) == Some(device);
+                let (name, ty, bytes) = (info.name.clone(), info.ty, info.n_bytes);
+                (info.file, info.offset, TensorPlace { name, ty, bytes, device, memory: memory.clone(), overridden })
+            }));
+        }
+        places.sort_by_key(|&(file, offset, _)| (file, offset));
+        places.into_iter().map(|(.., place)| place).collect()
     }
 
     /// Gives every tensor its data and returns them by name, with their bytes. A tensor that nobody asked for is an error:

@@ -7,6 +7,9 @@ pub enum SamplingError {
     /// A parameter is outside its range.
     #[error("{name} is {value}: it must be {must}")]
     Parameter { name: &'static str, value: f64, must: &'static str },
+    /// There is no sampler of this name or letter.
+    #[error("{name} is no sampler: there are {known}")]
+    NoSampler { name: String, known: String },
     /// The grammar does not parse.
     #[error("the grammar cannot be used: {0}")]
     Grammar(String),

@@ -40,6 +40,8 @@ fn main() {
 
     // For the build scripts of packages that use this one.
     println!("cargo:source={}", folder.display());
+    let here = env::var("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");
+    println!("cargo:shim={here}/shim");
     println!("cargo:bindings_only={bindings_only}");
     println!("cargo:revision={} of {origin}", version(&folder, "ggml", "GGML"));
     println!("cargo:llama={} ({origin})", version(&folder, "", "LLAMA"));
@@ -145,7 +147,7 @@ impl<'a> Library<'a> {
         let mut build = self.cpp();
         build.files(llama.iter().map(|name| self.source.join(format!("src/{name}.cpp"))));
         build
-            .files(["stack", "grammar", "vocab"].map(|name| format!("shim/{name}.cpp")))
+            .files(["stack", "grammar", "pattern", "vocab"].map(|name| format!("shim/{name}.cpp")))
             .include(self.source.join("src"));
         // What recurses in these is bounded, and what is quadratic mended.
         let bounds =

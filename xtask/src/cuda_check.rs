@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use crate::card_bench;
 use crate::prepare::{self, Env};
 use crate::sh::{self, step};
 use crate::test::build_cuda_reference;
@@ -19,6 +20,12 @@ pub struct Args {
     /// No tests where there is a card.
     #[arg(long)]
     no_tests: bool,
+    /// Where there is a card, measure what it gains, too: see `cargo xtask card-bench`.
+    #[arg(long)]
+    bench: bool,
+    /// A llama-batched-bench for the card, of the same revision, to compare with.
+    #[arg(long, value_name = "FILE", requires = "bench")]
+    llama_batched_bench: Option<PathBuf>,
     /// Pairs of cache types to compile flash attention for, as SIMLAYER_CUDA_FLASH_TYPES; `all` for every one, which is
     /// what a build of one's own has and takes 45 files more.
     #[arg(long, default_value = "f16-f16,bf16-bf16,q8_0-q8_0,q4_0-q4_0")]
@@ -33,7 +40,7 @@ pub fn run(args: &Args) -> Result<()> {
     prepare::libclang(&mut env)?;
     prepare::cmake(&mut env)?;
     let model = step("model", prepare::model)?;
-    let toolkit = step("toolkit (800 MB)", toolkit)?;
+    let toolkit = step("toolkit (760 MiB)", toolkit)?;
     let archs = args.archs.clone().unwrap_or_else(|| {
         // A cubin runs on cards of its own generation only.
         let has_card = sh::on_path("nvidia-smi") && sh::succeeds(Command::new("nvidia-smi").arg("-L"));
@@ -53,11 +60,22 @@ pub fn run(args: &Args) -> Result<()> {
     step("program", || sh::run(&mut cargo(&["build", "--bin", "simlayer-run"])))?;
     step("devices", || devices(&toolkit))?;
     let has_card = step("a run", || generate(&toolkit, &model))?;
-    if args.no_tests || !has_card {
+    if !has_card {
         return Ok(());
     }
+    if !args.no_tests {
+        tests(&env, &toolkit, &cargo)?;
+    }
+    if args.bench {
+        card_bench::run(&card_bench::Args::of_card(args.llama_batched_bench.clone()))?;
+    }
+    Ok(())
+}
+
+/// The tests of logits and lazy layers on the card.
+fn tests(env: &Env, toolkit: &Path, cargo: &dyn Fn(&[&str]) -> Command) -> Result<()> {
     let reference = step("reference (unmodified llama.cpp)", || {
-        build_cuda_reference(&env, &kernels()?, &toolkit, &cuda_dir().join("upstream"))
+        build_cuda_reference(env, &kernels()?, toolkit, &cuda_dir().join("upstream"))
     })?;
     step("tests", || {
         let mut test = cargo(&["test", "--test", "logits", "--test", "lazy", "--no-fail-fast"]);
@@ -82,6 +100,19 @@ fn cuda_dir() -> PathBuf {
 
 fn target_dir() -> PathBuf {
     cuda_dir().join("target")
+}
+
+/// The program for a card, once it was built.
+pub fn program_path() -> PathBuf {
+    target_dir().join("release/simlayer-run")
+}
+
+/// Lets a program find cuBLAS beside the compiler that was fetched, where it was.
+pub fn finds_libraries(command: &mut Command) {
+    let libraries = cuda_dir().join("toolkit/nvidia/cu13/lib");
+    if libraries.is_dir() {
+        command.env("LD_LIBRARY_PATH", libraries);
+    }
 }
 
 /// The folder with nvcc, headers and libraries, as pip puts them; fetched when it is not there.

@@ -3,12 +3,14 @@
 mod abi;
 mod arm_check;
 mod bump;
+mod card_bench;
 mod compare;
 mod cuda_check;
 mod demo;
 mod dist;
 mod frontends;
 mod fuzz;
+mod mesa;
 mod notices;
 mod package;
 mod page;
@@ -17,6 +19,7 @@ mod plot;
 mod prepare;
 mod quality;
 mod rss;
+mod serve_held;
 mod serve_load;
 mod serving;
 mod sh;
@@ -69,8 +72,12 @@ enum Command {
     Parking(parking::Args),
     /// Many clients of `simlayer-run serve` at once: its memory, and how long running answers wait.
     ServeLoad(serve_load::Args),
+    /// How many long conversations a budget of memory holds: `simlayer-run serve` against llama-server.
+    ServeHeld(serve_held::Args),
     /// Run the tests of attention and products as compiled for 64-bit Arm, on QEMU's processors.
     ArmCheck,
+    /// What a card gains, against llama.cpp on the same card, in ten minutes; --dry-run tries it on the processor.
+    CardBench(card_bench::Args),
     /// Compile and link ggml's CUDA kernels with a compiler of its own (no GPU needed; takes long).
     CudaCheck(cuda_check::Args),
     /// Compile ggml's Vulkan backend and run the tests on Mesa's software driver (no GPU needed; takes long).
@@ -97,7 +104,9 @@ fn main() -> ExitCode {
         Command::Page(args) => page::run(&args),
         Command::Parking(args) => parking::run(&args),
         Command::ServeLoad(args) => serve_load::run(&args),
+        Command::ServeHeld(args) => serve_held::run(&args),
         Command::ArmCheck => arm_check::run(),
+        Command::CardBench(args) => card_bench::run(&args),
         Command::CudaCheck(args) => cuda_check::run(&args),
         Command::VulkanCheck(args) => vulkan_check::run(&args),
         Command::Valgrind => valgrind::run(),

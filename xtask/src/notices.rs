@@ -14,6 +14,8 @@ use crate::sh;
 /// Where in llama.cpp's folder the compiled files lie.
 const COMPILED: [&str; 7] =
     ["src", "src/models", "include", "ggml/include", "ggml/src", "ggml/src/ggml-cpu", "ggml/src/ggml-rpc"];
+/// And what is in the program alone, which reads chat templates and answers: llama.cpp's common files and JSON's.
+const OF_CHAT: [&str; 4] = ["common", "common/jinja", "common/parsers", "vendor/nlohmann"];
 
 /// Text for everything that the libraries contain: ggml and llama.cpp in `source`, and the crates of `package`.
 pub fn text(env: &Env, source: &Path, package: &str, features: &[&str]) -> Result<String> {
@@ -24,7 +26,8 @@ pub fn text(env: &Env, source: &Path, package: &str, features: &[&str]) -> Resul
     let license = source.join("LICENSE");
     let terms = std::fs::read_to_string(&license).with_context(|| license.display().to_string())?;
     section(&mut text, "ggml and llama.cpp (MIT)", &terms);
-    for (file, notice) in own_notices(source)? {
+    let chat: &[&str] = if package == "simlayer" { &OF_CHAT } else { &[] };
+    for (file, notice) in own_notices(source, chat)? {
         section(&mut text, &format!("{file}, of ggml or llama.cpp"), &notice);
     }
     for (terms, crates) in crates(env, package, features)? {
@@ -39,14 +42,16 @@ fn section(text: &mut String, title: &str, body: &str) {
 }
 
 /// Files of ggml and llama.cpp that name other authors: the comments that do.
-fn own_notices(source: &Path) -> Result<BTreeMap<String, String>> {
+fn own_notices(source: &Path, more: &[&str]) -> Result<BTreeMap<String, String>> {
     let mut notices = BTreeMap::new();
-    for file in sources(source)? {
+    for file in sources(source, more)? {
         let name = file.strip_prefix(source).unwrap_or(&file).display().to_string();
         let code = std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
         let notice = comments(&code, |comment| {
             let comment = comment.to_lowercase();
-            let names = ["copyright 2", "copyright (c)", "mit license"].iter().any(|words| comment.contains(words));
+            let names = ["copyright 2", "copyright (c)", "filecopyrighttext", "mit license"]
+                .iter()
+                .any(|words| comment.contains(words));
             names && !comment.contains("the ggml authors")
         });
         if !notice.is_empty() {
@@ -57,8 +62,8 @@ fn own_notices(source: &Path) -> Result<BTreeMap<String, String>> {
 }
 
 /// C and C++ files of the compiled folders, and of those for processors.
-fn sources(source: &Path) -> Result<BTreeSet<PathBuf>> {
-    let mut folders: Vec<PathBuf> = COMPILED.iter().map(|folder| source.join(folder)).collect();
+fn sources(source: &Path, more: &[&str]) -> Result<BTreeSet<PathBuf>> {
+    let mut folders: Vec<PathBuf> = COMPILED.iter().chain(more).map(|folder| source.join(folder)).collect();
     let mut files = BTreeSet::new();
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
@@ -66,7 +71,7 @@ fn sources(source: &Path) -> Result<BTreeSet<PathBuf>> {
             let extension = path.extension().unwrap_or_default();
             if path.is_dir() && path.starts_with(source.join("ggml/src/ggml-cpu")) {
                 folders.push(path);
-            } else if ["c", "cpp", "h"].iter().any(|known| extension == *known) {
+            } else if ["c", "cpp", "h", "hpp"].iter().any(|known| extension == *known) {
                 files.insert(path);
             }
         }
@@ -74,7 +79,7 @@ fn sources(source: &Path) -> Result<BTreeSet<PathBuf>> {
     Ok(files)
 }
 
-/// Runs of comment lines that `wanted` accepts.
+/// Runs of comment lines that `wanted` accepts, each once.
 fn comments(code: &str, wanted: impl Fn(&str) -> bool) -> String {
     let mut found = String::new();
     let mut comment = String::new();
@@ -84,7 +89,7 @@ fn comments(code: &str, wanted: impl Fn(&str) -> bool) -> String {
             comment.push_str(words.strip_prefix(' ').unwrap_or(words));
             comment.push('\n');
         } else if !comment.is_empty() {
-            if wanted(&comment) {
+            if wanted(&comment) && !found.contains(&comment) {
                 found.push_str(&comment);
             }
             comment.clear();
@@ -174,6 +179,11 @@ mod tests {
         for words in ["The ggml authors", "Mozilla Foundation", "\nminijinja 3.", "\nfoldhash ", "Permission is hereby"]
         {
             assert!(text.contains(words), "no {words:?}");
+        }
+        assert!(!text.contains("Niels Lohmann"), "the library has no JSON of his");
+        let program = super::text(&env, &source, "simlayer", &[]).unwrap();
+        for words in ["Niels Lohmann", "Florian Loitsch", "\nclap ", "\nrustls ", "\nring "] {
+            assert!(program.contains(words), "no {words:?}");
         }
         // Not linked into the library: the command line's, tests' and build scripts' crates.
         for words in ["\nclap ", "\nproptest ", "\nbindgen ", "\nsimlayer "] {

@@ -67,11 +67,11 @@ pub fn run(args: &Args) -> Result<()> {
     let (again_seconds, anew_seconds) = (sorted(&again["seconds"])?, sorted(&anew["seconds"])?);
     let (p95, reading) = (percentile(&again_seconds, 95), percentile(&anew_seconds, 50));
     println!(
-        "{} conversations of {} tokens, {:.1} MB each (f16: {:.1} MB); in memory at most {} at the first turn, {} at the second",
+        "{} conversations of {} tokens, {:.1} MiB each (f16: {:.1} MiB); in memory at most {} at the first turn, {} at the second",
         args.conversations,
         args.tokens,
-        idle as f64 / 1e6,
-        f16 as f64 / 1e6,
+        idle as f64 / f64::from(1 << 20),
+        f16 as f64 / f64::from(1 << 20),
         begun["most"],
         again["most"],
     );

@@ -19,6 +19,7 @@ pub const COLOURS: [RGBColor; 6] = [
 ];
 
 const PANEL: (u32, u32) = (500, 420);
+const HEADING: u32 = 34;
 
 /// A setting's points: depth, and milliseconds per token.
 #[derive(Debug, Clone, PartialEq)]
@@ -31,7 +32,7 @@ struct Line {
 /// Draws a report of `compare` into an SVG: one panel for each test.
 pub fn write(report: &Value, path: &Path) -> Result<()> {
     let panels = panels(report).context("this is no report of `cargo xtask compare`")?;
-    write_svg(path, |svg| draw(&panels, svg))
+    write_svg(path, |svg| draw(&heading(report), &panels, svg))
 }
 
 /// Writes what is drawn into an SVG.
@@ -65,6 +66,14 @@ fn panels(report: &Value) -> Option<BTreeMap<String, Vec<Line>>> {
     (!panels.is_empty()).then_some(panels)
 }
 
+/// What was measured on what: a picture may be seen without the text beside it.
+fn heading(report: &Value) -> String {
+    let text = |key: &str| report[key].as_str().map(|text| text.trim_end_matches(".gguf").to_owned());
+    let number = |key: &str, what: &str| report[key].as_u64().map(|n| format!("{n} {what}"));
+    let parts = [text("model"), text("cpu"), number("threads", "threads"), number("rounds", "rounds, medians")];
+    parts.into_iter().flatten().collect::<Vec<_>>().join(" · ")
+}
+
 /// "tg64" in words.
 fn title(test: &str) -> String {
     let number = test.trim_start_matches(|c: char| c.is_alphabetic());
@@ -75,13 +84,19 @@ fn title(test: &str) -> String {
     }
 }
 
-fn draw(panels: &BTreeMap<String, Vec<Line>>, svg: &mut String) -> Result<(), Box<dyn std::error::Error>> {
+fn draw(
+    heading: &str,
+    panels: &BTreeMap<String, Vec<Line>>,
+    svg: &mut String,
+) -> Result<(), Box<dyn std::error::Error>> {
     let n_lines = panels.values().map(Vec::len).max().unwrap_or(0) as u32;
     let legend_height = 30 + 24 * n_lines.div_ceil(2);
-    let size = (PANEL.0 * panels.len() as u32, PANEL.1 + legend_height);
+    let size = (PANEL.0 * panels.len() as u32, HEADING + PANEL.1 + legend_height);
     let root = SVGBackend::with_string(svg, size).into_drawing_area();
     root.fill(&WHITE)?;
-    let (charts, legend) = root.split_vertically(PANEL.1);
+    let (top, below) = root.split_vertically(HEADING);
+    top.draw_text(heading, &("sans-serif", 18).into_font().color(&BLACK), (16, 12))?;
+    let (charts, legend) = below.split_vertically(PANEL.1);
     // Decode is what most people look at first.
     for (area, (test, lines)) in charts.split_evenly((1, panels.len())).iter().zip(panels.iter().rev()) {
         let points = || lines.iter().flat_map(|line| &line.points);
@@ -131,7 +146,7 @@ fn draw(panels: &BTreeMap<String, Vec<Line>>, svg: &mut String) -> Result<(), Bo
         legend.draw_text(&line.name, &("sans-serif", 16).into_font().color(&BLACK), (x + 46, y - 9))?;
     }
     root.present()?;
-    drop((charts, legend));
+    drop((top, below, charts, legend));
     Ok(())
 }
 
@@ -142,7 +157,7 @@ mod tests {
 
     fn report() -> Value {
         let row = |name: &str, depth: u32, speed: f64| json!({"name": name, "upstream": name == "them", "test": "tg64", "depth": depth, "tokens_per_second": speed});
-        json!({"results": [row("them", 2048, 20.0), row("us", 2048, 50.0), row("them", 0, 100.0), row("us", 0, 100.0)]})
+        json!({"model": "a-model.gguf", "cpu": "a machine", "threads": 2, "rounds": 3, "results": [row("them", 2048, 20.0), row("us", 2048, 50.0), row("them", 0, 100.0), row("us", 0, 100.0)]})
     }
 
     #[test]
@@ -161,7 +176,13 @@ mod tests {
         let path = folder.join("plot.svg");
         write(&report(), &path).unwrap();
         let svg = std::fs::read_to_string(&path).unwrap();
-        for text in ["them", "us", "Decode, mean of 64 tokens", "milliseconds per token"] {
+        for text in [
+            "them",
+            "us",
+            "a-model · a machine · 2 threads · 3 rounds, medians",
+            "Decode, mean of 64 tokens",
+            "milliseconds per token",
+        ] {
             assert!(svg.contains(text), "{text}");
         }
         assert!(write(&report(), &folder.join("plot.gif")).is_err());

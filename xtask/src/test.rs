@@ -96,6 +96,7 @@ fn everything(env: &mut Env) -> Result<()> {
         feature_sets(env)?;
         oldest_rust(env)?;
         docs_rs(env)?;
+        packages(env)?;
         // What cargo-fuzz compiles with its coverage is the same code.
         fuzz.iter()
             .try_for_each(|dir| sh::run(bindings_only(env)?.current_dir(dir).args(["check", "--release", "--locked"])))
@@ -142,6 +143,14 @@ fn bindings_only(env: &Env) -> Result<Command> {
     let mut cargo = env.cargo();
     cargo.env("GGML_BINDINGS_ONLY", "1").env("CARGO_TARGET_DIR", env.target_dir()?.join("bindings"));
     Ok(cargo)
+}
+
+/// The crates that can be published: what they need is in their packages or in the registry. They are not built here.
+fn packages(env: &Env) -> Result<()> {
+    let mut cargo = env.cargo();
+    cargo.args(["package", "--no-verify", "--allow-dirty", "--locked", "--quiet"]);
+    cargo.env("CARGO_TARGET_DIR", env.target_dir()?.join("crates"));
+    sh::run(cargo.args(["-p", "simlayer-ggml-sys", "-p", "simlayer", "-p", "simlayer-ffi"]))
 }
 
 /// Sets of features that nothing else here builds.

@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+use crate::mesa;
 use crate::prepare::{self, Env};
 use crate::sh::{self, step};
 use crate::test::build_reference;
@@ -78,24 +79,19 @@ fn software_driver() -> Result<PathBuf> {
     found.with_context(|| format!("no lvp_icd.*.json in {}: is Mesa's lavapipe missing?", dirs.join(", ")))
 }
 
-/// Mesa 22.3, which is Debian 12's, counts references in buffers that are freed already: it seems to do so for all of a
-/// descriptor set, those that no shader uses included. See docs/devices.md.
+/// Refuses a driver that is there and does not do.
 fn driver_is_new_enough() -> Result<()> {
     let mut query = Command::new("dpkg-query");
     // Another system's package manager is not asked.
-    let Ok(output) = query.args(["-W", "-f", "${Version}", "mesa-vulkan-drivers"]).output() else { return Ok(()) };
+    let Ok(output) = query.args(["-W", "-f", "${Version}", mesa::PACKAGE]).output() else { return Ok(()) };
     let version = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(
-        major(&version).is_none_or(|major| major > 22),
-        "Mesa {version} writes to freed memory when a cache was freed; 25.0.7 does not. On Debian 12: apt-get install -t \
-         bookworm-backports mesa-vulkan-drivers"
+        mesa::does(&version),
+        "Mesa {version} writes to freed memory when a cache was freed; 25.0.7 does not. Remove it (apt-get remove {}), and \
+         this command installs one that does",
+        mesa::PACKAGE
     );
     Ok(())
-}
-
-/// The first number of a version: 25 of `25.0.7-2~bpo12+1`.
-fn major(version: &str) -> Option<u32> {
-    version.split('.').next()?.parse().ok()
 }
 
 struct Vulkan {
@@ -162,16 +158,4 @@ fn generate(vulkan: &Vulkan, model: &Path) -> Result<()> {
     }
     println!("{fallen_back}");
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::major;
-
-    #[test]
-    fn major_versions() {
-        assert_eq!(major("22.3.6-1+deb12u2"), Some(22));
-        assert_eq!(major("25.0.7-2~bpo12+1"), Some(25));
-        assert_eq!(major(""), None);
-    }
 }

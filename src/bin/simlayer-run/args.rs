@@ -2,12 +2,13 @@
 
 use std::{path::PathBuf, str::FromStr};
 
-use clap::{ArgAction, Args, Subcommand, ValueEnum};
+use clap::{ArgAction, ArgGroup, Args, Subcommand, ValueEnum};
 use simlayer::{
     ggml::Type,
     gguf::Override,
     lazy::{LayerWindows, Policy},
     quality::{Contender, ParseContenderError},
+    sampling::SamplerStep,
 };
 
 use crate::build::LONG_VERSION;
@@ -18,7 +19,7 @@ pub const NO_MODEL: &str = "-";
 /// The whole command line. Options without a command's name are those of generation.
 pub fn command_line() -> clap::Command {
     let command = GenerateArgs::augment_args(clap::Command::new("simlayer-run"));
-    Command::augment_subcommands(command)
+    let mut command = Command::augment_subcommands(command.group(which_model()))
         .version(env!("CARGO_PKG_VERSION"))
         .long_version(LONG_VERSION)
         .about("Run GGUF models with a KV cache that shrinks where it can")
@@ -29,11 +30,23 @@ pub fn command_line() -> clap::Command {
         .subcommand_negates_reqs(true)
         // As with llama.cpp, the last one counts where an option is given twice.
         .args_override_self(true)
-        // Only a plan needs a model.
-        .mut_subcommand("devices", |devices| {
-            devices.mut_arg("model", |model| model.required(false).default_value(NO_MODEL).hide_default_value(true))
-        })
-        .max_term_width(110)
+        .max_term_width(110);
+    let takes_model = |command: &clap::Command| command.get_arguments().any(|arg| arg.get_id() == "ctx_size");
+    let names: Vec<String> =
+        command.get_subcommands().filter(|of| takes_model(of)).map(|of| of.get_name().to_owned()).collect();
+    // Of devices only a plan needs a model, which it says itself.
+    for name in names.into_iter().filter(|name| name != "devices") {
+        command = command.mut_subcommand(name, |of| of.group(which_model()));
+    }
+    command
+}
+
+/// What says where the model is: one of these must be there.
+fn which_model() -> ArgGroup {
+    let group = ArgGroup::new("which_model").arg("model").required(true).multiple(true);
+    #[cfg(feature = "download")]
+    let group = group.args(["hf_repo", "model_url"]);
+    group
 }
 
 #[derive(Debug, Subcommand)]
@@ -169,6 +182,9 @@ pub struct BenchArgs {
         default_value = "0"
     )]
     pub depth: Vec<usize>,
+    /// Conversations that go on at once, a token of each in a step; speeds are those of all together
+    #[arg(help_heading = "Tests", long, value_name = "N", default_value_t = 1, value_parser = positive)]
+    pub sequences: usize,
     /// Repetitions of each test
     #[arg(help_heading = "Tests", short, long, alias = "repetitions", value_name = "N", default_value_t = 5, value_parser = positive)]
     pub reps: usize,
@@ -457,8 +473,11 @@ pub struct CompletionsArgs {
 #[derive(Debug, Args)]
 pub struct CommonArgs {
     /// Model file (GGUF); of a split model the first file
-    #[arg(short, long, value_name = "FILE")]
+    #[arg(short, long, value_name = "FILE", default_value = NO_MODEL, hide_default_value = true)]
     pub model: PathBuf,
+    #[cfg(feature = "download")]
+    #[command(flatten)]
+    pub download: DownloadArgs,
     /// Tokens that the context holds; 0: as many as the model was trained for
     #[arg(short, long, value_name = "N", default_value_t = 0)]
     pub ctx_size: usize,
@@ -483,6 +502,39 @@ pub struct CommonArgs {
     /// How to share the layers out over the devices: 3,1 (-ts) [default: by their free memory]
     #[arg(long, value_name = "N,...", value_parser = tensor_split)]
     pub tensor_split: Option<Split>,
+    /// How layers are shared out: layer, or none for all on one device, --main-gpu (-sm)
+    #[arg(long, value_name = "none|layer", default_value = "layer", value_parser = split_mode, hide_possible_values = true)]
+    pub split_mode: SplitMode,
+    /// The device for --split-mode none, by its number among the devices in use (-mg)
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub main_gpu: usize,
+    /// Have tensors whose names match a pattern on a device, wherever their layers are (-ot): \.ffn_.*_exps=CPU
+    #[arg(long, value_name = "PATTERN=DEV,...", value_delimiter = ',', action = ArgAction::Append, value_parser = tensor_override)]
+    pub override_tensor: Vec<(String, String)>,
+    /// Keep all experts with the processor (-cmoe)
+    #[arg(long)]
+    pub cpu_moe: bool,
+    /// Keep the experts of the first N layers with the processor (-ncmoe)
+    #[arg(long, value_name = "N")]
+    pub n_cpu_moe: Option<usize>,
+    /// Keep the feed-forward matrices of the first N layers that have no experts with the processor (-ncffn)
+    #[arg(long, value_name = "N")]
+    pub n_cpu_ffn: Option<usize>,
+    /// Send no weights of the processor's to devices for products of many tokens
+    #[arg(long, overrides_with = "op_offload")]
+    pub no_op_offload: bool,
+    /// Send them there where the device wants it, the default
+    #[arg(long, hide = true)]
+    pub op_offload: bool,
+    /// Fit what is not given to the devices' free memory: the context, and what of layers and experts is on devices (-fit)
+    #[arg(long, value_name = "on|off", num_args = 0..=1, default_value = "on", default_missing_value = "on", value_parser = on_or_off, hide_possible_values = true)]
+    pub fit: OnOrOff,
+    /// MiB that --fit leaves free on each device, for what is computed with (-fitt)
+    #[arg(long, value_name = "MIB,...", value_delimiter = ',', default_value = "1024")]
+    pub fit_target: Vec<usize>,
+    /// Tokens below which --fit makes no context (-fitc)
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = positive)]
+    pub fit_ctx: usize,
     /// Servers whose devices to use as well: rpc-server's, here or of llama.cpp
     #[arg(long, value_name = "HOST:PORT,...", value_delimiter = ',')]
     pub rpc: Vec<String>,
@@ -518,6 +570,10 @@ pub struct CommonArgs {
     /// Leave weights as the file has them, where they would be repacked for ggml's kernels (-nr)
     #[arg(long)]
     pub no_repack: bool,
+    /// Where threads run on machines with several memory nodes: spread over all (distribute), on the node of the start
+    /// (isolate), or where numactl says
+    #[arg(long, value_name = "HOW")]
+    pub numa: Option<Numa>,
     /// LoRA adapters of the model (GGUF), several by commas or by repeating the option
     #[arg(long, value_name = "FILE,...", value_delimiter = ',')]
     pub lora: Vec<PathBuf>,
@@ -529,6 +585,36 @@ pub struct CommonArgs {
     pub verbose: bool,
     #[command(flatten)]
     pub lazy: LazyFlags,
+}
+
+/// A model that is not here yet.
+#[cfg(feature = "download")]
+#[derive(Debug, Args)]
+pub struct DownloadArgs {
+    /// Fetch the model from this repository, if it is not in the cache that other programs share (-hf) [default QUANT:
+    /// Q4_K_M, or what there is]
+    #[arg(long, value_name = "USER/MODEL[:QUANT]", conflicts_with = "model_url")]
+    pub hf_repo: Option<String>,
+    /// The file's name in that repository (-hff)
+    #[arg(long, value_name = "FILE")]
+    pub hf_file: Option<String>,
+    /// Who fetches (-hft) [default: what other programs have kept]
+    #[arg(long, value_name = "TOKEN", hide_default_value = true)]
+    pub hf_token: Option<String>,
+    /// Fetch the model from this address, into --model or else llama.cpp's cache (-mu)
+    #[arg(long, value_name = "URL")]
+    pub model_url: Option<String>,
+    /// Fetch nothing: take what was fetched before
+    #[arg(long)]
+    pub offline: bool,
+}
+
+/// Where threads run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Numa {
+    Distribute,
+    Isolate,
+    Numactl,
 }
 
 /// What the keys are kept in.
@@ -616,46 +702,53 @@ pub struct PromptArgs {
     pub escape: bool,
 }
 
-/// How tokens are chosen. The defaults are llama-cli's.
+/// How tokens are chosen. The defaults are llama-cli's; where the file recommends others (`general.sampling.…`), those count.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArgs {
-    /// Temperature; 0 always takes the most probable token
-    #[arg(long, alias = "temperature", value_name = "T", default_value_t = 0.8, allow_negative_numbers = true)]
-    pub temp: f32,
-    /// Keep the K most probable tokens; 0 keeps all
-    #[arg(long, value_name = "K", default_value_t = 40, allow_negative_numbers = true)]
-    pub top_k: i32,
-    /// Keep the most probable tokens that together have this probability; 1 is off
-    #[arg(long, value_name = "P", default_value_t = 0.95)]
-    pub top_p: f32,
-    /// Keep tokens with this share of the best one's probability; 0 is off
-    #[arg(long, value_name = "P", default_value_t = 0.05)]
-    pub min_p: f32,
+    /// What runs in which order: top_k;temperature [default: the file's, else penalties;dry;top_n_sigma;top_k;typ_p;top_p;
+    /// min_p;xtc;temperature]
+    #[arg(long, value_name = "NAME;...", value_parser = SamplerStep::list, conflicts_with = "sampler_seq")]
+    pub samplers: Option<Samplers>,
+    /// The same by letters: edskypmxt
+    #[arg(long, alias = "sampling-seq", value_name = "LETTERS", value_parser = SamplerStep::sequence)]
+    pub sampler_seq: Option<Samplers>,
+    /// Temperature; 0 always takes the most probable token [default: the file's, else 0.8]
+    #[arg(long, alias = "temperature", value_name = "T", allow_negative_numbers = true)]
+    pub temp: Option<f32>,
+    /// Keep the K most probable tokens; 0 keeps all [default: the file's, else 40]
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
+    pub top_k: Option<i32>,
+    /// Keep the most probable tokens that together have this probability; 1 is off [default: the file's, else 0.95]
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f32>,
+    /// Keep tokens with this share of the best one's probability; 0 is off [default: the file's, else 0.05]
+    #[arg(long, value_name = "P")]
+    pub min_p: Option<f32>,
     /// Locally typical sampling; 1 is off
     #[arg(long, alias = "typical-p", value_name = "P", default_value_t = 1.0)]
     pub typical: f32,
     /// Keep tokens within this many standard deviations of the best; -1 is off
     #[arg(long, alias = "top-n-sigma", value_name = "N", default_value_t = -1.0, allow_negative_numbers = true)]
     pub top_nsigma: f32,
-    /// Chance that XTC takes the best tokens away; 0 is off
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
-    pub xtc_probability: f32,
-    /// Probability above which XTC takes a token away
-    #[arg(long, value_name = "P", default_value_t = 0.1)]
-    pub xtc_threshold: f32,
+    /// Chance that XTC takes the best tokens away; 0 is off [default: the file's, else 0]
+    #[arg(long, value_name = "P")]
+    pub xtc_probability: Option<f32>,
+    /// Probability above which XTC takes a token away [default: the file's, else 0.1]
+    #[arg(long, value_name = "P")]
+    pub xtc_threshold: Option<f32>,
     /// Width of a temperature range that follows the entropy; 0 is off
     #[arg(long, value_name = "N", default_value_t = 0.0)]
     pub dynatemp_range: f32,
     /// How the entropy maps to that range
     #[arg(long, value_name = "N", default_value_t = 1.0)]
     pub dynatemp_exp: f32,
-    /// Last tokens that the penalties look at; 0 is off, -1 the whole context
-    #[arg(long, value_name = "N", default_value_t = 64, allow_negative_numbers = true)]
-    pub repeat_last_n: i32,
-    /// Penalty for tokens seen; 1 is off
-    #[arg(long, value_name = "N", default_value_t = 1.0)]
-    pub repeat_penalty: f32,
+    /// Last tokens that the penalties look at; 0 is off, -1 the whole context [default: the file's, else 64]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub repeat_last_n: Option<i32>,
+    /// Penalty for tokens seen; 1 is off [default: the file's, else 1]
+    #[arg(long, value_name = "N")]
+    pub repeat_penalty: Option<f32>,
     /// Penalty for each time that a token was seen; 0 is off
     #[arg(long, value_name = "N", default_value_t = 0.0, allow_negative_numbers = true)]
     pub frequency_penalty: f32,
@@ -677,15 +770,21 @@ pub struct SamplingArgs {
     /// A text that breaks a repetition (may be given several times; none for none) [default: \n : " *]
     #[arg(long, value_name = "TEXT", action = ArgAction::Append, allow_hyphen_values = true)]
     pub dry_sequence_breaker: Vec<String>,
-    /// Mirostat: 0 is off, 1 or 2 its version
-    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=2))]
-    pub mirostat: u8,
-    /// Mirostat's learning rate
-    #[arg(long, value_name = "N", default_value_t = 0.1)]
-    pub mirostat_lr: f32,
-    /// Mirostat's target entropy
-    #[arg(long, value_name = "N", default_value_t = 5.0)]
-    pub mirostat_ent: f32,
+    /// Probability near which the sampler adaptive_p draws, where --samplers has it; -1 is off
+    #[arg(long, value_name = "P", default_value_t = -1.0, allow_negative_numbers = true)]
+    pub adaptive_target: f32,
+    /// How long its past counts, 0 to 0.99
+    #[arg(long, value_name = "N", default_value_t = 0.9)]
+    pub adaptive_decay: f32,
+    /// Mirostat: 0 is off, 1 or 2 its version [default: the file's, else 0]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=2))]
+    pub mirostat: Option<u8>,
+    /// Mirostat's learning rate [default: the file's, else 0.1]
+    #[arg(long, value_name = "N")]
+    pub mirostat_lr: Option<f32>,
+    /// Mirostat's target entropy [default: the file's, else 5]
+    #[arg(long, value_name = "N")]
+    pub mirostat_ent: Option<f32>,
     /// Add BIAS to a token's logit: 15043+1 or 15043-1 (may be given several times)
     #[arg(short, long, value_name = "TOKEN(+/-)BIAS", action = ArgAction::Append, value_parser = logit_bias)]
     pub logit_bias: Vec<(i32, f32)>,
@@ -710,6 +809,9 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["grammar", "grammar_file"])]
     pub json_schema_file: Option<PathBuf>,
 }
+
+/// Samplers in their order. For clap a plain list would be an option that is given several times.
+pub type Samplers = Vec<SamplerStep>;
 
 #[derive(Debug, Args)]
 pub struct TemplateArgs {
@@ -836,6 +938,43 @@ fn tensor_split(text: &str) -> Result<Split, String> {
     let share = |part: &str| part.trim().parse().ok().filter(|share: &f32| *share >= 0.0 && share.is_finite());
     let shares: Option<Vec<f32>> = text.split([',', '/']).map(share).collect();
     shares.map(Split).ok_or_else(|| "it must be proportions such as 3,1".to_owned())
+}
+
+/// How layers are shared out over devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SplitMode {
+    None,
+    Layer,
+}
+
+fn split_mode(text: &str) -> Result<SplitMode, String> {
+    match text {
+        "none" => Ok(SplitMode::None),
+        "layer" => Ok(SplitMode::Layer),
+        "row" | "tensor" => Err("tensors go to devices whole: it must be none or layer".to_owned()),
+        _ => Err("it must be none or layer".to_owned()),
+    }
+}
+
+/// `PATTERN=DEVICE`, as llama.cpp takes it: the pattern ends at the first `=`.
+fn tensor_override(text: &str) -> Result<(String, String), String> {
+    let (pattern, device) = text.split_once('=').ok_or("it must be PATTERN=DEVICE, such as exps=CPU")?;
+    Ok((pattern.to_owned(), device.to_owned()))
+}
+
+/// A switch with words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnOrOff {
+    On,
+    Off,
+}
+
+fn on_or_off(text: &str) -> Result<OnOrOff, String> {
+    match text {
+        "on" | "1" | "true" | "enabled" => Ok(OnOrOff::On),
+        "off" | "0" | "false" | "disabled" => Ok(OnOrOff::Off),
+        _ => Err("it must be on or off".to_owned()),
+    }
 }
 
 /// Names with values, for a template.

@@ -58,11 +58,15 @@ fn rewrite(
     let mut out: Vec<OsString> = program.into_iter().collect();
     out.extend(named.map(|named| named.get_name().into()));
     for (variable, option) in llama_cpp::VARIABLES {
-        if let Some(value) = environment(variable).filter(|value| !value.is_empty() && of_command.contains_key(*option))
-        {
-            let mut word = OsString::from(format!("{option}="));
-            word.push(value);
-            out.push(word);
+        let Some(value) = environment(variable).filter(|value| !value.is_empty()) else { continue };
+        match of_command.get(*option) {
+            Some(true) => {
+                let mut word = OsString::from(format!("{option}="));
+                word.push(value);
+                out.push(word);
+            }
+            Some(false) if ["on", "enabled", "true", "1"].iter().any(|yes| value == *yes) => out.push(option.into()),
+            _ => {}
         }
     }
     let mut is_named = !is_named;
@@ -247,7 +251,7 @@ mod tests {
             panic!("it is the default command");
         };
         assert_eq!((args.n_predict, args.sampling.seed), (-1, -1));
-        assert_eq!(args.sampling.temp, -0.5);
+        assert_eq!(args.sampling.temp, Some(-0.5));
         assert_eq!(args.prompt.prompt.as_deref(), Some("-ngl"));
     }
 
@@ -267,6 +271,10 @@ mod tests {
             "--rope-scaling" => "linear",
             "--lora-scaled" => "adapter.gguf:0.5",
             "--logit-bias" => "5+1",
+            "--samplers" => "top_k;temperature",
+            "--sampler-seq" => "kt",
+            "--numa" => "isolate",
+            "--adaptive-decay" => "0.5",
             "--chat-template-kwargs" => r#"{"a": 1}"#,
             _ => "1",
         }
@@ -469,7 +477,15 @@ mod tests {
             panic!("the model is named");
         };
         assert_eq!((args.common.model.to_str(), args.common.ctx_size), (Some("of the environment"), 1024));
-        assert_eq!((args.sampling.temp, args.n_predict), (0.8, -1));
+        assert_eq!((args.sampling.temp, args.n_predict), (None, -1));
+        #[cfg(feature = "download")]
+        for (value, offline) in [("1", true), ("true", true), ("0", false)] {
+            let environment = |name: &str| (name == "LLAMA_ARG_OFFLINE").then(|| value.into());
+            let Ok(Command::Bench(args)) = try_parse(words("simlayer-run bench -hf user/model"), &environment) else {
+                panic!("{value}")
+            };
+            assert_eq!(args.common.download.offline, offline, "{value}");
+        }
         // A command takes what it has.
         let Ok(Command::Bench(args)) = try_parse(words("simlayer-run bench -m x"), &environment) else {
             panic!("it is right")

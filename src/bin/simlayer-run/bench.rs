@@ -2,12 +2,13 @@
 
 use std::{
     io::{self, IsTerminal, Write},
+    slice,
     time::{Duration, Instant},
 };
 
 use serde::Serialize;
 use serde_json::json;
-use simlayer::{Error, Model, Session, Token};
+use simlayer::{BatchEntry, Error, Model, Outputs, SeqId, Session, Token};
 
 use crate::{args::BenchArgs, build::Build, failure::Failure, interrupt, options::Run};
 
@@ -37,6 +38,8 @@ impl Test {
 struct Measurement {
     test: String,
     depth: usize,
+    /// Conversations at once.
+    sequences: usize,
     /// Mean over the samples.
     tokens_per_second: f64,
     stddev: f64,
@@ -68,7 +71,7 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
     }
     for &depth in &args.depth {
         for &test in &tests {
-            let measured = measure(&run, &model, test, depth, args.reps)?;
+            let measured = measure(&run, &model, (test, depth, args.sequences), args.reps)?;
             if !args.output.json {
                 let Measurement { test, tokens_per_second, stddev, kv_bytes, lazy_layers, .. } = &measured;
                 let scoring = measured.score_share.map_or("–".to_owned(), |share| format!("{:.2} %", share * 100.0));
@@ -95,7 +98,12 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-fn measure(run: &Run, model: &Model, test: Test, depth: usize, reps: usize) -> Result<Measurement, Failure> {
+fn measure(
+    run: &Run,
+    model: &Model,
+    (test, depth, sequences): (Test, usize, usize),
+    reps: usize,
+) -> Result<Measurement, Failure> {
     let mut params = run.session.clone();
     params.n_ctx = depth + test.n_tokens();
     let mut session = Session::new(model, params)?;
@@ -104,8 +112,8 @@ fn measure(run: &Run, model: &Model, test: Test, depth: usize, reps: usize) -> R
 
     // Warm up: a prompt as long as the test's, or one generated token.
     match test {
-        Test::Prompt(_) => work(&mut session, test, &mut tokens)?,
-        Test::Generate(_) => work(&mut session, Test::Generate(1), &mut tokens)?,
+        Test::Prompt(_) => work(&mut session, test, sequences, &mut tokens)?,
+        Test::Generate(_) => work(&mut session, Test::Generate(1), sequences, &mut tokens)?,
     }
     session.clear();
     session.time_scores();
@@ -119,18 +127,20 @@ fn measure(run: &Run, model: &Model, test: Test, depth: usize, reps: usize) -> R
         }
         // Reading the depth again takes long; it is enough to take the last test back, where no lazy layer has
         // dropped tokens meanwhile.
-        if session.n_past() <= depth || !session.truncate(depth) {
-            session.clear();
-            if depth > 0 {
-                let text = tokens.text(depth);
-                session.prefill(&text)?;
+        for seq in 0..sequences as SeqId {
+            let mut sequence = session.sequence(seq);
+            if sequence.len() <= depth || !sequence.truncate(depth) {
+                sequence.clear();
+                if depth > 0 {
+                    sequence.prefill(&tokens.text(depth))?;
+                }
             }
         }
         let scored_before = session.score_time().unwrap_or_default();
         let start = Instant::now();
-        work(&mut session, test, &mut tokens)?;
+        work(&mut session, test, sequences, &mut tokens)?;
         let elapsed = start.elapsed();
-        samples.push(test.n_tokens() as f64 / elapsed.as_secs_f64());
+        samples.push((sequences * test.n_tokens()) as f64 / elapsed.as_secs_f64());
         testing += elapsed;
         scoring += session.score_time().unwrap_or_default() - scored_before;
     }
@@ -142,6 +152,7 @@ fn measure(run: &Run, model: &Model, test: Test, depth: usize, reps: usize) -> R
     Ok(Measurement {
         test: test.name(),
         depth,
+        sequences,
         tokens_per_second: mean,
         stddev,
         samples,
@@ -151,15 +162,22 @@ fn measure(run: &Run, model: &Model, test: Test, depth: usize, reps: usize) -> R
     })
 }
 
-/// The measured part: a prompt read at once, with the logits of its last token, or tokens one by one.
-fn work(session: &mut Session, test: Test, tokens: &mut RandomTokens) -> Result<(), Error> {
+/// The measured part of each sequence: a prompt read at once, with the logits of its last token, or tokens one by one, those of
+/// all sequences together.
+fn work(session: &mut Session, test: Test, sequences: usize, tokens: &mut RandomTokens) -> Result<(), Error> {
     match test {
-        Test::Prompt(n) => session.prefill(&tokens.text(n)).map(drop),
+        Test::Prompt(n) => {
+            (0..sequences as SeqId).try_for_each(|seq| session.sequence(seq).prefill(&tokens.text(n)).map(drop))
+        }
         Test::Generate(n) => {
-            let mut token = tokens.first();
+            let mut next: Vec<Token> = (0..sequences).map(|_| tokens.first()).collect();
             for _ in 0..n {
-                session.decode(token)?;
-                token = tokens.next();
+                let entry = |(seq, token)| {
+                    let tokens = slice::from_ref(token);
+                    BatchEntry { seq, tokens, outputs: Outputs::Last, prompt_end: false }
+                };
+                session.run(&(0..).zip(&next).map(entry).collect::<Vec<_>>())?;
+                next.fill_with(|| tokens.next());
             }
             Ok(())
         }

@@ -50,7 +50,7 @@ pub fn run(args: ChatArgs) -> Result<(), Failure> {
     let (model, _) = run.load()?;
     let (template, _) = named.for_model(&model)?;
     let session = run.session(&model)?;
-    let params = options::sampling(args.sampling, session.n_ctx())?;
+    let params = options::sampling(args.sampling, model.sampler_params(), session.n_ctx())?;
     let mut chat = Chat {
         template,
         variables: args.chat_template_kwargs.map(|object| object.0).unwrap_or_default(),

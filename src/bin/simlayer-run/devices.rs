@@ -5,10 +5,10 @@ use std::io::Write;
 use indicatif::HumanBytes;
 use serde_json::{Value, json};
 use simlayer::{
-    DevicePlan, PlannedCache,
+    DevicePlan, Fit, Model, PlannedCache, TensorPlace,
     ggml::{Device, DeviceKind, Type},
     gguf::Gguf,
-    lazy::Policy,
+    lazy::{Policy, Target},
     plan,
 };
 
@@ -16,15 +16,15 @@ use crate::{
     args::{DevicesArgs, NO_MODEL},
     failure::Failure,
     interrupt,
-    options::Run,
+    options::{Run, tensor_line},
     processor,
 };
 
 pub fn run(args: DevicesArgs) -> Result<(), Failure> {
-    if args.plan && args.common.model.as_os_str() == NO_MODEL {
+    let run = Run::settle(args.common)?;
+    if args.plan && run.model_path.as_os_str() == NO_MODEL {
         return Err(Failure::usage("--plan needs a model: give -m FILE"));
     }
-    let run = Run::settle(args.common)?;
     let plans = if args.plan { plan(&run.model_path, &run.model, &run.session)? } else { Vec::new() };
     let mut out = interrupt::stdout();
     if args.output.json {
@@ -32,6 +32,8 @@ pub fn run(args: DevicesArgs) -> Result<(), Failure> {
         let mut object = json!({ "backends": Device::backends(), "devices": devices });
         if args.plan {
             object["plan"] = serde_json::to_value(&plans)?;
+            object["tensors"] = Model::tensors_of(&run.model_path, &run.model)?.iter().map(tensor_json).collect();
+            object["fit"] = run.fitted()?.map_or(Value::Null, |fit| fit_json(&fit));
         }
         serde_json::to_writer(&mut out, &object)?;
         writeln!(out)?;
@@ -53,6 +55,14 @@ pub fn run(args: DevicesArgs) -> Result<(), Failure> {
         for line in fitting(&run)? {
             writeln!(out, "{line}")?;
         }
+        if let Some(fit) = run.fitted()? {
+            writeln!(out, "{}", fit_line(&fit))?;
+        }
+        if run.verbose {
+            for place in Model::tensors_of(&run.model_path, &run.model)? {
+                writeln!(out, "{}", tensor_line(&place))?;
+            }
+        }
     }
     Ok(())
 }
@@ -65,7 +75,7 @@ pub fn fitting(run: &Run) -> Result<Vec<String>, Failure> {
         ("--lazy off, f16", Policy::Off, false),
         ("--lazy off -ctk q8_0 -ctv q4_0", Policy::Off, true),
         ("--lazy budget:0.5 -ctk q8_0 -ctv q4_0", Policy::Budget(0.5), true),
-        ("--lazy budget:0.8 -ctk q8_0 -ctv q4_0", Policy::Budget(0.8), true),
+        ("--lazy profile:0.8 -ctk q8_0 -ctv q4_0", Policy::Profile(Target::Share(0.8)), true),
     ] {
         let mut session = run.session.clone();
         session.lazy.policy = policy;
@@ -82,7 +92,14 @@ pub fn fitting(run: &Run) -> Result<Vec<String>, Failure> {
             let plans = plan(&run.model_path, &run.model, &session)?;
             Ok(plans.iter().all(|plan| plan.needed_bytes() <= free(plan)))
         };
-        let longest = longest(trained, &mut fits)?;
+        let longest = match longest(trained, &mut fits) {
+            // Where no profile is known, that is what there is to say.
+            Err(Failure::Run(why)) if name.contains("profile") => {
+                lines.push(format!("  {name:<40} {why}"));
+                continue;
+            }
+            longest => longest?,
+        };
         let text = match longest {
             0 => "does not fit".to_owned(),
             n if n == trained => format!("-c {n}, all that the model was trained with"),
@@ -121,6 +138,36 @@ fn longest(most: usize, fits: &mut dyn FnMut(usize) -> Result<bool, Failure>) ->
         }
     }
     Ok(good * STEP)
+}
+
+fn fit_line(fit: &Fit) -> String {
+    match (fit.fits, &fit.options[..]) {
+        (true, []) => "all of this fits the devices".to_owned(),
+        (true, options) => format!("best that fits the devices: {}", options.join(" ")),
+        (false, []) => "this does not fit the devices, and where things go was given".to_owned(),
+        (false, options) => format!("nothing fits the devices, not even {}", options.join(" ")),
+    }
+}
+
+fn fit_json(fit: &Fit) -> Value {
+    json!({
+        "fits": fit.fits,
+        "options": fit.options,
+        "n_ctx": fit.session.n_ctx,
+        "gpu_layers": fit.model.gpu_layers,
+        "experts_of_first": fit.experts_of_first,
+    })
+}
+
+fn tensor_json(place: &TensorPlace) -> Value {
+    json!({
+        "name": place.name,
+        "type": place.ty.to_string(),
+        "bytes": place.bytes,
+        "device": place.device.name(),
+        "memory": place.memory,
+        "overridden": place.overridden,
+    })
 }
 
 fn device_json(device: Device) -> Value {

@@ -34,7 +34,7 @@ pub fn run(args: GenerateArgs) -> Result<(), Failure> {
             tokens.len()
         )));
     }
-    let mut sampler = Sampler::new(model.vocab(), &options::sampling(args.sampling, n_ctx)?)?;
+    let mut sampler = Sampler::new(model.vocab(), &options::sampling(args.sampling, model.sampler_params(), n_ctx)?)?;
     // The penalties count the prompt as well.
     for &token in &tokens {
         sampler.accept(token)?;

@@ -58,7 +58,26 @@ pub const VARIABLES: &[(&str, &str)] = &[
     ("LLAMA_ARG_DEVICE", "--device"),
     ("LLAMA_ARG_N_GPU_LAYERS", "--gpu-layers"),
     ("LLAMA_ARG_TENSOR_SPLIT", "--tensor-split"),
+    ("LLAMA_ARG_SPLIT_MODE", "--split-mode"),
+    ("LLAMA_ARG_MAIN_GPU", "--main-gpu"),
+    ("LLAMA_ARG_OVERRIDE_TENSOR", "--override-tensor"),
+    ("LLAMA_ARG_N_CPU_MOE", "--n-cpu-moe"),
+    ("LLAMA_ARG_N_CPU_FFN", "--n-cpu-ffn"),
+    ("LLAMA_ARG_FIT", "--fit"),
+    ("LLAMA_ARG_FIT_TARGET", "--fit-target"),
+    ("LLAMA_ARG_FIT_CTX", "--fit-ctx"),
+    ("LLAMA_ARG_NUMA", "--numa"),
     ("LLAMA_ARG_MODEL", "--model"),
+    #[cfg(feature = "download")]
+    ("LLAMA_ARG_MODEL_URL", "--model-url"),
+    #[cfg(feature = "download")]
+    ("LLAMA_ARG_HF_REPO", "--hf-repo"),
+    #[cfg(feature = "download")]
+    ("LLAMA_ARG_HF_FILE", "--hf-file"),
+    #[cfg(feature = "download")]
+    ("HF_TOKEN", "--hf-token"),
+    #[cfg(feature = "download")]
+    ("LLAMA_ARG_OFFLINE", "--offline"),
     ("LLAMA_ARG_TEMPERATURE", "--temp"),
     ("LLAMA_ARG_TOP_K", "--top-k"),
     ("LLAMA_ARG_TOP_P", "--top-p"),
@@ -110,13 +129,19 @@ const fn refused(names: &'static [&'static str], values: Values, instead: &'stat
     Known { names, values, meaning: Meaning::Refused(instead) }
 }
 
-const DOWNLOAD: &str = "nothing is downloaded: fetch the GGUF file and name it with -m";
+#[cfg(feature = "download")]
+const OTHER_DOWNLOAD: &str = "fetch the model with -hf or -mu, or fetch its GGUF file and name it with -m";
+#[cfg(not(feature = "download"))]
+const OTHER_DOWNLOAD: &str = DOWNLOAD;
+#[cfg(not(feature = "download"))]
+const DOWNLOAD: &str =
+    "this program is built without the feature `download`: fetch the model's GGUF file and name it with -m";
+const CACHE_LIST: &str = "what was fetched is in the cache's folder (README.md)";
 const SERVER: &str = "it is llama-server's: run that on simlayer's library (docs/c-abi.md)";
 const PROXY: &str = "put a reverse proxy in front (docs/serve.md)";
 const EMBEDDINGS: &str = "serve gives embeddings of models that decode; others run in llama-server (docs/c-abi.md)";
 const DRAFT: &str = "there is no speculative decoding";
 const MEDIA: &str = "pictures, sounds and videos are not read: llama-server on simlayer's library reads none either";
-const SPLIT: &str = "layers go to devices whole: choose them with --device, -ngl and -ts";
 const YARN: &str = "YaRN's factors are those of the file";
 /// What asks for a conversation.
 pub const CONVERSATION: &[&str] = &["-cnv", "--conversation", "-i", "--interactive", "-if", "--interactive-first"];
@@ -131,7 +156,7 @@ const OPTIONS: &[Known] = &[
     // All commands.
     ours(&["-h", "--help", "--usage"], No, "--help"),
     ours(&["--version"], No, "--version"),
-    refused(&["-cl", "--cache-list"], No, DOWNLOAD),
+    refused(&["-cl", "--cache-list"], No, CACHE_LIST),
     refused(&["--completion-bash"], No, "use the command `completions bash`"),
     ours(&["-t", "--threads"], One, "--threads"),
     ours(&["-tb", "--threads-batch"], One, "--threads-batch"),
@@ -161,7 +186,9 @@ const OPTIONS: &[Known] = &[
     ours(&["--rope-freq-scale"], One, "--rope-freq-scale"),
     ours(&["--yarn-orig-ctx"], One, "--yarn-orig-ctx"),
     refused(&["--yarn-ext-factor", "--yarn-attn-factor", "--yarn-beta-slow", "--yarn-beta-fast"], One, YARN),
-    nothing(&["-kvo", "--kv-offload", "--op-offload", "--no-op-offload", "--repack", "--no-host"], No),
+    nothing(&["-kvo", "--kv-offload", "--repack", "--no-host"], No),
+    ours(&["--op-offload"], No, "--op-offload"),
+    ours(&["--no-op-offload"], No, "--no-op-offload"),
     refused(&["-nkvo", "--no-kv-offload"], No, "a layer's cache is beside its weights: move layers with -ngl"),
     ours(&["-nr", "--no-repack"], No, "--no-repack"),
     ours(&["-ctk", "--cache-type-k"], One, "--cache-type-k"),
@@ -169,21 +196,22 @@ const OPTIONS: &[Known] = &[
     nothing(&["-dt", "--defrag-thold"], One),
     ours(&["--rpc"], One, "--rpc"),
     // Weights are mapped, and read as they are needed.
-    nothing(&["-lm", "--load-mode", "-lzm", "--lazy-mode", "--numa"], One),
+    nothing(&["-lm", "--load-mode", "-lzm", "--lazy-mode"], One),
+    ours(&["--numa"], One, "--numa"),
     nothing(&["--mmap", "--no-mmap", "--mlock", "-dio", "--direct-io", "-ndio", "--no-direct-io"], No),
     ours(&["-dev", "--device"], One, "--device"),
     refused(&["--list-devices"], No, "use the command devices"),
-    refused(&["-ot", "--override-tensor"], One, SPLIT),
-    refused(&["-cmoe", "--cpu-moe"], No, SPLIT),
-    refused(
-        &["-ncmoe", "--n-cpu-moe", "-ncffn", "--n-cpu-ffn", "-sm", "--split-mode", "-mg", "--main-gpu"],
-        One,
-        SPLIT,
-    ),
+    ours(&["-ot", "--override-tensor"], One, "--override-tensor"),
+    ours(&["-cmoe", "--cpu-moe"], No, "--cpu-moe"),
+    ours(&["-ncmoe", "--n-cpu-moe"], One, "--n-cpu-moe"),
+    ours(&["-ncffn", "--n-cpu-ffn"], One, "--n-cpu-ffn"),
+    ours(&["-sm", "--split-mode"], One, "--split-mode"),
+    ours(&["-mg", "--main-gpu"], One, "--main-gpu"),
     ours(&["-ngl", "--gpu-layers", "--n-gpu-layers"], One, "--gpu-layers"),
     ours(&["-ts", "--tensor-split"], One, "--tensor-split"),
-    nothing(&["-fit", "--fit"], Switch),
-    nothing(&["-fitt", "--fit-target", "-fitc", "--fit-ctx"], One),
+    ours(&["-fit", "--fit"], Switch, "--fit"),
+    ours(&["-fitt", "--fit-target"], One, "--fit-target"),
+    ours(&["-fitc", "--fit-ctx"], One, "--fit-ctx"),
     refused(&["--check-tensors"], No, "header, shapes and sizes are always checked, the weights' values never"),
     ours(&["--override-kv"], One, "--override-kv"),
     ours(&["--lora"], One, "--lora"),
@@ -191,9 +219,23 @@ const OPTIONS: &[Known] = &[
     refused(&["--control-vector", "--control-vector-scaled"], One, "there are no control vectors"),
     refused(&["--control-vector-layer-range"], Two, "there are no control vectors"),
     ours(&["-m", "--model"], One, "--model"),
-    refused(&["-mu", "--model-url", "-dr", "--docker-repo", "-hf", "-hfr", "--hf-repo"], One, DOWNLOAD),
-    refused(&["-hff", "--hf-file", "-hft", "--hf-token"], One, DOWNLOAD),
+    #[cfg(feature = "download")]
+    ours(&["-mu", "--model-url"], One, "--model-url"),
+    #[cfg(feature = "download")]
+    ours(&["-hf", "-hfr", "--hf-repo"], One, "--hf-repo"),
+    #[cfg(feature = "download")]
+    ours(&["-hff", "--hf-file"], One, "--hf-file"),
+    #[cfg(feature = "download")]
+    ours(&["-hft", "--hf-token"], One, "--hf-token"),
+    #[cfg(feature = "download")]
+    ours(&["--offline"], No, "--offline"),
+    #[cfg(not(feature = "download"))]
+    refused(&["-mu", "--model-url", "-hf", "-hfr", "--hf-repo", "-hff", "--hf-file"], One, DOWNLOAD),
+    #[cfg(not(feature = "download"))]
+    nothing(&["-hft", "--hf-token"], One),
+    #[cfg(not(feature = "download"))]
     nothing(&["--offline"], No),
+    refused(&["-dr", "--docker-repo"], One, OTHER_DOWNLOAD),
     nothing(&["--log-disable", "--log-prefix", "--no-log-prefix", "--log-timestamps", "--no-log-timestamps"], No),
     nothing(&["--no-log-jsonl"], No),
     refused(&["--log-jsonl"], No, "the log goes to stderr as text"),
@@ -203,8 +245,8 @@ const OPTIONS: &[Known] = &[
     ours(&["-v", "--verbose", "--log-verbose"], No, "--verbose"),
     nothing(&["-lv", "--verbosity", "--log-verbosity"], One),
     // Sampling.
-    refused(&["--samplers"], One, "samplers have llama.cpp's own order"),
-    refused(&["--sampler-seq", "--sampling-seq"], One, "samplers have llama.cpp's own order"),
+    ours(&["--samplers"], One, "--samplers"),
+    ours(&["--sampler-seq", "--sampling-seq"], One, "--sampler-seq"),
     ours(&["-s", "--seed"], One, "--seed"),
     ours(&["--ignore-eos"], No, "--ignore-eos"),
     ours(&["--temp", "--temperature"], One, "--temp"),
@@ -224,7 +266,8 @@ const OPTIONS: &[Known] = &[
     ours(&["--dry-allowed-length"], One, "--dry-allowed-length"),
     ours(&["--dry-penalty-last-n"], One, "--dry-penalty-last-n"),
     ours(&["--dry-sequence-breaker"], One, "--dry-sequence-breaker"),
-    refused(&["--adaptive-target", "--adaptive-decay"], One, "use --mirostat, or --dynatemp-range"),
+    ours(&["--adaptive-target"], One, "--adaptive-target"),
+    ours(&["--adaptive-decay"], One, "--adaptive-decay"),
     ours(&["--dynatemp-range"], One, "--dynatemp-range"),
     ours(&["--dynatemp-exp"], One, "--dynatemp-exp"),
     ours(&["--mirostat"], One, "--mirostat"),
@@ -332,13 +375,13 @@ const OPTIONS: &[Known] = &[
     refused(
         &["--gpt-oss-20b-default", "--gpt-oss-120b-default", "--vision-gemma-4b-default", "--vision-gemma-12b-default"],
         No,
-        DOWNLOAD,
+        OTHER_DOWNLOAD,
     ),
-    refused(&["--embd-gemma-default", "--fim-qwen-1.5b-default", "--fim-qwen-3b-default"], No, DOWNLOAD),
+    refused(&["--embd-gemma-default", "--fim-qwen-1.5b-default", "--fim-qwen-3b-default"], No, OTHER_DOWNLOAD),
     refused(
         &["--fim-qwen-7b-default", "--fim-qwen-7b-spec", "--fim-qwen-14b-spec", "--fim-qwen-30b-default"],
         No,
-        DOWNLOAD,
+        OTHER_DOWNLOAD,
     ),
     // llama-server.
     nothing(&["-ctxcp", "--ctx-checkpoints", "--swa-checkpoints", "-cram", "--cache-ram"], One),

@@ -12,6 +12,8 @@ mod chat;
 mod completions;
 mod devices;
 mod doctor;
+#[cfg(feature = "download")]
+mod download;
 mod failure;
 mod generate;
 mod inspect;

@@ -7,8 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use indicatif::HumanBytes;
 use simlayer::{
-    KvRotate, LoraAdapter, Model, ModelParams, SamplerParams, Session, SessionParams,
+    Fit, FitTarget, KvRotate, LoraAdapter, Model, ModelParams, SamplerParams, Session, SessionParams, TensorOverride,
+    TensorPlace, fit,
     ggml::{self, Device, Type, logging::LogLevel},
     gguf::{Gguf, Override},
     lazy::{At, LazyParams, PrefillMode},
@@ -16,7 +18,10 @@ use simlayer::{
 };
 
 use crate::{
-    args::{CommonArgs, FlashAttn, GpuLayers, KeyType, LazyAt, LazyPrefill, PromptArgs, SamplingArgs},
+    args::{
+        CommonArgs, FlashAttn, GpuLayers, KeyType, LazyAt, LazyPrefill, Numa, OnOrOff, PromptArgs, SamplingArgs,
+        SplitMode,
+    },
     failure::Failure,
     interrupt, processor,
 };
@@ -31,15 +36,24 @@ pub struct Run {
     rope: Vec<(&'static str, Override)>,
     /// Adapters that are not loaded yet, and what they are multiplied by.
     lora: Vec<(PathBuf, f32)>,
+    /// What is fitted to the devices' memory before the model is loaded.
+    fit: Option<FitTarget>,
     pub verbose: bool,
 }
 
 impl Run {
     pub fn settle(args: CommonArgs) -> Result<Run, Failure> {
         ggml::logging::set_log(if args.verbose { LogLevel::Info } else { LogLevel::Silent });
+        if let Some(numa) = args.numa {
+            ggml::spread_threads(match numa {
+                Numa::Distribute => ggml::Numa::Distribute,
+                Numa::Isolate => ggml::Numa::Isolate,
+                Numa::Numactl => ggml::Numa::Numactl,
+            });
+        }
         let remote = connect(&args.rpc)?;
         let model = model_params(&args, remote)?;
-        let rope = rope(&args);
+        let (rope, fit) = (rope(&args), fit_target(&args, &model));
 
         let default = SessionParams::default();
         let n_threads = args.threads.unwrap_or_else(processor::physical_cores);
@@ -79,6 +93,7 @@ impl Run {
             type_v: args.cache_type_v,
             flash_attn: args.flash_attn != FlashAttn::Off,
             fused_attention: !args.lazy.ggml_kernels,
+            op_offload: !args.no_op_offload,
             kv_rotate: if args.lazy.no_kv_rotate { KvRotate::Never } else { default.kv_rotate },
             kv_exact: args.lazy.kv_exact,
             // Only a conversation takes answers back.
@@ -88,7 +103,11 @@ impl Run {
             ..default
         };
         let lora = args.lora.into_iter().map(|path| (path, 1.0)).chain(args.lora_scaled).collect();
-        Ok(Run { model_path: args.model, model, session, rope, lora, verbose: args.verbose })
+        #[cfg(feature = "download")]
+        let model_path = crate::download::model(args.model, args.download)?;
+        #[cfg(not(feature = "download"))]
+        let model_path = args.model;
+        Ok(Run { model_path, model, session, rope, lora, fit, verbose: args.verbose })
     }
 
     /// A model with nothing else asked for.
@@ -96,7 +115,8 @@ impl Run {
         ggml::logging::set_log(LogLevel::Silent);
         let model = ModelParams::default();
         let session = SessionParams::default();
-        Ok(Run { model_path: path, model, session, rope: Vec::new(), lora: Vec::new(), verbose: false })
+        let (rope, lora) = (Vec::new(), Vec::new());
+        Ok(Run { model_path: path, model, session, rope, lora, fit: None, verbose: false })
     }
 
     /// Loads the model, and the adapters that sessions are to have; also gives the time it took.
@@ -108,11 +128,32 @@ impl Run {
             let keys = self.rope.drain(..).map(|(key, value)| (format!("{architecture}.rope.{key}"), value));
             self.model.overrides.extend(keys);
         }
+        self.settle_fit()?;
         let model = Model::load(&self.model_path, &self.model)?;
         for (path, scale) in self.lora.drain(..) {
             self.session.adapters.push((LoraAdapter::load(&model, path)?, scale));
         }
         Ok((model, start.elapsed()))
+    }
+
+    /// What is fitted to the devices' memory where that is asked for; `None` where nothing is.
+    pub fn fitted(&self) -> Result<Option<Fit>, Failure> {
+        let Some(target) = &self.fit else { return Ok(None) };
+        Ok(Some(fit(&self.model_path, &self.model, &self.session, target)?))
+    }
+
+    /// Takes over what was fitted, and says so.
+    fn settle_fit(&mut self) -> Result<(), Failure> {
+        let Some(fit) = self.fitted()? else { return Ok(()) };
+        if !fit.fits {
+            eprintln!("warning: this does not fit the devices' free memory (devices --plan shows what would be where)");
+            return Ok(());
+        }
+        if !fit.options.is_empty() {
+            eprintln!("to fit the devices' free memory: {} (--fit off leaves all as it is)", fit.options.join(" "));
+        }
+        (self.model, self.session) = (fit.model, fit.session);
+        Ok(())
     }
 
     /// A session on the model that Ctrl-C interrupts.
@@ -148,9 +189,33 @@ impl Run {
             }
             let shares: Vec<String> = shares.iter().map(|(device, n)| format!("{n} on {device}")).collect();
             eprintln!("layers: {}; output on {}", shares.join(", "), model.output_device().name());
+            for place in model.tensors().iter().filter(|place| place.overridden) {
+                eprintln!("{}", tensor_line(place));
+            }
         }
         Ok(session)
     }
+}
+
+/// Where a tensor is.
+pub fn tensor_line(place: &TensorPlace) -> String {
+    let TensorPlace { name, ty, bytes, device, memory, overridden, .. } = place;
+    let why = if *overridden { ", by --override-tensor" } else { "" };
+    format!("{name}: {ty}, {} on {} ({memory}{why})", HumanBytes(*bytes as u64), device.name())
+}
+
+/// What is to be fitted. Where the user has said what is where, nothing but the context is; without devices nothing.
+fn fit_target(args: &CommonArgs, model: &ModelParams) -> Option<FitTarget> {
+    let has_devices = model.devices.as_ref().is_some_and(|devices| !devices.is_empty()) && model.gpu_layers != Some(0);
+    let moves = !matches!(args.gpu_layers, Some(GpuLayers::Number(_) | GpuLayers::All))
+        && args.tensor_split.is_none()
+        && model.tensor_overrides.is_empty();
+    (has_devices && args.fit == OnOrOff::On).then(|| FitTarget {
+        margins: args.fit_target.iter().map(|mib| mib.saturating_mul(1 << 20)).collect(),
+        min_ctx: args.fit_ctx,
+        moves,
+        ..FitTarget::default()
+    })
 }
 
 /// The devices of these servers.
@@ -198,6 +263,15 @@ fn model_params(args: &CommonArgs, remote: Vec<Device>) -> Result<ModelParams, F
         [none] if none == "none" => Vec::new(),
         names => devices_named(names)?,
     });
+    if let (SplitMode::None, Some(devices)) = (args.split_mode, &mut params.devices) {
+        let n = devices.len();
+        match devices.get(args.main_gpu) {
+            Some(&device) => *devices = vec![device],
+            None if n == 0 => {}
+            None => return Err(Failure::usage(format!("--main-gpu: there are devices 0 to {} only", n - 1))),
+        }
+    }
+    params.tensor_overrides = tensor_overrides(args)?;
     params.gpu_layers = match args.gpu_layers {
         Some(GpuLayers::Number(n)) => Some(n as usize),
         None | Some(GpuLayers::Auto | GpuLayers::All) => None,
@@ -218,6 +292,29 @@ fn model_params(args: &CommonArgs, remote: Vec<Device>) -> Result<ModelParams, F
         }
     }
     Ok(params)
+}
+
+/// What is elsewhere than its layer. llama.cpp takes these in the order in which they are given; here single tensors come before
+/// groups.
+fn tensor_overrides(args: &CommonArgs) -> Result<Vec<TensorOverride>, Failure> {
+    let mut overrides = Vec::new();
+    for (pattern, name) in &args.override_tensor {
+        let all = Device::all();
+        // llama.cpp names kinds of memory, which for most devices is the device's name; of a server it is `RPC0[HOST:PORT]`.
+        let is_named =
+            |device: &&Device| name.eq_ignore_ascii_case(&device.name()) || *name == device.buffer_type().name();
+        let device = all.iter().find(is_named).copied().ok_or_else(|| {
+            let known: Vec<_> = all.iter().map(|device| device.name()).collect();
+            Failure::usage(format!("--override-tensor: there is no {name} here, only {}", known.join(", ")))
+        })?;
+        overrides.push(TensorOverride { pattern: pattern.clone(), device });
+    }
+    if args.cpu_moe {
+        overrides.push(TensorOverride::experts());
+    }
+    overrides.extend(TensorOverride::experts_of_first(args.n_cpu_moe.unwrap_or(0)));
+    overrides.extend(TensorOverride::feed_forward_of_first(args.n_cpu_ffn.unwrap_or(0)));
+    Ok(overrides)
 }
 
 /// The devices of these names, whatever their letters' case.
@@ -307,8 +404,8 @@ fn schema(text: Option<String>, file: Option<PathBuf>) -> Result<Option<String>,
     Ok(Some(grammar.map_err(|error| Failure::run(format!("{name}: {error}")))?))
 }
 
-/// How tokens are chosen in a context of `n_ctx` tokens.
-pub fn sampling(args: SamplingArgs, n_ctx: usize) -> Result<SamplerParams, Failure> {
+/// How tokens are chosen in a context of `n_ctx` tokens: as `file` recommends, where nothing else is asked for.
+pub fn sampling(args: SamplingArgs, file: &SamplerParams, n_ctx: usize) -> Result<SamplerParams, Failure> {
     let last_n = |n: i32| match n {
         -1 => Ok(u32::try_from(n_ctx).unwrap_or(u32::MAX)),
         n => u32::try_from(n)
@@ -328,24 +425,31 @@ pub fn sampling(args: SamplingArgs, n_ctx: usize) -> Result<SamplerParams, Failu
         Some(grammar) => Some(grammar),
         None => grammar,
     };
-    let default = SamplerParams::default();
+    let (version, tau, eta) = match file.mirostat {
+        Mirostat::Off => (0, 5.0, 0.1),
+        Mirostat::V1 { tau, eta } => (1, tau, eta),
+        Mirostat::V2 { tau, eta } => (2, tau, eta),
+    };
+    let (tau, eta) = (args.mirostat_ent.unwrap_or(tau), args.mirostat_lr.unwrap_or(eta));
+    let samplers = args.samplers.or(args.sampler_seq);
     Ok(SamplerParams {
         seed: match args.seed {
             -1 => None,
             seed => Some(u32::try_from(seed).map_err(|_| Failure::usage(format!("--seed {seed} is out of range")))?),
         },
-        temperature: args.temp,
+        samplers: samplers.unwrap_or_else(|| file.samplers.clone()),
+        temperature: args.temp.unwrap_or(file.temperature),
         dynatemp_range: args.dynatemp_range,
         dynatemp_exponent: args.dynatemp_exp,
-        top_k: args.top_k,
-        top_p: args.top_p,
-        min_p: args.min_p,
+        top_k: args.top_k.unwrap_or(file.top_k),
+        top_p: args.top_p.unwrap_or(file.top_p),
+        min_p: args.min_p.unwrap_or(file.min_p),
         typical_p: args.typical,
         top_n_sigma: args.top_nsigma,
-        xtc_probability: args.xtc_probability,
-        xtc_threshold: args.xtc_threshold,
-        repeat_last_n: last_n(args.repeat_last_n)?,
-        repeat_penalty: args.repeat_penalty,
+        xtc_probability: args.xtc_probability.unwrap_or(file.xtc_probability),
+        xtc_threshold: args.xtc_threshold.unwrap_or(file.xtc_threshold),
+        repeat_last_n: args.repeat_last_n.map_or(Ok(file.repeat_last_n), last_n)?,
+        repeat_penalty: args.repeat_penalty.unwrap_or(file.repeat_penalty),
         frequency_penalty: args.frequency_penalty,
         presence_penalty: args.presence_penalty,
         dry_multiplier: args.dry_multiplier,
@@ -353,18 +457,20 @@ pub fn sampling(args: SamplingArgs, n_ctx: usize) -> Result<SamplerParams, Failu
         dry_allowed_length: args.dry_allowed_length,
         dry_penalty_last_n: last_n(args.dry_penalty_last_n)?,
         dry_sequence_breakers: match args.dry_sequence_breaker {
-            breakers if breakers.is_empty() => default.dry_sequence_breakers.clone(),
+            breakers if breakers.is_empty() => file.dry_sequence_breakers.clone(),
             breakers => breakers.into_iter().filter(|breaker| breaker != "none").collect(),
         },
-        mirostat: match args.mirostat {
-            1 => Mirostat::V1 { tau: args.mirostat_ent, eta: args.mirostat_lr },
-            2 => Mirostat::V2 { tau: args.mirostat_ent, eta: args.mirostat_lr },
+        adaptive_target: args.adaptive_target,
+        adaptive_decay: args.adaptive_decay,
+        mirostat: match args.mirostat.unwrap_or(version) {
+            1 => Mirostat::V1 { tau, eta },
+            2 => Mirostat::V2 { tau, eta },
             _ => Mirostat::Off,
         },
         logit_bias: args.logit_bias,
         ignore_eos: args.ignore_eos,
         grammar,
-        ..default
+        ..SamplerParams::default()
     })
 }
 

@@ -10,7 +10,7 @@ use std::{env, process::ExitCode};
 use simlayer_testkit::{RandomDecoder, Shape, Ssm, WeightType, gguf::Meta};
 
 const USAGE: &str = "usage: random_model SHAPE WEIGHTS FILE
-SHAPE    llama-3.2-1b, qwen3-8b, qwen3moe (8 of 32 experts, 1.3 thousand million weights),
+SHAPE    llama-3.2-1b, qwen3-8b, qwen3-30b-a3b, qwen3moe (8 of 32 experts, 1.3 thousand million weights), tiny,
          qwen35 (6 delta nets, 2 layers that attend, 190 million weights)
 WEIGHTS  a type (q8_0, q6_K, iq4_xs, ...), TYPE+TYPE (the second for values, the feed-forward's output and the output in
          the layers where a mixture of medium size has more bits), or q4_K_M (q4_K+q6_K) or q5_K_M (q5_K+q6_K)";
@@ -57,7 +57,7 @@ fn qwen3_8b(shape: Shape) -> RandomDecoder {
             ..shape
         },
     );
-    model.key("context_length", 40_960u32);
+    model.key("context_length", 262_144u32);
     model.key("rope.freq_base", 1_000_000f32);
     for layer in model.layers() {
         model.pre_norms(layer);
@@ -95,6 +95,50 @@ fn qwen3moe(shape: Shape) -> RandomDecoder {
         model.attention(layer);
         model.head_norms(layer);
         model.experts(layer, EXPERT_WIDTH);
+    }
+    model
+}
+
+/// Qwen3-30B-A3B's shape: 128 experts, of which a token uses 8.
+fn qwen3_30b_a3b(shape: Shape) -> RandomDecoder {
+    const EXPERT_WIDTH: usize = 768;
+    let mut model = RandomDecoder::new(
+        "qwen3moe",
+        Shape {
+            n_layer: 48,
+            n_embd: 2048,
+            n_head: 32,
+            n_head_kv: 4,
+            head_size: 128,
+            n_ff: 6144,
+            n_vocab: 151_936,
+            n_expert: 128,
+            n_expert_used: 8,
+            ..shape
+        },
+    );
+    model.key("context_length", 262_144u32);
+    model.key("rope.freq_base", 10_000_000f32);
+    model.expert_keys();
+    model.key("expert_feed_forward_length", EXPERT_WIDTH as u32);
+    for layer in model.layers() {
+        model.pre_norms(layer);
+        model.attention(layer);
+        model.head_norms(layer);
+        model.experts(layer, EXPERT_WIDTH);
+    }
+    model
+}
+
+/// Four small layers, for trying what measures larger ones.
+fn tiny(shape: Shape) -> RandomDecoder {
+    let shape = Shape { n_layer: 4, n_embd: 256, n_head: 8, n_head_kv: 2, head_size: 64, n_ff: 512, ..shape };
+    let mut model = RandomDecoder::new("qwen3", Shape { n_vocab: 1000, ..shape });
+    for layer in model.layers() {
+        model.pre_norms(layer);
+        model.attention(layer);
+        model.head_norms(layer);
+        model.gated(layer);
     }
     model
 }
@@ -158,6 +202,8 @@ fn main() -> ExitCode {
         "llama-3.2-1b" => llama,
         "qwen3-8b" => qwen3_8b,
         "qwen3moe" => qwen3moe,
+        "qwen3-30b-a3b" => qwen3_30b_a3b,
+        "tiny" => tiny,
         "qwen35" => qwen35,
         _ => {
             eprintln!("{shape} is no shape\n{USAGE}");

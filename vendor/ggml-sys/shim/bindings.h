@@ -5,6 +5,7 @@
 #include "ggml-cpu.h"
 #include "gguf.h"
 #include "llama.h"
+#include "pattern.h"
 #include "vocab.h"
 #ifdef SIMLAYER_RPC
 #include "ggml-rpc.h"

@@ -3,21 +3,15 @@
 use std::sync::Arc;
 
 use super::{
-    app::App,
     dialogue::{self, Call, Dialogue, Format, News, Progress},
     error::ApiError,
-    http::{Client, LogLine, json, read_json},
+    http::{Asked, json},
     openai::{kv, timings, wanted, working},
     sampling::{self, member, short},
     stream::{Render, collect, stream},
     task::{End, Event, Usage},
 };
-use axum::{
-    body::Body,
-    extract::{Extension, State},
-    http::HeaderMap,
-    response::{IntoResponse, Response},
-};
+use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
 use simlayer::chat::ReasoningFormat;
 
@@ -50,14 +44,9 @@ impl IntoResponse for AnthropicError {
     }
 }
 
-pub async fn messages(
-    State(app): State<Arc<App>>,
-    Extension(client): Extension<Client>,
-    Extension(log): Extension<Arc<LogLine>>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response, AnthropicError> {
-    let body = read_json(&app, body, &headers).await?;
+pub async fn messages(mut asked: Asked) -> Result<Response, AnthropicError> {
+    let body = asked.json().await?;
+    let Asked { app, client, log, .. } = asked;
     let streams = sampling::boolean(&body, "stream")?.unwrap_or(false);
     let (id, with) = (app.number(), Arc::clone(&app));
     let (answers, reader) = working(move || {
@@ -111,12 +100,9 @@ pub async fn messages(
     })))
 }
 
-pub async fn count_tokens(
-    State(app): State<Arc<App>>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response, AnthropicError> {
-    let body = read_json(&app, body, &headers).await?;
+pub async fn count_tokens(mut asked: Asked) -> Result<Response, AnthropicError> {
+    let body = asked.json().await?;
+    let app = asked.app;
     let with = Arc::clone(&app);
     let prepared =
         working(move || dialogue::prepare(&with, dialogue_of(&body)?, &mut with.settings.defaults.clone())).await?;

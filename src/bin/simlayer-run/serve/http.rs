@@ -3,7 +3,7 @@
 use std::{
     fmt::Write as _,
     hash::{DefaultHasher, Hash, Hasher},
-    io,
+    io, mem,
     net::IpAddr,
     pin::Pin,
     sync::{
@@ -17,7 +17,7 @@ use std::{
 use axum::{
     Router,
     body::{Body, Bytes},
-    extract::{Request, State},
+    extract::{FromRequest, Request, State},
     http::{HeaderMap, HeaderValue, Method, StatusCode, header},
     middleware::Next,
     response::{IntoResponse, Response},
@@ -286,8 +286,39 @@ fn is_one_of(key: &str, keys: &[String]) -> bool {
     keys.iter().fold(false, |is_known, known| is_known | is_same(known))
 }
 
+/// A request as the API's handlers take it.
+#[derive(Debug)]
+pub struct Asked {
+    pub app: Arc<App>,
+    pub client: Client,
+    pub log: Arc<LogLine>,
+    headers: HeaderMap,
+    body: Body,
+}
+
+impl FromRequest<Arc<App>> for Asked {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Asked, ApiError> {
+        let (mut parts, body) = request.into_parts();
+        let (client, log) = (parts.extensions.remove::<Client>(), parts.extensions.remove::<Arc<LogLine>>());
+        // `gate` has put them there.
+        let (Some(client), Some(log)) = (client, log) else {
+            return Err(ApiError::internal("the request has not come through the gate"));
+        };
+        Ok(Asked { app: Arc::clone(app), client, log, headers: parts.headers, body })
+    }
+}
+
+impl Asked {
+    /// The body, which has to be a JSON object; to be asked for once.
+    pub async fn json(&mut self) -> Result<Map<String, Value>, ApiError> {
+        read_json(&self.app, mem::take(&mut self.body), &self.headers).await
+    }
+}
+
 /// A request's body as JSON.
-pub async fn read_json(app: &App, body: Body, headers: &HeaderMap) -> Result<Map<String, Value>, ApiError> {
+async fn read_json(app: &App, body: Body, headers: &HeaderMap) -> Result<Map<String, Value>, ApiError> {
     let bytes = read_body(app, body, headers).await?;
     if bytes.is_empty() {
         return Err(ApiError::bad("the request has no body: send a JSON object"));

@@ -3,9 +3,8 @@
 use std::{fmt::Write as _, sync::Arc};
 
 use axum::{
-    body::Body,
-    extract::{Extension, State},
-    http::{HeaderMap, header},
+    extract::State,
+    http::header,
     response::{IntoResponse, Response},
 };
 use serde_json::{Map, Value, json};
@@ -15,7 +14,7 @@ use super::{
     app::App,
     dialogue,
     error::ApiError,
-    http::{Client, LogLine, json, read_json},
+    http::{Asked, json},
     openai::{kv, logprob, mixed, prompts, timings, wanted, working},
     sampling::{self, member},
     status::Slot,
@@ -168,8 +167,9 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], out).into_response()
 }
 
-pub async fn tokenize(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
-    let body = read_json(&app, body, &headers).await?;
+pub async fn tokenize(mut asked: Asked) -> Result<Response, ApiError> {
+    let body = asked.json().await?;
+    let app = asked.app;
     let with = Arc::clone(&app);
     let tokens = working(move || {
         let vocab = with.model.vocab();
@@ -194,16 +194,18 @@ pub async fn tokenize(State(app): State<Arc<App>>, headers: HeaderMap, body: Bod
     Ok(json(&json!({ "tokens": tokens.await? })))
 }
 
-pub async fn detokenize(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
-    let body = read_json(&app, body, &headers).await?;
+pub async fn detokenize(mut asked: Asked) -> Result<Response, ApiError> {
+    let body = asked.json().await?;
+    let app = asked.app;
     let items = body.get("tokens").and_then(Value::as_array);
     let items = items.ok_or_else(|| ApiError::param("tokens", "it must be a list of tokens"))?;
     let tokens = mixed(&app, items, "tokens")?;
     Ok(json(&json!({ "content": app.model.vocab().detokenize(&tokens, true)? })))
 }
 
-pub async fn apply_template(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
-    let body = read_json(&app, body, &headers).await?;
+pub async fn apply_template(mut asked: Asked) -> Result<Response, ApiError> {
+    let body = asked.json().await?;
+    let app = asked.app;
     let with = Arc::clone(&app);
     let prepared = working(move || {
         let dialogue = super::openai::dialogue(&body)?;
@@ -212,14 +214,9 @@ pub async fn apply_template(State(app): State<Arc<App>>, headers: HeaderMap, bod
     Ok(json(&json!({ "prompt": prepared.await?.prompt.text })))
 }
 
-pub async fn completion(
-    State(app): State<Arc<App>>,
-    Extension(client): Extension<Client>,
-    Extension(log): Extension<Arc<LogLine>>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response, ApiError> {
-    let body = read_json(&app, body, &headers).await?;
+pub async fn completion(mut asked: Asked) -> Result<Response, ApiError> {
+    let body = asked.json().await?;
+    let Asked { app, client, log, .. } = asked;
     let streams = sampling::boolean(&body, "stream")?.unwrap_or(false);
     let returns_tokens = sampling::boolean(&body, "return_tokens")?.unwrap_or(false);
     let (id, with) = (app.number(), Arc::clone(&app));

@@ -79,6 +79,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
         keep_prompt_end: true,
         // Others are answered meanwhile.
         layer_major: false,
+        look_in_steps: true,
         abort: Some(Arc::clone(&abort)),
         ..run.session
     };
@@ -89,7 +90,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
         false => Some(chat_format(&model, &template_text)?),
     };
     let session = simlayer::Session::new(&model, run.session.clone())?;
-    let defaults = options::sampling(args.sampling, session.n_ctx())?;
+    let defaults = options::sampling(args.sampling, model.sampler_params(), session.n_ctx())?;
     // What is wrong with them is said now.
     simlayer::Sampler::new(model.vocab(), &defaults)?;
     let limits =

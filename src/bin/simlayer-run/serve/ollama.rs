@@ -4,9 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use axum::{
-    body::Body,
-    extract::{Extension, State},
-    http::HeaderMap,
+    extract::State,
     response::{IntoResponse, Response},
 };
 use serde_json::{Map, Value, json};
@@ -16,7 +14,7 @@ use super::{
     app::{App, Prompt, Wanted},
     dialogue::{self, Call, Dialogue, Format, Progress, Reader},
     error::ApiError,
-    http::{Client, LogLine, json, read_json},
+    http::{Asked, Client, LogLine, json},
     openai::{kv, working},
     sampling::{self, member},
     stream::{Render, collect, stream},
@@ -106,25 +104,15 @@ fn time(seconds: u64) -> String {
     jiff::Timestamp::from_second(i64::try_from(seconds).unwrap_or(0)).unwrap_or_default().to_string()
 }
 
-pub async fn chat(
-    State(app): State<Arc<App>>,
-    Extension(client): Extension<Client>,
-    Extension(log): Extension<Arc<LogLine>>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response, OllamaError> {
-    let body = read_json(&app, body, &headers).await?;
+pub async fn chat(mut asked: Asked) -> Result<Response, OllamaError> {
+    let body = asked.json().await?;
+    let Asked { app, client, log, .. } = asked;
     answer(app, client, log, body, Kind::Chat).await
 }
 
-pub async fn generate(
-    State(app): State<Arc<App>>,
-    Extension(client): Extension<Client>,
-    Extension(log): Extension<Arc<LogLine>>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response, OllamaError> {
-    let body = read_json(&app, body, &headers).await?;
+pub async fn generate(mut asked: Asked) -> Result<Response, OllamaError> {
+    let body = asked.json().await?;
+    let Asked { app, client, log, .. } = asked;
     answer(app, client, log, body, Kind::Generate).await
 }
 

@@ -2,12 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::{
-    body::Body,
-    extract::{Extension, State},
-    http::{HeaderMap, StatusCode},
-    response::Response,
-};
+use axum::{extract::State, http::StatusCode, response::Response};
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use serde_json::{Map, Value, json};
 use simlayer::{AddBos, Special, Token, chat::ReasoningFormat};
@@ -17,7 +12,7 @@ use super::{
     app::{Answers, App, Prompt, Wanted, now},
     dialogue::{self, Call, Dialogue, Progress, Reader, Written},
     error::ApiError,
-    http::{Client, LogLine, json, read_json},
+    http::{Asked, json},
     sampling::{self, member, short},
     stream::{Answer, Render, collect, sse, stream},
     task::{End, Event, Order, Prob, Probs, Usage},
@@ -27,14 +22,9 @@ use super::{
 const MOST_PROBS: i64 = 20;
 const MOST_PROMPTS: usize = 64;
 
-pub async fn chat_completions(
-    State(app): State<Arc<App>>,
-    Extension(client): Extension<Client>,
-    Extension(log): Extension<Arc<LogLine>>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response, ApiError> {
-    let body = read_json(&app, body, &headers).await?;
+pub async fn chat_completions(mut asked: Asked) -> Result<Response, ApiError> {
+    let body = asked.json().await?;
+    let Asked { app, client, log, .. } = asked;
     let streams = sampling::boolean(&body, "stream")?.unwrap_or(false);
     let wants_usage = streams_usage(&body)?;
     let (id, with) = (app.number(), Arc::clone(&app));
@@ -358,14 +348,9 @@ impl Render for ChatStream {
     }
 }
 
-pub async fn completions(
-    State(app): State<Arc<App>>,
-    Extension(client): Extension<Client>,
-    Extension(log): Extension<Arc<LogLine>>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response, ApiError> {
-    let body = read_json(&app, body, &headers).await?;
+pub async fn completions(mut asked: Asked) -> Result<Response, ApiError> {
+    let body = asked.json().await?;
+    let Asked { app, client, log, .. } = asked;
     let streams = sampling::boolean(&body, "stream")?.unwrap_or(false);
     let wants_usage = streams_usage(&body)?;
     let echoes = sampling::boolean(&body, "echo")?.unwrap_or(false);
@@ -570,8 +555,9 @@ pub async fn models(State(app): State<Arc<App>>) -> Response {
     json(&json!({ "object": "list", "data": data }))
 }
 
-pub async fn embeddings(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
-    let body = read_json(&app, body, &headers).await?;
+pub async fn embeddings(mut asked: Asked) -> Result<Response, ApiError> {
+    let body = asked.json().await?;
+    let app = asked.app;
     let as_base64 = match sampling::text(&body, "encoding_format")? {
         None | Some("float") => false,
         Some("base64") => true,

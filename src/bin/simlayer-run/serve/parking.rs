@@ -231,6 +231,7 @@ impl Parking {
             Ok(()) => {}
             Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => return Stored::Busy(state),
         }
+        index.queued = (index.queued.0 + 1, index.queued.1 + state.len());
         let held = Held::Memory(Arc::new(state));
         index.entries.insert(key, Entry { tokens: Some(tokens.into()), bytes, used, held });
         Stored::Queued
@@ -325,6 +326,11 @@ impl Parking {
         stats
     }
 
+    /// How many states are in memory to be written, and their bytes.
+    pub fn queued(&self) -> (usize, usize) {
+        self.shared.index().queued
+    }
+
     /// Waits until nothing waits to be written. Dropping does as well.
     pub fn flush(&self) {
         let mut index = self.shared.index();
@@ -393,6 +399,8 @@ struct Index {
     /// Of all files, those of other settings included. Files with holes have lengths whose sum is beyond 64 bits.
     bytes: u128,
     ticks: u64,
+    /// States in memory, and their bytes.
+    queued: (usize, usize),
     /// Only what is counted since the start.
     stats: ParkingStats,
     notices: VecDeque<Notice>,
@@ -547,6 +555,7 @@ impl Shared {
         let (partial, whole) = (key.file(PARTIAL), key.file(PARKED));
         let written = self.write_file(&self.dir.join(&partial), &self.dir.join(&whole), &tokens, &state);
         let mut index = self.index();
+        index.queued = (index.queued.0 - 1, index.queued.1 - state.len());
         match written {
             Ok(()) => {
                 index.bytes += u128::from(bytes);

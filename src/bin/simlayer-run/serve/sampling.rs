@@ -1,7 +1,10 @@
 //! How a request wants its tokens chosen: llama-server's and OpenAI's names, over the command line's settings.
 
 use serde_json::{Map, Value};
-use simlayer::{SamplerParams, Token, Vocab, sampling::Mirostat};
+use simlayer::{
+    SamplerParams, Token, Vocab,
+    sampling::{Mirostat, SamplerStep},
+};
 
 use super::error::ApiError;
 
@@ -91,7 +94,7 @@ pub fn params(
     n_ctx: usize,
 ) -> Result<SamplerParams, ApiError> {
     let mut params = defaults.clone();
-    let numbers: [(&str, &mut f32); 14] = [
+    let numbers: [(&str, &mut f32); 16] = [
         ("temperature", &mut params.temperature),
         ("dynatemp_range", &mut params.dynatemp_range),
         ("dynatemp_exponent", &mut params.dynatemp_exponent),
@@ -106,6 +109,8 @@ pub fn params(
         ("presence_penalty", &mut params.presence_penalty),
         ("dry_multiplier", &mut params.dry_multiplier),
         ("dry_base", &mut params.dry_base),
+        ("adaptive_target", &mut params.adaptive_target),
+        ("adaptive_decay", &mut params.adaptive_decay),
     ];
     for (name, param) in numbers {
         if let Some(given) = number(body, name)? {
@@ -130,6 +135,9 @@ pub fn params(
     if let Some(breakers) = member(body, "dry_sequence_breakers") {
         params.dry_sequence_breakers = stops(Some(breakers), "dry_sequence_breakers")?;
     }
+    if let Some(samplers) = member(body, "samplers") {
+        params.samplers = steps(samplers)?;
+    }
     if let Some(ignore) = boolean(body, "ignore_eos")? {
         params.ignore_eos = ignore;
     }
@@ -152,6 +160,20 @@ pub fn params(
         params.logit_bias = biases(bias, vocab)?;
     }
     Ok(params)
+}
+
+/// Samplers in their order: a list of names, or their letters.
+fn steps(value: &Value) -> Result<Vec<SamplerStep>, ApiError> {
+    let wrong = || ApiError::param("samplers", "it must be a list of names, or a string of letters");
+    let steps = match value {
+        Value::String(letters) => SamplerStep::sequence(letters),
+        Value::Array(names) => {
+            let names: Option<Vec<&str>> = names.iter().map(Value::as_str).collect();
+            SamplerStep::list(&names.ok_or_else(wrong)?.join(";"))
+        }
+        _ => return Err(wrong()),
+    };
+    steps.map_err(|error| ApiError::param("samplers", error))
 }
 
 /// OpenAI's object of tokens, or llama-server's list of pairs; a bias of `false` forbids a token.
@@ -218,6 +240,11 @@ mod tests {
         assert_eq!((params.top_p, params.mirostat), (0.95, Mirostat::V2 { tau: 5.0, eta: 0.1 }));
         assert_eq!(params.logit_bias[0], (5, -100.0));
         assert!(params.logit_bias.len() > 1);
+        for samplers in [json!(["temperature", "top-k"]), json!("tk")] {
+            let params = of(json!({"samplers": samplers, "adaptive_target": 0.5})).unwrap();
+            assert_eq!(params.samplers, [SamplerStep::Temperature, SamplerStep::TopK]);
+            assert_eq!(params.adaptive_target, 0.5);
+        }
         let params = of(json!({"logit_bias": [[5, false], [6, 0.5]]})).unwrap();
         assert_eq!(params.logit_bias, [(5, f32::NEG_INFINITY), (6, 0.5)]);
     }
@@ -231,6 +258,8 @@ mod tests {
             (json!({"repeat_last_n": -2}), "repeat_last_n"),
             (json!({"ignore_eos": 1}), "ignore_eos"),
             (json!({"mirostat": 3}), "mirostat"),
+            (json!({"samplers": ["nonsense"]}), "samplers"),
+            (json!({"samplers": {}}), "samplers"),
             (json!({"logit_bias": {"999999999": 1}}), "logit_bias"),
             (json!({"logit_bias": [[1]]}), "logit_bias"),
             (json!({"grammar": 5}), "grammar"),
