@@ -103,11 +103,12 @@ mod tests {
         #[test]
         fn every_position_is_found(
             ring in prop::option::of((0usize..6, 1usize..5)),
-            (n_sink, more, n_slack) in (0usize..6, 0usize..40, 0usize..10),
+            (n_sink, more, n_slack, odd) in (0usize..6, 0usize..40, 0usize..10, 0usize..TILE),
             steps in prop::collection::vec((1usize..300, 0usize..60), 1..12),
         ) {
-            // As `LayerPlan` has it: a window, and slack up to whole tiles.
-            let span = ring.map(|(n_sink, n)| Span { n_sink, n_window: n * TILE - 40, n_slack: 40, chunked: false });
+            // `LayerPlan` has slack up to whole tiles, a state may have any.
+            let odd = if odd % 2 == 0 { 0 } else { odd };
+            let span = ring.map(|(n_sink, n)| Span { n_sink, n_window: n * TILE - 40, n_slack: 40 + odd, chunked: false });
             let exact = Span { n_sink: span.map_or(n_sink, |span| span.n_sink), n_window: TILE + more, n_slack, chunked: false };
             let n_rows = span.map_or(4096, |span| span.n_rows().next_multiple_of(TILE));
             let mut stores = Stores {

@@ -461,9 +461,12 @@ impl CacheAttention<'_> {
     }
 }
 
+/// Groups of rows, and the stores that these are in with how many there are.
+type Groups<'a> = ([Keys; 2], [(&'a Chain, usize); 2]);
+
 /// The rows of a layer that keeps all, and their stores with how many there are, where they are in tiles: the newest are in
 /// the exact store alone.
-fn in_tiles(cache: &LayerCache, span: Option<Span>, n_rows: usize) -> Option<([Keys; 2], [(&Chain, usize); 2])> {
+fn in_tiles(cache: &LayerCache, span: Option<Span>, n_rows: usize) -> Option<Groups<'_>> {
     let store = store(cache);
     let exact = cache.exact.as_ref().filter(|_| store.format().has_tiles())?;
     let stored = Keys::All { span, n_rows, exact: Some(exact.span) };

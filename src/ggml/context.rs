@@ -120,7 +120,7 @@ impl Context {
         let stored = if ty.is_tiles() { Type::I8 } else { ty };
         // SAFETY: `ne` has `n_dims` entries; the context is alive.
         let raw = unsafe { sys::ggml_new_tensor(self.raw(), stored.raw(), ne.len() as i32, ne.as_ptr()) };
-        self.wrap(raw).as_type(ty)
+        self.wrap(raw).with_type(ty)
     }
 
     pub(super) fn wrap(&self, raw: *mut sys::ggml_tensor) -> Tensor {
@@ -287,7 +287,7 @@ impl Tensor {
     }
 
     /// The same tensor, whose bytes are tiles where the type says so.
-    pub(super) fn as_type(mut self, ty: Type) -> Tensor {
+    pub(super) fn with_type(mut self, ty: Type) -> Tensor {
         self.tiles = Some(ty).filter(|ty| ty.is_tiles());
         self
     }

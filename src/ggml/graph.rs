@@ -796,7 +796,7 @@ impl Graph {
     pub fn view(&self, a: &Tensor, shape: [usize; 3], strides: [usize; 2], offset: usize) -> Tensor {
         check_view(a, shape, strides, offset);
         let ne = shape.map(|n| n as i64);
-        node!(self, [a], ggml_view_3d(a.raw(), ne[0], ne[1], ne[2], strides[0], strides[1], offset)).as_type(a.ty())
+        node!(self, [a], ggml_view_3d(a.raw(), ne[0], ne[1], ne[2], strides[0], strides[1], offset)).with_type(a.ty())
     }
 
     /// Rows `first..first + n` of a two-dimensional tensor.
@@ -807,7 +807,7 @@ impl Graph {
         let (width, stride) = (a.shape()[0], a.strides()[1]);
         let offset = first.saturating_mul(stride);
         check_view(a, [width, n, 1], [stride, 0], offset);
-        node!(self, [a], ggml_view_2d(a.raw(), width as i64, n as i64, stride, offset)).as_type(a.ty())
+        node!(self, [a], ggml_view_2d(a.raw(), width as i64, n as i64, stride, offset)).with_type(a.ty())
     }
 
     /// Dimension `i` of `a` becomes dimension `order[i]`.

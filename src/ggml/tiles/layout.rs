@@ -62,7 +62,7 @@ pub(super) const STEPS: i32 = 8;
 pub(super) const fn channel(byte: u8) -> f32 {
     // 2^(k/8) for k below 8.
     const ROOTS: [f32; STEPS as usize] =
-        [1.0, 1.090_507_7, 1.189_207_1, 1.296_839_6, 1.414_213_5, 1.542_210_8, 1.681_792_9, 1.834_008_1];
+        [1.0, 1.090_507_7, 1.189_207_1, 1.296_839_6, std::f32::consts::SQRT_2, 1.542_210_8, 1.681_792_9, 1.834_008_1];
     let power = byte as i32 - 128;
     let exponent = power.div_euclid(STEPS);
     f32::from_bits(((exponent + 127) as u32) << 23) * ROOTS[power.rem_euclid(STEPS) as usize]
