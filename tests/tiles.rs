@@ -141,22 +141,6 @@ fn rings_of_tiles_keep_the_window() {
     }
 }
 
-/// Keys go from `q8_0` to `q4_0` where a look allows it, and values stay in their tiles.
-#[test]
-fn keys_become_narrow_beside_values_in_tiles() {
-    let model = smollm2();
-    let (prompt, answer) = text(&model);
-    let base = logits(&model, &plain(), &prompt, &answer);
-    let mut params = tiles(Type::Q8_0, Type::KVARN4);
-    (params.lazy.narrow_keys, params.lazy.n_window) = (true, 192);
-    let loss = mean_kl(&base, &logits(&model, &params, &prompt, &answer));
-    let mut session = session(&model, params);
-    session.prefill(&prompt).expect("prefill");
-    let foretold = session.foretold(0);
-    println!("{loss:.5}, foretold {foretold:?}");
-    assert!(foretold.is_some() && loss < 0.05, "{loss}, {foretold:?}");
-}
-
 #[test]
 fn tiles_are_refused_where_they_cannot_be_read() {
     let model = smollm2();
