@@ -28,7 +28,7 @@ use super::{
     error::Error,
     executor::Executor,
     layer::{At, LayerCache, resumable},
-    looking::{Change, Looked, Looking, Stage, Trial},
+    looking::{Change, Looked, Looking, Ran, Stage, Trial},
     probe::{Base, Probe},
     score::Scored,
     search::Search,
@@ -54,6 +54,9 @@ const N_SCORED: usize = 32;
 
 /// Fewer tell nothing.
 const FEWEST_LAST: usize = 8;
+
+/// Tokens of the probe that are run in a step of a look in steps.
+const PROBE_PIECE: usize = 48;
 
 /// Rows that the order of keys is found by, of each layer.
 const KEY_ROWS: usize = 256;
@@ -125,7 +128,7 @@ impl Sequence {
         let n_room = params.n_ubatch.min(n_last + params.n_ctx - n_past);
         let mut probe = Probe::new(&self.tokens, n_last, n_room, &params.lazy);
         probe.states = anchor;
-        let looking = Looking { probe, base: None, stage: Stage::Begin, kl: 0.0, prompt_end: None };
+        let looking = Looking { probe, base: None, stage: Stage::Begin(Ran::default()), kl: 0.0, prompt_end: None };
         self.looking = Some(Box::new(looking));
     }
 
@@ -149,7 +152,11 @@ impl Sequence {
         executor.scheduler.set_threads(setup.params.n_threads_batch)?;
         let stage = mem::replace(&mut looking.stage, Stage::Done);
         let stage = match stage {
-            Stage::Begin => self.begin_trying(&mut looking, setup, executor)?,
+            Stage::Begin(mut ran) => {
+                self.look(&[], &mut [], &looking.probe, &mut ran, setup, executor)?;
+                if ran.n < looking.probe.tokens.len() { Stage::Begin(ran) } else { Stage::Ordering(ran) }
+            }
+            Stage::Ordering(ran) => self.begin_trying(&mut looking, ran, setup),
             Stage::Trying(trial) => self.try_once(&looking, trial, setup, executor)?,
             Stage::Changing(change, layers) => self.change_some(change, layers, setup, executor)?,
             Stage::Measuring { next, losses } => self.measure_some(next, losses, setup, executor)?,
@@ -167,26 +174,27 @@ impl Sequence {
         Ok(true)
     }
 
-    /// Runs the probe over everything as it is, and finds the order in which layers are tried.
-    fn begin_trying(&mut self, looking: &mut Looking, setup: &Setup, executor: &mut Executor) -> Result<Stage, Error> {
-        let (params, probe) = (&setup.params, &looking.probe);
-        let (rows, scores) = self.look(&[], &mut [], probe, setup, executor)?;
+    /// Finds the order in which layers are tried, from the probe's logits as they are and layers' scores.
+    fn begin_trying(&mut self, looking: &mut Looking, ran: Ran, setup: &Setup) -> Stage {
+        let scores = &ran.scores;
+        let params = &setup.params;
         let n_vocab = setup.model.hparams().n_vocab;
-        looking.base = Some(Base::new(rows, probe.n_last, n_vocab, params.n_threads_batch));
+        looking.base = Some(Base::new(ran.logits, looking.probe.n_last, n_vocab, params.n_threads_batch));
         let policy = &params.lazy.policy;
-        let Some(most) = policy.most_foretold() else { return Ok(Stage::Changing(Change::Lazy, Vec::new())) };
-        for scored in &scores {
+        let Some(most) = policy.most_foretold() else { return Stage::Changing(Change::Lazy, Vec::new()) };
+        for scored in scores {
             self.layers[scored.layer].score = Some(scored.value);
         }
-        let mut order = self.proposed(setup, &scores);
+        let mut order = self.proposed(setup, scores);
         let n_lazy = self.layers.iter().filter(|layer| layer.lazy).count();
         let (n_first, n_all) = (order.len().div_ceil(2), order.len() + n_lazy);
         order.truncate(((policy.most_by_looks() * n_all as f32) as usize).saturating_sub(n_lazy));
         let search = Search::new(order.len(), n_first, n_all, most);
-        Ok(Stage::Trying(Trial { change: Change::Lazy, order, search, changed: Vec::new() }))
+        Stage::Trying(Trial { change: Change::Lazy, order, search, changed: Vec::new(), ran: Ran::default() })
     }
 
-    /// Makes the layers that are to be tried next, as many as a step has time for, and tries them when all are there.
+    /// One of three steps: makes the layers that are to be tried next, as many as there is time for; runs a piece of the probe with
+    /// them when all are there; or compares what that gave.
     fn try_once(
         &mut self,
         looking: &Looking,
@@ -195,6 +203,11 @@ impl Sequence {
         executor: &mut Executor,
     ) -> Result<Stage, Error> {
         let (Some(n), Some(base)) = (trial.search.next(), &looking.base) else { return Ok(Stage::Trying(trial)) };
+        if trial.ran.n == looking.probe.tokens.len() {
+            let ran = mem::take(&mut trial.ran);
+            trial.search.note(n, base.divergence(&ran.logits));
+            return Ok(Stage::Trying(trial));
+        }
         let (start, end) = (looking.probe.start, looking.probe.end());
         let at = At { n_past: start, exact_from: self.exact_from(start, self.n_past()) };
         let mut converted = 0;
@@ -207,10 +220,9 @@ impl Sequence {
             converted += cache.used_rows(start) * layer.row_elements();
             trial.changed.push(cache);
         }
-        if trial.changed.len() >= n {
+        if converted == 0 {
             let (order, changed) = (&trial.order[..n], &mut trial.changed[..n]);
-            let (rows, _) = self.look(order, changed, &looking.probe, setup, executor)?;
-            trial.search.note(n, base.divergence(&rows));
+            self.look(order, changed, &looking.probe, &mut trial.ran, setup, executor)?;
         }
         Ok(Stage::Trying(trial))
     }
@@ -277,16 +289,17 @@ impl Sequence {
         scores.into_iter().map(|scored| scored.layer).collect()
     }
 
-    /// Rows of logits of the probe as they would be with these layers in place of those that they would come from; without
-    /// any, layers' scores as well where they are wanted for an order.
+    /// Runs the next piece of the probe with these layers in place of those that they would come from; without any, takes
+    /// layers' scores as well where they are wanted for an order. Everything is then as it was.
     fn look(
         &mut self,
         order: &[usize],
         changed: &mut [LayerCache],
         probe: &Probe,
+        ran: &mut Ran,
         setup: &Setup,
         executor: &mut Executor,
-    ) -> Result<(Vec<f32>, Vec<Scored>), Error> {
+    ) -> Result<(), Error> {
         let written = probe.start..probe.end();
         self.reserve(written.clone(), setup, executor)?;
         // Both rows of a state are written: what the sequence has is put back afterwards.
@@ -296,46 +309,58 @@ impl Sequence {
             order.iter().zip(&mut *changed).for_each(|(&index, cache)| mem::swap(&mut layers[index], cache));
         };
         exchange(&mut self.layers);
-        let save = |layer: &LayerCache| (layer.rows(written.clone()), layer.exact_rows());
-        let saved: Vec<(Vec<u8>, Vec<u8>)> = self.layers.iter().map(save).collect();
+        let rows = |layer: &LayerCache| (layer.rows(written.clone()), layer.exact_rows());
+        let put = |layers: &[LayerCache], all: &[(Vec<u8>, Vec<u8>)]| {
+            for (layer, (rows, exact)) in layers.iter().zip(all) {
+                layer.put_rows(written.clone(), rows);
+                layer.put_exact_rows(exact);
+            }
+        };
+        let saved: Vec<(Vec<u8>, Vec<u8>)> = self.layers.iter().map(rows).collect();
+        put(&self.layers, &ran.rows);
         if let Some(states) = &probe.states {
             states.put_back(&self.layers, row);
         }
         let is_scored = order.is_empty() && setup.order.is_none() && setup.params.lazy.policy.most_foretold().is_some();
-        let n_scored = probe.tokens.len() - probe.n_last + probe.n_last.min(N_SCORED);
-        let found = self.run_probe(probe, if is_scored { n_scored } else { 0 }, setup, executor);
+        let ended = self.run_piece(probe, is_scored, ran, setup, executor);
         // The graph refers to caches that may go.
         executor.forget();
-        for (layer, (rows, exact)) in self.layers.iter().zip(&saved) {
-            layer.put_rows(written.clone(), rows);
-            layer.put_exact_rows(exact);
-        }
+        ran.rows = if ran.n < probe.tokens.len() { self.layers.iter().map(rows).collect() } else { Vec::new() };
+        put(&self.layers, &saved);
         exchange(&mut self.layers);
         if let Some(states) = now {
             states.put_back(&self.layers, row);
         }
-        found
+        ended
     }
 
-    /// Runs the probe over whatever the layers hold now: the logits of the tokens that count, and scores of the last
-    /// `n_score`.
-    fn run_probe(
+    /// Runs the next piece of the probe over whatever the layers hold now.
+    fn run_piece(
         &self,
         probe: &Probe,
-        n_score: usize,
+        is_scored: bool,
+        ran: &mut Ran,
         setup: &Setup,
         executor: &mut Executor,
-    ) -> Result<(Vec<f32>, Vec<Scored>), Error> {
-        let (n_past, n) = (probe.start, probe.tokens.len());
+    ) -> Result<(), Error> {
+        let n_all = probe.tokens.len();
+        // Recurrent layers' states are known before the first token alone.
+        let is_cut = setup.params.look_in_steps && probe.states.is_none();
+        let piece = ran.n..if is_cut { n_all.min(ran.n + PROBE_PIECE) } else { n_all };
+        let n_scored = if is_scored { n_all - probe.n_last + probe.n_last.min(N_SCORED) } else { 0 };
+        let n_score = piece.end.saturating_sub(piece.start.max(n_all - n_scored));
+        let n_past = probe.start + piece.start;
         // The exact stores hold the newest tokens, and the probe goes back before them.
-        let exact_from = self.exact_from(n_past, self.n_past());
+        let exact_from = self.exact_from(probe.start, self.n_past());
         let (state_row, shift) = (self.place.state_row, self.positions.shift(n_past));
-        let parts = [Part { first: 0, n, n_past, n_score, exact_from, state_row, shift, see_each_other: false }];
+        let part =
+            Part { first: 0, n: piece.len(), n_past, n_score, exact_from, state_row, shift, see_each_other: false };
+        let parts = [part];
         let caches: [&[LayerCache]; 1] = [&self.layers];
-        let layers = 0..setup.layers.len();
-        let rows: Vec<i32> = (0..probe.n_last).chain(probe.repeated.iter().copied()).map(|row| row as i32).collect();
+        let counts = (0..probe.n_last).chain(probe.repeated.iter().copied()).filter(|row| piece.contains(row));
+        let rows: Vec<i32> = counts.map(|row| (row - piece.start) as i32).collect();
         let stretch = Stretch {
-            layers,
+            layers: 0..setup.layers.len(),
             parts: &parts,
             caches: &caches,
             entering: None,
@@ -344,9 +369,11 @@ impl Sequence {
         };
         let results = executor.take_results();
         let step = executor.step(setup, &stretch);
-        let ran = step.and_then(|mut ready| executor.run(&mut ready.step, &parts, probe.tokens[..].into(), &rows));
-        let found = executor.put_results(results);
-        Ok((found, ran?))
+        let tokens = probe.tokens[piece.clone()].into();
+        let scores = step.and_then(|mut ready| executor.run(&mut ready.step, &parts, tokens, &rows));
+        let logits = executor.put_results(results);
+        ran.add(piece.len(), &logits, (scores?, n_score));
+        Ok(())
     }
 }
 
@@ -383,7 +410,7 @@ fn next_with_work(kl: &mut f64, mut stage: Stage, setup: &Setup) -> Stage {
                 let n = order.len();
                 let most = *kl + setup.params.lazy.policy.most_foretold().unwrap_or(DEFAULT_KL);
                 let search = Search::new(n, n, n, most);
-                Stage::Trying(Trial { change: Change::Narrow, order, search, changed: Vec::new() })
+                Stage::Trying(Trial { change: Change::Narrow, order, search, changed: Vec::new(), ran: Ran::default() })
             }
             stage => return stage,
         };

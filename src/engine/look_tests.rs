@@ -1,5 +1,5 @@
-//! Looks before dropping in steps: bit for bit what they are in one piece, whatever other sequences do meanwhile, and in a
-//! defined state whatever becomes of the sequence.
+//! Looks before dropping in steps: bit for bit the same whatever other sequences do meanwhile, the same layers as in one
+//! piece, and in a defined state whatever becomes of the sequence.
 
 use simlayer_testkit::RandomModel;
 
@@ -48,6 +48,11 @@ fn look(session: &mut Session, other: SeqId) -> usize {
     steps
 }
 
+/// The whole look, with nothing between its steps.
+fn finish(session: &mut Session) {
+    while session.look_step(0).unwrap() {}
+}
+
 const POLICIES: [(&str, bool); 6] = [
     ("kl:1000", false),
     ("kl:1e-30", false),
@@ -58,13 +63,14 @@ const POLICIES: [(&str, bool); 6] = [
 ];
 
 #[test]
-fn steps_find_what_one_piece_finds() {
+fn steps_find_the_same_whatever_is_between() {
     for (policy, narrow_keys) in POLICIES {
-        let [mut whole, mut stepped] = [false, true].map(|steps| session(policy, narrow_keys, steps));
+        let [mut whole, mut stepped] = [(); 2].map(|()| session(policy, narrow_keys, true));
         let mut n = 0;
         // The second prompt is not looked at, the third one is; its answer goes round the rings.
         for end in [120, 150, 330] {
             let expected = read(&mut whole, 0, n..end);
+            finish(&mut whole);
             assert_eq!(read(&mut stepped, 0, n..end), expected, "{policy}");
             assert!(end != 150 || !stepped.is_looking(0), "{policy}");
             if end == 120 {
@@ -90,6 +96,21 @@ fn steps_find_what_one_piece_finds() {
     }
 }
 
+/// A probe in pieces finds what it finds whole, but for what rounding does.
+#[test]
+fn steps_find_what_one_piece_finds() {
+    for (policy, narrow_keys) in POLICIES.into_iter().filter(|(policy, _)| !matches!(*policy, "kl:0.001" | "auto")) {
+        let [mut whole, mut stepped] = [false, true].map(|steps| session(policy, narrow_keys, steps));
+        assert_eq!(read(&mut stepped, 0, 0..150), read(&mut whole, 0, 0..150), "{policy}");
+        assert!(!whole.is_looking(0) && stepped.is_looking(0), "{policy}");
+        finish(&mut stepped);
+        let lazy = |session: &Session| -> Vec<bool> { session.layers(0).iter().map(|layer| layer.lazy).collect() };
+        assert_eq!(lazy(&stepped), lazy(&whole), "{policy}");
+        let [found, expected] = [&stepped, &whole].map(|session| session.foretold(0).unwrap_or(0.0));
+        assert!((found - expected).abs() <= 0.02 * expected, "{policy}: {found}, {expected}");
+    }
+}
+
 /// The other sequence's tokens are those that it has alone.
 #[test]
 fn looks_leave_others_alone() {
@@ -108,10 +129,11 @@ fn looks_leave_others_alone() {
 #[test]
 fn what_is_appended_waits_for_the_look() {
     for steps in 0..3 {
-        let [mut whole, mut stepped] = [false, true].map(|steps| session("kl:1000", true, steps));
+        let [mut whole, mut stepped] = [(); 2].map(|()| session("kl:1000", true, true));
         for session in [&mut whole, &mut stepped] {
             read(session, 0, 0..200);
         }
+        finish(&mut whole);
         (0..steps).for_each(|_| assert!(stepped.look_step(0).unwrap()));
         assert_eq!(read(&mut stepped, 0, 200..201), read(&mut whole, 0, 200..201));
         assert!(!stepped.is_looking(0) && saved(&stepped, 0) == saved(&whole, 0));
@@ -143,9 +165,9 @@ fn what_is_looked_at_can_be_copied_saved_cut_and_cleared() {
         });
         assert_eq!(rows[0], rows[1], "{steps}");
         assert!(saved(&session, 0) == before);
-        while session.look_step(0).unwrap() {}
+        finish(&mut session);
         let mut alone = begun();
-        while alone.look_step(0).unwrap() {}
+        finish(&mut alone);
         assert!(saved(&session, 0) == saved(&alone, 0), "{steps}");
 
         // Given up: the next prompt's end is looked at.
@@ -161,7 +183,7 @@ fn what_is_looked_at_can_be_copied_saved_cut_and_cleared() {
         let mut session = begun();
         session.seq_clear(0);
         read(&mut session, 0, 0..200);
-        while session.look_step(0).unwrap() {}
+        finish(&mut session);
         assert!(saved(&session, 0) == saved(&alone, 0), "{steps}");
     }
 }

@@ -3,6 +3,7 @@
 use super::{
     layer::LayerCache,
     probe::{Base, Probe},
+    score::Scored,
     search::Search,
 };
 
@@ -23,7 +24,9 @@ pub(super) struct Looking {
 #[derive(Debug)]
 pub(super) enum Stage {
     /// The probe is run over everything as it is.
-    Begin,
+    Begin(Ran),
+    /// Layers are put in order by what that gave.
+    Ordering(Ran),
     /// Sets of layers are tried.
     Trying(Trial),
     /// These layers change, the last one first.
@@ -54,6 +57,39 @@ pub(super) struct Trial {
     pub search: Search,
     /// The first ones of the order as they would be.
     pub changed: Vec<LayerCache>,
+    /// The probe with these.
+    pub ran: Ran,
+}
+
+/// How far a probe has run, and what that gave.
+#[derive(Debug, Default)]
+pub(super) struct Ran {
+    /// Tokens.
+    pub n: usize,
+    /// A row for each of them that counts.
+    pub logits: Vec<f32>,
+    /// Of each layer, the mean over the tokens that are scored, and their number.
+    pub scores: Vec<Scored>,
+    pub n_scored: usize,
+    /// The rows that each layer's stores have of these tokens, the exact one's second.
+    pub rows: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+impl Ran {
+    /// Adds what the next `n` tokens gave, of which `n_scored` were scored.
+    pub fn add(&mut self, n: usize, logits: &[f32], (scores, n_scored): (Vec<Scored>, usize)) {
+        self.n += n;
+        self.logits.extend_from_slice(logits);
+        self.n_scored += n_scored;
+        if self.n_scored == n_scored {
+            self.scores = scores;
+        } else if n_scored > 0 {
+            let part = n_scored as f32 / self.n_scored as f32;
+            for (mean, more) in self.scores.iter_mut().zip(&scores) {
+                mean.value += part * (more.value - mean.value);
+            }
+        }
+    }
 }
 
 /// What a look before dropping found.

@@ -20,6 +20,8 @@ const LONG: usize = 5500;
 const BESIDES: u64 = 150 << 20;
 /// What it may take more in the last quarter than in the one before: what a sample differs from the next by.
 const GROWTH: f64 = 1.02;
+/// Of a run of so many minutes.
+const LONG_MINUTES: f64 = 10.0;
 /// How long a token may be awaited while a long prompt is read, in medians.
 const LONGEST: f64 = 4.0;
 
@@ -156,6 +158,7 @@ fn tell(what: &str, mut gaps: Vec<Duration>) -> Option<f64> {
 
 #[derive(Debug, Default)]
 struct Report {
+    minutes: f64,
     memory: Vec<u64>,
     errors: Vec<String>,
 }
@@ -230,7 +233,8 @@ fn load(server: &Serving, args: &Args) -> Result<Report> {
     let meanwhile = |(from, to): &&(Instant, Instant)| long.iter().any(|(start, end)| to > start && from < end);
     tell("time between tokens", gaps.iter().map(|(from, to)| *to - *from).collect());
     tell("while long prompts are read", gaps.iter().filter(meanwhile).map(|(from, to)| *to - *from).collect());
-    Ok(Report { memory, errors: errors.into_inner().unwrap_or_else(|e| e.into_inner()) })
+    let errors = errors.into_inner().unwrap_or_else(|e| e.into_inner());
+    Ok(Report { minutes: args.minutes, memory, errors })
 }
 
 impl Report {
@@ -255,7 +259,8 @@ impl Report {
         }
         ensure!(self.errors.is_empty(), "{} requests failed", self.errors.len());
         ensure!(most <= bound, "it takes more memory than it may");
-        ensure!(growth <= GROWTH, "its memory grows");
+        // Before that, caches of conversations fill what they may take.
+        ensure!(growth <= GROWTH || self.minutes < LONG_MINUTES, "its memory grows");
         Ok(())
     }
 }

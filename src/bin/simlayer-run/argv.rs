@@ -274,6 +274,8 @@ mod tests {
             "--samplers" => "top_k;temperature",
             "--sampler-seq" => "kt",
             "--numa" => "isolate",
+            "--split-mode" => "none",
+            "--override-tensor" => "exps=CPU",
             "--adaptive-decay" => "0.5",
             "--chat-template-kwargs" => r#"{"a": 1}"#,
             _ => "1",

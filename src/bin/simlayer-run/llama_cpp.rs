@@ -61,6 +61,7 @@ pub const VARIABLES: &[(&str, &str)] = &[
     ("LLAMA_ARG_SPLIT_MODE", "--split-mode"),
     ("LLAMA_ARG_MAIN_GPU", "--main-gpu"),
     ("LLAMA_ARG_OVERRIDE_TENSOR", "--override-tensor"),
+    ("LLAMA_ARG_CPU_MOE", "--cpu-moe"),
     ("LLAMA_ARG_N_CPU_MOE", "--n-cpu-moe"),
     ("LLAMA_ARG_N_CPU_FFN", "--n-cpu-ffn"),
     ("LLAMA_ARG_FIT", "--fit"),

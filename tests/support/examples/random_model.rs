@@ -43,103 +43,87 @@ fn llama(shape: Shape) -> RandomDecoder {
     model
 }
 
-fn qwen3_8b(shape: Shape) -> RandomDecoder {
-    let mut model = RandomDecoder::new(
-        "qwen3",
-        Shape {
-            n_layer: 36,
-            n_embd: 4096,
-            n_head: 32,
-            n_head_kv: 8,
-            head_size: 128,
-            n_ff: 12_288,
-            n_vocab: 151_936,
-            ..shape
-        },
-    );
-    model.key("context_length", 262_144u32);
-    model.key("rope.freq_base", 1_000_000f32);
+/// Qwen 3's kind.
+fn qwen3(shape: Shape) -> RandomDecoder {
+    let mut model = RandomDecoder::new("qwen3", shape);
     for layer in model.layers() {
         model.pre_norms(layer);
         model.attention(layer);
         model.head_norms(layer);
         model.gated(layer);
+    }
+    model
+}
+
+fn qwen3_8b(shape: Shape) -> RandomDecoder {
+    let mut model = qwen3(Shape {
+        n_layer: 36,
+        n_embd: 4096,
+        n_head: 32,
+        n_head_kv: 8,
+        head_size: 128,
+        n_ff: 12_288,
+        n_vocab: 151_936,
+        ..shape
+    });
+    model.key("context_length", 262_144u32);
+    model.key("rope.freq_base", 1_000_000f32);
+    model
+}
+
+/// Four small layers, for trying what measures larger ones.
+fn tiny(shape: Shape) -> RandomDecoder {
+    qwen3(Shape { n_layer: 4, n_embd: 256, n_head: 8, n_head_kv: 2, head_size: 64, n_ff: 512, n_vocab: 1000, ..shape })
+}
+
+/// Qwen 3's kind with experts of 768, of which a token uses 8.
+fn qwen3_experts(shape: Shape) -> RandomDecoder {
+    const EXPERT_WIDTH: usize = 768;
+    let mut model = RandomDecoder::new("qwen3moe", Shape { n_expert_used: 8, ..shape });
+    model.expert_keys();
+    model.key("expert_feed_forward_length", EXPERT_WIDTH as u32);
+    for layer in model.layers() {
+        model.pre_norms(layer);
+        model.attention(layer);
+        model.head_norms(layer);
+        model.experts(layer, EXPERT_WIDTH);
     }
     model
 }
 
 /// Qwen3-30B-A3B's kind, a quarter as many experts and a third as many layers.
 fn qwen3moe(shape: Shape) -> RandomDecoder {
-    const EXPERT_WIDTH: usize = 768;
-    let mut model = RandomDecoder::new(
-        "qwen3moe",
-        Shape {
-            n_layer: 16,
-            n_embd: 1024,
-            n_head: 16,
-            n_head_kv: 4,
-            head_size: 128,
-            n_ff: 3072,
-            n_vocab: 32_000,
-            n_expert: 32,
-            n_expert_used: 8,
-            ..shape
-        },
-    );
+    let mut model = qwen3_experts(Shape {
+        n_layer: 16,
+        n_embd: 1024,
+        n_head: 16,
+        n_head_kv: 4,
+        head_size: 128,
+        n_ff: 3072,
+        n_vocab: 32_000,
+        n_expert: 32,
+        ..shape
+    });
     model.key("context_length", 40_960u32);
     model.key("rope.freq_base", 1_000_000f32);
-    model.expert_keys();
-    model.key("expert_feed_forward_length", EXPERT_WIDTH as u32);
-    for layer in model.layers() {
-        model.pre_norms(layer);
-        model.attention(layer);
-        model.head_norms(layer);
-        model.experts(layer, EXPERT_WIDTH);
-    }
     model
 }
 
-/// Qwen3-30B-A3B's shape: 128 experts, of which a token uses 8.
+/// Qwen3-30B-A3B's shape.
 fn qwen3_30b_a3b(shape: Shape) -> RandomDecoder {
-    const EXPERT_WIDTH: usize = 768;
-    let mut model = RandomDecoder::new(
-        "qwen3moe",
-        Shape {
-            n_layer: 48,
-            n_embd: 2048,
-            n_head: 32,
-            n_head_kv: 4,
-            head_size: 128,
-            n_ff: 6144,
-            n_vocab: 151_936,
-            n_expert: 128,
-            n_expert_used: 8,
-            ..shape
-        },
-    );
+    let mut model = qwen3_experts(Shape {
+        n_layer: 48,
+        n_embd: 2048,
+        n_head: 32,
+        n_head_kv: 4,
+        head_size: 128,
+        n_ff: 6144,
+        n_vocab: 151_936,
+        n_expert: 128,
+        ..shape
+    });
     model.key("context_length", 262_144u32);
     model.key("rope.freq_base", 10_000_000f32);
-    model.expert_keys();
-    model.key("expert_feed_forward_length", EXPERT_WIDTH as u32);
-    for layer in model.layers() {
-        model.pre_norms(layer);
-        model.attention(layer);
-        model.head_norms(layer);
-        model.experts(layer, EXPERT_WIDTH);
-    }
-    model
-}
-
-/// Four small layers, for trying what measures larger ones.
-fn tiny(shape: Shape) -> RandomDecoder {
-    let shape = Shape { n_layer: 4, n_embd: 256, n_head: 8, n_head_kv: 2, head_size: 64, n_ff: 512, ..shape };
-    let mut model = RandomDecoder::new("qwen3", Shape { n_vocab: 1000, ..shape });
-    for layer in model.layers() {
-        model.pre_norms(layer);
-        model.attention(layer);
-        model.head_norms(layer);
-        model.gated(layer);
-    }
     model
 }
 

@@ -13,7 +13,7 @@ use serde::Deserialize;
 
 use super::{
     error::Error,
-    names,
+    folders, names,
     transfer::{self, Source},
 };
 
@@ -55,7 +55,7 @@ impl<'a> Wanted<'a> {
 
 /// Where the model is in the cache; what is missing of it is fetched, unless `offline`.
 pub fn model(wanted: &Wanted<'_>, token: Option<String>, offline: bool) -> Result<PathBuf, Error> {
-    let cache = Cache::new(folder()?);
+    let cache = Cache::new(folders::repositories()?);
     let hub = Hub { local: cache.repo(Repo::new(wanted.repository.to_owned(), RepoType::Model)), cache };
     if offline {
         return hub.cached(wanted);
@@ -71,16 +71,6 @@ pub fn model(wanted: &Wanted<'_>, token: Option<String>, offline: bool) -> Resul
         },
         result => result,
     }
-}
-
-/// The cache's folder, as llama.cpp finds it.
-fn folder() -> Result<PathBuf, Error> {
-    let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let whole = ["LLAMA_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"].into_iter().find_map(set);
-    let home = || Some(set("HF_HOME")?.join("hub"));
-    let xdg = || Some(set("XDG_CACHE_HOME")?.join("huggingface/hub"));
-    let user = || Some(etcetera::home_dir().ok()?.join(".cache/huggingface/hub"));
-    whole.or_else(home).or_else(xdg).or_else(user).ok_or(Error::NoHome)
 }
 
 /// A repository: here and, where it is asked, there.

@@ -3,14 +3,12 @@
 //! `hub` is repositories and their cache, `names` which of their files is meant, `transfer` how a file comes.
 
 mod error;
+mod folders;
 mod hub;
 mod names;
 mod transfer;
 
-use std::{
-    env,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use error::Error;
 use transfer::{Fetched, Source};
@@ -51,7 +49,7 @@ fn of_address(url: &str, target: Option<PathBuf>, token: Option<String>, offline
         Some(target) if parts.len() == 1 => Ok(target.clone()),
         // The parts' names tell the loader where the others are.
         Some(target) => Ok(target.with_file_name(part)),
-        None => Ok(cache()?.join(part)),
+        None => Ok(folders::addresses()?.join(part)),
     };
     let agent = transfer::agent();
     for part in &parts {
@@ -80,14 +78,6 @@ fn fetch_newer(agent: &ureq::Agent, source: &Source, path: &Path, offline: bool)
         }
         Err(error) => Err(error),
     }
-}
-
-/// Where llama.cpp keeps what came from addresses.
-fn cache() -> Result<PathBuf, Error> {
-    let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let xdg = || Some(set("XDG_CACHE_HOME")?.join("llama.cpp"));
-    let user = || Some(etcetera::home_dir().ok()?.join(".cache/llama.cpp"));
-    set("LLAMA_CACHE").or_else(xdg).or_else(user).ok_or(Error::NoHome)
 }
 
 impl From<Error> for Failure {

@@ -18,6 +18,9 @@ use super::{
 /// Prompts that are read in one step at most.
 const MOST_READ: usize = 4;
 
+/// An answer that has ended, or why there is none.
+type Ended = (SeqId, Result<End, ApiError>);
+
 impl Scheduler {
     pub(super) fn step(&mut self) {
         self.hold_back();
@@ -89,7 +92,7 @@ impl Scheduler {
         let n_vocab = self.session.model().hparams().n_vocab;
         let logits = std::mem::take(&mut self.logits);
         let mut rows = logits.chunks_exact(n_vocab);
-        let mut ended: Vec<(SeqId, Result<End, ApiError>)> = Vec::new();
+        let mut ended = Vec::new();
         for part in plan {
             let running = &self.running[part.index];
             let is_read = part.reads.is_none_or(|(_, to)| to >= running.prompt.len());
@@ -105,10 +108,7 @@ impl Scheduler {
                 }
                 self.prompt_ended(part.index, row, &mut ended);
             }
-            let seq = self.running[part.index].seq;
-            if let Some(result) = self.sample(part.index, row) {
-                ended.push((seq, result));
-            }
+            self.take_next(part.index, row, &mut ended);
         }
         self.logits = logits;
         self.end(ended);
@@ -129,11 +129,8 @@ impl Scheduler {
             Ok(false) => {
                 let Some(Look { logits, .. }) = self.running[index].look.take() else { return };
                 let mut ended = Vec::new();
-                let seq = self.running[index].seq;
                 self.prompt_ended(index, &logits, &mut ended);
-                if let Some(result) = self.sample(index, &logits) {
-                    ended.push((seq, result));
-                }
+                self.take_next(index, &logits, &mut ended);
                 self.end(ended);
             }
             Err(error) => self.fail(&[Part { index, reads: None }], &error),
@@ -141,7 +138,7 @@ impl Scheduler {
     }
 
     /// Ends answers, or says why there are none.
-    fn end(&mut self, ended: Vec<(SeqId, Result<End, ApiError>)>) {
+    fn end(&mut self, ended: Vec<Ended>) {
         for (seq, result) in ended {
             let Some(index) = self.running.iter().position(|running| running.seq == seq) else { continue };
             match result {
@@ -156,7 +153,7 @@ impl Scheduler {
     }
 
     /// The prompt is read: layers have become lazy, and further answers begin.
-    fn prompt_ended(&mut self, index: usize, row: &[f32], ended: &mut Vec<(SeqId, Result<End, ApiError>)>) {
+    fn prompt_ended(&mut self, index: usize, row: &[f32], ended: &mut Vec<Ended>) {
         let now = Instant::now();
         let until = self.horizon(self.running[index].seq, self.running[index].limit, 0);
         let running = &mut self.running[index];
@@ -199,10 +196,14 @@ impl Scheduler {
                 look: None,
             };
             self.running.push(other);
-            if let Some(result) = self.sample(self.running.len() - 1, row) {
-                ended.push((seq, result));
-            }
+            self.take_next(self.running.len() - 1, row, ended);
         }
+    }
+
+    /// Takes the token that follows, and notes the answer where it has ended.
+    fn take_next(&mut self, index: usize, row: &[f32], ended: &mut Vec<Ended>) {
+        let seq = self.running[index].seq;
+        ended.extend(self.sample(index, row).map(|result| (seq, result)));
     }
 
     /// Takes the token that follows, and tells it. Why the answer has ended, if it has.
