@@ -16,9 +16,9 @@ pub(crate) struct Layout {
 impl Layout {
     /// The layout of tiles whose rows have so many bytes a head.
     pub fn of_row(bits: usize, bytes: usize) -> Layout {
-        // A block's codes, and its channels' scales and means; the token's scale.
-        let of_block = BLOCK / 8 * bits + 2 * BLOCK / TILE;
-        Layout { bits, size: bytes.saturating_sub(size_of::<u16>()) / of_block * BLOCK }
+        // Twice a block's codes, and its channels' scales and means; the token's scale.
+        let of_block = 2 * BLOCK / 8 * bits + 2 * 3 * BLOCK / TILE;
+        Layout { bits, size: 2 * bytes.saturating_sub(size_of::<u16>()) / of_block * BLOCK }
     }
 
     /// Bytes of a token's codes.
@@ -36,14 +36,14 @@ impl Layout {
         self.tokens() + TILE * size_of::<u16>()
     }
 
-    /// Where the channels' means begin, a signed byte each, in units of [`MEAN_UNIT`] of the channel's scale.
+    /// Where the channels' means begin, two signed bytes each, in units of [`MEAN_UNIT`] of the channel's scale.
     pub const fn means(self) -> usize {
         self.channels() + self.size
     }
 
-    /// Bytes of a tile.
+    /// Bytes of a tile: a whole number for each row.
     pub const fn bytes(self) -> usize {
-        self.means() + self.size
+        (self.means() + self.size * size_of::<i16>()).next_multiple_of(TILE)
     }
 
     /// What is subtracted from codes.
@@ -52,8 +52,9 @@ impl Layout {
     }
 }
 
-/// Part of a channel's scale that 1 of its mean's number stands for.
-pub(super) const MEAN_UNIT: f32 = 1.0 / 8.0;
+/// Part of a channel's scale that 1 of its mean's number stands for: means reach 512 times the scale, for keys' biases can be
+/// hundreds of times what differs between tokens.
+pub(super) const MEAN_UNIT: f32 = 1.0 / 64.0;
 
 /// Steps of a channel's scale in a factor of two.
 pub(super) const STEPS: i32 = 8;
@@ -78,3 +79,17 @@ pub(super) static CHANNEL: [f32; 256] = {
     }
     table
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_whole_bytes_say_what_they_are_of() {
+        for (bits, blocks) in (2..=4).flat_map(|bits| (1..=16).map(move |blocks| (bits, blocks))) {
+            let layout = Layout { bits, size: blocks * BLOCK };
+            assert_eq!(layout.bytes() % TILE, 0, "{layout:?}");
+            assert_eq!(Layout::of_row(bits, layout.bytes() / TILE), layout);
+        }
+    }
+}

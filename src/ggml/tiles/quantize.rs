@@ -41,8 +41,9 @@ pub(in crate::ggml) fn pack(rows: &mut [f32], layout: Layout, counted: usize, ti
     let (tokens, rest) = rest.split_at_mut(TILE * size_of::<u16>());
     let (channel_bytes, mean_bytes) = rest.split_at_mut(size);
     channel_bytes.copy_from_slice(&scales);
-    for (to, mean) in mean_bytes.iter_mut().zip(&means) {
-        *to = mean.to_le_bytes()[0];
+    mean_bytes.fill(0);
+    for (to, mean) in mean_bytes.as_chunks_mut().0.iter_mut().zip(&means) {
+        *to = mean.to_le_bytes();
     }
     let factors: Vec<f32> = scales.iter().map(|&scale| 1.0 / CHANNEL[usize::from(scale)]).collect();
     let offsets: Vec<f32> = means.iter().map(|&mean| f32::from(mean) * MEAN_UNIT).collect();
@@ -59,7 +60,7 @@ pub(in crate::ggml) fn pack(rows: &mut [f32], layout: Layout, counted: usize, ti
 }
 
 /// The channels' scales and means, as they are stored.
-fn normalise(rows: &[f32], counts: &[bool], size: usize) -> (Vec<u8>, Vec<i8>) {
+fn normalise(rows: &[f32], counts: &[bool], size: usize) -> (Vec<u8>, Vec<i16>) {
     let counted = || rows.chunks_exact(size).zip(counts).filter(|(_, counts)| **counts).map(|(row, _)| row);
     let n = counted().count().max(1) as f32;
     let mut means = vec![0.0_f32; size];
@@ -93,15 +94,15 @@ fn normalise(rows: &[f32], counts: &[bool], size: usize) -> (Vec<u8>, Vec<i8>) {
     }
     // So that tokens' scales are about 1, and channels' are what elements differ by.
     let of_tokens = (logs / 2.0).exp();
-    // A mean has to fit its byte, too.
-    let smallest = |mean: f32| mean.abs() / (MEAN_UNIT * 126.0);
+    // A mean has to fit its two bytes, too.
+    let smallest = |mean: f32| mean.abs() / (MEAN_UNIT * 32_000.0);
     let scale = |(variance, mean): (&f32, &f32)| {
         let scale = (variance.sqrt() * of_tokens).max(smallest(*mean)).max(1e-6);
         ((scale.log2() * STEPS as f32).round() as i32 + 128).clamp(0, 255) as u8
     };
     let scales: Vec<u8> = variances.iter().zip(&means).map(scale).collect();
     let mean = |(mean, scale): (&f32, &u8)| {
-        (mean / (CHANNEL[usize::from(*scale)] * MEAN_UNIT)).round().clamp(-127.0, 127.0) as i8
+        (mean / (CHANNEL[usize::from(*scale)] * MEAN_UNIT)).round().clamp(-32_767.0, 32_767.0) as i16
     };
     let means = means.iter().zip(&scales).map(mean).collect();
     (scales, means)
@@ -164,9 +165,9 @@ fn encode(row: &[f32], scale: f32, layout: Layout, to: &mut [u8]) {
 /// The channels' scales and means.
 pub(in crate::ggml) fn channels(layout: Layout, tile: &[u8], scales: &mut [f32], means: &mut [f32]) {
     let (channels, rest) = tile[layout.channels()..].split_at(layout.size);
-    for (((scale, mean), &byte), &number) in scales.iter_mut().zip(means).zip(channels).zip(rest) {
+    for (((scale, mean), &byte), &number) in scales.iter_mut().zip(means).zip(channels).zip(rest.as_chunks().0) {
         *scale = CHANNEL[usize::from(byte)];
-        *mean = f32::from(i8::from_le_bytes([number])) * MEAN_UNIT * *scale;
+        *mean = f32::from(i16::from_le_bytes(number)) * MEAN_UNIT * *scale;
     }
 }
 
@@ -225,10 +226,15 @@ mod tests {
         (0..6).map(|_| next() - 0.5).sum::<f32>()
     }
 
-    /// Keys as they are: channels and tokens of any size, and channels that are nearly the same in all tokens.
     fn keys(size: usize) -> Vec<f32> {
+        keys_with(8.0, size)
+    }
+
+    /// Keys as they are: channels and tokens of any size, and channels that are nearly the same in all tokens.
+    fn keys_with(means: f32, size: usize) -> Vec<f32> {
         let mut seed = 7;
-        let channels: Vec<(f32, f32)> = (0..size).map(|_| (noise(&mut seed).exp2(), 8.0 * noise(&mut seed))).collect();
+        let channels: Vec<(f32, f32)> =
+            (0..size).map(|_| (noise(&mut seed).exp2(), means * noise(&mut seed))).collect();
         let mut rows = Vec::new();
         for _ in 0..TILE {
             let token = noise(&mut seed).exp2();
@@ -248,8 +254,9 @@ mod tests {
 
     #[test]
     fn tiles_hold_what_their_bits_can() {
-        for size in [32, 64, 96, 128] {
-            let rows = keys(size);
+        // The second as of keys that have a bias.
+        for (size, means) in [32, 64, 96, 128].into_iter().flat_map(|size| [(size, 8.0), (size, 40.0)]) {
+            let rows = keys_with(means, size);
             for (bits, most) in [(4, 0.013), (3, 0.05), (2, 0.2)] {
                 let layout = Layout { bits, size };
                 let mut tile = vec![0; layout.bytes()];
@@ -257,7 +264,7 @@ mod tests {
                 let mut got = vec![0.0; rows.len()];
                 unpack(layout, &tile, 0..TILE, &mut got, size);
                 let loss = loss(&rows, &got, size);
-                assert!(loss < most, "{bits} bits, {size}: {loss}");
+                assert!(loss < most, "{bits} bits, {size}, means {means}: {loss}");
             }
         }
     }
@@ -276,7 +283,8 @@ mod tests {
             for (i, (x, got)) in rows.iter().zip(&got).enumerate() {
                 let (r, j) = (i / size, i % size);
                 let scale = 2f64.powf((f64::from(tile[layout.channels() + j]) - 128.0) / 8.0);
-                let mean = scale * f64::from(tile[layout.means() + j].cast_signed()) / 8.0;
+                let at = layout.means() + 2 * j;
+                let mean = scale * f64::from(i16::from_le_bytes([tile[at], tile[at + 1]])) / 64.0;
                 let at = layout.tokens() + 2 * r;
                 let token = f64::from(f16_to_f32(u16::from_le_bytes([tile[at], tile[at + 1]])));
                 let y = (f64::from(*x) - mean) / scale / token + f64::from(layout.middle());
