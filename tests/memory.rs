@@ -97,7 +97,7 @@ fn copies_take_the_prompt_once() {
     }
 }
 
-/// Full, and all in four bits with half of the layers lazy.
+/// Full, and all in four bits, in rows and in tiles, with half of the layers lazy.
 #[test]
 fn resident_memory_is_what_the_report_says() {
     if resident().is_none() {
@@ -110,11 +110,16 @@ fn resident_memory_is_what_the_report_says() {
     let mut params = plain();
     params.lazy.policy = "budget:0.5".parse().expect("a policy");
     (params.type_k, params.type_v) = (Type::Q4_0, Type::Q4_0);
+    // In tiles, active and lazy.
+    let mut tiles = params.clone();
+    (tiles.type_k, tiles.type_v) = (Type::KVARN4, Type::KVARN4);
+    (tiles.lazy.type_k, tiles.lazy.type_v) = (Some(Type::KVARN4), Some(Type::KVARN4));
+    let tiles = grown(&model, tiles);
     // With what an answer that is taken back needs, and stores alone.
     let kept = grown(&model, params.clone());
     (params.lazy.n_slack, params.keep_prompt_end) = (0, false);
     let small = grown(&model, params);
-    for (resident, left, kv) in [&full, &kept, &small] {
+    for (resident, left, kv) in [&full, &tiles, &kept, &small] {
         assert!(*left < 4 << 20, "{left} bytes stay resident behind a cleared session");
         let allocated = kv.allocated_bytes as i64;
         assert!((resident - allocated).abs() < allocated / 20 + (4 << 20), "{resident} resident, {allocated} reported");

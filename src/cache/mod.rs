@@ -2,6 +2,7 @@
 //! architectures.
 
 mod chain;
+mod due;
 mod meter;
 mod rotation;
 mod shrink;
@@ -10,9 +11,10 @@ mod state;
 mod store;
 
 pub(crate) use chain::Chain;
+pub(crate) use due::tiles_due;
 pub(crate) use meter::{Lease, Meter};
 pub(crate) use rotation::Rotations;
-pub(crate) use shrink::{Move, move_rows};
+pub(crate) use shrink::{Move, Moving, move_rows};
 pub(crate) use span::Span;
 pub(crate) use state::StateStore;
 pub use store::KvRotate;

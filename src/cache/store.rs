@@ -33,6 +33,11 @@ pub enum KvRotate {
 impl Format {
     pub const F16: Format = Format { k: Type::F16, v: Type::F16, rotate_k: false, rotate_v: false };
 
+    /// Whether keys or values are in tiles: rows come and go in whole ones then.
+    pub fn has_tiles(self) -> bool {
+        self.k.is_tiles() || self.v.is_tiles()
+    }
+
     /// The same rows in f16, rotated alike: queries can then attend to both.
     pub fn exact(self) -> Format {
         Format { k: Type::F16, v: Type::F16, ..self }
@@ -83,7 +88,13 @@ impl RowShape {
 
     /// Bytes of a token's key and value.
     pub fn row_bytes(self, format: Format) -> usize {
-        format.k.row_bytes(self.key_width()) + format.v.row_bytes(self.value_width())
+        let values = if self.values_in_keys { 0 } else { format.v.row_bytes(self.value_size) };
+        self.heads * (format.k.row_bytes(self.key_size) + values)
+    }
+
+    /// The first dimension of a tensor of rows whose heads have `size` elements.
+    fn width(self, ty: Type, size: usize) -> usize {
+        self.heads * if ty.is_tiles() { ty.row_bytes(size) } else { size }
     }
 
     /// Some of the rows of keys as `[key size, rows, KV heads]`, the form in which attention reads them.
@@ -99,7 +110,11 @@ impl RowShape {
     /// The first `size` elements of each head.
     fn of_heads(self, graph: &Graph, rows: &Tensor, size: usize, some: Range<usize>) -> Tensor {
         let ([width, ..], [_, row_bytes, ..]) = (rows.shape(), rows.strides());
-        let head_bytes = rows.ty().row_bytes(width / self.heads);
+        let of_head = width / self.heads;
+        let (size, head_bytes) = match rows.ty() {
+            ty if ty.is_tiles() => (of_head, of_head),
+            ty => (size, ty.row_bytes(of_head)),
+        };
         graph.view(rows, [size, some.len(), self.heads], [row_bytes, head_bytes], some.start * row_bytes)
     }
 }
@@ -107,9 +122,9 @@ impl RowShape {
 /// Key and value rows of one layer in memory of their own. Which position is in which row is the layer's span's to say.
 #[derive(Debug)]
 pub(crate) struct Store {
-    /// `[key size × KV heads, rows]`.
+    /// `[key size × KV heads, rows]`; of tiles, `[bytes of a row, rows]`.
     pub k: Tensor,
-    /// `[value size × KV heads, rows]`; none where values are in the keys.
+    /// `[value size × KV heads, rows]`, likewise; none where values are in the keys.
     v: Option<Tensor>,
     pub format: Format,
     n_rows: usize,
@@ -130,8 +145,10 @@ impl Store {
     ) -> Result<Store, Error> {
         let n_rows = n_rows.max(1).next_multiple_of(block);
         let n_rows = max_rows.map_or(n_rows, |max| n_rows.min(max));
-        let value_width = (!shape.values_in_keys).then(|| shape.value_width());
-        Store::of_widths((shape.key_width(), value_width), n_rows, format, memory, |bytes| meter.lease(bytes))
+        let value_width = (!shape.values_in_keys).then(|| shape.width(format.v, shape.value_size));
+        Store::of_widths((shape.width(format.k, shape.key_size), value_width), n_rows, format, memory, |bytes| {
+            meter.lease(bytes)
+        })
     }
 
     fn of_widths(

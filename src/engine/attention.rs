@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     cache::{Chain, RowShape, Span, StateStore, Store},
-    ggml::{FusedAttention, Graph, KvSegment, Tensor, Type},
+    ggml::{FusedAttention, Graph, KvSegment, Packing, Tensor, Type},
     model::{Attention, AttentionOptions, Mixed, State},
 };
 
@@ -203,7 +203,7 @@ impl CacheAttention<'_> {
                 known.map(|shared| [shared.k.clone(), shared.v.clone()]).expect("the owner's graph is built before")
             }
         };
-        let own = Own { queries, k, v };
+        let own = Own { queries, k, v, heads: self.plan(layer).rows.heads };
 
         // Several tokens read their own keys as they come and are written afterwards where a ring would overwrite rows
         // that an earlier one's window still holds, or where the newest tokens of a quantised cache are to be exact.
@@ -245,8 +245,16 @@ impl CacheAttention<'_> {
         let (part, store) = (self.parts[index], store(cache));
         let n_rows = cache.rows_read(part.n_past + part.n);
         let device = self.plan(layer).apart;
-        let mask = self.inputs.mask(graph, &part, index, &[Keys::All { span, n_rows }], device);
         let rows = self.plan(layer).rows;
+        if let Some((keys, chains)) = in_tiles(cache, span, n_rows) {
+            let mask = self.inputs.mask(graph, &part, index, &keys, device);
+            let views = chains.map(|(chain, n)| [chain.keys(rows, graph, n), chain.values(rows, graph, n)]);
+            let masks = [columns(graph, &mask, 0, n_rows), columns(graph, &mask, n_rows, keys[1].n_rows())];
+            let segments: Vec<KvSegment<'_>> =
+                views.iter().zip(&masks).map(|([k, v], mask)| KvSegment { k, v, mask: Some(mask) }).collect();
+            return swapped(graph, &fused(graph, queries, &segments, options));
+        }
+        let mask = self.inputs.mask(graph, &part, index, &[Keys::All { span, n_rows, exact: None }], device);
         let (k, v) = (store.keys(rows, graph, n_rows), store.values(rows, graph, n_rows));
         attention(graph, self.plan(layer), queries, [&k, &v], &mask, options)
     }
@@ -257,9 +265,14 @@ impl CacheAttention<'_> {
         let main = cache.store.as_ref().filter(|_| which != Which::Exact);
         let exact = cache.exact.as_ref().filter(|_| which != Which::Main);
         let stores = [main.map(|store| (store, cache.span)), exact.map(|exact| (&exact.store, Some(exact.span)))];
+        // Before the exact store loses what the tiles are made of.
+        if main.is_some_and(|store| store.format().has_tiles()) {
+            self.write_tiles(graph, index, cache, own);
+        }
         let written = |store: &Store| {
             let values = store.own_value_rows().map(|stored| (own.v.clone(), stored.clone()));
-            std::iter::once((own.k.clone(), store.k.clone())).chain(values)
+            let all = std::iter::once((own.k.clone(), store.k.clone())).chain(values);
+            all.filter(|(_, stored)| !stored.ty().is_tiles())
         };
         for (chain, span) in stores.into_iter().flatten() {
             let Some(span) = span.filter(|_| part.n > 1) else {
@@ -292,6 +305,29 @@ impl CacheAttention<'_> {
                         graph.expand(&graph.copy(&from, &to));
                     }
                 }
+            }
+        }
+    }
+
+    /// Makes the tiles that the tokens finish, of the tokens and of what the exact store has.
+    fn write_tiles(&mut self, graph: &Graph, index: usize, cache: &LayerCache, own: &Own) {
+        let part = self.parts[index];
+        let (Some(chain), Some(exact)) = (&cache.store, &cache.exact) else {
+            unreachable!("beside a store of tiles is an exact one")
+        };
+        let heads = own.heads;
+        let due = self.inputs.due(graph, &part, index, cache.span, exact.span);
+        for is_key in [true, false] {
+            let rows = |chain: &Chain| -> Vec<Tensor> {
+                let tensor = |store: &Store| if is_key { store.k.clone() } else { store.value_rows().clone() };
+                let all = chain.runs(0..chain.n_rows());
+                all.map(|run| some(graph, &tensor(run.store), run.first, run.rows.len())).collect()
+            };
+            let (rows_written, tiles) = (if is_key { &own.k } else { &own.v }, rows(chain));
+            if tiles[0].ty().is_tiles() {
+                let own = &graph.contiguous_if_needed(rows_written);
+                let packing = Packing { own, exact: &rows(&exact.store), tiles: &tiles, due: &due, heads };
+                graph.expand(&graph.pack_tiles(&packing));
             }
         }
     }
@@ -393,19 +429,26 @@ impl CacheAttention<'_> {
         let first_node = graph.n_nodes();
         let n_rows = cache.rows_read(n_past + n);
         let LayerPlan { apart, lazy_span, kernel, rows, .. } = *self.plan(layer);
-        let keys = store(cache).keys(rows, graph, n_rows);
         let stored = Keys::Stored { span: None, n_rows, has_own: true, exact: None };
-        let mask = self.inputs.mask(graph, &self.parts[index], index, &[stored], apart);
-        let kept = self.inputs.kept(graph, &self.parts[index], index, lazy_span, n_rows, apart);
+        let (all, chains) = match in_tiles(cache, None, n_rows) {
+            Some((keys, chains)) => (keys.to_vec(), chains.to_vec()),
+            None => (vec![stored], vec![(store(cache), n_rows)]),
+        };
+        let mask = self.inputs.mask(graph, &self.parts[index], index, &all, apart);
+        let kept: Vec<Tensor> = all
+            .iter()
+            .map(|keys| self.inputs.kept(graph, &self.parts[index], index, lazy_span, *keys, apart))
+            .collect();
+        let keys: Vec<Vec<Tensor>> = chains.iter().map(|(chain, n)| chain.keys(rows, graph, *n)).collect();
         let mask = graph.rows(&mask, n - n_score, n_score);
         let [head_size, _, heads, _] = queries.shape();
         let [_, token_bytes, head_bytes, _] = queries.strides();
         let first = (n - n_score) * token_bytes;
         let queries = graph.view(queries, [head_size, n_score, heads], [token_bytes, head_bytes], first);
         let masses = if kernel == Kernel::Fused {
-            vec![fused_mass(graph, &queries, &keys, &kept, &mask, options)]
+            vec![fused_mass(graph, &queries, (&keys, &kept), &mask, options)]
         } else {
-            masses(graph, &queries, single(&keys), &kept, &mask, options)
+            masses(graph, &queries, single(&keys[0]), &kept[0], &mask, options)
         };
         for mass in &masses {
             if let Some(device) = apart {
@@ -416,6 +459,19 @@ impl CacheAttention<'_> {
         graph.name_nodes_from(first_node, SCORE_NAME);
         self.scores.push(Score { part: index, layer, taken: Taken::Masses(masses) });
     }
+}
+
+/// Groups of rows, and the stores that these are in with how many there are.
+type Groups<'a> = ([Keys; 2], [(&'a Chain, usize); 2]);
+
+/// The rows of a layer that keeps all, and their stores with how many there are, where they are in tiles: the newest are in
+/// the exact store alone.
+fn in_tiles(cache: &LayerCache, span: Option<Span>, n_rows: usize) -> Option<Groups<'_>> {
+    let store = store(cache);
+    let exact = cache.exact.as_ref().filter(|_| store.format().has_tiles())?;
+    let stored = Keys::All { span, n_rows, exact: Some(exact.span) };
+    let newest = Keys::Exact { span, exact: exact.span, has_own: true };
+    Some(([stored, newest], [(store, n_rows), (&exact.store, exact.span.n_rows())]))
 }
 
 /// The state of a layer that has one.
@@ -530,6 +586,8 @@ struct Own {
     k: Tensor,
     /// The keys, where values are in them.
     v: Tensor,
+    /// KV heads.
+    heads: usize,
 }
 
 /// The mass `[1, n_score, heads]` of queries `[head size, n_score, heads]`, as attention whose values are what is
@@ -537,13 +595,20 @@ struct Own {
 fn fused_mass(
     graph: &Graph,
     queries: &Tensor,
-    keys: &[Tensor],
-    kept: &Tensor,
+    (keys, kept): (&[Vec<Tensor>], &[Tensor]),
     mask: &Tensor,
     options: &AttentionOptions<'_>,
 ) -> Tensor {
-    let kept = slice::from_ref(kept);
-    let read = fused(graph, queries, &[KvSegment { k: keys, v: kept, mask: Some(mask) }], options);
+    let starts = kept.iter().scan(0, |first, kept| {
+        let start = *first;
+        *first += kept.shape()[1];
+        Some((start, kept.shape()[1]))
+    });
+    let masks: Vec<Tensor> = starts.map(|(first, n)| columns(graph, mask, first, n)).collect();
+    let segments: Vec<KvSegment<'_>> = (keys.iter().zip(kept).zip(&masks))
+        .map(|((k, kept), mask)| KvSegment { k, v: slice::from_ref(kept), mask: Some(mask) })
+        .collect();
+    let read = fused(graph, queries, &segments, options);
     let [n_score, heads, ..] = read.shape();
     let [_, head_bytes, query_bytes, _] = read.strides();
     let diagonal = graph.view(&read, [1, n_score, heads], [query_bytes + size_of::<f32>(), head_bytes], 0);

@@ -27,7 +27,7 @@ use super::{
     batch::{BatchEntry, NO_TOKEN, Part},
     error::Error,
     executor::Executor,
-    layer::{LayerCache, resumable},
+    layer::{At, LayerCache, resumable},
     looking::{Change, Looked, Looking, Ran, Stage, Trial},
     probe::{Base, Probe},
     score::Scored,
@@ -209,12 +209,13 @@ impl Sequence {
             return Ok(Stage::Trying(trial));
         }
         let (start, end) = (looking.probe.start, looking.probe.end());
+        let at = At { n_past: start, exact_from: self.exact_from(start, self.n_past()) };
         let mut converted = 0;
         while trial.changed.len() < n && converted < STEP_ELEMENTS {
             let index = trial.order[trial.changed.len()];
             let (layer, scheduler) = (&setup.layers[index], &mut executor.scheduler);
             let (is_lazy, format) = trial.change.to(layer);
-            let mut cache = self.layers[index].copy(start, is_lazy, format, layer, scheduler)?;
+            let mut cache = self.layers[index].copy(at, is_lazy, format, layer, scheduler)?;
             cache.reserve(start..end, layer, scheduler)?;
             converted += cache.used_rows(start) * layer.row_elements();
             trial.changed.push(cache);
@@ -234,7 +235,7 @@ impl Sequence {
         setup: &Setup,
         executor: &mut Executor,
     ) -> Result<Stage, Error> {
-        let (n_past, mut converted) = (self.n_past(), 0);
+        let (at, mut converted) = (self.at(), 0);
         // The old stores go only when no graph refers to them any more.
         executor.forget();
         // The mark knows nothing of the new stores, which have no rows after the last token.
@@ -244,12 +245,12 @@ impl Sequence {
         {
             let (layer, setup) = (&mut self.layers[index], &setup.layers[index]);
             match change {
-                Change::Lazy => layer.make_lazy(n_past, setup, &mut executor.scheduler)?,
+                Change::Lazy => layer.make_lazy(at, setup, &mut executor.scheduler)?,
                 Change::Narrow => {
-                    *layer = layer.copy(n_past, false, setup.plan.narrow, setup, &mut executor.scheduler)?;
+                    *layer = layer.copy(at, false, setup.plan.narrow, setup, &mut executor.scheduler)?;
                 }
             }
-            converted += layer.used_rows(n_past) * setup.row_elements();
+            converted += layer.used_rows(at.n_past) * setup.row_elements();
         }
         executor.forget();
         Ok(Stage::Changing(change, layers))
@@ -429,7 +430,8 @@ fn key_loss(
     let (n_rows, width) = (layer.used_rows(n_past).min(KEY_ROWS), setup.plan.rows.key_width());
     let mut first_rows = |from: &Chain, format: Format| {
         let to = setup.make(n_rows, None, format)?;
-        move_rows(&mut executor.scheduler, from, &to, &[Move { from: 0..n_rows, to: 0 }], &setup.rotations)?;
+        let all = [Move { from: 0..n_rows, to: 0 }];
+        move_rows(&mut executor.scheduler, &[(from, &all)], &to, setup.moving())?;
         Ok::<_, Error>(setup.chain(to))
     };
     let narrow = first_rows(store, format)?;

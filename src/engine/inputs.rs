@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use super::batch::{Embeddings, Fed, Part};
 use crate::{
-    cache::Span,
-    ggml::{Device, Graph, Tensor, Type},
+    cache::{Span, tiles_due},
+    ggml::{Device, Due, Graph, TILE, Tensor, Type},
 };
 
 /// Rows of keys that a part's tokens attend to.
@@ -16,8 +16,9 @@ pub(super) enum Keys {
     Stored { span: Option<Span>, n_rows: usize, has_own: bool, exact: Option<Span> },
     /// All rows of a layer's exact store.
     Exact { span: Option<Span>, exact: Span, has_own: bool },
-    /// The first `n_rows` rows of a store that holds all tokens, of which queries are to see this span.
-    All { span: Option<Span>, n_rows: usize },
+    /// The first `n_rows` rows of a store that holds all tokens, of which queries are to see this span. What the layer's exact
+    /// store holds is hidden here.
+    All { span: Option<Span>, n_rows: usize, exact: Option<Span> },
     /// The part's own tokens.
     Own { span: Option<Span>, n: usize },
 }
@@ -56,7 +57,10 @@ impl Keys {
                 let end = end(has_own);
                 exact.position(row, end).filter(|&position| is_exact(exact, position, end, part))
             }
-            Keys::All { .. } => (row < end(true)).then_some(row),
+            Keys::All { exact, .. } => {
+                let is_here = |row: &usize| exact.is_none_or(|exact| !is_exact(exact, *row, end(true), part));
+                (row < end(true)).then_some(row).filter(is_here)
+            }
             Keys::Own { .. } => Some(part.n_past + row),
         }
     }
@@ -87,6 +91,13 @@ enum Fill {
         tokens: Range<usize>,
         first: usize,
     },
+    /// The tiles that a part's tokens finish: see [`tiles_due`].
+    Due {
+        part: usize,
+        span: Option<Span>,
+        exact: Span,
+        n: usize,
+    },
     /// The row of recurrent layers' states that is read, or written.
     StateRow {
         part: usize,
@@ -99,11 +110,11 @@ enum Fill {
         part: usize,
         keys: Vec<Keys>,
     },
-    /// For each of `n_rows` keys: 1 for the scored queries of a part to which `span` keeps it, else 0.
+    /// For each of some rows: 1 for the scored queries of a part to which `span` keeps it, else 0.
     Kept {
         part: usize,
         span: Span,
-        n_rows: usize,
+        keys: Keys,
     },
     /// Positions of a part's tokens, as f32: exact below 2^24.
     Queries {
@@ -199,6 +210,13 @@ impl Inputs {
         self.input(graph, Type::I64, &[tokens.len()], Fill::Rows { part, span, tokens, first })
     }
 
+    /// The list i32 `[Due::LEN, n]` of the tiles that a part's tokens finish in a store of this span, with an exact one.
+    pub fn due(&mut self, graph: &Graph, part: &Part, index: usize, span: Option<Span>, exact: Span) -> Tensor {
+        // One at each end that others fill as well, and two where a ring begins and ends.
+        let n = part.n / TILE + 4;
+        self.input(graph, Type::I32, &[Due::LEN, n], Fill::Due { part: index, span, exact, n })
+    }
+
     /// The row of recurrent layers' states `[1]` that the part's sequence has, i32; and the one that it has afterwards, i64.
     pub fn state_rows(&mut self, graph: &Graph, part: usize) -> [Tensor; 2] {
         [
@@ -220,21 +238,21 @@ impl Inputs {
         self.computed(graph, part, hidden, Type::F16, |hidden| graph.cast(&graph.scale(hidden, -1e9), Type::F16))
     }
 
-    /// f32 `[n_score, n_rows]`: 1 where `span` keeps a row's key for a scored query, the part's last ones, else 0.
+    /// f32 `[n_score, rows]`: 1 where `span` keeps a row's key for a scored query, the part's last ones, else 0.
     pub fn kept(
         &mut self,
         graph: &Graph,
         part: &Part,
         index: usize,
         span: Span,
-        n_rows: usize,
+        keys: Keys,
         device: Option<Device>,
     ) -> Tensor {
         let Some(device) = device else {
-            let fill = Fill::Kept { part: index, span, n_rows };
-            return self.input(graph, Type::F32, &[part.n_score, n_rows], fill);
+            let fill = Fill::Kept { part: index, span, keys };
+            return self.input(graph, Type::F32, &[part.n_score, keys.n_rows()], fill);
         };
-        let keys = vec![Keys::Stored { span: None, n_rows, has_own: true, exact: None }];
+        let keys = vec![keys];
         let hidden = Hidden { device, part: index, span: Some(span), skipped: part.n - part.n_score, keys };
         let kept = self.computed(graph, part, hidden, Type::F32, |hidden| graph.scale_bias(hidden, -1.0, 1.0));
         graph.permute(&kept, [1, 0, 2, 3])
@@ -267,7 +285,9 @@ impl Inputs {
         let n_rows = keys.iter().map(|keys| keys.n_rows()).sum();
         let positions = match keys[..] {
             // A row's number is its position; what was not written yet is after every query.
-            [Keys::Stored { span: None, exact: None, .. } | Keys::All { .. }] => place(graph.arange(n_rows)),
+            [Keys::Stored { span: None, exact: None, .. } | Keys::All { exact: None, .. }] => {
+                place(graph.arange(n_rows))
+            }
             _ => self.input(graph, Type::F32, &[n_rows], Fill::KeyPositions { part: index, keys: keys.clone() }),
         };
         let n = part.n - skipped;
@@ -324,14 +344,19 @@ impl Inputs {
                     let positions = n_past + tokens.start..n_past + tokens.end;
                     tensor.write(0, &positions.map(row).collect::<Vec<_>>());
                 }
+                &Fill::Due { part, span, exact, n } => {
+                    let Part { n_past, n: more, exact_from, .. } = parts[part];
+                    let due = tiles_due(span, (exact, exact_from), n_past..n_past + more);
+                    tensor.write(0, &Due::list(&due, n));
+                }
                 &Fill::StateRow { part } => tensor.write(0, &[parts[part].state_row as i32]),
                 &Fill::NextStateRow { part } => tensor.write(0, &[1 - parts[part].state_row as i64]),
                 Fill::Mask { part, keys } => {
                     fill_mask(mask, &parts[*part], keys);
                     tensor.write(0, mask);
                 }
-                &Fill::Kept { part, span, n_rows } => {
-                    fill_kept(floats, &parts[part], span, n_rows);
+                &Fill::Kept { part, span, keys } => {
+                    fill_kept(floats, &parts[part], span, keys);
                     tensor.write(0, floats);
                 }
                 &Fill::Queries { part } => {
@@ -383,12 +408,13 @@ fn fill_mask(mask: &mut Vec<u16>, part: &Part, keys: &[Keys]) {
     }
 }
 
-fn fill_kept(kept: &mut Vec<f32>, part: &Part, span: Span, n_rows: usize) {
+fn fill_kept(kept: &mut Vec<f32>, part: &Part, span: Span, keys: Keys) {
     kept.clear();
-    kept.resize(n_rows * part.n_score, 0.0);
+    kept.resize(keys.n_rows() * part.n_score, 0.0);
     let first = part.n_past + part.n - part.n_score;
     let recent = span.seen_from(first);
-    for (key, cells) in kept.chunks_exact_mut(part.n_score).enumerate() {
+    for (row, cells) in kept.chunks_exact_mut(part.n_score).enumerate() {
+        let Some(key) = keys.position(row, part) else { continue };
         if key < span.n_sink || key >= recent {
             for (cell, query) in cells.iter_mut().zip(first..) {
                 *cell = f32::from(u8::from(span.sees(query, key)));
@@ -448,7 +474,8 @@ mod tests {
         ) {
             let part = Part { first: 0, n, n_past, n_score, exact_from: 0, state_row: 0, shift: 0, see_each_other: false };
             let mut kept = Vec::new();
-            fill_kept(&mut kept, &part, span, n_past + n + slack);
+            let keys = Keys::Stored { span: None, n_rows: n_past + n + slack, has_own: true, exact: None };
+            fill_kept(&mut kept, &part, span, keys);
             for (key, cells) in kept.chunks_exact(n_score).enumerate() {
                 for (query, &cell) in (n_past + n - n_score..).zip(cells) {
                     prop_assert_eq!(cell == 1.0, span.sees(query, key));
@@ -488,8 +515,13 @@ mod tests {
 
             // A store that holds all, looked at as if it did not.
             let part = Part { n, ..part };
-            let all = [Keys::All { span, n_rows: n_past + n + slack }];
+            let all = [Keys::All { span, n_rows: n_past + n + slack, exact: None }];
             prop_assert_eq!(seen(&part, &all), expected(&part, span));
+            if let Some(exact) = exact {
+                let all = Keys::All { span, n_rows: n_past + n + slack, exact: Some(exact) };
+                let newest = Keys::Exact { span, exact, has_own: true };
+                prop_assert_eq!(seen(&part, &[all, newest]), expected(&part, span));
+            }
         }
     }
 
@@ -543,11 +575,12 @@ mod tests {
             if let Some(span) = span {
                 let n_rows = n_past + n + slack;
                 let (graph, mut inputs) = (Graph::new(64), Inputs::default());
-                let kept = inputs.kept(&graph, &part, 0, span, n_rows, Some(Device::cpu()));
+                let keys = Keys::Stored { span: None, n_rows, has_own: true, exact: None };
+                let kept = inputs.kept(&graph, &part, 0, span, keys, Some(Device::cpu()));
                 let kept = graph.contiguous(&kept).as_output();
                 let found: Vec<f32> = computed(&mut inputs, &graph, part, &kept);
                 let mut expected = Vec::new();
-                fill_kept(&mut expected, &part, span, n_rows);
+                fill_kept(&mut expected, &part, span, keys);
                 prop_assert_eq!(found, expected);
             }
         }

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::setup::{BACK, LayerSetup, ROWS_STEP};
 use crate::{
     cache::{Chain, Format, Move, Span, StateStore, Store, move_rows},
-    ggml::{Error, Scheduler},
+    ggml::{Error, Scheduler, TILE},
 };
 
 /// One layer's cache in a sequence.
@@ -32,6 +32,13 @@ pub(super) struct LayerCache {
     pub state: Option<Arc<StateStore>>,
 }
 
+/// How many tokens a sequence has, and from where on its exact stores hold them.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct At {
+    pub n_past: usize,
+    pub exact_from: usize,
+}
+
 /// The sink and the newest tokens of a layer in f16, beside its quantised store.
 #[derive(Debug)]
 pub(super) struct Exact {
@@ -45,6 +52,11 @@ impl Exact {
         let Some(span) = setup.plan.exact_span_for(format) else { return Ok(None) };
         let store = setup.make(span.n_rows(), Some(span), format.exact())?;
         Ok(Some(Exact { store: setup.chain(store), span }))
+    }
+
+    /// Whether it is what is due beside a store of this format.
+    fn fits(&self, format: Format, setup: &LayerSetup) -> bool {
+        self.store.format() == format.exact() && Some(self.span) == setup.plan.exact_span_for(format)
     }
 
     fn share(&self) -> Exact {
@@ -136,56 +148,72 @@ impl LayerCache {
     /// Turns the scratch of `n_past` tokens into the layer's store: as it is where the formats agree, else converted.
     pub fn keep_scratch(&mut self, n_past: usize, setup: &LayerSetup, scheduler: &mut Scheduler) -> Result<(), Error> {
         if let Some(scratch) = self.store.take_if(|scratch| scratch.format() != self.format) {
-            let store = self.refilled(n_past, &scratch, self.used_rows(n_past), self.format, setup, scheduler)?;
-            self.exact = self.exact_from_store(n_past, &scratch, self.format, setup, scheduler)?;
+            let at = At { n_past, exact_from: 0 };
+            let store = self.refilled(at, &scratch, self.format, setup, scheduler)?;
+            self.exact = self.exact_from_store(at, &scratch, self.format, setup, scheduler)?;
             self.store = Some(setup.chain(store));
         }
         Ok(())
     }
 
-    /// A store of `n_rows` rows in a format, with the rows that `store` holds of `n_past` tokens.
+    /// A store in a format, with the rows that `store` holds.
     fn refilled(
         &self,
-        n_past: usize,
+        at: At,
         store: &Chain,
-        n_rows: usize,
         format: Format,
         setup: &LayerSetup,
         scheduler: &mut Scheduler,
     ) -> Result<Store, Error> {
-        let refilled = setup.make(n_rows, self.span, format)?;
-        let used = self.used_rows(n_past);
+        let used = self.used_rows(at.n_past);
+        let refilled = setup.make(used, self.span, format)?;
         if used > 0 {
-            move_rows(scheduler, store, &refilled, &[Move { from: 0..used, to: 0 }], &setup.rotations)?;
+            let exact = self.exact_moves(at, store, |position| Some(self.row(position)));
+            let sources = [(store, &[Move { from: 0..used, to: 0 }][..])];
+            move_rows(scheduler, &with(&sources, &exact), &refilled, setup.moving())?;
         }
         Ok(refilled)
+    }
+
+    /// The row of a position.
+    fn row(&self, position: usize) -> usize {
+        self.span.map_or(position, |span| span.row(position))
+    }
+
+    /// From the exact store to the rows that positions have elsewhere: what a store of tiles has not, or less well. Nothing
+    /// where `store` has no tiles.
+    fn exact_moves(&self, at: At, store: &Chain, to: impl Fn(usize) -> Option<usize>) -> Option<(&Chain, Vec<Move>)> {
+        let exact = self.exact.as_ref().filter(|_| store.format().has_tiles())?;
+        let held =
+            at.exact_from.max(exact.span.held_from(at.n_past)).max(at.n_past.saturating_sub(exact.span.n_window));
+        let positions = exact.span.kept_ranges(at.n_past).into_iter().flatten();
+        let held = positions.filter(|&position| position < exact.span.n_sink || position >= held);
+        let moves = held.filter_map(|position| Some((exact.span.row(position), to(position)?)));
+        Some((&exact.store, joined(moves)))
     }
 
     /// The exact store for a new store's format, filled from the store of before.
     fn exact_from_store(
         &self,
-        n_past: usize,
+        at: At,
         store: &Chain,
         format: Format,
         setup: &LayerSetup,
         scheduler: &mut Scheduler,
     ) -> Result<Option<Exact>, Error> {
+        let n_past = at.n_past;
         let Some(exact) = Exact::new(format, setup)? else { return Ok(None) };
-        let row = |position| self.span.map_or(position, |span| span.row(position));
         // What a ring has dropped is outside the layer's own span as well: nobody will look for it.
         let held = |position: &usize| {
             self.span
                 .is_none_or(|span| *position < span.n_sink || *position >= self.held_from.max(span.held_from(n_past)))
         };
-        let mut moves: Vec<Move> = Vec::new();
-        for position in exact.span.kept_ranges(n_past).into_iter().flatten().filter(held) {
-            let (from, to) = (row(position), exact.span.row(position));
-            match moves.last_mut() {
-                Some(last) if last.from.end == from && last.to + last.from.len() == to => last.from.end += 1,
-                _ => moves.push(Move { from: from..from + 1, to }),
-            }
-        }
-        move_rows(scheduler, store, exact.store.single(), &moves, &setup.rotations)?;
+        let positions = exact.span.kept_ranges(n_past).into_iter().flatten().filter(held);
+        let moves = joined(positions.map(|position| (self.row(position), exact.span.row(position))));
+        let newest = self.exact_moves(at, store, |position| {
+            exact.span.kept_ranges(n_past).iter().any(|kept| kept.contains(&position)).then(|| exact.span.row(position))
+        });
+        move_rows(scheduler, &with(&[(store, &moves)], &newest), exact.store.single(), setup.moving())?;
         Ok(Some(exact))
     }
 
@@ -236,7 +264,7 @@ impl LayerCache {
             let kept = first..n_rows.min(first + rest.n_rows());
             if !kept.is_empty() {
                 let moves = [Move { from: kept, to: 0 }];
-                move_rows(scheduler, store, &rest, &moves, &setup.rotations)?;
+                move_rows(scheduler, &[(store, &moves)], &rest, setup.moving())?;
             }
             store.replace_from(first, rest);
         }
@@ -268,14 +296,15 @@ impl LayerCache {
     }
 
     /// Keeps sink and window only from now on, in the lazy format.
-    pub fn make_lazy(&mut self, n_past: usize, setup: &LayerSetup, scheduler: &mut Scheduler) -> Result<(), Error> {
-        let (span, format) = (setup.plan.lazy_span, setup.plan.lazy);
+    pub fn make_lazy(&mut self, at: At, setup: &LayerSetup, scheduler: &mut Scheduler) -> Result<(), Error> {
+        let (span, format, n_past) = (setup.plan.lazy_span, setup.plan.lazy, at.n_past);
         if let Some(store) = &self.store {
-            let exact = match self.exact.take() {
-                Some(exact) if exact.store.format() == format.exact() => Some(exact),
-                _ => self.exact_from_store(n_past, store, format, setup, scheduler)?,
+            let shrunk = self.shrunk(at, store, span, format, setup, scheduler)?;
+            let exact = match &self.exact {
+                Some(exact) if exact.fits(format, setup) => self.exact.take(),
+                _ => self.exact_from_store(at, store, format, setup, scheduler)?,
             };
-            self.store = Some(setup.chain(shrunk(store, n_past, span, format, setup, scheduler)?));
+            self.store = Some(setup.chain(shrunk));
             self.exact = exact;
         }
         (self.span, self.format, self.lazy) = (Some(span), format, true);
@@ -283,30 +312,30 @@ impl LayerCache {
         Ok(())
     }
 
-    /// A copy of the layer in a sequence of `n_past` tokens, which becomes lazy or keeps what this one keeps, in another
+    /// A copy of the layer in a sequence of so many tokens, which becomes lazy or keeps what this one keeps, in another
     /// format where one is given. What is alike in both is shared until one of them writes.
     pub fn copy(
         &self,
-        n_past: usize,
+        at: At,
         becomes_lazy: bool,
         format: Option<Format>,
         setup: &LayerSetup,
         scheduler: &mut Scheduler,
     ) -> Result<LayerCache, Error> {
-        let lazy_span = becomes_lazy.then_some(setup.plan.lazy_span);
+        let (lazy_span, n_past) = (becomes_lazy.then_some(setup.plan.lazy_span), at.n_past);
         let format = if becomes_lazy { setup.plan.lazy } else { format.unwrap_or(self.format) };
         let store = match (&self.store, lazy_span) {
             (None, _) => None,
-            (Some(store), Some(span)) => Some(setup.chain(shrunk(store, n_past, span, format, setup, scheduler)?)),
+            (Some(store), Some(span)) => Some(setup.chain(self.shrunk(at, store, span, format, setup, scheduler)?)),
             (Some(store), None) if store.format() == format => Some(store.share()),
             (Some(store), None) => {
-                let refilled = self.refilled(n_past, store, self.used_rows(n_past), format, setup, scheduler)?;
+                let refilled = self.refilled(at, store, format, setup, scheduler)?;
                 Some(setup.chain(refilled))
             }
         };
         let exact = match (&self.exact, &self.store) {
-            (Some(exact), _) if exact.store.format() == format.exact() => Some(exact.share()),
-            (_, Some(store)) => self.exact_from_store(n_past, store, format, setup, scheduler)?,
+            (Some(exact), _) if exact.fits(format, setup) => Some(exact.share()),
+            (_, Some(store)) => self.exact_from_store(at, store, format, setup, scheduler)?,
             (_, None) => None,
         };
         let lazy = self.lazy || becomes_lazy;
@@ -387,7 +416,7 @@ impl LayerCache {
     pub fn rows(&self, positions: Range<usize>) -> Vec<u8> {
         let mut rows = Vec::new();
         if let Some(store) = &self.store {
-            store.read_rows(&row_ranges(self.span, positions), &mut rows);
+            store.read_rows(&whole(row_ranges(self.span, positions), store.format()), &mut rows);
         }
         rows
     }
@@ -395,7 +424,7 @@ impl LayerCache {
     /// Puts [`LayerCache::rows`] back.
     pub fn put_rows(&self, positions: Range<usize>, rows: &[u8]) {
         if let Some(store) = &self.store {
-            store.write_rows(&row_ranges(self.span, positions), rows);
+            store.write_rows(&whole(row_ranges(self.span, positions), store.format()), rows);
         }
     }
 
@@ -406,9 +435,10 @@ impl LayerCache {
     }
 
     /// The sink's rows of `n` tokens, and those of the ring from a position on.
-    pub fn ring_ranges(span: Span, n: usize, from: usize) -> Vec<Range<usize>> {
+    pub fn ring_ranges(span: Span, format: Format, n: usize, from: usize) -> Vec<Range<usize>> {
         let sink = 0..span.n_sink.min(n);
-        std::iter::once(sink).chain(span.rows(from..n.max(from))).filter(|rows| !rows.is_empty()).collect()
+        let ranges = std::iter::once(sink).chain(span.rows(from..n.max(from)));
+        whole(ranges.filter(|rows| !rows.is_empty()).collect(), format)
     }
 
     /// What must be kept to go on from `n` tokens later, or from a few before: see [`LayerCache::ring_from`].
@@ -416,14 +446,14 @@ impl LayerCache {
         let (Some(span), Some(store)) = (self.span, &self.store) else { return (0, Vec::new()) };
         let from = self.ring_from(n);
         let mut rows = Vec::new();
-        store.read_rows(&LayerCache::ring_ranges(span, n, from), &mut rows);
+        store.read_rows(&LayerCache::ring_ranges(span, store.format(), n, from), &mut rows);
         (from, rows)
     }
 
     /// Puts rows of [`LayerCache::ring_ranges`] back.
     pub fn put_ring_rows(&mut self, n: usize, from: usize, rows: &[u8]) {
         let (Some(span), Some(store)) = (self.span, &self.store) else { return };
-        store.write_rows(&LayerCache::ring_ranges(span, n, from), rows);
+        store.write_rows(&LayerCache::ring_ranges(span, store.format(), n, from), rows);
         self.held_from = if from <= span.n_sink { 0 } else { from };
     }
 }
@@ -434,6 +464,27 @@ pub(super) fn resumable(layers: &[LayerCache], held_from: impl Fn(usize, &LayerC
     let of_layer =
         |(index, layer): (usize, &LayerCache)| layer.span.map_or(0, |span| span.resumable(held_from(index, layer)));
     layers.iter().enumerate().map(of_layer).max().unwrap_or(0)
+}
+
+/// The same rows, in whole tiles where there are some.
+pub(super) fn whole(ranges: Vec<Range<usize>>, format: Format) -> Vec<Range<usize>> {
+    if !format.has_tiles() {
+        return ranges;
+    }
+    let mut whole: Vec<Range<usize>> = ranges
+        .into_iter()
+        .filter(|rows| !rows.is_empty())
+        .map(|rows| rows.start / TILE * TILE..rows.end.next_multiple_of(TILE))
+        .collect();
+    whole.sort_by_key(|rows| rows.start);
+    whole.dedup_by(|next, rows| {
+        let touches = next.start <= rows.end;
+        if touches {
+            rows.end = rows.end.max(next.end);
+        }
+        touches
+    });
+    whole
 }
 
 /// The rows in which positions are, or will be.
@@ -447,18 +498,54 @@ fn row_ranges(span: Option<Span>, positions: Range<usize>) -> Vec<Range<usize>> 
     std::iter::once(sink).chain(ring).filter(|rows| !rows.is_empty()).collect()
 }
 
-/// A store with the rows of `store` that the span keeps of `n_past` tokens.
-fn shrunk(
-    store: &Chain,
-    n_past: usize,
-    span: Span,
-    format: Format,
-    setup: &LayerSetup,
-    scheduler: &mut Scheduler,
-) -> Result<Store, Error> {
-    let shrunk = setup.make(span.used_rows(n_past), Some(span), format)?;
-    let moves: Vec<Move> =
-        span.kept_ranges(n_past).into_iter().map(|range| Move { to: span.row(range.start), from: range }).collect();
-    move_rows(scheduler, store, &shrunk, &moves, &setup.rotations)?;
-    Ok(shrunk)
+/// Neighbouring rows that stay neighbours, in one move.
+fn joined(rows: impl Iterator<Item = (usize, usize)>) -> Vec<Move> {
+    let mut moves: Vec<Move> = Vec::new();
+    for (from, to) in rows {
+        match moves.last_mut() {
+            Some(last) if last.from.end == from && last.to + last.from.len() == to => last.from.end += 1,
+            _ => moves.push(Move { from: from..from + 1, to }),
+        }
+    }
+    moves
+}
+
+/// The sources of a move, and one more.
+fn with<'a>(
+    sources: &[(&'a Chain, &'a [Move])],
+    more: &'a Option<(&'a Chain, Vec<Move>)>,
+) -> Vec<(&'a Chain, &'a [Move])> {
+    sources.iter().copied().chain(more.as_ref().map(|(chain, moves)| (*chain, &moves[..]))).collect()
+}
+
+impl LayerCache {
+    /// A store with the rows of `store` that the span keeps.
+    fn shrunk(
+        &self,
+        at: At,
+        store: &Chain,
+        span: Span,
+        format: Format,
+        setup: &LayerSetup,
+        scheduler: &mut Scheduler,
+    ) -> Result<Store, Error> {
+        let n_past = at.n_past;
+        let shrunk = setup.make(span.used_rows(n_past), Some(span), format)?;
+        // The exact store has what is in the tile that is not finished, and hides it here.
+        let finished = n_past / TILE * TILE;
+        let is_kept = store.format() == format && format.has_tiles() && at.exact_from <= finished;
+        let end = if is_kept { finished } else { n_past };
+        let ranges = span.kept_ranges(n_past).into_iter().map(|range| range.start..range.end.min(end));
+        let moves: Vec<Move> = ranges
+            .filter(|range| !range.is_empty())
+            .map(|range| Move { to: span.row(range.start), from: range })
+            .collect();
+        let exact = self.exact_moves(at, store, |position| {
+            let is_kept = span.kept_ranges(n_past).iter().any(|range| range.contains(&position));
+            is_kept.then(|| span.row(position))
+        });
+        let exact = exact.filter(|_| !is_kept);
+        move_rows(scheduler, &with(&[(store, &moves)], &exact), &shrunk, setup.moving())?;
+        Ok(shrunk)
+    }
 }

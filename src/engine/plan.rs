@@ -133,7 +133,7 @@ pub(super) fn sequence_bytes(setup: &Setup, n: usize) -> usize {
         }
         let (span, format) = layer.at_first();
         let rows = Store::rows_with_room(n).min(layer.n_ctx).max(n).next_multiple_of(plan.block);
-        let rows = span.map_or(rows, |span| rows.min(plan.most_rows(span)));
+        let rows = span.map_or(rows, |span| rows.min(plan.most_rows(span, format)));
         let exact = plan.exact_span_for(format).map_or(0, |exact| exact.n_rows() * plan.rows.row_bytes(format.exact()));
         rows * plan.rows.row_bytes(format) + exact + state_bytes(plan)
     });
@@ -167,7 +167,7 @@ fn layer_bytes(plan: &LayerPlan, n_ctx: usize) -> [usize; 2] {
         return [state; 2];
     }
     let bytes = |rows: usize, format: Format| rows * plan.rows.row_bytes(format) + state;
-    let restricted = |span: Span, format: Format| bytes(n_ctx.min(plan.most_rows(span)), format);
+    let restricted = |span: Span, format: Format| bytes(n_ctx.min(plan.most_rows(span, format)), format);
     match plan.by_design {
         Some(span) => [restricted(span, plan.active); 2],
         None => [bytes(n_ctx, plan.active), restricted(plan.lazy_span, plan.lazy)],

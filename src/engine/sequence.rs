@@ -6,7 +6,7 @@ use super::{
     batch::{BatchEntry, Outputs},
     error::Error,
     executor::Executor,
-    layer::{LayerCache, LayerReport, resumable},
+    layer::{At, LayerCache, LayerReport, resumable},
     looking::{Looked, Looking},
     mark::{Mark, Place},
     positions::Positions,
@@ -66,6 +66,11 @@ impl Sequence {
         self.place.n_past
     }
 
+    /// Where layers' caches are.
+    pub fn at(&self) -> At {
+        At { n_past: self.place.n_past, exact_from: self.place.exact_from }
+    }
+
     /// Whether a layer has a state, from which nothing can be taken back.
     pub fn is_recurrent(&self) -> bool {
         self.layers.iter().any(|layer| layer.state.is_some())
@@ -91,7 +96,7 @@ impl Sequence {
         for (index, (layer, setup)) in self.layers.iter().zip(&setup.layers).enumerate() {
             let becomes_lazy = lazy.contains(&index) && layer.is_active();
             let format = active.map(|formats| formats[index]).filter(|_| !layer.lazy);
-            layers.push(layer.copy(n_past, becomes_lazy, format, setup, &mut executor.scheduler)?);
+            layers.push(layer.copy(self.at(), becomes_lazy, format, setup, &mut executor.scheduler)?);
         }
         let mut copy = Sequence::of(self.place, self.tokens.clone(), layers);
         // A mark's rows fit layers that keep what these keep; and a copy has no rows after its last token.
@@ -422,7 +427,8 @@ impl Sequence {
         executor.forget();
         // The mark knows nothing of the new ring, which has no rows after the last token.
         self.forget_cut_off();
-        self.layers[layer].make_lazy(n_past, &setup.layers[layer], &mut executor.scheduler)?;
+        let at = At { n_past, ..self.at() };
+        self.layers[layer].make_lazy(at, &setup.layers[layer], &mut executor.scheduler)?;
         Ok(())
     }
 }

@@ -12,8 +12,8 @@ use super::{
     profile,
 };
 use crate::{
-    cache::{Chain, Format, KvRotate, Meter, Rotations, RowShape, Span, StateStore, Store},
-    ggml::{self, ATTENTION_BLOCK, Adapted, Device, Graph, Type},
+    cache::{Chain, Format, KvRotate, Meter, Moving, Rotations, RowShape, Span, StateStore, Store},
+    ggml::{self, ATTENTION_BLOCK, Adapted, Device, Graph, TILE, Type},
     lazy::{At, LazyParams, Policy, Selector, default_threshold},
     model::{Hparams, LoraAdapter, Model, StateSize},
 };
@@ -162,9 +162,13 @@ impl LayerPlan {
     pub fn new(params: &SessionParams, hparams: &Hparams, index: usize, device: Device, kernel: Kernel) -> LayerPlan {
         let lazy = &params.lazy;
         let apart = (!device.buffer_type().is_host()).then_some(device);
+        let active = rows(hparams, index).format(params.type_k, params.type_v, params.kv_rotate);
+        let lazily = lazy_format(params, rows(hparams, index));
+        let has_tiles = active.has_tiles() || lazily.has_tiles();
         let exact_span = Span {
             n_sink: lazy.n_sink,
-            n_window: params.kv_exact,
+            // One for all layers: where tokens are taken back a sequence notes once what is left of them. Tiles need as many.
+            n_window: params.kv_exact.max(if has_tiles { TILE } else { 0 }),
             // So that one can go back to just before a prompt's end.
             n_slack: if params.keep_prompt_end { BACK } else { 0 },
             chunked: false,
@@ -173,7 +177,12 @@ impl LayerPlan {
         // ggml's flash attention for CUDA takes a slower way where rows are no multiple of 256.
         let ring_block = if kernel == Kernel::Flash && apart.is_some() { ROWS_STEP } else { 1 };
         let in_blocks = |span: Span| whole_blocks(span, ring_block);
-        let by_design = |n_window| in_blocks(Span { n_sink: 0, n_window, n_slack: lazy.n_slack, chunked });
+        // Positions are in the same row of a tile then, wherever they are kept.
+        let slack = |n_window: usize| match has_tiles {
+            true => (n_window + lazy.n_slack).next_multiple_of(TILE) - n_window,
+            false => lazy.n_slack,
+        };
+        let by_design = |n_window| in_blocks(Span { n_sink: 0, n_window, n_slack: slack(n_window), chunked });
         LayerPlan {
             device,
             apart,
@@ -182,17 +191,17 @@ impl LayerPlan {
             shares: hparams.shares[index],
             state: hparams.states[index],
             rows,
-            active: rows.format(params.type_k, params.type_v, params.kv_rotate),
-            lazy: lazy_format(params, rows),
+            active,
+            lazy: lazily,
             narrow: narrow_format(params, rows).filter(|_| hparams.can_be_lazy(index)),
             by_design: hparams.windows[index].filter(|_| hparams.has_store(index)).map(by_design),
             lazy_span: in_blocks(Span {
                 n_window: lazy.window(index),
                 n_sink: lazy.n_sink,
-                n_slack: lazy.n_slack,
+                n_slack: slack(lazy.window(index)),
                 chunked: false,
             }),
-            exact_span: (kernel == Kernel::Fused && params.kv_exact > 0).then_some(exact_span),
+            exact_span: (kernel == Kernel::Fused && exact_span.n_window > 0).then_some(exact_span),
             // ggml's kernels divide their work by the number of rows, and llama.cpp gives them a multiple of 256.
             block: if kernel == Kernel::Fused { ATTENTION_BLOCK } else { ROWS_STEP },
             grain: (kernel == Kernel::Fused).then_some(ATTENTION_BLOCK),
@@ -201,8 +210,8 @@ impl LayerPlan {
     }
 
     /// Rows that a store of this span has at most.
-    pub fn most_rows(&self, span: Span) -> usize {
-        span.n_rows().next_multiple_of(self.ring_block)
+    pub fn most_rows(&self, span: Span, format: Format) -> usize {
+        span.n_rows().next_multiple_of(if format.has_tiles() { TILE } else { self.ring_block })
     }
 
     /// What the exact store beside a store of this format keeps, where one is due.
@@ -250,13 +259,23 @@ impl LayerSetup {
         format: Format,
     ) -> Result<Store, ggml::Error> {
         let memory = self.plan.device.buffer_type();
-        let most_rows = span.map(|span| self.plan.most_rows(span) - first);
+        let most_rows = span.map(|span| self.plan.most_rows(span, format) - first);
         Store::new(self.plan.rows, n_rows - first, self.plan.block, most_rows, format, memory, &self.meter)
     }
 
     /// A store as the rows of a sequence, which copies of the sequence share.
     pub fn chain(&self, store: Store) -> Chain {
         Chain::new(store, self.plan.grain)
+    }
+
+    /// How rows come into the layer's stores.
+    pub fn moving(&self) -> Moving<'_> {
+        Moving {
+            shape: self.plan.rows,
+            rotations: &self.rotations,
+            n_sink: self.plan.exact_span.map_or(0, |span| span.n_sink),
+            memory: self.plan.device.buffer_type(),
+        }
     }
 
     /// A state on the layer's device, where the layer has one.
@@ -339,6 +358,7 @@ impl Setup {
             }
         };
         let plan = LayerPlan::new(params, hparams, index, device, kernel);
+        check_tiles(&plan, &[plan.active, plan.lazy], hparams)?;
         let is_known_lazy = params.lazy.windowed_prefill() && self.selector().is_known_lazy(index);
         Ok(LayerSetup {
             starts_lazy: is_known_lazy && hparams.can_be_lazy(index),
@@ -380,8 +400,18 @@ impl Setup {
     /// The format of each layer, were it active with these types of keys and values.
     pub fn active_formats(&self, type_k: Type, type_v: Type) -> Result<Vec<Format>, Error> {
         let params = SessionParams { type_k, type_v, ..self.params.clone() };
-        check(&params, self.model.hparams())?;
-        Ok(self.layers.iter().map(|layer| layer.plan.rows.format(type_k, type_v, params.kv_rotate)).collect())
+        let hparams = self.model.hparams();
+        check(&params, hparams)?;
+        let format = |layer: &LayerSetup| {
+            let format = layer.plan.rows.format(type_k, type_v, params.kv_rotate);
+            check_tiles(&layer.plan, &[format], hparams)?;
+            if format.has_tiles() && layer.plan.exact_span.is_none_or(|span| span.n_window < TILE) {
+                let why = format!("other layers keep as many exact tokens as those in tiles: give --kv-exact {TILE}");
+                return Err(Error::Params(why));
+            }
+            Ok(format)
+        };
+        self.layers.iter().map(format).collect()
     }
 
     /// The rule for the next prompt of a sequence.
@@ -468,7 +498,7 @@ fn lazy_format(params: &SessionParams, rows: RowShape) -> Format {
 /// allows it.
 fn narrow_format(params: &SessionParams, rows: RowShape) -> Option<Format> {
     let block = Type::Q4_0.block_size();
-    let is_narrower = params.type_k.row_bytes(block) > Type::Q4_0.row_bytes(block);
+    let is_narrower = !params.type_k.is_tiles() && params.type_k.row_bytes(block) > Type::Q4_0.row_bytes(block);
     let is_due = params.lazy.narrow_keys && is_narrower && rows.fits(Type::Q4_0, params.type_v);
     is_due.then(|| rows.format(Type::Q4_0, params.type_v, params.kv_rotate))
 }
@@ -493,6 +523,22 @@ pub(super) fn kernel(params: &SessionParams, hparams: &Hparams, index: usize, de
         true if formats.iter().all(can_attend) => Kernel::Flash,
         true => Kernel::Separate,
     }
+}
+
+/// Refuses tiles where they cannot be made or read.
+fn check_tiles(plan: &LayerPlan, formats: &[Format], hparams: &Hparams) -> Result<(), Error> {
+    let mut types = formats.iter().filter(|_| plan.attends).flat_map(|format| [format.k, format.v]);
+    let Some(ty) = types.find(|ty| ty.is_tiles()) else { return Ok(()) };
+    let why = if plan.kernel != Kernel::Fused {
+        "it needs this program's own attention on the processor: keep the layers there (-ngl 0) without --ggml-kernels"
+    } else if plan.rows.values_in_keys {
+        "this model keeps keys and values as one (MLA)"
+    } else if hparams.shares.iter().any(Option::is_some) {
+        "layers of this model share keys and values"
+    } else {
+        return Ok(());
+    };
+    Err(Error::Params(format!("cache type {ty}: {why}; or give another type, such as q4_0")))
 }
 
 /// Refuses what does not fit together, or does not fit the model.

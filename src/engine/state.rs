@@ -18,7 +18,7 @@ use xxhash_rust::xxh3::Xxh3Default;
 use super::{
     batch::NO_TOKEN,
     error::Error,
-    layer::{Exact, LayerCache},
+    layer::{Exact, LayerCache, whole},
     looking::Looked,
     mark::Place,
     positions::{PLACED_BYTES, Positions},
@@ -33,9 +33,10 @@ use crate::{
 };
 
 const MAGIC: [u8; 8] = *b"SIMLAYER";
-const VERSION: u32 = 4;
-/// Older states that are read: they say nothing of looks.
+const VERSION: u32 = 5;
+/// Older states that are read: of these the first say nothing of looks, and neither have tiles.
 const WITHOUT_LOOKS: u32 = 3;
+const WITHOUT_TILES: u32 = 4;
 /// Magic, version, length.
 pub(super) const HEADER_BYTES: usize = 8 + 4 + 8;
 pub(super) const CHECKSUM_BYTES: usize = 8;
@@ -46,7 +47,7 @@ pub(super) const CHECKSUM_BYTES: usize = 8;
 pub enum StateError {
     #[error("the state is damaged: {0}; save it again")]
     Damaged(&'static str),
-    #[error("the state is of version {0}, this library reads {WITHOUT_LOOKS} and {VERSION}: save it again")]
+    #[error("the state is of version {0}, this library reads {WITHOUT_LOOKS} to {VERSION}: save it again")]
     Version(u32),
     #[error("the state does not fit here: {0}")]
     Mismatch(String),
@@ -165,11 +166,12 @@ impl LayerHeader {
 
     /// The rows of the layer's store that a state has.
     pub fn ranges(&self, n_past: usize, kind: Kind) -> Vec<Range<usize>> {
+        let first = |n| whole(iter::once(0..n).collect(), self.format);
         match (kind, self.span) {
-            (Kind::Whole, None) => iter::once(0..n_past).collect(),
-            (Kind::Whole, Some(span)) => iter::once(0..span.used_rows(n_past)).collect(),
+            (Kind::Whole, None) => first(n_past),
+            (Kind::Whole, Some(span)) => first(span.used_rows(n_past)),
             (Kind::Partial, None) => Vec::new(),
-            (Kind::Partial, Some(span)) => LayerCache::ring_ranges(span, n_past, self.held_from),
+            (Kind::Partial, Some(span)) => LayerCache::ring_ranges(span, self.format, n_past, self.held_from),
         }
     }
 
@@ -195,10 +197,7 @@ impl LayerHeader {
         let score = f32::from_bits(from.u32()?);
         let score = has_score.then_some(score);
         let span = read_span(from)?;
-        let mut ty = || {
-            let ty = Type::from_raw(from.u32()?).filter(|ty| Type::CACHE.contains(ty));
-            ty.ok_or(StateError::Damaged("a type is no cache type"))
-        };
+        let mut ty = || Type::cache_type_from_raw(from.u32()?).ok_or(StateError::Damaged("a type is no cache type"));
         let (k, v) = (ty()?, ty()?);
         let format = Format { k, v, rotate_k: from.flag()?, rotate_v: from.flag()? };
         let (held_from, rows) = (from.size()?, from.size()?);
@@ -235,6 +234,7 @@ pub(super) struct State<'a> {
     pub positions: Positions,
     /// The last look before dropping.
     looked: Option<Looked>,
+    version: u32,
     /// The layers.
     rest: Reader<'a>,
     pub length: usize,
@@ -326,7 +326,7 @@ pub(super) fn length(from: &[u8]) -> Result<usize, StateError> {
         return Err(StateError::Damaged("it does not begin as a state of simlayer does"));
     }
     match reader.u32()? {
-        WITHOUT_LOOKS | VERSION => {}
+        WITHOUT_LOOKS..=VERSION => {}
         other => return Err(StateError::Version(other)),
     }
     let length = reader.size()?;
@@ -434,13 +434,16 @@ impl<'a> State<'a> {
         let bytes = reader.bytes(if has_positions { n_past * PLACED_BYTES } else { 0 })?;
         let positions = Positions::from_bytes(bytes).ok_or(StateError::Damaged("positions go back"))?;
         let place = Place { n_past, exact_from, scored, score_next, state_row: 0 };
-        Ok(State { kind, place, tokens, positions, looked, rest: reader, length })
+        Ok(State { kind, place, tokens, positions, looked, version, rest: reader, length })
     }
 
     fn layer(&mut self, setup: &Setup, index: usize) -> Result<LayerRows<'a>, StateError> {
         let (kind, n_past, reader) = (self.kind, self.place.n_past, &mut self.rest);
         let (hparams, plan) = (setup.model.hparams(), &setup.layers[index].plan);
         let mut header = LayerHeader::read(reader)?;
+        if self.version <= WITHOUT_TILES && header.format.has_tiles() {
+            return Err(StateError::Damaged("a layer has tiles, which states of its version have not"));
+        }
         if !header.lazy {
             header.span = header.span.map(|span| Span { chunked: hparams.chunked, ..span });
         }

@@ -21,9 +21,13 @@ fn session(policy: &str, ty: Type) -> Session {
 }
 
 fn session_with(policy: &str, params: SessionParams) -> Session {
+    session_of(&RandomModel { n_layer: 3, ..RandomModel::tiny() }, policy, params)
+}
+
+fn session_of(model: &RandomModel, policy: &str, params: SessionParams) -> Session {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.gguf");
-    RandomModel { n_layer: 3, ..RandomModel::tiny() }.write(&path);
+    model.write(&path);
     let model = Model::load(&path, &ModelParams::default()).unwrap();
     let mut params = SessionParams { n_ctx: 256, n_threads: 1, ..params };
     params.lazy.policy = policy.parse::<Policy>().unwrap();
@@ -88,6 +92,39 @@ fn states_that_do_not_fit_are_refused() {
     assert!(one.load_seq(0, &bytes[..bytes.len() - 1]).unwrap_err().to_string().contains("its length"));
 }
 
+/// A session in which a layer that is lazy and those that are not have tiles.
+fn session_in_tiles() -> Session {
+    let lazy = LazyParams { type_k: Some(Type::KVARN4), type_v: Some(Type::KVARN3), ..LazyParams::default() };
+    let (type_k, type_v) = (Type::KVARN4, Type::KVARN2);
+    let model = RandomModel { n_layer: 3, head_size: 32, ..RandomModel::tiny() };
+    session_of(&model, "layers:1", SessionParams { type_k, type_v, lazy, ..SessionParams::default() })
+}
+
+fn sign(state: &mut [u8]) {
+    let end = state.len() - CHECKSUM_BYTES;
+    let checksum = xxh3_64(&state[..end]);
+    state[end..].copy_from_slice(&checksum.to_le_bytes());
+}
+
+/// States of before there were tiles have none.
+#[test]
+fn older_states_have_no_tiles() {
+    for (mut session, has_tiles) in [(session("layers:1", Type::F16), false), (session_in_tiles(), true)] {
+        read(&mut session, 0, 0..150);
+        let mut state = saved(&session, 0);
+        session.load_seq(1, &state).unwrap();
+        assert_eq!(saved(&session, 1), state);
+        let mut load = |version: u32| {
+            state[8..12].copy_from_slice(&version.to_le_bytes());
+            sign(&mut state);
+            session.load_seq(2, &state).map_err(|error| error.to_string())
+        };
+        assert_eq!(load(4).err().map(|why| why.contains("a layer has tiles")), has_tiles.then_some(true));
+        assert!(load(6).unwrap_err().contains("version 6"));
+        load(5).unwrap();
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
 
@@ -97,16 +134,20 @@ proptest! {
         changes in prop::collection::vec((0usize..600, any::<u8>()), 1..6),
         cut in prop::option::of(0usize..4000),
         fix_checksum: bool,
+        in_tiles: bool,
     ) {
-        thread_local! {
-            static GOOD: std::cell::RefCell<(Session, Vec<u8>)> = std::cell::RefCell::new({
-                let mut session = session("layers:1", Type::F16);
-                read(&mut session, 0, 0..50);
-                let bytes = saved(&session, 0);
-                (session, bytes)
-            });
+        type Good = std::cell::RefCell<(Session, Vec<u8>)>;
+        fn good(mut session: Session, n: i32) -> Good {
+            read(&mut session, 0, 0..n);
+            let bytes = saved(&session, 0);
+            (session, bytes).into()
         }
-        GOOD.with_borrow_mut(|(session, good)| {
+        thread_local! {
+            static GOOD: Good = good(session("layers:1", Type::F16), 50);
+            static TILES: Good = good(session_in_tiles(), 70);
+        }
+        let good = if in_tiles { &TILES } else { &GOOD };
+        good.with_borrow_mut(|(session, good)| {
             let mut bad = good.clone();
             for (at, value) in changes {
                 // Mostly the headers: of the state, and of the layers after it.
@@ -114,11 +155,9 @@ proptest! {
             }
             bad.truncate(cut.unwrap_or(usize::MAX).max(HEADER_BYTES + CHECKSUM_BYTES));
             if fix_checksum {
-                let end = bad.len() - CHECKSUM_BYTES;
                 let length = (bad.len() as u64).to_le_bytes();
                 bad[12..20].copy_from_slice(&length);
-                let checksum = xxh3_64(&bad[..end]);
-                bad[end..].copy_from_slice(&checksum.to_le_bytes());
+                sign(&mut bad);
             }
             let n_past = session.seq_n_past(0);
             match session.load_seq(0, &bad) {

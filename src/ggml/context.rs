@@ -16,7 +16,7 @@ use std::{
 use ggml_sys as sys;
 use memmap2::Mmap;
 
-use super::{BufferType, Device, Error, Type};
+use super::{BufferType, Device, Error, Type, tiles::Layout};
 
 /// An arena of tensor headers, with the memory behind its tensors.
 ///
@@ -114,17 +114,18 @@ impl Context {
         &self.inner
     }
 
-    /// A new tensor of up to four dimensions, the first being a row's length.
+    /// A new tensor of up to four dimensions, the first being a row's length; of tiles, a row's bytes.
     pub fn tensor(&self, ty: Type, shape: &[usize]) -> Tensor {
         let ne: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
+        let stored = if ty.is_tiles() { Type::I8 } else { ty };
         // SAFETY: `ne` has `n_dims` entries; the context is alive.
-        let raw = unsafe { sys::ggml_new_tensor(self.raw(), ty.raw(), ne.len() as i32, ne.as_ptr()) };
-        self.wrap(raw)
+        let raw = unsafe { sys::ggml_new_tensor(self.raw(), stored.raw(), ne.len() as i32, ne.as_ptr()) };
+        self.wrap(raw).with_type(ty)
     }
 
     pub(super) fn wrap(&self, raw: *mut sys::ggml_tensor) -> Tensor {
         let raw = NonNull::new(raw).expect("ggml aborts rather than return null for a tensor");
-        Tensor { raw, context: Arc::clone(&self.inner) }
+        Tensor { raw, context: Arc::clone(&self.inner), tiles: None }
     }
 
     /// Notes that this context's nodes read `tensor`, whose context must live as long.
@@ -250,6 +251,8 @@ impl fmt::Debug for Context {
 pub struct Tensor {
     raw: NonNull<sys::ggml_tensor>,
     context: Arc<Inner>,
+    /// The type of tiles that its bytes are, which ggml does not know.
+    tiles: Option<Type>,
 }
 
 // SAFETY: the header lives in the context, which the handle keeps alive; see `Inner`.
@@ -280,7 +283,23 @@ impl Tensor {
 
     /// The element type.
     pub fn ty(&self) -> Type {
-        Type::from_raw(self.header().type_).unwrap_or(Type::F32)
+        self.tiles.unwrap_or_else(|| Type::from_raw(self.header().type_).unwrap_or(Type::F32))
+    }
+
+    /// The same tensor, whose bytes are tiles where the type says so.
+    pub(super) fn with_type(mut self, ty: Type) -> Tensor {
+        self.tiles = Some(ty).filter(|ty| ty.is_tiles());
+        self
+    }
+
+    /// How a tile lies in rows of so many heads; `None` where rows are not in tiles.
+    pub(super) fn layout(&self, heads: usize) -> Option<Layout> {
+        Some(Layout::of_row(self.ty().tile_bits()?, self.shape()[0] / heads))
+    }
+
+    /// Elements of a head's row, of a tensor that has rows of one head.
+    pub(super) fn row_size(&self) -> usize {
+        self.layout(1).map_or(self.shape()[0], |layout| layout.size)
     }
 
     /// Bytes from the first element to the end of the last.

@@ -15,6 +15,7 @@ use super::{
     attention::{FusedAttention, KvSegment, Op, Partials},
     mul_mat::{Kernel, Scheme},
     processor::Features,
+    tiles::{PackOp, Packing, UnpackOp},
 };
 
 /// A graph being built: a function for each operation adds a node and returns its result's tensor.
@@ -660,6 +661,28 @@ impl Graph {
         self.at_processor(self.context.wrap(raw))
     }
 
+    /// Makes tiles of rows, as a list says that is an input of the graph. What reads the tiles comes after it.
+    pub(crate) fn pack_tiles(&self, packing: &Packing<'_>) -> Tensor {
+        let Packing { own, exact, tiles, due, .. } = *packing;
+        exact.iter().chain(tiles).chain([own, due]).for_each(|tensor| self.context.uses(tensor));
+        // SAFETY: the context is alive, it keeps the tensors, and it keeps the operation's state below.
+        let (raw, op) = unsafe { PackOp::add(self.context.raw(), packing) };
+        self.context.keep(op);
+        self.at_processor(self.context.wrap(raw))
+    }
+
+    /// Rows `first..first + n` of a store of tiles, as f32 `[size × heads, n]`.
+    ///
+    /// # Panics
+    /// When it has no such rows.
+    pub(crate) fn unpack_tiles(&self, tiles: &Tensor, heads: usize, first: usize, n: usize) -> Tensor {
+        self.context.uses(tiles);
+        // SAFETY: as above.
+        let (raw, op) = unsafe { UnpackOp::add(self.context.raw(), tiles, heads, first, n) };
+        self.context.keep(op);
+        self.at_processor(self.context.wrap(raw))
+    }
+
     /// Softmax of `scale × a + mask` over each row of `a` `[rows, tokens, heads]`. `sinks` `[heads]` (f32) are logits
     /// that count in a row's sum and in nothing else.
     pub fn soft_max(&self, a: &Tensor, mask: &Tensor, scale: f32, sinks: Option<&Tensor>) -> Tensor {
@@ -773,7 +796,7 @@ impl Graph {
     pub fn view(&self, a: &Tensor, shape: [usize; 3], strides: [usize; 2], offset: usize) -> Tensor {
         check_view(a, shape, strides, offset);
         let ne = shape.map(|n| n as i64);
-        node!(self, [a], ggml_view_3d(a.raw(), ne[0], ne[1], ne[2], strides[0], strides[1], offset))
+        node!(self, [a], ggml_view_3d(a.raw(), ne[0], ne[1], ne[2], strides[0], strides[1], offset)).with_type(a.ty())
     }
 
     /// Rows `first..first + n` of a two-dimensional tensor.
@@ -784,7 +807,7 @@ impl Graph {
         let (width, stride) = (a.shape()[0], a.strides()[1]);
         let offset = first.saturating_mul(stride);
         check_view(a, [width, n, 1], [stride, 0], offset);
-        node!(self, [a], ggml_view_2d(a.raw(), width as i64, n as i64, stride, offset))
+        node!(self, [a], ggml_view_2d(a.raw(), width as i64, n as i64, stride, offset)).with_type(a.ty())
     }
 
     /// Dimension `i` of `a` becomes dimension `order[i]`.
@@ -800,7 +823,11 @@ fn check_view(a: &Tensor, shape: [usize; 3], strides: [usize; 2], offset: usize)
         if shape.contains(&0) {
             return Some(offset);
         }
-        let row = shape[0].div_ceil(a.ty().block_size()).checked_mul(a.ty().block_bytes())?;
+        let [size, bytes] = match a.ty() {
+            ty if ty.is_tiles() => [1, 1],
+            ty => [ty.block_size(), ty.block_bytes()],
+        };
+        let row = shape[0].div_ceil(size).checked_mul(bytes)?;
         let rows = (shape[1] - 1).checked_mul(strides[0])?;
         let planes = (shape[2] - 1).checked_mul(strides[1])?;
         offset.checked_add(row)?.checked_add(rows)?.checked_add(planes)

@@ -36,6 +36,7 @@ mod processor;
 pub mod rpc;
 mod scheduler;
 mod supports;
+mod tiles;
 mod types;
 
 pub use device::{Device, DeviceKind};
@@ -77,3 +78,4 @@ pub(crate) use memory::{map_large_blocks, release_free_memory};
 pub(crate) use mmap::{map_file, release_pages};
 pub(crate) use mul_mat::multiplies_as_stored;
 pub(crate) use pattern::Pattern;
+pub(crate) use tiles::{Due, Packing, Source, TILE};

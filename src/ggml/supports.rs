@@ -50,6 +50,10 @@ impl Device {
     ///
     /// `sizes` are elements of a key and of a value, `heads` heads of queries and of keys.
     pub(crate) fn can_attend(self, sizes: [usize; 2], heads: [usize; 2], k: Type, v: Type) -> bool {
+        // ggml knows nothing of these.
+        if k.is_tiles() || v.is_tiles() {
+            return false;
+        }
         // Of rows and tokens the answer does not depend.
         const ROWS: usize = 256;
         let context = Context::new(8);

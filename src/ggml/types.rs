@@ -1,8 +1,10 @@
-//! Types of elements.
+//! Types of elements: ggml's, and those of caches that this crate adds.
 
 use ggml_sys::{self as sys, checked};
 
-/// A ggml element type, such as `f16` or `q4_0`.
+use super::tiles;
+
+/// A ggml element type, such as `f16` or `q4_0`; or one of [tiles](super::tiles), which caches alone have.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Type(u32);
 
@@ -23,12 +25,46 @@ impl Type {
     pub const IQ4_XS: Type = Type(sys::GGML_TYPE_IQ4_XS);
     pub const MXFP4: Type = Type(sys::GGML_TYPE_MXFP4);
     pub const IQ4_NL: Type = Type(sys::GGML_TYPE_IQ4_NL);
+    /// Tiles of two to four bits an element. The numbers are in states, and none of ggml's.
+    pub const KVARN2: Type = Type(Type::TILES + 2);
+    pub const KVARN3: Type = Type(Type::TILES + 3);
+    pub const KVARN4: Type = Type(Type::TILES + 4);
+    pub const I8: Type = Type(sys::GGML_TYPE_I8);
     pub const I32: Type = Type(sys::GGML_TYPE_I32);
     pub const I64: Type = Type(sys::GGML_TYPE_I64);
 
-    /// The types a KV cache can have, as llama.cpp's `--cache-type-k` lists them.
-    pub const CACHE: [Type; 9] =
-        [Type::F32, Type::F16, Type::BF16, Type::Q8_0, Type::Q4_0, Type::Q4_1, Type::IQ4_NL, Type::Q5_0, Type::Q5_1];
+    /// The types a KV cache can have: those that llama.cpp's `--cache-type-k` lists, and tiles.
+    pub const CACHE: [Type; 12] = [
+        Type::F32,
+        Type::F16,
+        Type::BF16,
+        Type::Q8_0,
+        Type::Q4_0,
+        Type::Q4_1,
+        Type::IQ4_NL,
+        Type::Q5_0,
+        Type::Q5_1,
+        Type::KVARN4,
+        Type::KVARN3,
+        Type::KVARN2,
+    ];
+
+    const TILES: u32 = 0x4b56_0000;
+
+    /// Bits of a code, of a type of tiles.
+    pub(crate) fn tile_bits(self) -> Option<usize> {
+        (Type::KVARN2.0..=Type::KVARN4.0).contains(&self.0).then(|| (self.0 - Type::TILES) as usize)
+    }
+
+    /// Whether keys or values are in tiles.
+    pub(crate) fn is_tiles(self) -> bool {
+        self.tile_bits().is_some()
+    }
+
+    /// The cache type with this number, which for types of ggml is that of a GGUF file.
+    pub(crate) fn cache_type_from_raw(raw: u32) -> Option<Type> {
+        Type::CACHE.into_iter().find(|ty| ty.0 == raw)
+    }
 
     /// The type with this number in a GGUF file; `None` for a number that ggml does not know or has removed.
     pub fn from_raw(raw: u32) -> Option<Type> {
@@ -61,24 +97,35 @@ impl Type {
         Type::CACHE.map(Type::name).join(", ")
     }
 
-    /// ggml's name of the type, in small letters.
+    /// The type's name, in small letters.
     pub fn name(self) -> &'static str {
-        checked::type_name(self.0)
+        match self {
+            Type::KVARN2 => "kvarn2",
+            Type::KVARN3 => "kvarn3",
+            Type::KVARN4 => "kvarn4",
+            Type(raw) => checked::type_name(raw),
+        }
     }
 
     /// Elements in a block: a row's length must be a multiple of it.
     pub fn block_size(self) -> usize {
-        checked::type_block_size(self.0)
+        if self.is_tiles() { tiles::BLOCK } else { checked::type_block_size(self.0) }
     }
 
-    /// Bytes of a block.
+    /// Bytes of a block; of tiles, of its codes alone.
     pub fn block_bytes(self) -> usize {
-        checked::type_block_bytes(self.0)
+        match self.tile_bits() {
+            Some(bits) => tiles::BLOCK / 8 * bits,
+            None => checked::type_block_bytes(self.0),
+        }
     }
 
-    /// Bytes of a row of `n` elements, `n` being a multiple of the block size.
+    /// Bytes of a row of `n` elements, `n` being a multiple of the block size; of tiles, a head's share of the tile.
     pub fn row_bytes(self, n: usize) -> usize {
-        n / self.block_size() * self.block_bytes()
+        match self.tile_bits() {
+            Some(bits) => tiles::Layout { bits, size: n }.bytes() / tiles::TILE,
+            None => n / self.block_size() * self.block_bytes(),
+        }
     }
 
     /// Whether a matrix of this type can be multiplied and its rows looked up.
@@ -97,7 +144,7 @@ impl Type {
     /// Whether rows are stored in blocks with a common scale.
     pub fn is_quantized(self) -> bool {
         // SAFETY: a table look-up with a number below GGML_TYPE_COUNT.
-        unsafe { sys::ggml_is_quantized(self.0) }
+        self.is_tiles() || unsafe { sys::ggml_is_quantized(self.0) }
     }
 }
 

@@ -542,7 +542,8 @@ pub struct CommonArgs {
     #[arg(long, value_name = "on|off|auto", num_args = 0..=1, default_value = "auto", default_missing_value = "on", value_parser = flash_attn, hide_possible_values = true)]
     pub flash_attn: FlashAttn,
     /// Type of the keys in the cache, in active layers (-ctk); auto: q8_0, and q4_0 in layers that lose nothing by it, as
-    /// found at the prompt's end [default: f16, and auto where the values are quantised]
+    /// found at the prompt's end [default: f16, and auto where the values are quantised]; kvarn4, kvarn3, kvarn2: tiles of
+    /// 64 tokens, on the processor
     #[arg(long, value_name = "TYPE", value_parser = key_type)]
     pub cache_type_k: Option<KeyType>,
     /// Type of the values in the cache, in active layers (-ctv)

@@ -6,8 +6,10 @@ use super::{
     block::{BLOCK, Prefetch, RowPtr},
     call::{Call, MAX_RANGES},
     chunks::Chunks,
-    kernels::{Bf16, F16, F32, Isa, OnlineSoftmax, Q4, Q8},
+    kernels::{Isa, OnlineSoftmax},
+    products::{Bf16, F16, F32, Q4, Q8},
     scratch::{Scratch, padded, partial_stride},
+    tiled::{Codes2, Codes3, Codes4, TilePtr},
     views::{Kind, MAX_SEGMENTS, Rows, Segment, Sight},
 };
 
@@ -23,6 +25,8 @@ struct Buffers {
     scores: *mut f32,
     /// A block of rows as f32.
     converted: *mut f32,
+    /// What the kernels for tiles need.
+    of_tiles: *mut f32,
 }
 
 /// A few query vectors of one KV head.
@@ -35,6 +39,7 @@ struct Group {
     out: *mut f32,
     scores: *mut f32,
     converted: *mut f32,
+    of_tiles: *mut f32,
 }
 
 /// # Safety
@@ -91,9 +96,9 @@ impl Call<'_> {
         // Four-bit keys may have a kernel that wants queries in a form of its own.
         let has_q4 = self.segments.iter().flatten().any(|segment| matches!(segment.k.kind, Kind::Q4));
         let packed_len = if has_q4 { I::packed_q4(self.key_size) } else { 0 };
-        let mut room = scratch.room(
-            n_vectors * (key_size + packed_len) + self.n * BLOCK + (I::MAX_GROUP + key_size.max(value_size)) * BLOCK,
-        );
+        let of_tiles = TilePtr::room(key_size.max(value_size), I::MAX_GROUP);
+        let of_block = (I::MAX_GROUP + key_size.max(value_size)) * BLOCK;
+        let mut room = scratch.room(n_vectors * (key_size + packed_len) + self.n * BLOCK + of_block + of_tiles);
         let buffers = Buffers {
             queries: room.take(n_vectors * key_size),
             packed: room.take(n_vectors * packed_len),
@@ -101,6 +106,7 @@ impl Call<'_> {
             mask: room.take(self.n * BLOCK),
             scores: room.take(I::MAX_GROUP * BLOCK),
             converted: room.take(key_size.max(value_size) * BLOCK),
+            of_tiles: room.take(of_tiles),
         };
         for head in 0..self.heads {
             for query in 0..self.n {
@@ -218,6 +224,7 @@ impl Call<'_> {
                             out: self.partial(chunk, 0, vectors + done),
                             scores: buffers.scores,
                             converted: buffers.converted,
+                            of_tiles: buffers.of_tiles,
                         };
                         match size {
                             1 => self.attend_block::<I, 1>(segment, k, v, &group),
@@ -251,10 +258,18 @@ impl Call<'_> {
                         Some(packed) => I::scores_of_q4::<G>(packed, k, size, scores),
                         None => I::scores_of::<Q4, G>(queries, key_size, k, size, scores),
                     },
+                    Kind::Tiles(layout) => {
+                        let tile = TilePtr { codes: k, layout, room: group.of_tiles };
+                        match layout.bits {
+                            4 => I::scores_of_tile::<Codes4, G>(queries, key_size, tile, scores),
+                            3 => I::scores_of_tile::<Codes3, G>(queries, key_size, tile, scores),
+                            _ => I::scores_of_tile::<Codes2, G>(queries, key_size, tile, scores),
+                        }
+                    }
                     Kind::F32 | Kind::Other(_) => I::scores_of::<F32, G>(queries, key_size, k, size, scores),
                 }
             } else {
-                let k = self.converted::<I>(&segment.k, k, self.key_size, group.converted);
+                let k = self.converted::<I>(&segment.k, k, self.key_size, group);
                 I::scores_of::<F32, G>(queries, key_size, k, key_size, scores);
             }
             let states = std::array::from_fn(|g| group.out.add(g * stride + value_size).cast::<OnlineSoftmax>());
@@ -266,24 +281,32 @@ impl Call<'_> {
                     Kind::Bf16 => I::add_values::<Bf16, G>(scores, v, size, &factors, group.out, stride),
                     Kind::Q8 => I::add_values::<Q8, G>(scores, v, size, &factors, group.out, stride),
                     Kind::Q4 => I::add_values_q4::<G>(scores, v, size, &factors, group.out, stride),
+                    Kind::Tiles(layout) => {
+                        let tile = TilePtr { codes: v, layout, room: group.of_tiles };
+                        match layout.bits {
+                            4 => I::add_values_of_tile::<Codes4, G>(scores, tile, &factors, group.out, stride),
+                            3 => I::add_values_of_tile::<Codes3, G>(scores, tile, &factors, group.out, stride),
+                            _ => I::add_values_of_tile::<Codes2, G>(scores, tile, &factors, group.out, stride),
+                        }
+                    }
                     Kind::F32 | Kind::Other(_) => I::add_values::<F32, G>(scores, v, size, &factors, group.out, stride),
                 }
             } else {
-                let v = self.converted::<I>(&segment.v, v, self.value_size, group.converted);
+                let v = self.converted::<I>(&segment.v, v, self.value_size, group);
                 I::add_values::<F32, G>(scores, v, value_size, &factors, group.out, stride);
             }
         }
     }
 
-    /// The rows as f32 in `to`, padded with zeros.
+    /// The rows as f32 in the group's memory, padded with zeros.
     ///
     /// # Safety
-    /// As [`Call::decode`]; `to` has room for a block of padded rows.
-    unsafe fn converted<I: Isa>(&self, rows: &Rows, block: RowPtr, size: usize, to: *mut f32) -> RowPtr {
-        let stride = padded(size);
-        // SAFETY: as the caller says.
+    /// As [`Call::decode`].
+    unsafe fn converted<I: Isa>(&self, rows: &Rows, block: RowPtr, size: usize, group: &Group) -> RowPtr {
+        let (to, stride) = (group.converted, padded(size));
+        // SAFETY: there is room for a block of padded rows.
         unsafe {
-            rows.convert::<I>(block, size, to, stride);
+            rows.convert::<I>(block, size, (to, stride), group.of_tiles);
             for r in 0..block.n {
                 std::slice::from_raw_parts_mut(to.add(r * stride + size), stride - size).fill(0.0);
             }

@@ -9,173 +9,15 @@
 use super::neon::Neon;
 use super::{
     block::{BLOCK, RowPtr},
-    simd::{Portable, Simd, exp2, f16_to_f32, tanh},
+    products::{Element, Q4, add_values, scores_of},
+    simd::{Portable, Simd, exp2, tanh},
+    tiled::{TilePtr, add_values_of_tile, convert_tile, scores_of_tile},
 };
 #[cfg(target_arch = "x86_64")]
 use super::{
     q4,
     x86::{Avx2, Avx512},
 };
-
-/// How a stored row's elements are read.
-pub(super) trait Element {
-    /// Elements that share a scale: a row is a whole number of these.
-    const BLOCK: usize;
-    /// Bytes up to element `i`, a multiple of `BLOCK`.
-    fn offset(i: usize) -> usize;
-    /// # Safety
-    /// Elements `i..i + LANES` of the row exist, and lie in one block where `BLOCK > 1`; the features are there.
-    unsafe fn load<V: Simd>(row: *const u8, i: usize) -> V;
-    /// # Safety
-    /// As `load`, for element `i`; only called where `BLOCK` is 1.
-    unsafe fn get(row: *const u8, i: usize) -> f32;
-}
-
-pub(super) struct F32;
-pub(super) struct F16;
-pub(super) struct Bf16;
-pub(super) struct Q8;
-pub(super) struct Q4;
-
-impl Element for F32 {
-    const BLOCK: usize = 1;
-    #[inline(always)]
-    fn offset(i: usize) -> usize {
-        4 * i
-    }
-    #[inline(always)]
-    unsafe fn load<V: Simd>(row: *const u8, i: usize) -> V {
-        // SAFETY: the elements exist.
-        unsafe { V::load(row.cast::<f32>().add(i)) }
-    }
-    #[inline(always)]
-    unsafe fn get(row: *const u8, i: usize) -> f32 {
-        // SAFETY: the element exists.
-        unsafe { row.cast::<f32>().add(i).read_unaligned() }
-    }
-}
-
-impl Element for F16 {
-    const BLOCK: usize = 1;
-    #[inline(always)]
-    fn offset(i: usize) -> usize {
-        2 * i
-    }
-    #[inline(always)]
-    unsafe fn load<V: Simd>(row: *const u8, i: usize) -> V {
-        // SAFETY: the elements exist.
-        unsafe { V::load_f16(row.cast::<u16>().add(i)) }
-    }
-    #[inline(always)]
-    unsafe fn get(row: *const u8, i: usize) -> f32 {
-        // SAFETY: the element exists.
-        f16_to_f32(unsafe { row.cast::<u16>().add(i).read_unaligned() })
-    }
-}
-
-impl Element for Bf16 {
-    const BLOCK: usize = 1;
-    #[inline(always)]
-    fn offset(i: usize) -> usize {
-        2 * i
-    }
-    #[inline(always)]
-    unsafe fn load<V: Simd>(row: *const u8, i: usize) -> V {
-        // SAFETY: the elements exist.
-        unsafe { V::load_bf16(row.cast::<u16>().add(i)) }
-    }
-    #[inline(always)]
-    unsafe fn get(row: *const u8, i: usize) -> f32 {
-        // SAFETY: the element exists.
-        f32::from_bits(u32::from(unsafe { row.cast::<u16>().add(i).read_unaligned() }) << 16)
-    }
-}
-
-impl Element for Q8 {
-    const BLOCK: usize = 32;
-    #[inline(always)]
-    fn offset(i: usize) -> usize {
-        34 * (i / 32)
-    }
-    #[inline(always)]
-    unsafe fn load<V: Simd>(row: *const u8, i: usize) -> V {
-        // A block is its scale, an f16, and 32 bytes.
-        // SAFETY: the block exists.
-        unsafe {
-            let block = row.add(Self::offset(i));
-            V::load_i8(block.add(2 + i % 32).cast()).mul(V::splat_f16(block.cast()))
-        }
-    }
-    unsafe fn get(_: *const u8, _: usize) -> f32 {
-        unreachable!("rows are whole blocks")
-    }
-}
-
-impl Element for Q4 {
-    const BLOCK: usize = 32;
-    #[inline(always)]
-    fn offset(i: usize) -> usize {
-        18 * (i / 32)
-    }
-    #[inline(always)]
-    unsafe fn load<V: Simd>(row: *const u8, i: usize) -> V {
-        // SAFETY: the block exists.
-        unsafe { V::load_q4(row.add(Self::offset(i)), i % 32) }
-    }
-    unsafe fn get(_: *const u8, _: usize) -> f32 {
-        unreachable!("rows are whole blocks")
-    }
-}
-
-// Decode: a key row is read into registers once for a group of G query vectors.
-
-/// `scores[g × BLOCK + r] = queries[g] · keys[r]`. At most `BLOCK` rows; scores after the last row are undefined.
-#[inline(always)]
-unsafe fn scores_of<V: Simd, E: Element, const G: usize>(
-    queries: *const f32,
-    query_stride: usize,
-    keys: RowPtr,
-    size: usize,
-    scores: *mut f32,
-) {
-    let step = E::BLOCK.max(V::LANES);
-    // SAFETY: `row` is at most the last one; queries have `size` elements, and scores room for BLOCK × G.
-    unsafe {
-        for first in (0..keys.n).step_by(4) {
-            let last = keys.n - 1;
-            let rows = [
-                keys.at(first),
-                keys.at((first + 1).min(last)),
-                keys.at((first + 2).min(last)),
-                keys.at((first + 3).min(last)),
-            ];
-            keys.prefetch.issue::<4>(first);
-            let mut sums = [[V::splat(0.0); 4]; G];
-            let mut i = 0;
-            while i < size {
-                let offset = E::offset(i);
-                for c in 0..step / V::LANES {
-                    let c = c * V::LANES;
-                    // Queries first, then one key at a time: with AVX2 that is all the registers there are.
-                    let mut query = [V::splat(0.0); G];
-                    for g in 0..G {
-                        query[g] = V::load(queries.add(g * query_stride + i + c));
-                    }
-                    for r in 0..4 {
-                        let key = E::load::<V>(rows[r].add(offset), c);
-                        for g in 0..G {
-                            sums[g][r] = key.mul_add(query[g], sums[g][r]);
-                        }
-                    }
-                }
-                i += step;
-            }
-            for (g, sums) in sums.into_iter().enumerate() {
-                V::sum_each(sums, scores.add(g * BLOCK + first));
-            }
-        }
-    }
-}
 
 /// The state of an online softmax: the largest score so far and the sum of powers relative to it.
 #[derive(Clone, Copy)]
@@ -285,79 +127,6 @@ unsafe fn add_partial<V: Simd>(to: *mut f32, from: *const f32, size: usize) {
         for i in (0..size).step_by(V::LANES) {
             let (to, from) = (to.add(i), V::load(from.add(i)));
             from.mul_add(factors[1], V::load(to).mul(factors[0])).store(to);
-        }
-    }
-}
-
-/// `out[g] = factors[g] × out[g] + Σ weights[g × BLOCK + r] × values[r]`
-#[inline(always)]
-unsafe fn add_values<V: Simd, E: Element, const G: usize>(
-    weights: *const f32,
-    values: RowPtr,
-    size: usize,
-    factors: &[f32; G],
-    out: *mut f32,
-    out_stride: usize,
-) {
-    // SAFETY: rows have `size` elements, out G × size, weights G × BLOCK.
-    unsafe {
-        let mut i = 0;
-        while i + 4 * V::LANES <= size {
-            add_values_at::<V, E, G, 4>(weights, values, i, factors, out.add(i), out_stride);
-            i += 4 * V::LANES;
-        }
-        while i + 2 * V::LANES <= size {
-            add_values_at::<V, E, G, 2>(weights, values, i, factors, out.add(i), out_stride);
-            i += 2 * V::LANES;
-        }
-        while i < size {
-            add_values_at::<V, E, G, 1>(weights, values, i, factors, out.add(i), out_stride);
-            i += V::LANES;
-        }
-    }
-}
-
-/// `add_values` for the `C` vectors from element `i` on.
-#[inline(always)]
-unsafe fn add_values_at<V: Simd, E: Element, const G: usize, const C: usize>(
-    weights: *const f32,
-    values: RowPtr,
-    i: usize,
-    factors: &[f32; G],
-    out: *mut f32,
-    out_stride: usize,
-) {
-    // SAFETY: as in `add_values`.
-    unsafe {
-        let mut sums = [[V::splat(0.0); C]; G];
-        for g in 0..G {
-            let factor = V::splat(factors[g]);
-            for c in 0..C {
-                sums[g][c] = V::load(out.add(g * out_stride + c * V::LANES)).mul(factor);
-            }
-        }
-        for r in 0..values.n {
-            let row = values.at(r);
-            if i == 0 {
-                values.prefetch.issue::<1>(r);
-            }
-            let row = row.add(E::offset(i));
-            let mut value = [V::splat(0.0); C];
-            for c in 0..C {
-                // Narrow vectors may begin within a block.
-                value[c] = E::load::<V>(row, i % E::BLOCK + c * V::LANES);
-            }
-            for g in 0..G {
-                let weight = V::splat(*weights.add(g * BLOCK + r));
-                for c in 0..C {
-                    sums[g][c] = value[c].mul_add(weight, sums[g][c]);
-                }
-            }
-        }
-        for g in 0..G {
-            for c in 0..C {
-                sums[g][c].store(out.add(g * out_stride + c * V::LANES));
-            }
         }
     }
 }
@@ -534,6 +303,15 @@ pub(super) trait Isa {
     unsafe fn add_partial(to: *mut f32, from: *const f32, size: usize);
     unsafe fn convert<E: Element>(rows: RowPtr, size: usize, to: *mut f32, to_stride: usize);
     unsafe fn add_tile(tile: &Tile);
+    unsafe fn scores_of_tile<E: Element, const G: usize>(q: *const f32, q_stride: usize, k: TilePtr, s: *mut f32);
+    unsafe fn add_values_of_tile<E: Element, const G: usize>(
+        weights: *mut f32,
+        values: TilePtr,
+        factors: &[f32; G],
+        out: *mut f32,
+        out_stride: usize,
+    );
+    unsafe fn convert_tile<E: Element>(tile: TilePtr, to: *mut f32, to_stride: usize);
 
     /// Elements of what [`Isa::pack_q4`] makes of a query; 0 where [`Q4`] keys have no kernel of their own.
     fn packed_q4(_size: usize) -> usize {
@@ -670,6 +448,61 @@ macro_rules! isa {
                 }
                 // SAFETY: the caller's.
                 unsafe { inner(tile) }
+            }
+
+            #[inline]
+            unsafe fn scores_of_tile<E: Element, const G: usize>(
+                q: *const f32,
+                q_stride: usize,
+                k: TilePtr,
+                s: *mut f32,
+            ) {
+                $(#[$features])?
+                unsafe fn inner<E: Element, const G: usize>(
+                    q: *const f32,
+                    q_stride: usize,
+                    k: TilePtr,
+                    s: *mut f32,
+                ) {
+                    // SAFETY: the caller's.
+                    unsafe { scores_of_tile::<$vector, E, G>(q, q_stride, k, s) }
+                }
+                // SAFETY: the caller's.
+                unsafe { inner::<E, G>(q, q_stride, k, s) }
+            }
+
+            #[inline]
+            unsafe fn add_values_of_tile<E: Element, const G: usize>(
+                weights: *mut f32,
+                values: TilePtr,
+                factors: &[f32; G],
+                out: *mut f32,
+                out_stride: usize,
+            ) {
+                $(#[$features])?
+                unsafe fn inner<E: Element, const G: usize>(
+                    weights: *mut f32,
+                    values: TilePtr,
+                    factors: &[f32; G],
+                    out: *mut f32,
+                    out_stride: usize,
+                ) {
+                    // SAFETY: the caller's.
+                    unsafe { add_values_of_tile::<$vector, E, G>(weights, values, factors, out, out_stride) }
+                }
+                // SAFETY: the caller's.
+                unsafe { inner::<E, G>(weights, values, factors, out, out_stride) }
+            }
+
+            #[inline]
+            unsafe fn convert_tile<E: Element>(tile: TilePtr, to: *mut f32, to_stride: usize) {
+                $(#[$features])?
+                unsafe fn inner<E: Element>(tile: TilePtr, to: *mut f32, to_stride: usize) {
+                    // SAFETY: the caller's.
+                    unsafe { convert_tile::<$vector, E>(tile, to, to_stride) }
+                }
+                // SAFETY: the caller's.
+                unsafe { inner::<E>(tile, to, to_stride) }
             }
 
             $($($own)*)?

@@ -9,8 +9,8 @@
 //! number of rows only, so that the result does not depend on the number of threads.
 //!
 //! From above: `op` is the graph's node and chooses the kernels; `decode` and `prefill` do one run of it, a `call`, over
-//! `views` of the tensors, in `chunks` and with `scratch` memory; `kernels` are the inner loops over a `block` of rows,
-//! generic over the vectors of `simd`, `x86` and `neon`, with `q4` for four-bit rows.
+//! `views` of the tensors, in `chunks` and with `scratch` memory; `kernels` and `products` are the inner loops over a `block` of rows,
+//! generic over the vectors of `simd`, `x86` and `neon`, with `q4` for four-bit rows and `tiled` for tiles.
 
 mod block;
 mod call;
@@ -21,17 +21,20 @@ mod kernels;
 mod neon;
 mod op;
 mod prefill;
+mod products;
 #[cfg(target_arch = "x86_64")]
 mod q4;
 mod scratch;
 pub(super) mod simd;
 #[cfg(test)]
 mod tests;
+mod tiled;
 mod views;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod x86;
 
 pub(crate) use block::BLOCK as ATTENTION_BLOCK;
-pub(super) use op::Op;
 pub use op::{FusedAttention, KvSegment};
+pub(super) use op::{Op, blocks};
 pub(super) use scratch::Partials;
+pub(super) use simd::f16_to_f32;

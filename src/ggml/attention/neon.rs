@@ -150,4 +150,31 @@ impl Simd for Neon {
         // SAFETY: one half.
         Neon(from_halves(unsafe { vdup_n_u16(from.read_unaligned()) }))
     }
+    #[inline(always)]
+    unsafe fn load_nibbles(block: *const u8, first: usize) -> Self {
+        // SAFETY: 4 bytes within the block's 16.
+        unsafe {
+            let bytes = load_four(block.add(first % 16));
+            let codes = if first < 16 { vand_u8(bytes, vdup_n_u8(15)) } else { vshr_n_u8::<4>(bytes) };
+            Neon(from_bytes(vreinterpret_s8_u8(codes)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_twos(block: *const u8, first: usize) -> Self {
+        // SAFETY: 4 bytes within the block's 8.
+        unsafe {
+            let bytes = load_four(block.add(first % 8));
+            let codes = vand_u8(vshl_u8(bytes, vdup_n_s8(-((first / 8 * 2) as i8))), vdup_n_u8(3));
+            Neon(from_bytes(vreinterpret_s8_u8(codes)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_fours(block: *const u8, first: usize) -> Self {
+        // SAFETY: a byte within the block's 4.
+        unsafe {
+            let bits = vdupq_n_u32(u32::from(block.add(first / 8).read() >> (first % 8)));
+            let is_set = vtstq_u32(bits, vld1q_u32([1, 2, 4, 8].as_ptr()));
+            Neon(vreinterpretq_f32_u32(vandq_u32(is_set, vreinterpretq_u32_f32(vdupq_n_f32(4.0)))))
+        }
+    }
 }

@@ -17,7 +17,7 @@ use super::{
     simd::Portable,
     views::{MAX_SEGMENTS, Mask, Rows, Segment},
 };
-use crate::ggml::{Tensor, Type, processor::Features};
+use crate::ggml::{Tensor, Type, processor::Features, tiles};
 
 /// From this many queries on the prefill kernels run, which take a tile of them at once.
 pub(super) const MIN_PREFILL: usize = 16;
@@ -59,12 +59,14 @@ struct Layout {
     n_rows: usize,
     k: Vec<*const u8>,
     v: Vec<*const u8>,
+    /// How keys and values lie in tiles, where they do.
+    tiles: [Option<tiles::Layout>; 2],
 }
 
-/// Where each block of rows begins in these pieces, and, at last, the place after them; nothing of a single piece.
-fn blocks(pieces: &[Tensor]) -> Vec<*const u8> {
+/// Where each block of rows begins in these pieces, and, at last, the place after them; nothing of fewer pieces than `least`.
+pub(in crate::ggml) fn blocks(pieces: &[Tensor], least: usize) -> Vec<*const u8> {
     let mut blocks = Vec::new();
-    if pieces.len() < 2 {
+    if pieces.len() < least {
         return blocks;
     }
     for piece in pieces {
@@ -107,11 +109,15 @@ impl Op {
     ) -> (*mut sys::ggml_tensor, Arc<Op>) {
         check(q, segments, params);
         let [_, n, heads, _] = q.shape();
-        let [value_size, ..] = segments[0].v[0].shape();
+        let value_size = segments[0].v[0].row_size();
         let [_, _, kv_heads, _] = segments[0].k[0].shape();
         let rows: [usize; MAX_SEGMENTS] = std::array::from_fn(|i| segments.get(i).map_or(0, KvSegment::n_rows));
-        let layout =
-            |segment: &KvSegment<'_>| Layout { n_rows: segment.n_rows(), k: blocks(segment.k), v: blocks(segment.v) };
+        let layout = |segment: &KvSegment<'_>| Layout {
+            n_rows: segment.n_rows(),
+            k: blocks(segment.k, 2),
+            v: blocks(segment.v, 2),
+            tiles: [segment.k[0].layout(1), segment.v[0].layout(1)],
+        };
         let n_chunks = if n < MIN_PREFILL { Chunks::new(rows).total() } else { 0 };
         let op = Arc::new(Op {
             scale: params.scale,
@@ -193,8 +199,8 @@ impl Op {
                         blocks => blocks.as_ptr(),
                     };
                     Segment {
-                        k: Rows::new(k, table(&layout.k)),
-                        v: Rows::new(v, table(&layout.v)),
+                        k: Rows::new(k, table(&layout.k), layout.tiles[0]),
+                        v: Rows::new(v, table(&layout.v), layout.tiles[1]),
                         mask,
                         n: layout.n_rows,
                     }
@@ -249,7 +255,7 @@ fn check(q: &Tensor, segments: &[KvSegment<'_>], params: &FusedAttention<'_>) {
     let [key_size, n, heads, _] = q.shape();
     assert!((1..=MAX_SEGMENTS).contains(&segments.len()), "one to {MAX_SEGMENTS} segments");
     assert!(q.ty() == Type::F32 && q.strides()[0] == 4, "queries are rows of f32");
-    let [value_size, ..] = segments[0].v[0].shape();
+    let value_size = segments[0].v[0].row_size();
     let [_, _, kv_heads, _] = segments[0].k[0].shape();
     assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "{heads} heads for {kv_heads} KV heads");
     for segment @ KvSegment { k, v, mask } in segments {
@@ -260,9 +266,10 @@ fn check(q: &Tensor, segments: &[KvSegment<'_>], params: &FusedAttention<'_>) {
             let mut n = 0;
             for piece in *pieces {
                 assert!(n % BLOCK == 0, "pieces before the last are whole blocks");
-                assert_eq!(piece.shape(), [size, piece.shape()[1], heads, 1], "keys or values");
+                assert_eq!((piece.row_size(), &piece.shape()[2..]), (size, &[heads, 1][..]), "keys or values");
                 assert!(Type::CACHE.contains(&piece.ty()), "keys and values have cache types");
-                assert_eq!(piece.strides()[0], piece.ty().block_bytes(), "rows have no gaps");
+                let is_tiles = piece.ty().is_tiles();
+                assert!(is_tiles || piece.strides()[0] == piece.ty().block_bytes(), "rows have no gaps");
                 let strides = piece.strides();
                 assert_eq!((piece.ty(), strides[..3].as_ref()), (alike.0, alike.1[..3].as_ref()), "pieces are alike");
                 assert!(pieces.len() == 1 || !piece.address().is_null(), "pieces have their memory");

@@ -7,6 +7,7 @@ use super::{
     call::Call,
     kernels::{Isa, OnlineSoftmax, Tile},
     scratch::{Scratch, padded},
+    tiled::TilePtr,
     views::Sight,
 };
 
@@ -55,6 +56,7 @@ impl Call<'_> {
             n_vectors * lanes * (self.key_size + value_size + 2)
                 + BLOCK * (self.key_size + value_size)
                 + BLOCK * lanes * (1 + lane_blocks)
+                + TilePtr::room(self.key_size.max(self.value_size), 0)
                 + 8 * 16,
         );
         let packed = room.take(n_vectors * lanes * self.key_size);
@@ -66,6 +68,7 @@ impl Call<'_> {
         let scores = room.take(BLOCK * lanes);
         let mask_stride = lane_blocks * lanes;
         let mask_rows = room.take(BLOCK * mask_stride);
+        let of_tiles = room.take(TilePtr::room(self.key_size.max(self.value_size), 0));
         // SAFETY: all pointers are into memory of the sizes just asked for, or of the tensors whose sizes were checked
         // when the operation was made.
         unsafe {
@@ -111,8 +114,10 @@ impl Call<'_> {
                             _ => {}
                         }
                     }
-                    segment.k.convert::<I>(segment.k.at(kv_head, first, n), self.key_size, keys, self.key_size);
-                    segment.v.convert::<I>(segment.v.at(kv_head, first, n), self.value_size, values, value_size);
+                    let k = segment.k.at(kv_head, first, n);
+                    segment.k.convert::<I>(k, self.key_size, (keys, self.key_size), of_tiles);
+                    let v = segment.v.at(kv_head, first, n);
+                    segment.v.convert::<I>(v, self.value_size, (values, value_size), of_tiles);
                     for vector in 0..n_vectors {
                         let block = vector % lane_blocks;
                         let mask = match sights[block] {

@@ -63,8 +63,8 @@ pub(super) struct Scratch(Vec<Line>);
 impl Scratch {
     /// Memory for `len` elements in a few pieces.
     pub(super) fn room(&mut self, len: usize) -> Room {
-        // Each piece is rounded up to whole lines; there are eight at most.
-        let lines = len.div_ceil(16) + 8;
+        // Each piece is rounded up to whole lines; there are nine at most.
+        let lines = len.div_ceil(16) + 9;
         if self.0.len() < lines {
             self.0.resize(lines, Line([0.0; 16]));
         }

@@ -43,6 +43,12 @@ pub(in crate::ggml) trait Simd: Copy {
     unsafe fn load_q4(block: *const u8, first: usize) -> Self;
     /// One half in all lanes.
     unsafe fn splat_f16(from: *const u16) -> Self;
+    /// Codes `first..first + LANES` of 32 of four bits: 16 bytes, whose low halves are the first 16.
+    unsafe fn load_nibbles(block: *const u8, first: usize) -> Self;
+    /// Likewise of two bits: 8 bytes, whose lowest bits are the first 8 codes.
+    unsafe fn load_twos(block: *const u8, first: usize) -> Self;
+    /// Bits `first..first + LANES` of 32, each as 0 or 4.
+    unsafe fn load_fours(block: *const u8, first: usize) -> Self;
 }
 
 /// `2^x` for `x ≤ 0`, and 0 where x is below −126.5. The relative error is below 1e-7.
@@ -83,7 +89,7 @@ pub(super) unsafe fn tanh<V: Simd>(x: V) -> V {
 
 /// A half as f32.
 #[inline(always)]
-pub(super) fn f16_to_f32(half: u16) -> f32 {
+pub(in crate::ggml) fn f16_to_f32(half: u16) -> f32 {
     let sign = u32::from(half & 0x8000) << 16;
     let rest = u32::from(half & 0x7fff);
     let bits = match rest {
@@ -206,6 +212,25 @@ impl Simd for Portable {
     unsafe fn splat_f16(from: *const u16) -> Self {
         // SAFETY: good for one element.
         Portable([f16_to_f32(unsafe { from.read_unaligned() }); 8])
+    }
+    #[inline(always)]
+    unsafe fn load_nibbles(block: *const u8, first: usize) -> Self {
+        // SAFETY: eight bytes within the block's 16.
+        let bytes = unsafe { block.add(first % 16).cast::<[u8; 8]>().read_unaligned() };
+        let shift = if first < 16 { 0 } else { 4 };
+        Portable(bytes.map(|byte| f32::from(byte >> shift & 15)))
+    }
+    #[inline(always)]
+    unsafe fn load_twos(block: *const u8, first: usize) -> Self {
+        // SAFETY: the block's eight bytes.
+        let bytes = unsafe { block.cast::<[u8; 8]>().read_unaligned() };
+        Portable(bytes.map(|byte| f32::from(byte >> (first / 8 * 2) & 3)))
+    }
+    #[inline(always)]
+    unsafe fn load_fours(block: *const u8, first: usize) -> Self {
+        // SAFETY: a byte within the block's four.
+        let bits = unsafe { block.add(first / 8).read() };
+        Portable(std::array::from_fn(|i| f32::from((bits >> i & 1) << 2)))
     }
 }
 

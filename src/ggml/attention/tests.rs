@@ -6,7 +6,7 @@ use std::{cell::Cell, slice::from_ref};
 use super::op::MIN_PREFILL;
 use super::{FusedAttention, KvSegment, block::BLOCK, chunks::Chunks, views::MAX_SEGMENTS};
 use crate::ggml::{
-    Context, Device, Graph, Scheduler, Tensor, Type,
+    Context, Device, Due, Graph, Packing, Scheduler, Source, TILE, Tensor, Type,
     processor::{Features, shorter},
 };
 
@@ -122,7 +122,10 @@ impl Data {
         let q = context.tensor(Type::F32, &[case.size, heads, case.n]);
         let sinks = context.tensor(Type::F32, &[heads]);
         let width = case.size * case.kv_heads;
-        let store = |ty, rows| context.tensor(ty, &[width, rows]);
+        let store = |ty: Type, rows: usize| match ty.is_tiles() {
+            true => context.tensor(ty, &[case.kv_heads * ty.row_bytes(case.size), rows.next_multiple_of(TILE)]),
+            false => context.tensor(ty, &[width, rows]),
+        };
         let k: Vec<Tensor> = case.segments.iter().map(|&(rows, k, _)| store(k, rows)).collect();
         let v: Vec<Tensor> = case.segments.iter().map(|&(rows, _, v)| store(v, rows)).collect();
         let ty = if case.mask == MaskKind::Bias { Type::F32 } else { Type::F16 };
@@ -157,13 +160,20 @@ impl Data {
                 let floats = random.floats(width * rows, size);
                 let graph = Graph::new(8);
                 let source = graph.input(Type::F32, &[width, rows]);
-                graph.expand(&graph.copy(&source, target));
+                let due = target.ty().is_tiles().then(|| tiles_of(&graph, target, &source, case));
+                if due.is_none() {
+                    graph.expand(&graph.copy(&source, target));
+                }
                 scheduler.alloc(&graph).unwrap();
                 source.write(0, &floats);
+                if let Some((due, list)) = due {
+                    due.write(0, &list);
+                }
                 scheduler.compute(&graph).unwrap();
                 let graph = Graph::new(8);
                 let result = match target.ty() {
                     Type::F32 => graph.contiguous(target),
+                    ty if ty.is_tiles() => graph.unpack_tiles(target, case.kv_heads, 0, rows),
                     _ => graph.cast(target, Type::F32),
                 }
                 .as_output();
@@ -196,9 +206,9 @@ impl Data {
 
     fn node(&self, case: &Case, graph: &Graph, features: Features) -> Tensor {
         let q = graph.permute(&self.q, [0, 2, 1, 3]);
-        let heads = |t: &Tensor| heads(graph, t, case, t.shape()[1]);
-        let k: Vec<Tensor> = self.k.iter().map(heads).collect();
-        let v: Vec<Tensor> = self.v.iter().map(heads).collect();
+        let heads = |(t, &(rows, ..)): (&Tensor, &(usize, Type, Type))| heads(graph, t, case, rows);
+        let k: Vec<Tensor> = self.k.iter().zip(&case.segments).map(heads).collect();
+        let v: Vec<Tensor> = self.v.iter().zip(&case.segments).map(heads).collect();
         let segments: Vec<KvSegment<'_>> = (0..k.len())
             .map(|i| KvSegment {
                 k: &k[i..=i],
@@ -288,7 +298,21 @@ impl Data {
 /// The first rows of a store, by head.
 fn heads(graph: &Graph, store: &Tensor, case: &Case, rows: usize) -> Tensor {
     let [_, row_bytes, ..] = store.strides();
-    graph.view(store, [case.size, rows, case.kv_heads], [row_bytes, store.ty().row_bytes(case.size)], 0)
+    let head_bytes = store.ty().row_bytes(case.size);
+    let size = if store.ty().is_tiles() { head_bytes } else { case.size };
+    graph.view(store, [size, rows, case.kv_heads], [row_bytes, head_bytes], 0)
+}
+
+/// Adds tiles of all rows to the graph: an input, and what it is to be filled with.
+fn tiles_of(graph: &Graph, store: &Tensor, rows: &Tensor, case: &Case) -> (Tensor, Vec<i32>) {
+    let n = rows.shape()[1];
+    let n_tiles = n.div_ceil(TILE);
+    let list = graph.input(Type::I32, &[Due::LEN, n_tiles]);
+    let packing = Packing { own: rows, exact: &[], tiles: from_ref(store), due: &list, heads: case.kv_heads };
+    graph.expand(&graph.pack_tiles(&packing));
+    let row = |row: usize| if row < n { Source::Own(row) } else { Source::Absent };
+    let due = |tile| Due { tile, counted: 0, rows: std::array::from_fn(|r| row(tile * TILE + r)) };
+    (list, Due::list(&(0..n_tiles).map(due).collect::<Vec<_>>(), n_tiles))
 }
 
 fn bits(floats: &[f32]) -> Vec<u32> {
@@ -436,6 +460,8 @@ fn all_head_sizes_and_groups() {
                 check_case(&case(size, n, 2, group, &[(200, Type::F16, Type::F16)]), &mut scheduler);
                 if size % 32 == 0 {
                     check_case(&case(size, n, 1, group, &[(200, Type::Q4_0, Type::Q8_0)]), &mut scheduler);
+                    let tiles = [(200, Type::KVARN4, Type::KVARN3), (70, Type::F16, Type::F16)];
+                    check_case(&case(size, n, 2, group, &tiles), &mut scheduler);
                 }
             }
         }

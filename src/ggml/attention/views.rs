@@ -6,9 +6,12 @@ use ggml_sys as sys;
 
 use super::{
     block::{BLOCK, Prefetch, RowPtr},
-    kernels::{Bf16, F16, F32, Isa, Q4, Q8},
+    kernels::Isa,
+    products::{Bf16, F16, F32, Q4, Q8},
     simd::f16_to_f32,
+    tiled::{Codes2, Codes3, Codes4, TilePtr},
 };
+use crate::ggml::tiles::Layout;
 
 /// Segments that one operation can attend to: ggml gives a node ten sources.
 pub(super) const MAX_SEGMENTS: usize = 3;
@@ -21,6 +24,7 @@ pub(super) enum Kind {
     Bf16,
     Q8,
     Q4,
+    Tiles(Layout),
     /// ggml converts a row.
     Other(unsafe extern "C" fn(*const c_void, *mut f32, i64)),
 }
@@ -69,17 +73,20 @@ impl Sight {
 impl Rows {
     /// # Safety
     /// `tensor` is alive and has memory that the processor can read. `blocks` are those of pieces of which it is the first, or
-    /// null where there are no others.
-    pub(super) unsafe fn new(tensor: *const sys::ggml_tensor, blocks: *const *const u8) -> Rows {
+    /// null where there are no others. `tiles`: how rows lie in tiles, where they do.
+    pub(super) unsafe fn new(tensor: *const sys::ggml_tensor, blocks: *const *const u8, tiles: Option<Layout>) -> Rows {
         // SAFETY: as the caller says; the traits' table lives as long as the process.
         unsafe {
-            let kind = match (*tensor).type_ {
-                sys::GGML_TYPE_F32 => Kind::F32,
-                sys::GGML_TYPE_F16 => Kind::F16,
-                sys::GGML_TYPE_BF16 => Kind::Bf16,
-                sys::GGML_TYPE_Q8_0 => Kind::Q8,
-                sys::GGML_TYPE_Q4_0 => Kind::Q4,
-                ty => Kind::Other((*sys::ggml_get_type_traits(ty)).to_float.expect("cache types can be converted")),
+            let kind = match ((*tensor).type_, tiles) {
+                (_, Some(layout)) => Kind::Tiles(layout),
+                (sys::GGML_TYPE_F32, _) => Kind::F32,
+                (sys::GGML_TYPE_F16, _) => Kind::F16,
+                (sys::GGML_TYPE_BF16, _) => Kind::Bf16,
+                (sys::GGML_TYPE_Q8_0, _) => Kind::Q8,
+                (sys::GGML_TYPE_Q4_0, _) => Kind::Q4,
+                (ty, _) => {
+                    Kind::Other((*sys::ggml_get_type_traits(ty)).to_float.expect("cache types can be converted"))
+                }
             };
             let [_, row_bytes, head_bytes, _] = (*tensor).nb;
             // A single head serves all.
@@ -106,8 +113,16 @@ impl Rows {
     #[inline]
     pub(super) unsafe fn at(&self, head: usize, first: usize, n: usize) -> RowPtr {
         // SAFETY: as the caller says.
-        let data = unsafe { self.block(first).add(head * self.head_bytes) };
-        RowPtr { data, bytes: self.row_bytes, n, prefetch: Prefetch::NOTHING }
+        let block = unsafe { self.block(first) };
+        let prefetch = Prefetch::NOTHING;
+        match self.kind {
+            // A head's rows are together in its tile.
+            Kind::Tiles(layout) => {
+                let data = block.wrapping_add(head * self.head_bytes * BLOCK);
+                RowPtr { data, bytes: layout.code_bytes(), n, prefetch }
+            }
+            _ => RowPtr { data: block.wrapping_add(head * self.head_bytes), bytes: self.row_bytes, n, prefetch },
+        }
     }
 
     /// What to prefetch while `head`, one of `heads` that are read one after the other, is read, so that the block of rows from
@@ -135,6 +150,10 @@ impl Rows {
             let bytes = self.row_bytes.div_ceil(heads.len());
             return Prefetch { data: rows.wrapping_add((head - heads.start) * BLOCK * bytes), stride: bytes, bytes };
         }
+        if matches!(self.kind, Kind::Tiles(_)) {
+            let bytes = self.head_bytes;
+            return Prefetch { data: rows.wrapping_add(head * bytes * BLOCK), stride: bytes, bytes };
+        }
         match self.head_bytes {
             // One head that all share.
             0 if head > heads.start => Prefetch::NOTHING,
@@ -151,7 +170,7 @@ impl Rows {
     pub(super) fn is_direct<I: Isa>(&self, size: usize) -> bool {
         match self.kind {
             Kind::F32 | Kind::F16 | Kind::Bf16 => size.is_multiple_of(I::LANES),
-            Kind::Q8 | Kind::Q4 => true,
+            Kind::Q8 | Kind::Q4 | Kind::Tiles(_) => true,
             Kind::Other(_) => false,
         }
     }
@@ -159,8 +178,15 @@ impl Rows {
     /// Rows as f32, `stride` apart.
     ///
     /// # Safety
-    /// The rows have `size` elements, `to` has room for `rows.n` strides, and the features are there.
-    pub(super) unsafe fn convert<I: Isa>(&self, rows: RowPtr, size: usize, to: *mut f32, stride: usize) {
+    /// The rows have `size` elements, `to` has room for `rows.n` strides, `room` for [`TilePtr::room`] without queries, and the
+    /// features are there.
+    pub(super) unsafe fn convert<I: Isa>(
+        &self,
+        rows: RowPtr,
+        size: usize,
+        (to, stride): (*mut f32, usize),
+        room: *mut f32,
+    ) {
         // SAFETY: as the caller says.
         unsafe {
             match self.kind {
@@ -169,6 +195,14 @@ impl Rows {
                 Kind::Bf16 => I::convert::<Bf16>(rows, size, to, stride),
                 Kind::Q8 => I::convert::<Q8>(rows, size, to, stride),
                 Kind::Q4 => I::convert::<Q4>(rows, size, to, stride),
+                Kind::Tiles(layout) => {
+                    let tile = TilePtr { codes: rows, layout, room };
+                    match layout.bits {
+                        4 => I::convert_tile::<Codes4>(tile, to, stride),
+                        3 => I::convert_tile::<Codes3>(tile, to, stride),
+                        _ => I::convert_tile::<Codes2>(tile, to, stride),
+                    }
+                }
                 Kind::Other(to_float) => {
                     for r in 0..rows.n {
                         to_float(rows.data.add(r * rows.bytes).cast(), to.add(r * stride), size as i64);

@@ -132,6 +132,35 @@ impl Simd for Avx2 {
         // SAFETY: one half.
         Avx2(unsafe { _mm256_cvtph_ps(_mm_set1_epi16(from.read_unaligned() as i16)) })
     }
+    #[inline(always)]
+    unsafe fn load_nibbles(block: *const u8, first: usize) -> Self {
+        // SAFETY: 8 bytes within the block's 16.
+        unsafe {
+            let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(block.add(first % 16).cast()));
+            let codes =
+                if first < 16 { _mm256_and_si256(bytes, _mm256_set1_epi32(15)) } else { _mm256_srli_epi32::<4>(bytes) };
+            Avx2(_mm256_cvtepi32_ps(codes))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_twos(block: *const u8, first: usize) -> Self {
+        // SAFETY: the block's 8 bytes.
+        unsafe {
+            let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(block.cast()));
+            let codes = _mm256_srl_epi32(bytes, _mm_cvtsi32_si128((first / 8 * 2) as i32));
+            Avx2(_mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(3))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_fours(block: *const u8, first: usize) -> Self {
+        // SAFETY: a byte within the block's 4.
+        unsafe {
+            let bits = _mm256_set1_epi32(i32::from(block.add(first / 8).read()));
+            let each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+            let is_set = _mm256_cmpeq_epi32(_mm256_and_si256(bits, each), each);
+            Avx2(_mm256_and_ps(_mm256_castsi256_ps(is_set), _mm256_set1_ps(4.0)))
+        }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -268,5 +297,39 @@ impl Simd for Avx512 {
     unsafe fn splat_f16(from: *const u16) -> Self {
         // SAFETY: one half.
         Avx512(unsafe { _mm512_cvtph_ps(_mm256_set1_epi16(from.read_unaligned() as i16)) })
+    }
+    #[inline(always)]
+    unsafe fn load_nibbles(block: *const u8, first: usize) -> Self {
+        // SAFETY: the block's 16 bytes.
+        unsafe {
+            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(block.cast()));
+            let index = if first < 16 { bytes } else { _mm512_srli_epi32::<4>(bytes) };
+            // A table look-up by the low four bits: masks and converts at once.
+            let numbers = _mm512_set_ps(15., 14., 13., 12., 11., 10., 9., 8., 7., 6., 5., 4., 3., 2., 1., 0.);
+            Avx512(_mm512_permutexvar_ps(index, numbers))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_twos(block: *const u8, first: usize) -> Self {
+        // SAFETY: the block's 8 bytes.
+        unsafe {
+            let bytes = _mm_loadl_epi64(block.cast());
+            let bytes = _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(bytes, bytes));
+            let shifts = match first {
+                0 => _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0),
+                _ => _mm512_set_epi32(6, 6, 6, 6, 6, 6, 6, 6, 4, 4, 4, 4, 4, 4, 4, 4),
+            };
+            // As above, whatever the two bits are that follow.
+            let numbers = _mm512_set_ps(3., 2., 1., 0., 3., 2., 1., 0., 3., 2., 1., 0., 3., 2., 1., 0.);
+            Avx512(_mm512_permutexvar_ps(_mm512_srlv_epi32(bytes, shifts), numbers))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_fours(block: *const u8, first: usize) -> Self {
+        // SAFETY: two bytes within the block's 4.
+        unsafe {
+            let bits = block.add(first / 8).cast::<u16>().read_unaligned();
+            Avx512(_mm512_maskz_mov_ps(bits, _mm512_set1_ps(4.0)))
+        }
     }
 }
