@@ -426,12 +426,9 @@ pub fn sampling(args: SamplingArgs, file: &SamplerParams, n_ctx: usize) -> Resul
         Some(grammar) => Some(grammar),
         None => grammar,
     };
-    let (version, tau, eta) = match file.mirostat {
-        Mirostat::Off => (0, 5.0, 0.1),
-        Mirostat::V1 { tau, eta } => (1, tau, eta),
-        Mirostat::V2 { tau, eta } => (2, tau, eta),
-    };
+    let (tau, eta) = file.mirostat.tau_and_eta();
     let (tau, eta) = (args.mirostat_ent.unwrap_or(tau), args.mirostat_lr.unwrap_or(eta));
+    let mirostat = Mirostat::new(args.mirostat.map_or(file.mirostat.version(), i64::from), tau, eta);
     let samplers = args.samplers.or(args.sampler_seq);
     Ok(SamplerParams {
         seed: match args.seed {
@@ -463,11 +460,7 @@ pub fn sampling(args: SamplingArgs, file: &SamplerParams, n_ctx: usize) -> Resul
         },
         adaptive_target: args.adaptive_target,
         adaptive_decay: args.adaptive_decay,
-        mirostat: match args.mirostat.unwrap_or(version) {
-            1 => Mirostat::V1 { tau, eta },
-            2 => Mirostat::V2 { tau, eta },
-            _ => Mirostat::Off,
-        },
+        mirostat,
         logit_bias: args.logit_bias,
         ignore_eos: args.ignore_eos,
         grammar,
