@@ -5,7 +5,7 @@ use std::{path::PathBuf, str::FromStr};
 use clap::{ArgAction, Args, ValueEnum};
 use simlayer::quality::{Contender, ParseContenderError};
 
-use super::{CommonArgs, OutputArgs, PromptArgs, values::positive};
+use super::{model::CommonArgs, output::OutputArgs, text::PromptArgs, values::positive};
 
 #[derive(Debug, Args)]
 pub struct BenchArgs {

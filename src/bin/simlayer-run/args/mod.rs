@@ -3,6 +3,7 @@
 mod cache;
 mod measure;
 mod model;
+mod output;
 mod placement;
 mod sampling;
 #[cfg(any(feature = "rpc", feature = "serve"))]
@@ -20,18 +21,15 @@ pub use self::server::RpcServerArgs;
 #[cfg(feature = "serve")]
 pub use self::server::ServeArgs;
 pub use self::{
-    cache::{KeyType, LazyAt, LazyFlags, LazyPrefill},
+    cache::{KeyType, LazyAt, LazyPrefill},
     measure::{AskWhen, BenchArgs, CalibrateArgs, Compare, InspectArgs, PasskeyArgs, PerplexityArgs, Variant},
-    model::{CommonArgs, FlashAttn, Numa},
+    model::{CommonArgs, FlashAttn, NO_MODEL, Numa},
     placement::{GpuLayers, OnOrOff, PlacementFlags, SplitMode},
     sampling::SamplingArgs,
     system::{CompletionsArgs, DevicesArgs, DoctorArgs},
-    text::{ChatArgs, GenerateArgs, JsonObject, PromptArgs, TemplateArgs},
+    text::{ChatArgs, GenerateArgs, PromptArgs, TemplateArgs},
 };
 use crate::build::LONG_VERSION;
-
-/// Stands for the model where none was given and none is needed.
-pub const NO_MODEL: &str = "-";
 
 /// The whole command line. Options without a command's name are those of generation.
 pub fn command_line() -> clap::Command {
@@ -94,12 +92,4 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Print shell completions
     Completions(CompletionsArgs),
-}
-
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Output")]
-pub struct OutputArgs {
-    /// Print one JSON object on stdout instead of text
-    #[arg(long)]
-    pub json: bool,
 }

@@ -6,10 +6,13 @@ use clap::{ArgAction, Args, ValueEnum};
 use simlayer::{ggml::Type, gguf::Override};
 
 use super::{
-    KeyType, LazyFlags, NO_MODEL, PlacementFlags,
-    cache::{cache_type, key_type},
+    cache::{KeyType, LazyFlags, cache_type, key_type},
+    placement::PlacementFlags,
     values::{factor, positive},
 };
+
+/// Stands for the model where none was given and none is needed.
+pub const NO_MODEL: &str = "-";
 
 /// What every command that runs a model takes.
 #[derive(Debug, Args)]

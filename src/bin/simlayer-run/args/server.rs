@@ -8,7 +8,11 @@ use clap::Args;
 
 use super::values::positive;
 #[cfg(feature = "serve")]
-use super::{CommonArgs, JsonObject, SamplingArgs, TemplateArgs, text::json_object};
+use super::{
+    model::CommonArgs,
+    sampling::SamplingArgs,
+    text::{JsonObject, TemplateArgs, json_object},
+};
 
 #[cfg(feature = "serve")]
 #[derive(Debug, Args)]

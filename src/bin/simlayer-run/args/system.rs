@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{CommonArgs, OutputArgs};
+use super::{model::CommonArgs, output::OutputArgs};
 
 #[derive(Debug, Args)]
 pub struct DevicesArgs {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args};
 
-use super::{CommonArgs, OutputArgs, SamplingArgs};
+use super::{model::CommonArgs, output::OutputArgs, sampling::SamplingArgs};
 
 #[derive(Debug, Args)]
 pub struct GenerateArgs {

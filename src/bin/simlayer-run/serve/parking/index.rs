@@ -10,13 +10,34 @@ use std::{
 };
 
 use super::{
-    ParkingStats,
     error::{Notice, ParkingError, failed},
     file::{Header, Key, PARKED, PARTIAL, Unreadable, read_header},
 };
 
 /// Notices that are kept until somebody asks.
 const MAX_NOTICES: usize = 64;
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct ParkingStats {
+    /// Conversations that can be restored, and bytes of their files, those that wait included.
+    pub entries: usize,
+    pub bytes: u64,
+    /// Files of other settings.
+    pub others: usize,
+    pub others_bytes: u64,
+    pub max_bytes: u64,
+    /// States in memory that wait to be written, and what they take there.
+    pub queued: usize,
+    pub queued_bytes: u64,
+    /// Memory of the tokens by which conversations are found.
+    pub index_bytes: u64,
+    /// Since the start: written, given back, removed to make room, removed as damaged, not written.
+    pub stored: u64,
+    pub restored: u64,
+    pub evicted: u64,
+    pub dropped: u64,
+    pub failed: u64,
+}
 
 #[derive(Debug)]
 pub(super) struct Entry {

@@ -29,13 +29,16 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-pub use self::error::{Notice, ParkingError};
 use self::{
     error::failed,
     file::{Key, MAX_SETTINGS, MAX_TOKENS, PARKED, Unreadable, file_bytes, read, touch},
     folder::{Create, create_private, lock, make_private_folder},
     index::{Entry, Held, Index},
     writer::Shared,
+};
+pub use self::{
+    error::{Notice, ParkingError},
+    index::ParkingStats,
 };
 
 /// States that wait to be written, besides the one that is being written. They take memory.
@@ -65,28 +68,6 @@ pub struct Parked {
     pub n_common: usize,
     /// The file's length.
     pub bytes: u64,
-}
-
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
-pub struct ParkingStats {
-    /// Conversations that can be restored, and bytes of their files, those that wait included.
-    pub entries: usize,
-    pub bytes: u64,
-    /// Files of other settings.
-    pub others: usize,
-    pub others_bytes: u64,
-    pub max_bytes: u64,
-    /// States in memory that wait to be written, and what they take there.
-    pub queued: usize,
-    pub queued_bytes: u64,
-    /// Memory of the tokens by which conversations are found.
-    pub index_bytes: u64,
-    /// Since the start: written, given back, removed to make room, removed as damaged, not written.
-    pub stored: u64,
-    pub restored: u64,
-    pub evicted: u64,
-    pub dropped: u64,
-    pub failed: u64,
 }
 
 /// The parked conversations of one server.
