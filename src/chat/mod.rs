@@ -4,8 +4,8 @@
 //! a file has no template, or one that does not run, llama.cpp's built-in templates stand in. Nothing is lost without an
 //! error: what a template passes over it gets in another form, or the error says what it is.
 //!
-//! With the feature `serve`, [`ChatFormat`] says how a model is told of tools, and reads calls and thoughts out of what it
-//! answers; [`json_schema_to_grammar`] holds an answer to a JSON schema. Both are llama.cpp's own code.
+//! With the feature `serve`, `ChatFormat` says how a model is told of tools, and reads calls and thoughts out of what it
+//! answers; `json_schema_to_grammar` holds an answer to a JSON schema. Both are llama.cpp's own code.
 
 mod error;
 mod faithful;

@@ -101,6 +101,38 @@ pub enum Mirostat {
     },
 }
 
+impl Mirostat {
+    /// llama.cpp's target entropy and learning rate.
+    pub const TAU: f32 = 5.0;
+    pub const ETA: f32 = 0.1;
+
+    /// The version by its number, 1 or 2; any other is off.
+    pub fn new(version: i64, tau: f32, eta: f32) -> Mirostat {
+        match version {
+            1 => Mirostat::V1 { tau, eta },
+            2 => Mirostat::V2 { tau, eta },
+            _ => Mirostat::Off,
+        }
+    }
+
+    /// 0 where it is off.
+    pub fn version(self) -> i64 {
+        match self {
+            Mirostat::Off => 0,
+            Mirostat::V1 { .. } => 1,
+            Mirostat::V2 { .. } => 2,
+        }
+    }
+
+    /// Target entropy and learning rate: where it is off those that it would have if it were turned on.
+    pub fn tau_and_eta(self) -> (f32, f32) {
+        match self {
+            Mirostat::Off => (Mirostat::TAU, Mirostat::ETA),
+            Mirostat::V1 { tau, eta } | Mirostat::V2 { tau, eta } => (tau, eta),
+        }
+    }
+}
+
 impl Default for SamplerParams {
     fn default() -> Self {
         SamplerParams {

@@ -27,13 +27,9 @@ impl SamplerParams {
         params.top_k = number("top_k").map_or(params.top_k, |value| value as i32);
         let last_n = number("penalty_last_n").filter(|&value| value >= 0.0);
         params.repeat_last_n = last_n.map_or(params.repeat_last_n, |value| value as u32);
-        let tau = number("mirostat_tau").map_or(5.0, |value| value as f32);
-        let eta = number("mirostat_eta").map_or(0.1, |value| value as f32);
-        params.mirostat = match number("mirostat") {
-            Some(1.0) => Mirostat::V1 { tau, eta },
-            Some(2.0) => Mirostat::V2 { tau, eta },
-            _ => Mirostat::Off,
-        };
+        let tau = number("mirostat_tau").map_or(Mirostat::TAU, |value| value as f32);
+        let eta = number("mirostat_eta").map_or(Mirostat::ETA, |value| value as f32);
+        params.mirostat = Mirostat::new(number("mirostat").map_or(0, |version| version as i64), tau, eta);
         params
     }
 }
@@ -86,7 +82,7 @@ mod tests {
             top_k: 20,
             top_p: 0.9,
             repeat_penalty: 1.1,
-            mirostat: Mirostat::V2 { tau: 4.0, eta: 0.1 },
+            mirostat: Mirostat::V2 { tau: 4.0, eta: Mirostat::ETA },
             samplers: vec![SamplerStep::Temperature, SamplerStep::TopK],
             ..SamplerParams::default()
         };

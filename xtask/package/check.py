@@ -1,4 +1,4 @@
-"""llama-cpp-python on the wheel's library: python3 check.py MODEL."""
+"""llama-cpp-python on the wheel's library: python3 check.py MODEL, or with `other` a release that is for another revision."""
 
 import os
 import subprocess
@@ -6,6 +6,26 @@ import sys
 import tempfile
 
 model, *rest = sys.argv[1:]
+
+if rest == ["other"]:
+    from importlib.util import find_spec
+
+    library = os.path.join(os.path.dirname(find_spec("simlayer").origin), "lib")
+    try:
+        import simlayer
+        sys.exit("it was taken")
+    except ImportError as error:
+        print(error)
+    # Whoever names the library is told by the library.
+    os.environ["LLAMA_CPP_LIB_PATH"] = library
+    from llama_cpp import Llama
+
+    try:
+        Llama(model_path=model, n_ctx=512, verbose=True)
+        sys.exit("it was taken")
+    except ValueError as error:
+        print(error)
+    sys.exit()
 
 if not rest:
     import simlayer

@@ -3,7 +3,6 @@
 //! time is named.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -236,7 +235,7 @@ impl Bench {
         depth: usize,
         conversations: usize,
     ) -> Result<f64> {
-        let mut command = Command::new(&self.program);
+        let mut command = sh::command(&self.program);
         command
             .arg("bench")
             .arg("-m")
@@ -254,7 +253,7 @@ impl Bench {
 
     /// Speeds of decoding and prefill.
     fn theirs(&self, program: &Path, model: &Path, depth: usize, conversations: usize) -> Result<[f64; 2]> {
-        let mut command = Command::new(program);
+        let mut command = sh::command(program);
         let n_ctx = conversations * (depth + 64);
         command.arg("-m").arg(model).args(["-fa", "on", "-ntg", "32", "-npp", &depth.to_string()]);
         command.args(["-npl", &conversations.to_string(), "-c", &n_ctx.to_string(), "--output-format", "jsonl"]);

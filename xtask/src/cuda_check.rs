@@ -130,7 +130,7 @@ fn toolkit() -> Result<PathBuf> {
 
 /// The program, which finds cuBLAS beside the compiler.
 fn program(toolkit: &Path) -> Command {
-    let mut command = Command::new(target_dir().join("release/simlayer-run"));
+    let mut command = sh::command(target_dir().join("release/simlayer-run"));
     command.env("LD_LIBRARY_PATH", toolkit.join("lib"));
     command
 }

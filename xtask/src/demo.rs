@@ -17,7 +17,7 @@ const SETTINGS: [(&str, &[&str]); 4] = [
     ("full, f16", &["--lazy", "off"]),
     ("llama.cpp's q4_0", &["--lazy", "off", "-ctk", "q4_0", "-ctv", "q4_0", "--kv-exact", "0"]),
     ("recommended", &["--lazy", "auto", "-ctk", "auto", "-ctv", "q4_0"]),
-    // Made by `simlayer-run calibrate`: which of this model's layers can be spared.
+    // The one built in for this model, made by `simlayer-run calibrate`: which of its layers can be spared.
     ("with a profile", &["--lazy", "profile", "-ctk", "auto", "-ctv", "q4_0"]),
 ];
 
@@ -44,7 +44,7 @@ fn ask(env: &Env, program: &Path, model: &Path, options: &[&str]) -> Result<Valu
     let mut command = env.command(&program.display().to_string());
     command.arg("-m").arg(model).arg("-f").arg(&prompt_file);
     command.args(["-n", "64", "--temp", "0", "--json"]);
-    command.args(options).arg("--lazy-profile").arg(prepare::profile());
+    command.args(options);
     eprintln!("$ {}", sh::shown(&command));
     let out = command.stderr(std::process::Stdio::inherit()).output()?;
     if !out.status.success() {

@@ -1,6 +1,7 @@
 //! The picture of `cargo xtask compare`: time per token over the depth, drawn from its JSON.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -84,6 +85,13 @@ fn title(test: &str) -> String {
     }
 }
 
+/// From one power of two to another around the times: what is twice as fast is as far apart everywhere.
+fn doublings(times: impl Iterator<Item = f64>) -> Range<f64> {
+    let (least, most) = times.fold((f64::MAX, f64::MIN), |(least, most), time| (least.min(time), most.max(time)));
+    let (from, to) = (least.log2().floor(), most.log2().ceil());
+    from.exp2()..to.max(from + 1.0).exp2()
+}
+
 fn draw(
     heading: &str,
     panels: &BTreeMap<String, Vec<Line>>,
@@ -100,24 +108,25 @@ fn draw(
     // Decode is what most people look at first.
     for (area, (test, lines)) in charts.split_evenly((1, panels.len())).iter().zip(panels.iter().rev()) {
         let points = || lines.iter().flat_map(|line| &line.points);
-        let (widest, highest) = points().fold((1.0f64, 0.0f64), |(x, y), point| (x.max(point.0), y.max(point.1)));
+        let widest = points().fold(1.0f64, |x, point| x.max(point.0));
         let mut chart = ChartBuilder::on(area)
             .caption(title(test), ("sans-serif", 20))
             .margin(10)
             .margin_right(24)
             .x_label_area_size(44)
             .y_label_area_size(58)
-            .build_cartesian_2d(0.0..widest * 1.02, 0.0..highest * 1.08)?;
+            .build_cartesian_2d(0.0..widest * 1.02, doublings(points().map(|point| point.1)).log_scale().base(2.0))?;
         chart
             .configure_mesh()
             .light_line_style(WHITE)
             .bold_line_style(BLACK.mix(0.12))
             .x_desc("tokens in the cache")
-            .y_desc("milliseconds per token")
+            .y_desc("milliseconds per token (log scale)")
             .axis_desc_style(("sans-serif", 17))
             .label_style(("sans-serif", 14))
             .x_labels(6)
             .x_label_formatter(&|x| format!("{x:.0}"))
+            .y_label_formatter(&|y| format!("{y:.3}").trim_end_matches('0').trim_end_matches('.').to_owned())
             .draw()?;
         for (line, colour) in lines.iter().zip(COLOURS.iter().cycle()) {
             let style = colour.stroke_width(3);
@@ -167,6 +176,13 @@ mod tests {
         let us = Line { name: "us".into(), upstream: false, points: vec![(0.0, 10.0), (2048.0, 20.0)] };
         assert_eq!(panels.into_iter().collect::<Vec<_>>(), [("tg64".to_owned(), vec![them, us])]);
         assert_eq!(super::panels(&json!({"results": [{"test": "tg64"}]})), None);
+    }
+
+    #[test]
+    fn the_axis_begins_and_ends_with_powers_of_two() {
+        assert_eq!(doublings([5.2, 52.0, 8.0].into_iter()), 4.0..64.0);
+        assert_eq!(doublings([4.0].into_iter()), 4.0..8.0);
+        assert_eq!(doublings([0.9, 12.9].into_iter()), 0.5..16.0);
     }
 
     #[test]

@@ -34,7 +34,7 @@ pub struct Env {
 impl Env {
     /// A command that runs in the repository's root.
     pub fn command(&self, program: &str) -> Command {
-        let mut command = Command::new(program);
+        let mut command = sh::command(program);
         command.current_dir(root()).envs(self.vars.iter().map(|(k, v)| (k, v)));
         command
     }
@@ -324,11 +324,6 @@ pub fn pip_download(name: &str, suffix: &str, args: &[&str]) -> Result<PathBuf> 
         [file] => Ok(file.clone()),
         _ => bail!("{}: expected one file *{suffix}, found {}", dir.display(), files.len()),
     }
-}
-
-/// The profile of the model that demo and tests use, which the repository carries.
-pub fn profile() -> PathBuf {
-    root().join("profiles").join(MODEL).with_extension("simlayer.toml")
 }
 
 /// The model that demo and tests use, fetched when it is missing, always checked.

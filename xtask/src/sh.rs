@@ -1,17 +1,38 @@
 //! Running other programs, and saying so.
 
+use std::ffi::OsStr;
 use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use wait4::Wait4;
 
+/// What has the system end a program as soon as the thread that started it is no more, however that ended.
+const ENDS_WITH_US: [&str; 3] = ["setpriv", "--pdeathsig", "TERM"];
+
+/// A command that ends when we do: a server would otherwise outlive a chore that is killed. That is where Linux's setpriv is;
+/// elsewhere it is the program alone.
+pub fn command(program: impl AsRef<OsStr>) -> Command {
+    static HAS_SETPRIV: OnceLock<bool> = OnceLock::new();
+    let [setpriv, options @ ..] = ENDS_WITH_US;
+    let has_setpriv = || succeeds(Command::new(setpriv).args(options).arg("true"));
+    if !HAS_SETPRIV.get_or_init(has_setpriv) {
+        return Command::new(program);
+    }
+    let mut command = Command::new(setpriv);
+    command.args(options).arg(program);
+    command
+}
+
 /// The command line as one would type it, for messages.
 pub fn shown(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
-    words.map(|w| w.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
+    let words: Vec<_> = words.map(|w| w.to_string_lossy().into_owned()).collect();
+    let words = if words.starts_with(&ENDS_WITH_US.map(str::to_owned)) { &words[ENDS_WITH_US.len()..] } else { &words };
+    words.join(" ")
 }
 
 /// Prints the command and runs it; its output goes where ours goes.
@@ -114,6 +135,22 @@ pub fn warn_if_busy() {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The thread that starts it stands for a chore that is killed: the system looks at threads.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_program_ends_with_what_started_it() {
+        use std::os::unix::process::ExitStatusExt;
+        assert_eq!(shown(command("sleep").arg("600")), "sleep 600");
+        let start = || {
+            let mut child = command("sh").args(["-c", "echo; exec sleep 600"]).stdout(Stdio::piped()).spawn().unwrap();
+            // By then it has asked to be ended.
+            child.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
+            child
+        };
+        let mut child = std::thread::spawn(start).join().unwrap();
+        assert_eq!(child.wait().unwrap().signal(), Some(15));
+    }
 
     #[test]
     fn output_comes_with_the_peak_of_memory() {

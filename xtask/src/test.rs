@@ -1,5 +1,6 @@
-//! Everything that continuous integration checks, or with `--quick` what takes no longer than one waits for. All of it is
-//! built in the release profile, so that ggml is compiled once.
+//! Everything that continuous integration checks, or with `--quick` what takes no longer than one waits for. What runs is
+//! built in the release profile, so that ggml is compiled once for it and once for what has the C library's features; what is
+//! only looked at needs no ggml, and is checked in one folder of its own (`bindings_only`).
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -54,7 +55,10 @@ fn quick(env: &mut Env) -> Result<()> {
     })
 }
 
-/// Each integration test uses all cores, and spinning threads of two would wait for each other.
+/// Integration tests that compute in one thread each, or compile: as many at a time as there are cores.
+const SIDE_BY_SIDE: [&str; 2] = ["architectures", "c_programs"];
+
+/// Each of the other integration tests uses all cores, and spinning threads of two would wait for each other.
 const ONE_AT_A_TIME: [&str; 2] = ["--", "--test-threads=1"];
 
 /// The tests beside what they test, as many at a time as there are cores.
@@ -89,8 +93,8 @@ fn everything(env: &mut Env) -> Result<()> {
         }
     })?;
     step("clippy", || {
-        let args = ["clippy", "--workspace", "--all-targets", "--release", "--", "-D", "warnings"];
-        sh::run(env.cargo().args(args))
+        let args = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
+        sh::run(bindings_only(env)?.args(args))
     })?;
     step("sets of features, the oldest Rust, docs.rs, fuzz targets", || {
         feature_sets(env)?;
@@ -98,13 +102,12 @@ fn everything(env: &mut Env) -> Result<()> {
         docs_rs(env)?;
         packages(env)?;
         // What cargo-fuzz compiles with its coverage is the same code.
-        fuzz.iter()
-            .try_for_each(|dir| sh::run(bindings_only(env)?.current_dir(dir).args(["check", "--release", "--locked"])))
+        fuzz.iter().try_for_each(|dir| sh::run(bindings_only(env)?.current_dir(dir).args(["check", "--locked"])))
     })?;
     step("documentation", || {
-        let mut doc = env.cargo();
+        let mut doc = bindings_only(env)?;
         doc.env("RUSTDOCFLAGS", "-D warnings");
-        sh::run(doc.args(["doc", "--workspace", "--no-deps", "--release"]))
+        sh::run(doc.args(["doc", "--workspace", "--no-deps"]))
     })?;
     step("reference (unmodified llama.cpp)", || build_reference(env).map(|_| ()))?;
     step("reference: clippy and tests", || {
@@ -120,7 +123,7 @@ fn everything(env: &mut Env) -> Result<()> {
     })?;
     let unit_tests = step("unit tests", || sh::run(&mut unit_tests(env)));
     let arm = step("kernels for Arm, emulated", || arm_check::run_if_possible(env));
-    let others = step("integration tests, examples", || {
+    let integration = |names: &[&str]| {
         let mut test = env.cargo();
         // Tests fail, and are not skipped, where something of this is missing.
         test.env("CI", "true");
@@ -128,13 +131,30 @@ fn everything(env: &mut Env) -> Result<()> {
         test.env("SIMLAYER_DIST", &dist);
         test.env("SIMLAYER_CHAT_TEMPLATES", &templates).env("SIMLAYER_JINJA2", &jinja2);
         test.env("SIMLAYER_CLIENTS", &clients);
-        test.args(["test", "--workspace", "--release", "--no-fail-fast", "--test", "*", "--examples"]);
-        sh::run(test.args(ONE_AT_A_TIME))
+        test.args(["test", "--workspace", "--release", "--no-fail-fast"]);
+        names.iter().for_each(|name| _ = test.args(["--test", name]));
+        test
+    };
+    let side_by_side = step("integration tests in one thread each", || sh::run(&mut integration(&SIDE_BY_SIDE)));
+    let others = step("other integration tests, examples", || {
+        let names = integration_tests(env)?;
+        let others: Vec<&str> = names.iter().map(String::as_str).filter(|name| !SIDE_BY_SIDE.contains(name)).collect();
+        sh::run(integration(&others).arg("--examples").args(ONE_AT_A_TIME))
     });
     let documentation = step("tests in the documentation", || {
         sh::run(env.cargo().args(["test", "--workspace", "--release", "--no-fail-fast", "--doc"]))
     });
-    unit_tests.and(arm).and(others).and(documentation)
+    unit_tests.and(arm).and(side_by_side).and(others).and(documentation)
+}
+
+/// The names of the workspace's integration tests.
+fn integration_tests(env: &Env) -> Result<Vec<String>> {
+    let metadata = sh::output(env.cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
+    let metadata: serde_json::Value = serde_json::from_str(&metadata)?;
+    let packages = metadata["packages"].as_array().into_iter().flatten();
+    let targets = packages.filter_map(|package| package["targets"].as_array()).flatten();
+    let tests = targets.filter(|target| target["kind"] == serde_json::json!(["test"]));
+    Ok(tests.filter_map(|target| target["name"].as_str()).map(str::to_owned).collect())
 }
 
 /// Cargo where only ggml's bindings are made: enough to check our code, and no ggml has to be compiled for each toolchain
@@ -189,11 +209,13 @@ fn oldest_rust(env: &Env) -> Result<()> {
     sh::run(&mut check)
 }
 
-/// What docs.rs does, which has no network then.
+/// What docs.rs does, which has no network then, with the features that Cargo.toml tells it.
 fn docs_rs(env: &Env) -> Result<()> {
     let mut doc = bindings_only(env)?;
-    doc.env("DOCS_RS", "1").env("CARGO_NET_OFFLINE", "true").env("RUSTDOCFLAGS", "-D warnings");
-    sh::run(doc.args(["doc", "--locked", "--no-deps", "--package", "simlayer"]))
+    doc.env_remove("GGML_BINDINGS_ONLY").env("DOCS_RS", "1");
+    doc.env("CARGO_NET_OFFLINE", "true").env("RUSTDOCFLAGS", "-D warnings");
+    doc.args(["doc", "--locked", "--no-deps", "--package", "simlayer"]);
+    sh::run(doc.args(["--no-default-features", "--features", "openmp,rpc"]))
 }
 
 /// rustup's minimal profile lacks these two.

@@ -117,7 +117,7 @@ impl Vulkan {
     }
 
     fn program(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(target_dir().join("release/simlayer-run"));
+        let mut command = sh::command(target_dir().join("release/simlayer-run"));
         command.args(arguments);
         self.visible(&mut command);
         command
@@ -149,7 +149,7 @@ fn generate(vulkan: &Vulkan, model: &Path) -> Result<()> {
     println!("{placed}");
     ensure!(placed.contains(DEVICE), "the layers are elsewhere: {told}");
     // No driver: no device.
-    let mut alone = Command::new(target_dir().join("release/simlayer-run"));
+    let mut alone = sh::command(target_dir().join("release/simlayer-run"));
     alone.env("VK_DRIVER_FILES", "/nonexistent").env("VK_ICD_FILENAMES", "/nonexistent");
     let [_, told] = run(alone)?;
     let fallen_back = "no device of Vulkan was found: running on the processor";

@@ -19,8 +19,8 @@ use simlayer::{
 
 use crate::{
     args::{
-        CommonArgs, FlashAttn, GpuLayers, KeyType, LazyAt, LazyPrefill, Numa, OnOrOff, PromptArgs, SamplingArgs,
-        SplitMode,
+        CommonArgs, FlashAttn, GpuLayers, KeyType, LazyAt, LazyPrefill, Numa, OnOrOff, PlacementFlags, PromptArgs,
+        SamplingArgs, SplitMode,
     },
     failure::Failure,
     interrupt, processor,
@@ -51,9 +51,9 @@ impl Run {
                 Numa::Numactl => ggml::Numa::Numactl,
             });
         }
-        let remote = connect(&args.rpc)?;
+        let remote = connect(&args.placement.rpc)?;
         let model = model_params(&args, remote)?;
-        let (rope, fit) = (rope(&args), fit_target(&args, &model));
+        let (rope, fit) = (rope(&args), fit_target(&args.placement, &model));
 
         let default = SessionParams::default();
         let n_threads = args.threads.unwrap_or_else(processor::physical_cores);
@@ -93,7 +93,7 @@ impl Run {
             type_v: args.cache_type_v,
             flash_attn: args.flash_attn != FlashAttn::Off,
             fused_attention: !args.lazy.ggml_kernels,
-            op_offload: !args.no_op_offload,
+            op_offload: !args.placement.no_op_offload,
             kv_rotate: if args.lazy.no_kv_rotate { KvRotate::Never } else { default.kv_rotate },
             kv_exact: args.lazy.kv_exact,
             // Only a conversation takes answers back.
@@ -205,7 +205,7 @@ pub fn tensor_line(place: &TensorPlace) -> String {
 }
 
 /// What is to be fitted. Where the user has said what is where, nothing but the context is; without devices nothing.
-fn fit_target(args: &CommonArgs, model: &ModelParams) -> Option<FitTarget> {
+fn fit_target(args: &PlacementFlags, model: &ModelParams) -> Option<FitTarget> {
     let has_devices = model.devices.as_ref().is_some_and(|devices| !devices.is_empty()) && model.gpu_layers != Some(0);
     let moves = !matches!(args.gpu_layers, Some(GpuLayers::Number(_) | GpuLayers::All))
         && args.tensor_split.is_none()
@@ -256,28 +256,29 @@ fn model_params(args: &CommonArgs, remote: Vec<Device>) -> Result<ModelParams, F
         overrides: args.override_kv.clone(),
         ..ModelParams::default()
     };
+    let placement = &args.placement;
     let is_local = |device: &Device| !remote.contains(device);
     let local: Vec<Device> = Device::all_but_processor().into_iter().filter(is_local).collect();
-    params.devices = Some(match &args.device[..] {
+    params.devices = Some(match &placement.device[..] {
         [] => [remote, local.clone()].concat(),
         [none] if none == "none" => Vec::new(),
         names => devices_named(names)?,
     });
-    if let (SplitMode::None, Some(devices)) = (args.split_mode, &mut params.devices) {
+    if let (SplitMode::None, Some(devices)) = (placement.split_mode, &mut params.devices) {
         let n = devices.len();
-        match devices.get(args.main_gpu) {
+        match devices.get(placement.main_gpu) {
             Some(&device) => *devices = vec![device],
             None if n == 0 => {}
             None => return Err(Failure::usage(format!("--main-gpu: there are devices 0 to {} only", n - 1))),
         }
     }
-    params.tensor_overrides = tensor_overrides(args)?;
-    params.gpu_layers = match args.gpu_layers {
+    params.tensor_overrides = tensor_overrides(placement)?;
+    params.gpu_layers = match placement.gpu_layers {
         Some(GpuLayers::Number(n)) => Some(n as usize),
         None | Some(GpuLayers::Auto | GpuLayers::All) => None,
     };
-    params.tensor_split = args.tensor_split.clone().map_or_else(Vec::new, |split| split.0);
-    let wants_none = params.gpu_layers == Some(0) || args.device.iter().any(|name| name == "none");
+    params.tensor_split = placement.tensor_split.clone().map_or_else(Vec::new, |split| split.0);
+    let wants_none = params.gpu_layers == Some(0) || placement.device.iter().any(|name| name == "none");
     if params.devices.as_ref().is_none_or(Vec::is_empty) && !wants_none {
         let mut gpus: Vec<String> =
             Device::backends().into_iter().filter(|name| name != "CPU" && !name.starts_with("RPC")).collect();
@@ -287,7 +288,7 @@ fn model_params(args: &CommonArgs, remote: Vec<Device>) -> Result<ModelParams, F
         }
         if !gpus.is_empty() {
             eprintln!("no device of {} was found: running on the processor", gpus.join(", "));
-        } else if args.verbose && args.gpu_layers.is_some() {
+        } else if args.verbose && placement.gpu_layers.is_some() {
             eprintln!("there is no device but the processor: -ngl has no effect");
         }
     }
@@ -296,7 +297,7 @@ fn model_params(args: &CommonArgs, remote: Vec<Device>) -> Result<ModelParams, F
 
 /// What is elsewhere than its layer. llama.cpp takes these in the order in which they are given; here single tensors come before
 /// groups.
-fn tensor_overrides(args: &CommonArgs) -> Result<Vec<TensorOverride>, Failure> {
+fn tensor_overrides(args: &PlacementFlags) -> Result<Vec<TensorOverride>, Failure> {
     let mut overrides = Vec::new();
     for (pattern, name) in &args.override_tensor {
         let all = Device::all();
@@ -425,12 +426,9 @@ pub fn sampling(args: SamplingArgs, file: &SamplerParams, n_ctx: usize) -> Resul
         Some(grammar) => Some(grammar),
         None => grammar,
     };
-    let (version, tau, eta) = match file.mirostat {
-        Mirostat::Off => (0, 5.0, 0.1),
-        Mirostat::V1 { tau, eta } => (1, tau, eta),
-        Mirostat::V2 { tau, eta } => (2, tau, eta),
-    };
+    let (tau, eta) = file.mirostat.tau_and_eta();
     let (tau, eta) = (args.mirostat_ent.unwrap_or(tau), args.mirostat_lr.unwrap_or(eta));
+    let mirostat = Mirostat::new(args.mirostat.map_or(file.mirostat.version(), i64::from), tau, eta);
     let samplers = args.samplers.or(args.sampler_seq);
     Ok(SamplerParams {
         seed: match args.seed {
@@ -462,11 +460,7 @@ pub fn sampling(args: SamplingArgs, file: &SamplerParams, n_ctx: usize) -> Resul
         },
         adaptive_target: args.adaptive_target,
         adaptive_decay: args.adaptive_decay,
-        mirostat: match args.mirostat.unwrap_or(version) {
-            1 => Mirostat::V1 { tau, eta },
-            2 => Mirostat::V2 { tau, eta },
-            _ => Mirostat::Off,
-        },
+        mirostat,
         logit_bias: args.logit_bias,
         ignore_eos: args.ignore_eos,
         grammar,

@@ -153,9 +153,12 @@ pub fn run(args: &Args) -> Result<()> {
             eprintln!("{}: no file {}*.gguf in models/, left out", known.name, known.file);
             continue;
         };
-        let profile = find_profile(&model);
-        if profile.is_none() && rules.iter().any(|rule| needs_profile(rule)) {
-            eprintln!("{}: no profile beside it or in profiles/, the rules by one are left out", known.name);
+        let mut rules_here = Vec::new();
+        for rule in &rules {
+            match profiled(args, &env, &program, &model, rule)? {
+                Some(profiled) => rules_here.push(Rule { name: rule, profiled }),
+                None => eprintln!("{}: no profile is known, {rule} is left out", known.name),
+            }
         }
         for &length in &args.lengths {
             if length > known.context {
@@ -166,21 +169,9 @@ pub fn run(args: &Args) -> Result<()> {
                 let cell = Cell { args, env: &env, program: &program, model: &model, kind, length };
                 let folder =
                     out.join(known.name).join(format!("{kind}-{length}").replace(['(', ')'], "").replace(' ', "-"));
-                let mut with_profile = Vec::new();
-                let mut without = Vec::new();
-                for rule in &rules {
-                    if needs_profile(rule) { with_profile.push(&**rule) } else { without.push(&**rule) }
-                }
-                let mut runs = cell.measure(&folder, &without, None)?;
-                if let Some(profile) = &profile {
-                    runs.extend(cell.measure(&folder, &with_profile, Some(profile))?);
-                }
-                // In the order in which they were asked for.
-                for rule in &rules {
-                    if let Some((rule, run, full)) = runs.iter().find(|(name, ..)| name == rule).cloned() {
-                        let model = known.name.to_owned();
-                        measured.push(Measured { model, length, kind: kind.clone(), rule, run, full });
-                    }
+                for (rule, run, full) in cell.measure(&folder, &rules_here)? {
+                    let model = known.name.to_owned();
+                    measured.push(Measured { model, length, kind: kind.clone(), rule, run, full });
                 }
             }
         }
@@ -232,8 +223,30 @@ fn wanted(named: &[String], all: &[&str], what: &str) -> Result<Vec<String>> {
     Ok(named.to_vec())
 }
 
-fn needs_profile(rule: &str) -> bool {
-    rule.starts_with("profile")
+/// A rule, and of one by a profile the layers that it makes lazy, else null.
+struct Rule<'a> {
+    name: &'a str,
+    profiled: Value,
+}
+
+/// The layers that a rule by a profile makes lazy in the profile that the program finds; null for other rules. `None` where
+/// it finds none.
+fn profiled(args: &Args, env: &Env, program: &Path, model: &Path, rule: &str) -> Result<Option<Value>> {
+    if !rule.starts_with("profile") || args.kept {
+        return Ok(Some(Value::Null));
+    }
+    let policy = rule.split('@').next().unwrap_or(rule);
+    let mut plan = env.command(&program.display().to_string());
+    plan.args(["devices", "--plan", "--json", "--lazy", policy, "-m"]).arg(model);
+    let plan = match sh::output(&mut plan) {
+        Ok(plan) => plan,
+        Err(error) if error.to_string().contains("no profile of") => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let plan: Value = serde_json::from_str(&plan).context("simlayer-run wrote no JSON")?;
+    let devices = plan["plan"].as_array().context("simlayer-run wrote no plan")?;
+    let caches = devices.iter().filter_map(|device| device["caches"].as_array()).flatten();
+    Ok(Some(caches.filter(|cache| cache["kind"] == "lazy").map(|cache| cache["index"].clone()).collect()))
 }
 
 /// The model's file, found by the beginning of its name. SmolLM2 is fetched where it is missing.
@@ -257,13 +270,6 @@ fn find_model(known: &Known) -> Result<Option<PathBuf>> {
     }
 }
 
-/// The model's profile, in the repository or beside the model.
-fn find_profile(model: &Path) -> Option<PathBuf> {
-    let name = model.with_extension("simlayer.toml");
-    let ours = root().join("profiles").join(name.file_name()?);
-    [ours, name].into_iter().find(|path| path.is_file())
-}
-
 /// A text or task that a model reads.
 struct Cell<'a> {
     args: &'a Args,
@@ -275,56 +281,60 @@ struct Cell<'a> {
 }
 
 impl Cell<'_> {
-    /// Each rule's run and the full cache's, from the folder or measured now and kept there.
-    fn measure(&self, folder: &Path, rules: &[&str], profile: Option<&Path>) -> Result<Vec<(String, Value, Value)>> {
+    /// Each rule's run and the full cache's, from the folder or measured now and kept there, in the rules' order.
+    fn measure(&self, folder: &Path, rules: &[Rule<'_>]) -> Result<Vec<(String, Value, Value)>> {
         let arguments = self.arguments()?;
-        let profile_sum = profile.map(sh::sha256).transpose()?;
         // What a kept run must have been made with.
-        let key = json!({
-            "model": self.model.file_name().unwrap_or_default().to_string_lossy(),
-            "arguments": arguments,
-            "profile": profile_sum,
-        });
-        let path = |rule: &str| folder.join(file_name(rule)).with_extension("json");
+        let key = |rule: &Rule<'_>| {
+            json!({
+                "model": self.model.file_name().unwrap_or_default().to_string_lossy(),
+                "arguments": arguments,
+                "profile": rule.profiled,
+            })
+        };
+        let path = |rule: &Rule<'_>| folder.join(file_name(rule.name)).with_extension("json");
         let mut runs = Vec::new();
         let mut missing = Vec::new();
-        for &rule in rules {
-            match kept(&path(rule), &key)? {
-                Some((run, full)) => runs.push((rule.to_owned(), run, full)),
-                None => missing.push(rule),
+        for (at, rule) in rules.iter().enumerate() {
+            match kept(&path(rule), &key(rule), self.args.kept)? {
+                Some((run, full)) => runs.push((at, run, full)),
+                None => missing.push(at),
             }
         }
-        if missing.is_empty() || self.args.kept {
-            return Ok(runs);
+        if !missing.is_empty() && !self.args.kept {
+            let names: Vec<&str> = missing.iter().map(|&at| rules[at].name).collect();
+            let (done, full) = self.run(&arguments, &names)?;
+            std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+            for (at, run) in missing.into_iter().zip(done) {
+                let rule = &rules[at];
+                let object = json!({"rule": rule.name, "made_with": key(rule), "run": run, "full": full});
+                // Whole or not at all.
+                let (path, part) = (path(rule), path(rule).with_extension("part"));
+                std::fs::write(&part, format!("{object}\n")).with_context(|| part.display().to_string())?;
+                std::fs::rename(&part, &path).with_context(|| path.display().to_string())?;
+                runs.push((at, run, full.clone()));
+            }
         }
+        runs.sort_by_key(|(at, ..)| *at);
+        Ok(runs.into_iter().map(|(at, run, full)| (rules[at].name.to_owned(), run, full)).collect())
+    }
+
+    /// Runs the rules: what is said of each, and of the full cache.
+    fn run(&self, arguments: &[String], rules: &[&str]) -> Result<(Vec<Value>, Value)> {
         let mut command = self.env.command(&self.program.display().to_string());
-        command.args(&arguments).arg("-m").arg(self.model).arg("--json");
+        command.args(arguments).arg("-m").arg(self.model).arg("--json");
         if let Kind::Text(kind) = self.kind {
             command.arg("-f").arg(texts::text(self.env, kind)?);
         }
-        if let Some(profile) = profile {
-            command.arg("--lazy-profile").arg(profile);
-        }
-        for rule in &missing {
+        for rule in rules {
             command.args(["--compare", rule]);
         }
-        eprintln!("{}, {} of {} tokens: {}", self.model.display(), self.kind, self.length, missing.join(" "));
+        eprintln!("{}, {} of {} tokens: {}", self.model.display(), self.kind, self.length, rules.join(" "));
         let said = sh::output(&mut command)?;
-        let said: Value = serde_json::from_str(&said).context("simlayer-run wrote no JSON")?;
-        let done = said["runs"].as_array().context("simlayer-run wrote no runs")?;
-        ensure!(done.len() == missing.len(), "simlayer-run wrote {} runs, not {}", done.len(), missing.len());
-        std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-        for (rule, run) in missing.into_iter().zip(done) {
-            let full = said["full"].clone();
-            let path = path(rule);
-            let object = json!({"rule": rule, "made_with": key, "run": run, "full": full});
-            // Whole or not at all.
-            let part = path.with_extension("part");
-            std::fs::write(&part, format!("{object}\n")).with_context(|| part.display().to_string())?;
-            std::fs::rename(&part, &path).with_context(|| path.display().to_string())?;
-            runs.push((rule.to_owned(), run.clone(), full));
-        }
-        Ok(runs)
+        let mut said: Value = serde_json::from_str(&said).context("simlayer-run wrote no JSON")?;
+        let Value::Array(done) = said["runs"].take() else { bail!("simlayer-run wrote no runs") };
+        ensure!(done.len() == rules.len(), "simlayer-run wrote {} runs, not {}", done.len(), rules.len());
+        Ok((done, said["full"].take()))
     }
 
     /// The command and its options, but for files and rules.
@@ -352,14 +362,16 @@ fn file_name(rule: &str) -> String {
     rule.replace([':', '@', '/', ','], "_").replace('.', "p")
 }
 
-/// A run that is kept, if it was made in the same way, and the full cache's beside it.
-fn kept(path: &Path, key: &Value) -> Result<Option<(Value, Value)>> {
+/// A run that is kept, if it was made in the same way (or with any profile), and the full cache's beside it.
+fn kept(path: &Path, key: &Value, any_profile: bool) -> Result<Option<(Value, Value)>> {
     if !path.is_file() {
         return Ok(None);
     }
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
     let mut object: Value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
-    if object["made_with"] != *key {
+    let made_with = &object["made_with"];
+    let same = |name: &str| made_with[name] == key[name];
+    if !same("model") || !same("arguments") || !(any_profile || same("profile")) {
         return Ok(None);
     }
     Ok(Some((object["run"].take(), object["full"].take())))
@@ -384,13 +396,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(file_name("off@q8_0/q4_0")).with_extension("json");
         let key = json!({"arguments": ["--score", "256"]});
-        assert_eq!(kept(&path, &key).unwrap(), None);
+        assert_eq!(kept(&path, &key, false).unwrap(), None);
         let object = json!({"made_with": key, "run": {"kl_mean": 0.5}, "full": null});
         std::fs::write(&path, object.to_string()).unwrap();
-        assert_eq!(kept(&path, &key).unwrap(), Some((json!({"kl_mean": 0.5}), Value::Null)));
-        assert_eq!(kept(&path, &json!({"arguments": ["--score", "64"]})).unwrap(), None);
+        assert_eq!(kept(&path, &key, false).unwrap(), Some((json!({"kl_mean": 0.5}), Value::Null)));
+        assert_eq!(kept(&path, &json!({"arguments": ["--score", "64"]}), false).unwrap(), None);
+        let profiled = json!({"arguments": ["--score", "256"], "profile": [1, 2]});
+        assert_eq!(kept(&path, &profiled, false).unwrap(), None);
+        assert!(kept(&path, &profiled, true).unwrap().is_some());
         std::fs::write(&path, "{").unwrap();
-        assert!(kept(&path, &key).is_err());
+        assert!(kept(&path, &key, false).is_err());
     }
 
     #[test]

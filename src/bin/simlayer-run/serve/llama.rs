@@ -8,7 +8,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde_json::{Map, Value, json};
-use simlayer::{AddBos, Special, sampling::Mirostat};
+use simlayer::{AddBos, Special};
 
 use super::{
     app::App,
@@ -70,11 +70,7 @@ fn settings(app: &App) -> Value {
         "dry_base": params.dry_base,
         "dry_allowed_length": params.dry_allowed_length,
         "dry_penalty_last_n": params.dry_penalty_last_n,
-        "mirostat": match params.mirostat {
-            Mirostat::Off => 0,
-            Mirostat::V1 { .. } => 1,
-            Mirostat::V2 { .. } => 2,
-        },
+        "mirostat": params.mirostat.version(),
         "n_predict": app.settings.limit.map_or(-1, |limit| limit as i64),
     })
 }

@@ -145,13 +145,11 @@ pub fn params(
         // Clients send any 64 bits; -1 is a random one.
         params.seed = (seed != -1).then_some(seed as u32);
     }
-    let (tau, eta) = (number(body, "mirostat_tau")?.unwrap_or(5.0), number(body, "mirostat_eta")?.unwrap_or(0.1));
-    match integer(body, "mirostat")? {
-        None => {}
-        Some(0) => params.mirostat = Mirostat::Off,
-        Some(1) => params.mirostat = Mirostat::V1 { tau, eta },
-        Some(2) => params.mirostat = Mirostat::V2 { tau, eta },
-        Some(other) => return Err(ApiError::param("mirostat", format_args!("{other} is none of 0, 1 and 2"))),
+    let (tau, eta) = params.mirostat.tau_and_eta();
+    let (tau, eta) = (number(body, "mirostat_tau")?.unwrap_or(tau), number(body, "mirostat_eta")?.unwrap_or(eta));
+    match integer(body, "mirostat")?.unwrap_or(params.mirostat.version()) {
+        version @ 0..=2 => params.mirostat = Mirostat::new(version, tau, eta),
+        other => return Err(ApiError::param("mirostat", format_args!("{other} is none of 0, 1 and 2"))),
     }
     if let Some(grammar) = text(body, "grammar")?.filter(|grammar| !grammar.is_empty()) {
         params.grammar = Some(grammar.to_owned());
@@ -237,7 +235,7 @@ mod tests {
             "logit_bias": {"5": -100, "the": 1}, "mirostat": 2, "stop": "x", "unknown": {}}))
         .unwrap();
         assert_eq!((params.temperature, params.top_k, params.repeat_last_n, params.seed), (0.0, 3, 2048, Some(7)));
-        assert_eq!((params.top_p, params.mirostat), (0.95, Mirostat::V2 { tau: 5.0, eta: 0.1 }));
+        assert_eq!((params.top_p, params.mirostat), (0.95, Mirostat::new(2, Mirostat::TAU, Mirostat::ETA)));
         assert_eq!(params.logit_bias[0], (5, -100.0));
         assert!(params.logit_bias.len() > 1);
         for samplers in [json!(["temperature", "top-k"]), json!("tk")] {

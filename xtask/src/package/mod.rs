@@ -2,7 +2,9 @@
 //! its C library or a later one is. ggml is compiled for x86-64-v3; our own kernels, which do nearly all of the work, use
 //! what the processor has besides.
 //!
-//! `--check` installs each in a fresh Debian without Rust, and generates.
+//! `--check` installs each in fresh Debians without Rust, and generates.
+
+mod check;
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -21,9 +23,6 @@ use crate::sh::{self, step};
 const BUILT_IN: &str = "bullseye";
 const GLIBC: [u32; 2] = [2, 31];
 const GLIBCXX: [u32; 3] = [3, 4, 28];
-
-/// Where it is tried.
-const TRIED_IN: &str = "bookworm";
 
 /// What a build needs there besides Rust, which is this machine's.
 const BUILD_TOOLS: &str = "g++,make,libclang-dev,git,ca-certificates";
@@ -44,7 +43,7 @@ pub struct Args {
     /// Put together what the last build made, in target/portable.
     #[arg(long, conflicts_with = "check")]
     built: bool,
-    /// Install what is in the folder in a fresh Debian and run it, in place of building.
+    /// Install what is in the folder in fresh Debians and run it, in place of building.
     #[arg(long)]
     check: bool,
 }
@@ -55,7 +54,7 @@ pub fn run(args: &Args) -> Result<()> {
     let out = args.out.clone().unwrap_or(env.target_dir()?.join("packages"));
     let out = std::path::absolute(out)?;
     if args.check {
-        return check(&out);
+        return check::check(&out);
     }
     let debian = match &args.build_root {
         Some(root) => std::path::absolute(root)?,
@@ -95,15 +94,16 @@ fn debian(suite: &str, folder: &Path, packages: &str) -> Result<()> {
     Ok(())
 }
 
-/// Runs a shell script in a root, with folders of ours at the places named: they are mounted for that command alone.
+/// Runs a shell script in a root, with folders of ours at the places named, which are mounted for that command alone.
 fn inside(debian: &Path, mounts: &[(&Path, &str)], script: &str) -> Command {
     let mut before = String::from("set -e; mount -t proc proc \"$0/proc\"; ");
-    let mut unshare = Command::new("unshare");
+    // With processes of its own, which end with it.
+    let mut unshare = sh::command("unshare");
     for (i, (_, at)) in mounts.iter().enumerate() {
         let _ = write!(before, "mkdir -p \"$0{at}\"; mount --bind \"${{{}}}\" \"$0{at}\"; ", i + 2);
     }
     before.push_str("exec chroot \"$0\" /usr/bin/env -i PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 sh -ec \"$1\"");
-    unshare.args(["--mount", "--propagation", "private", "sh", "-c", &before]);
+    unshare.args(["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "sh", "-c", &before]);
     unshare.arg(debian).arg(script).args(mounts.iter().map(|(from, _)| from));
     unshare
 }
@@ -122,7 +122,16 @@ fn build(env: &Env, debian_root: &Path, target: &Path) -> Result<()> {
     let of = |variable: &str, usual: &str| std::env::var_os(variable).map_or(home.join(usual), PathBuf::from);
     let (cargo, rustup) = (of("CARGO_HOME", ".cargo"), of("RUSTUP_HOME", ".rustup"));
     std::fs::create_dir_all(target)?;
-    let mounts = [(root(), "/src"), (cargo, "/cargo"), (rustup, "/rustup"), (target.to_owned(), "/target")];
+    // This root is in .tools itself, and cargo looks for a package's files in all of its folders.
+    let nothing = target.join("nothing");
+    std::fs::create_dir_all(&nothing)?;
+    let mounts = [
+        (root(), "/src"),
+        (nothing, "/src/.tools"),
+        (cargo, "/cargo"),
+        (rustup, "/rustup"),
+        (target.to_owned(), "/target"),
+    ];
     let mounts: Vec<(&Path, &str)> = mounts.iter().map(|(from, at)| (from.as_path(), *at)).collect();
     let script = "export PATH=/cargo/bin:$PATH CARGO_HOME=/cargo RUSTUP_HOME=/rustup CARGO_TARGET_DIR=/target CARGO_NET_OFFLINE=true
         git config --global --add safe.directory /src
@@ -314,95 +323,6 @@ impl Packages<'_> {
 fn copy(from: &Path, to: &Path) -> Result<()> {
     std::fs::create_dir_all(to)?;
     sh::output(Command::new("cp").arg("-a").arg(from.join(".")).arg(to)).map(|_| ())
-}
-
-/// The one file of a folder whose name ends so.
-fn only(folder: &Path, suffix: &str) -> Result<String> {
-    let entries = std::fs::read_dir(folder).with_context(|| folder.display().to_string())?;
-    let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
-    let found: Vec<String> = names.filter(|name| name.contains(VERSION) && name.ends_with(suffix)).collect();
-    match &found[..] {
-        [file] => Ok(file.clone()),
-        _ => bail!("{}: expected one *{suffix}, found {found:?}; `cargo xtask package` makes it", folder.display()),
-    }
-}
-
-/// In a fresh Debian without Rust: each package installs and generates, and llama-cpp-python runs on the wheel's library.
-fn check(out: &Path) -> Result<()> {
-    let model = prepare::model()?;
-    let debian_root = prepare::tools_dir().join(format!("debian-{TRIED_IN}"));
-    step("a fresh Debian", || {
-        if debian_root.exists() {
-            std::fs::remove_dir_all(&debian_root)?;
-        }
-        debian(TRIED_IN, &debian_root, "ca-certificates,python3,python3-venv,python3-pip,libgomp1,libstdc++6")
-    })?;
-    let wheels = step("llama-cpp-python and what it needs, as wheels", python_wheels)?;
-    let models = model.parent().context("a folder")?.canonicalize()?;
-    let scripts = root().join("xtask/package");
-    let mounts = [
-        (out, "/packages"),
-        (models.as_path(), "/models"),
-        (wheels.as_path(), "/wheels"),
-        (scripts.as_path(), "/scripts"),
-    ];
-    let file = model.file_name().context("a name")?.to_string_lossy().into_owned();
-    let run = |name: &str, script: String| {
-        step(name, || {
-            let text = sh::output(&mut inside(&debian_root, &mounts, &script))?;
-            println!("{}", text.trim_end());
-            Ok(text)
-        })
-    };
-    run(
-        "no Rust, no compiler",
-        "! command -v cargo; ! command -v rustc; ! command -v gcc; ldd --version | head -n 1".into(),
-    )?;
-    let generate = |program: &str| {
-        format!("{program} --version; {program} -m /models/{file} -p 'The sea is' -n 16 --temp 0 --json 2>/dev/null")
-    };
-    let mut texts = Vec::new();
-    let mut generated = |text: String| -> Result<()> {
-        let line = text.lines().rfind(|line| line.starts_with('{')).context("no JSON")?;
-        let json: serde_json::Value = serde_json::from_str(line)?;
-        ensure!(json["generated_tokens"] == 16, "16 tokens were asked for: {json}");
-        texts.push(json["text"].as_str().unwrap_or_default().to_owned());
-        Ok(())
-    };
-    let tarball = only(out, ".tar.gz")?;
-    let inner = tarball.trim_end_matches(".tar.gz");
-    let unpacked = format!("mkdir -p /opt; tar -xzf /packages/{tarball} -C /opt; ");
-    generated(run("tarball", unpacked + &generate(&format!("/opt/{inner}/bin/simlayer-run")))?)?;
-    let deb = only(out, ".deb")?;
-    generated(run("deb", format!("dpkg -i /packages/{deb} >&2; {}", generate("simlayer-run")))?)?;
-    run("deb, removed", "dpkg -r simlayer >&2; ! command -v simlayer-run".into())?;
-    let wheel = only(out, ".whl")?;
-    let install = format!("python3 -m venv /venv; /venv/bin/pip install -q --no-index /packages/{wheel} >&2; ");
-    generated(run("wheel", install + &generate("/venv/bin/simlayer-run"))?)?;
-    ensure!(texts.iter().all(|text| *text == texts[0]), "the packages' programs say different texts: {texts:?}");
-    let python = format!(
-        "/venv/bin/pip install -q --no-index --find-links /wheels '/packages/{wheel}[llama-cpp-python]' >&2
-         cp /scripts/check.py /tmp; /venv/bin/python /tmp/check.py /models/{file}"
-    );
-    run("llama-cpp-python after `import simlayer`", python)?;
-    Ok(())
-}
-
-/// llama-cpp-python without a library of its own, and what it imports, as files for pip.
-fn python_wheels() -> Result<PathBuf> {
-    let dir = prepare::tools_dir().join("package-wheels");
-    if std::fs::read_dir(&dir).is_ok_and(|mut entries| entries.any(|entry| entry.is_ok())) {
-        return Ok(dir);
-    }
-    prepare::pip_install("build-backend")?;
-    for (pins, arguments) in [("upstream", &["--no-build-isolation", "--no-binary", ":all:"][..]), ("frontends", &[])] {
-        let mut pip = prepare::pip()?;
-        pip.args(["wheel", "--quiet", "--no-deps", "--require-hashes"]).args(arguments);
-        sh::run(
-            pip.env("CMAKE_ARGS", "-DLLAMA_BUILD=OFF").arg("-w").arg(&dir).arg("-r").arg(prepare::requirements(pins)),
-        )?;
-    }
-    Ok(dir)
 }
 
 #[cfg(test)]
