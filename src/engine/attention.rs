@@ -475,7 +475,7 @@ pub(super) fn store(cache: &LayerCache) -> &Chain {
 /// Attention by our own operation. → `[value size, heads, tokens]`
 fn fused(graph: &Graph, queries: &Tensor, segments: &[KvSegment<'_>], options: &AttentionOptions<'_>) -> Tensor {
     let AttentionOptions { scale, softcap, sinks, .. } = *options;
-    graph.fused_attention(queries, segments, &FusedAttention { scale, soft_cap: softcap, sinks })
+    graph.fused_attention(queries, segments, &FusedAttention { scale, soft_cap: softcap, sinks, of_heads: &[] })
 }
 
 /// Attention to keys and values, in pieces where the kernel is our own, on the layer's device. → `[value size, tokens, heads]`

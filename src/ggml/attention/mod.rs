@@ -33,5 +33,5 @@ pub(super) mod x86;
 
 pub(crate) use block::BLOCK as ATTENTION_BLOCK;
 pub(super) use op::Op;
-pub use op::{FusedAttention, KvSegment};
+pub use op::{FusedAttention, HeadRows, KvSegment};
 pub(super) use scratch::Partials;
