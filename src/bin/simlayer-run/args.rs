@@ -6,7 +6,7 @@ use clap::{ArgAction, ArgGroup, Args, Subcommand, ValueEnum};
 use simlayer::{
     ggml::Type,
     gguf::Override,
-    lazy::{LayerWindows, Policy},
+    lazy::{LayerWindows, Policy, Prune},
     quality::{Contender, ParseContenderError},
     sampling::SamplerStep,
 };
@@ -358,7 +358,10 @@ pub struct CalibrateArgs {
     #[arg(help_heading = "Text", long, value_name = "N,...", value_delimiter = ',', num_args = 0..=1,
           default_missing_value = "256,512,1024,2048", value_parser = positive)]
     pub windows: Option<Vec<usize>>,
-    /// Where to write the profile [default: a file of its own in the user's folder of profiles, which $SIMLAYER_PROFILES
+    /// Fit the map that --prune goes by, and nothing else: pieces of the text are read and repeated (--chunks of them)
+    #[arg(help_heading = "Text", long, conflicts_with_all = ["skip", "score", "windows"])]
+    pub fit_prune: bool,
+    /// Where to write the profile, or the map [default: a file of its own in the user's folder of profiles, which $SIMLAYER_PROFILES
     /// names]
     #[arg(help_heading = "Output", short = 'o', long = "output", value_name = "FILE")]
     pub output_file: Option<PathBuf>,
@@ -658,6 +661,10 @@ pub struct LazyFlags {
     /// Types of a lazy layer's keys and values: one for both, or K/V [default: q4_0, with keys in q8_0 under auto and kl; f16 where heads are too small]
     #[arg(long, value_name = "T|K/V", value_parser = lazy_types)]
     pub lazy_type: Option<(Type, Type)>,
+    /// Drop old rows of layers that are not lazy which no later token will look for: those scored below T, or auto; needs a map
+    /// of the model, made by calibrate --fit-prune
+    #[arg(long, value_name = "auto|T", default_value = "off", allow_hyphen_values = true)]
+    pub prune: Prune,
     /// Do not rotate the keys and values of quantised caches
     #[arg(long)]
     pub no_kv_rotate: bool,
