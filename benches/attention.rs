@@ -42,7 +42,11 @@ impl Layers {
             let scale = 1.0 / (SIZE as f32).sqrt();
             let node = if fused {
                 let segment = KvSegment { k: std::slice::from_ref(&k), v: std::slice::from_ref(&v), mask: Some(&mask) };
-                graph.fused_attention(&queries, &[segment], &FusedAttention { scale, soft_cap: None, sinks: None })
+                graph.fused_attention(
+                    &queries,
+                    &[segment],
+                    &FusedAttention { scale, soft_cap: None, sinks: None, of_heads: &[] },
+                )
             } else {
                 graph.flash_attn(&queries, &k, &v, &mask, scale, 0.0, None)
             };

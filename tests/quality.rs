@@ -291,6 +291,34 @@ fn a_calibrated_profile_is_used() {
 }
 
 /// Half of each prompt is notes with questions about them; the harm to their answers is measured beside the text's.
+/// A map is fitted, found by what the model is, and what is dropped by it is memory that is not held.
+#[test]
+fn rows_are_pruned_by_a_fitted_map() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (model, story_path) = (random_model(folder.path(), 1), story());
+    let score = ["perplexity", "-f", &story_path, "--skip", "700", "--score", "8", "--lazy", "off", "--kl", "--json"];
+    let message = failure(&model, &[&score[..], &["--prune", "auto"]].concat());
+    assert!(message.contains("calibrate --fit-prune"), "{message}");
+
+    let fitted = json_of(&model, &["calibrate", "-f", &story_path, "--fit-prune", "--chunks", "1", "--json"]);
+    assert_eq!(fitted["layers"].as_array().map(Vec::len), Some(6));
+    let scored = |prune: &str| {
+        let json = json_of(&model, &[&score[..], &["--prune", prune]].concat());
+        let pruned = json["kv"]["pruned_layers"].as_u64().expect("layers");
+        (number(&json, "kl_mean"), number(&json["kv"], "allocated_bytes"), pruned)
+    };
+    let (off, all, some) = (scored("off"), scored("-inf"), scored("auto"));
+    assert!(off.0.abs() < 1e-6 && off.2 == 0, "{off:?}");
+    assert!(all.0.abs() < 1e-3 && all.2 == 6, "{all:?}");
+    assert!(some.0 > all.0.abs() && some.1 < 0.85 * off.1 && some.2 == 6, "{some:?} of {off:?}");
+
+    let layers = json_of(&model, &["inspect", "-f", &story_path, "--lazy", "off", "--prune", "auto", "--json"]);
+    let layers = layers["layers"].as_array().expect("layers");
+    assert!(layers.iter().all(|layer| layer["kind"] == "pruned" && layer["rows"].as_u64().is_some_and(|n| n > 100)));
+    let message = failure(&model, &[&score[..], &["--prune", "auto", "--ggml-kernels"]].concat());
+    assert!(message.contains("rows cannot be pruned"), "{message}");
+}
+
 #[test]
 fn answers_are_calibrated_on() {
     let folder = tempfile::tempdir().expect("a folder");

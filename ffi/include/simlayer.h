@@ -87,6 +87,7 @@ enum simlayer_kind {
     SIMLAYER_KIND_CONVOLUTION = 4, // a convolution's last columns
     SIMLAYER_KIND_NOTHING     = 5, // a feed-forward alone
     SIMLAYER_KIND_SHARED      = 6, // reads the keys and values of another layer, and is as lazy as that one
+    SIMLAYER_KIND_PRUNED      = 7, // keeps recent tokens, and of older ones what each KV head will need
 };
 
 struct simlayer_layer {

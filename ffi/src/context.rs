@@ -12,7 +12,6 @@ use simlayer::{
     KvRotate, Model as EngineModel, Session, SessionParams,
     ggml::{AbortCallback, Type},
     gguf::Override,
-    lazy::Policy,
 };
 
 use crate::{
@@ -277,7 +276,7 @@ fn start(
         if settings.lazy.narrow_keys {
             session.type_k = Type::Q8_0;
         }
-        if settings.lazy.policy == Policy::Off && !settings.lazy.narrow_keys {
+        if !settings.may_be_lazy() && !settings.lazy.narrow_keys {
             // The answers are llama.cpp's, bit for bit: its kernel, and no exact copies.
             session.fused_attention = false;
             session.kv_exact = 0;
@@ -288,7 +287,7 @@ fn start(
             session.flash_attn = true;
             model.note_lazy();
         }
-        session.lazy = settings.lazy;
+        (session.lazy, session.prune) = (settings.lazy, settings.prune);
         Session::new(&engine, session)
     };
     match with(LazySettings::from_environment()) {

@@ -2,7 +2,7 @@
 
 use simlayer::{
     ggml::Type,
-    lazy::{At, LazyParams, Policy, PrefillMode},
+    lazy::{At, LazyParams, Policy, PrefillMode, Prune},
 };
 
 use crate::log;
@@ -11,23 +11,24 @@ use crate::log;
 #[derive(Debug, Clone)]
 pub(crate) struct LazySettings {
     pub lazy: LazyParams,
+    pub prune: Prune,
 }
 
 impl LazySettings {
     /// Without any lazy layer: what a frontend that knows nothing of simlayer gets.
     pub fn off() -> LazySettings {
         let lazy = LazyParams { policy: Policy::Off, ..LazyParams::default() };
-        LazySettings { lazy }
+        LazySettings { lazy, prune: Prune::Off }
     }
 
     pub fn may_be_lazy(&self) -> bool {
-        self.lazy.policy != Policy::Off
+        self.lazy.policy != Policy::Off || self.prune != Prune::Off
     }
 
     /// What the environment asks for. Values that make no sense are reported once and ignored.
     pub fn from_environment() -> LazySettings {
         let mut settings = LazySettings::off();
-        let lazy = &mut settings.lazy;
+        let LazySettings { lazy, prune } = &mut settings;
         read("SIMLAYER_LAZY", |text| text.parse().map_err(to_text).map(|policy| lazy.policy = policy));
         read("SIMLAYER_PROFILE", |text| {
             lazy.profile = Some(text.into());
@@ -43,6 +44,7 @@ impl LazySettings {
         read("SIMLAYER_LAZY_TYPE", |text| {
             parse_types(text).map(|(k, v)| (lazy.type_k, lazy.type_v) = (Some(k), Some(v)))
         });
+        read("SIMLAYER_PRUNE", |text| text.parse().map_err(to_text).map(|asked| *prune = asked));
         read("SIMLAYER_KEYS", |text| match text {
             "auto" => {
                 lazy.narrow_keys = true;

@@ -264,6 +264,7 @@ unsafe extern "C" fn simlayer_get_layers(
                 LayerKind::Convolution => 4,
                 LayerKind::Nothing => 5,
                 LayerKind::Shared => 6,
+                LayerKind::Pruned => 7,
             };
             let layer = Layer {
                 index: report.index as i32,

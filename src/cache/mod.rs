@@ -4,6 +4,7 @@
 mod chain;
 mod due;
 mod meter;
+mod pruned;
 mod rotation;
 mod shrink;
 mod span;
@@ -13,6 +14,7 @@ mod store;
 pub(crate) use chain::Chain;
 pub(crate) use due::tiles_due;
 pub(crate) use meter::{Lease, Meter};
+pub(crate) use pruned::{HeadLists, RowScores};
 pub(crate) use rotation::Rotations;
 pub(crate) use shrink::{Move, Moving, move_rows};
 pub(crate) use span::Span;
@@ -36,6 +38,8 @@ pub struct KvReport {
     /// `f16_bytes / allocated_bytes`; 0 while nothing is allocated.
     pub compression: f64,
     pub lazy_layers: usize,
+    /// Layers that are not lazy and have dropped old rows.
+    pub pruned_layers: usize,
     /// Layers with keys and values of their own that are not lazy.
     pub active_layers: usize,
     /// How far the prompt's logits moved with the lazy layers, in nats, where the policy goes by that.

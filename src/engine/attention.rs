@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     cache::{Chain, RowShape, Span, StateStore, Store},
-    ggml::{FusedAttention, Graph, KvSegment, Packing, Tensor, Type},
+    ggml::{FusedAttention, Graph, HeadRows, KvSegment, Packing, Tensor, Type},
     model::{Attention, AttentionOptions, Mixed, State},
 };
 
@@ -208,6 +208,11 @@ impl CacheAttention<'_> {
         // Several tokens read their own keys as they come and are written afterwards where a ring would overwrite rows
         // that an earlier one's window still holds, or where the newest tokens of a quantised cache are to be exact.
         let overwrites = cache.span.is_some_and(|span| part.n_past + part.n > span.n_rows());
+        if reader == layer
+            && let Some(input) = options.input
+        {
+            self.write_scores(graph, (index, layer), cache, input);
+        }
         let write_first = part.n == 1 || !(overwrites || cache.exact.is_some());
         let is_owner = reader == layer;
         if write_first && is_owner {
@@ -226,7 +231,7 @@ impl CacheAttention<'_> {
                 (false, false) => {}
             }
         }
-        if self.look == (Look::First { scored: true }) && part.n_score > 0 && cache.span.is_none() {
+        if self.look == (Look::First { scored: true }) && part.n_score > 0 && cache.is_active() {
             self.score(graph, (index, layer), cache, &own.queries, options);
         }
         joined(attended)
@@ -252,7 +257,7 @@ impl CacheAttention<'_> {
             let masks = [columns(graph, &mask, 0, n_rows), columns(graph, &mask, n_rows, keys[1].n_rows())];
             let segments: Vec<KvSegment<'_>> =
                 views.iter().zip(&masks).map(|([k, v], mask)| KvSegment { k, v, mask: Some(mask) }).collect();
-            return swapped(graph, &fused(graph, queries, &segments, options));
+            return swapped(graph, &fused(graph, queries, &segments, options, &[]));
         }
         let mask = self.inputs.mask(graph, &part, index, &[Keys::All { span, n_rows, exact: None }], device);
         let (k, v) = (store.keys(rows, graph, n_rows), store.values(rows, graph, n_rows));
@@ -275,13 +280,14 @@ impl CacheAttention<'_> {
             all.filter(|(_, stored)| !stored.ty().is_tiles())
         };
         for (chain, span) in stores.into_iter().flatten() {
+            let from = if span.is_some() { 0 } else { cache.held_from };
             let Some(span) = span.filter(|_| part.n > 1) else {
                 // Rows of their own, one after the other.
-                let row = span.map_or(part.n_past, |span| span.row(part.n_past));
+                let row = span.map_or(part.n_past - from, |span| span.row(part.n_past));
                 for run in chain.runs(row..row + part.n) {
                     let tokens = run.rows.start - row..run.rows.end - row;
                     // The next steps write other rows of the piece.
-                    let rows = self.inputs.rows(graph, index, tokens.clone(), span, run.piece.start);
+                    let rows = self.inputs.rows(graph, index, tokens.clone(), span, from + run.piece.start);
                     for (own, stored) in written(run.store) {
                         let own = some(graph, &own, tokens.start, tokens.len());
                         let stored = some(graph, &stored, run.piece_first, run.piece.len());
@@ -332,6 +338,15 @@ impl CacheAttention<'_> {
         }
     }
 
+    /// Writes how much the tokens' rows will be asked for, where these may be pruned later.
+    fn write_scores(&mut self, graph: &Graph, (index, layer): (usize, usize), cache: &LayerCache, input: &Tensor) {
+        let (Some(pruning), Some(scores)) = (&self.setup.layers[layer].pruning, &cache.scores) else { return };
+        let Part { first, n, .. } = self.parts[index];
+        let of_rows = graph.mul_mat(&pruning.map, &some(graph, input, first, n));
+        let rows = self.inputs.rows(graph, index, 0..n, None, cache.held_from);
+        graph.expand(&graph.set_rows(&scores.tensor, &of_rows, &rows));
+    }
+
     /// Attends to what the layer keeps, and to the tokens themselves. `has_own`: they are in the cache already.
     /// → `[value size, tokens, heads]`
     fn attend_cache(
@@ -361,7 +376,8 @@ impl CacheAttention<'_> {
             let n_past = part.n_past;
             let n_rows = if has_own { cache.rows_read(n_past + part.n) } else { cache.used_rows(n_past) };
             let exact = cache.exact.as_ref().map(|exact| exact.span);
-            groups.push((Source::Stored(store), Keys::Stored { span, n_rows, has_own, exact }));
+            let from = cache.held_from;
+            groups.push((Source::Stored(store), Keys::Stored { span, from, n_rows, has_own, exact }));
         }
         if let Some(exact) = &cache.exact {
             let keys = Keys::Exact { span, exact: exact.span, has_own };
@@ -387,7 +403,8 @@ impl CacheAttention<'_> {
                 .collect();
             let segments: Vec<KvSegment<'_>> =
                 views.iter().map(|([k, v], mask)| KvSegment { k, v, mask: Some(mask) }).collect();
-            return swapped(graph, &fused(graph, &own.queries, &segments, options));
+            let of_heads = cache.pruned.as_ref().map_or_else(Vec::new, |lists| lists.rows(graph));
+            return swapped(graph, &fused(graph, &own.queries, &segments, options, &of_heads));
         }
         match &groups[..] {
             [(source, keys)] if has_own => {
@@ -429,7 +446,7 @@ impl CacheAttention<'_> {
         let first_node = graph.n_nodes();
         let n_rows = cache.rows_read(n_past + n);
         let LayerPlan { apart, lazy_span, kernel, rows, .. } = *self.plan(layer);
-        let stored = Keys::Stored { span: None, n_rows, has_own: true, exact: None };
+        let stored = Keys::Stored { span: None, from: 0, n_rows, has_own: true, exact: None };
         let (all, chains) = match in_tiles(cache, None, n_rows) {
             Some((keys, chains)) => (keys.to_vec(), chains.to_vec()),
             None => (vec![stored], vec![(store(cache), n_rows)]),
@@ -529,9 +546,15 @@ pub(super) fn store(cache: &LayerCache) -> &Chain {
 }
 
 /// Attention by our own operation. → `[value size, heads, tokens]`
-fn fused(graph: &Graph, queries: &Tensor, segments: &[KvSegment<'_>], options: &AttentionOptions<'_>) -> Tensor {
+fn fused(
+    graph: &Graph,
+    queries: &Tensor,
+    segments: &[KvSegment<'_>],
+    options: &AttentionOptions<'_>,
+    of_heads: &[HeadRows],
+) -> Tensor {
     let AttentionOptions { scale, softcap, sinks, .. } = *options;
-    graph.fused_attention(queries, segments, &FusedAttention { scale, soft_cap: softcap, sinks })
+    graph.fused_attention(queries, segments, &FusedAttention { scale, soft_cap: softcap, sinks, of_heads })
 }
 
 /// Attention to keys and values, in pieces where the kernel is our own, on the layer's device. → `[value size, tokens, heads]`
@@ -550,7 +573,8 @@ fn attention(
         node
     };
     if plan.kernel == Kernel::Fused {
-        return swapped(graph, &fused(graph, queries, &[KvSegment { k: keys, v: values, mask: Some(mask) }], options));
+        let segment = KvSegment { k: keys, v: values, mask: Some(mask) };
+        return swapped(graph, &fused(graph, queries, &[segment], options, &[]));
     }
     let (keys, values) = (single(keys), single(values));
     if plan.kernel == Kernel::Flash {
@@ -608,7 +632,7 @@ fn fused_mass(
     let segments: Vec<KvSegment<'_>> = (keys.iter().zip(kept).zip(&masks))
         .map(|((k, kept), mask)| KvSegment { k, v: slice::from_ref(kept), mask: Some(mask) })
         .collect();
-    let read = fused(graph, queries, &segments, options);
+    let read = fused(graph, queries, &segments, options, &[]);
     let [n_score, heads, ..] = read.shape();
     let [_, head_bytes, query_bytes, _] = read.strides();
     let diagonal = graph.view(&read, [1, n_score, heads], [query_bytes + size_of::<f32>(), head_bytes], 0);

@@ -4,6 +4,7 @@ use super::{
     batch::{BatchEntry, Outputs, SeqId},
     executor::Executor,
     layer::LayerCache,
+    pruning,
     run::run,
     sequence::Sequence,
     sequences::Sequences,
@@ -85,7 +86,9 @@ fn fits(sequence: &Sequence, saved: &[LayerRows<'_>], n: usize) -> bool {
         let now = LayerHeader::of(layer, n, Kind::Partial);
         let LayerHeader { lazy, span, format, exact, .. } = saved.header;
         let has_room = layer.store.is_some() == layer.attends() && layer.state.is_some() != saved.state.is_empty();
-        (now.lazy, now.span, now.format, now.exact) == (lazy, span, format, exact) && has_room
+        // What was pruned since is gone, and the rest was not noted.
+        let is_held = layer.pruned.is_none() || layer.held_from + pruning::WINDOW <= n;
+        (now.lazy, now.span, now.format, now.exact) == (lazy, span, format, exact) && has_room && is_held
     };
     sequence.layers.iter().zip(saved).all(as_saved)
 }

@@ -1,7 +1,12 @@
 //! What can go wrong.
 
 use super::batch::SeqId;
-use crate::{ggml, lazy::ProfileError, model, vocab::Token};
+use crate::{
+    ggml,
+    lazy::{ProfileError, PruneMapError},
+    model,
+    vocab::Token,
+};
 
 /// What can go wrong while a session runs.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +32,10 @@ pub enum Error {
     LazyLayer { layer: usize, why: String },
     #[error("sequence {0} is in this batch twice")]
     SequenceTwice(SeqId),
+    #[error("rows cannot be pruned: {0}")]
+    Prune(String),
+    #[error(transparent)]
+    PruneMap(#[from] PruneMapError),
     #[error(transparent)]
     Profile(#[from] ProfileError),
     #[error(transparent)]

@@ -11,7 +11,7 @@ use super::{
     step::{Output, Step, Stretch},
 };
 use crate::{
-    cache::{Chain, Span},
+    cache::{Chain, HeadLists},
     ggml::{self, Error, Graph, Scheduler},
 };
 
@@ -202,7 +202,8 @@ fn cache_bytes(setup: &Setup, stretch: &Stretch<'_>) -> usize {
     let of_layer = |part: &Part, (layer, cache): (&LayerSetup, &LayerCache)| {
         let bytes = |store: &Chain, n_rows: usize| n_rows * layer.plan.rows.row_bytes(store.format());
         let main = cache.store.as_ref().map_or(0, |store| bytes(store, cache.rows_read(part.n_past + part.n)));
-        main + cache.exact.as_ref().map_or(0, |exact| bytes(&exact.store, exact.span.n_rows()))
+        let lists = cache.pruned.as_ref().map_or(0, HeadLists::row_bytes);
+        main + lists + cache.exact.as_ref().map_or(0, |exact| bytes(&exact.store, exact.span.n_rows()))
     };
     let parts = stretch.parts.iter().zip(stretch.caches);
     parts.flat_map(|(part, caches)| setup.layers.iter().zip(*caches).map(|both| of_layer(part, both))).sum()
@@ -212,10 +213,9 @@ impl Key {
     fn new(stretch: &Stretch<'_>) -> Key {
         let store = |part: &Part, layer: &LayerCache| {
             let state = layer.state.as_ref().map(|state| state.id());
-            let row = |span: Option<Span>| span.map_or(part.n_past, |span| span.row(part.n_past));
-            let written = |store: &Chain, span| Written { chain: store.id(), piece: store.piece_of(row(span)) };
-            let main = layer.store.as_ref().map(|store| written(store, layer.span));
-            let exact = layer.exact.as_ref().map(|exact| written(&exact.store, Some(exact.span)));
+            let written = |store: &Chain, row: usize| Written { chain: store.id(), piece: store.piece_of(row) };
+            let main = layer.store.as_ref().map(|store| written(store, layer.row(part.n_past)));
+            let exact = layer.exact.as_ref().map(|exact| written(&exact.store, exact.span.row(part.n_past)));
             Stores { main, n_rows: layer.rows_read(part.n_past + part.n), exact, state }
         };
         let caches = stretch.parts.iter().zip(stretch.caches);

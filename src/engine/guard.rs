@@ -27,7 +27,7 @@ use super::{
     batch::{BatchEntry, NO_TOKEN, Part},
     error::Error,
     executor::Executor,
-    layer::{At, LayerCache, resumable},
+    layer::{At, LayerCache, ScoredRows, resumable},
     looking::{Change, Looked, Looking, Ran, Stage, Trial},
     probe::{Base, Probe},
     score::Scored,
@@ -168,6 +168,7 @@ impl Sequence {
             if let Some(logits) = &looking.prompt_end {
                 self.note_prompt_end(logits, setup);
             }
+            self.prune(true, setup, executor)?;
             return Ok(false);
         }
         self.looking = Some(looking);
@@ -310,13 +311,13 @@ impl Sequence {
         };
         exchange(&mut self.layers);
         let rows = |layer: &LayerCache| (layer.rows(written.clone()), layer.exact_rows());
-        let put = |layers: &[LayerCache], all: &[(Vec<u8>, Vec<u8>)]| {
+        let put = |layers: &[LayerCache], all: &[(ScoredRows, Vec<u8>)]| {
             for (layer, (rows, exact)) in layers.iter().zip(all) {
                 layer.put_rows(written.clone(), rows);
                 layer.put_exact_rows(exact);
             }
         };
-        let saved: Vec<(Vec<u8>, Vec<u8>)> = self.layers.iter().map(rows).collect();
+        let saved: Vec<(ScoredRows, Vec<u8>)> = self.layers.iter().map(rows).collect();
         put(&self.layers, &ran.rows);
         if let Some(states) = &probe.states {
             states.put_back(&self.layers, row);

@@ -13,7 +13,9 @@ use crate::{
 pub(super) enum Keys {
     /// The first `n_rows` rows of a layer's store, with the part's own tokens in it or not. What the layer's exact
     /// store holds is hidden here.
-    Stored { span: Option<Span>, n_rows: usize, has_own: bool, exact: Option<Span> },
+    ///
+    /// Without a span the first row is that of position `from`.
+    Stored { span: Option<Span>, from: usize, n_rows: usize, has_own: bool, exact: Option<Span> },
     /// All rows of a layer's exact store.
     Exact { span: Option<Span>, exact: Span, has_own: bool },
     /// The first `n_rows` rows of a store that holds all tokens, of which queries are to see this span. What the layer's exact
@@ -45,11 +47,11 @@ impl Keys {
     fn position(self, row: usize, part: &Part) -> Option<usize> {
         let end = |has_own| part.n_past + if has_own { part.n } else { 0 };
         match self {
-            Keys::Stored { span, has_own, exact, .. } => {
+            Keys::Stored { span, from, has_own, exact, .. } => {
                 let end = end(has_own);
                 let position = match span {
                     Some(span) => span.position(row, end),
-                    None => (row < end).then_some(row),
+                    None => (from + row < end).then_some(from + row),
                 };
                 position.filter(|&position| exact.is_none_or(|exact| !is_exact(exact, position, end, part)))
             }
@@ -285,7 +287,7 @@ impl Inputs {
         let n_rows = keys.iter().map(|keys| keys.n_rows()).sum();
         let positions = match keys[..] {
             // A row's number is its position; what was not written yet is after every query.
-            [Keys::Stored { span: None, exact: None, .. } | Keys::All { exact: None, .. }] => {
+            [Keys::Stored { span: None, from: 0, exact: None, .. } | Keys::All { exact: None, .. }] => {
                 place(graph.arange(n_rows))
             }
             _ => self.input(graph, Type::F32, &[n_rows], Fill::KeyPositions { part: index, keys: keys.clone() }),
@@ -474,7 +476,7 @@ mod tests {
         ) {
             let part = Part { first: 0, n, n_past, n_score, exact_from: 0, state_row: 0, shift: 0, see_each_other: false };
             let mut kept = Vec::new();
-            let keys = Keys::Stored { span: None, n_rows: n_past + n + slack, has_own: true, exact: None };
+            let keys = Keys::Stored { span: None, from: 0, n_rows: n_past + n + slack, has_own: true, exact: None };
             fill_kept(&mut kept, &part, span, keys);
             for (key, cells) in kept.chunks_exact(n_score).enumerate() {
                 for (query, &cell) in (n_past + n - n_score..).zip(cells) {
@@ -499,7 +501,7 @@ mod tests {
             let part = Part { first: 0, n, n_past, n_score: 0, exact_from, state_row: 0, shift: 0, see_each_other: false };
             let stored = |end: usize, has_own| {
                 let n_rows = span.map_or(end + slack, |span| span.used_rows(end));
-                Keys::Stored { span, n_rows, has_own, exact }
+                Keys::Stored { span, from: 0, n_rows, has_own, exact }
             };
             let in_exact = |has_own| exact.map(|exact| Keys::Exact { span, exact, has_own });
             let mut own_apart = vec![stored(n_past, false)];
@@ -558,7 +560,7 @@ mod tests {
             let part = Part { first: 0, n, n_past, n_score, exact_from: 0, state_row: 0, shift: 0, see_each_other: false };
             let stored = |end: usize, has_own| {
                 let n_rows = span.map_or(end + slack, |span| span.used_rows(end)).max(1);
-                Keys::Stored { span, n_rows, has_own, exact: None }
+                Keys::Stored { span, from: 0, n_rows, has_own, exact: None }
             };
             let cases = [vec![stored(n_past, false), Keys::Own { span, n }], vec![stored(n_past + n, true)]];
             for keys in cases {
@@ -575,7 +577,7 @@ mod tests {
             if let Some(span) = span {
                 let n_rows = n_past + n + slack;
                 let (graph, mut inputs) = (Graph::new(64), Inputs::default());
-                let keys = Keys::Stored { span: None, n_rows, has_own: true, exact: None };
+                let keys = Keys::Stored { span: None, from: 0, n_rows, has_own: true, exact: None };
                 let kept = inputs.kept(&graph, &part, 0, span, keys, Some(Device::cpu()));
                 let kept = graph.contiguous(&kept).as_output();
                 let found: Vec<f32> = computed(&mut inputs, &graph, part, &kept);

@@ -4,9 +4,12 @@ use std::{fmt, ops::Range, slice, sync::Arc};
 
 use serde::Serialize;
 
-use super::setup::{BACK, LayerSetup, ROWS_STEP};
+use super::{
+    pruning,
+    setup::{BACK, LayerSetup, ROWS_STEP},
+};
 use crate::{
-    cache::{Chain, Format, Move, Span, StateStore, Store, move_rows},
+    cache::{Chain, Format, HeadLists, Move, RowScores, Span, StateStore, Store, move_rows},
     ggml::{Error, Scheduler, TILE},
 };
 
@@ -18,8 +21,13 @@ pub(super) struct LayerCache {
     pub exact: Option<Exact>,
     /// `None` keeps every position.
     pub span: Option<Span>,
-    /// After the sink, the ring holds no position before this one; 0 while nothing was dropped.
+    /// After the sink, the ring holds no position before this one; 0 while nothing was dropped. Of a layer whose old rows were
+    /// pruned, the position of the store's first row.
     pub held_from: usize,
+    /// What is left of older rows, once some were pruned.
+    pub pruned: Option<HeadLists>,
+    /// How much the store's rows will be asked for, where they may be pruned later.
+    pub scores: Option<RowScores>,
     /// Whether the policy made it lazy; a layer that is sliding-window by design has a span and is not lazy.
     pub lazy: bool,
     pub score: Option<f32>,
@@ -38,6 +46,9 @@ pub(super) struct At {
     pub n_past: usize,
     pub exact_from: usize,
 }
+
+/// The bytes of rows, and their scores.
+pub(super) type ScoredRows = (Vec<u8>, Vec<f32>);
 
 /// The sink and the newest tokens of a layer in f16, beside its quantised store.
 #[derive(Debug)]
@@ -70,6 +81,8 @@ impl Exact {
 pub enum LayerKind {
     /// Everything.
     Full,
+    /// Of old rows those that each KV head will need; everything of the newest.
+    Pruned,
     /// Sink and window: the policy made it lazy.
     Lazy,
     /// A window: it is sliding-window by the model's design.
@@ -88,6 +101,7 @@ impl fmt::Display for LayerKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             LayerKind::Full => "full",
+            LayerKind::Pruned => "pruned",
             LayerKind::Lazy => "lazy",
             LayerKind::Window => "window",
             LayerKind::Recurrent => "recurrent",
@@ -111,6 +125,8 @@ pub struct LayerReport {
     pub shares: Option<usize>,
     /// Recent tokens that it keeps, the newest included; `None` when it keeps all.
     pub window: Option<usize>,
+    /// Rows of keys and values that it holds; of a layer with pruned rows the mean over its KV heads.
+    pub rows: usize,
     /// Bytes of its buffers, with those of its state. What a copy shares with the sequence that it is of counts in each.
     pub kv_bytes: usize,
     /// Bytes of its recurrent state; a layer may have one beside keys and values.
@@ -119,9 +135,20 @@ pub struct LayerReport {
 
 impl LayerCache {
     pub fn new(span: Option<Span>, lazy: bool, format: Format, setup: &LayerSetup) -> LayerCache {
-        let (store, exact, score, state) = (None, None, None, None);
-        let (attends, shares) = (setup.plan.attends, setup.plan.shares);
-        LayerCache { store, exact, span, held_from: 0, lazy, score, format, attends, shares, state }
+        LayerCache {
+            store: None,
+            exact: None,
+            span,
+            held_from: 0,
+            pruned: None,
+            scores: None,
+            lazy,
+            score: None,
+            format,
+            attends: setup.plan.attends,
+            shares: setup.plan.shares,
+            state: None,
+        }
     }
 
     /// The layer in a sequence without tokens: full, unless it is restricted from the first token on.
@@ -132,7 +159,12 @@ impl LayerCache {
 
     /// Whether the policy may still make it lazy.
     pub fn is_active(&self) -> bool {
-        self.attends && self.span.is_none()
+        self.attends && self.span.is_none() && self.pruned.is_none()
+    }
+
+    /// The row of the store that a position is in, or will be.
+    pub fn row(&self, position: usize) -> usize {
+        self.span.map_or_else(|| position - self.held_from, |span| span.row(position))
     }
 
     /// Whether it has keys and values of its own.
@@ -173,11 +205,6 @@ impl LayerCache {
             move_rows(scheduler, &with(&sources, &exact), &refilled, setup.moving())?;
         }
         Ok(refilled)
-    }
-
-    /// The row of a position.
-    fn row(&self, position: usize) -> usize {
-        self.span.map_or(position, |span| span.row(position))
     }
 
     /// From the exact store to the rows that positions have elsewhere: what a store of tiles has not, or less well. Nothing
@@ -221,7 +248,7 @@ impl LayerCache {
         match self.span {
             _ if !self.attends => 0,
             Some(span) => span.used_rows(n_past),
-            None => n_past,
+            None => n_past.saturating_sub(self.held_from),
         }
     }
 
@@ -248,15 +275,16 @@ impl LayerCache {
         let Some(store) = &mut self.store else {
             self.exact = Exact::new(self.format, setup)?;
             self.store = Some(setup.chain(setup.make(needed, self.span, self.format)?));
-            return Ok(());
+            return self.reserve_scores(setup);
         };
         if let Some(Exact { store, .. }) = &mut self.exact {
             store.own(slice::from_ref(&(0..store.n_rows())))?;
         }
         let n_rows = store.n_rows();
-        // Rows are positions as long as a store grows, whatever its span.
+        // Rows are as positions as long as a store grows, whatever its span.
         let grows = self.span.is_none() || n_rows < needed;
-        if let Some(first) = store.replaced_from(positions.start, needed).filter(|_| grows) {
+        let start = if self.span.is_none() { positions.start - self.held_from } else { positions.start };
+        if let Some(first) = store.replaced_from(start, needed).filter(|_| grows) {
             let rows = first + Store::rows_with_room(needed - first);
             let rows = rows.min(setup.n_ctx).max(needed);
             let rest = setup.make_rest(first, rows, self.span, self.format)?;
@@ -268,7 +296,22 @@ impl LayerCache {
             }
             store.replace_from(first, rest);
         }
-        store.own(&row_ranges(self.span, positions))
+        store.own(&row_ranges(self.span, self.held_from, positions))?;
+        self.reserve_scores(setup)
+    }
+
+    /// Makes room for the scores of the store's rows, where they may be pruned later.
+    pub fn reserve_scores(&mut self, setup: &LayerSetup) -> Result<(), Error> {
+        let (Some(_), Some(store), None) = (&setup.pruning, &self.store, self.span) else { return Ok(()) };
+        let n_rows = store.n_rows();
+        if self.scores.as_ref().is_none_or(|scores| scores.n_rows() < n_rows) {
+            let scores = setup.make_scores(n_rows)?;
+            if let Some(before) = &self.scores {
+                scores.write(0, &before.read(0..before.n_rows()));
+            }
+            self.scores = Some(scores);
+        }
+        Ok(())
     }
 
     /// Makes room for the layer's state, where it has one: it begins with nothing but zeros.
@@ -307,7 +350,7 @@ impl LayerCache {
             self.store = Some(setup.chain(shrunk));
             self.exact = exact;
         }
-        (self.span, self.format, self.lazy) = (Some(span), format, true);
+        (self.span, self.format, self.lazy, self.scores) = (Some(span), format, true, None);
         self.held_from = span.held_from(n_past);
         Ok(())
     }
@@ -323,7 +366,11 @@ impl LayerCache {
         scheduler: &mut Scheduler,
     ) -> Result<LayerCache, Error> {
         let (lazy_span, n_past) = (becomes_lazy.then_some(setup.plan.lazy_span), at.n_past);
-        let format = if becomes_lazy { setup.plan.lazy } else { format.unwrap_or(self.format) };
+        let format = match format {
+            _ if becomes_lazy => setup.plan.lazy,
+            Some(format) if self.pruned.is_none() => format,
+            _ => self.format,
+        };
         let store = match (&self.store, lazy_span) {
             (None, _) => None,
             (Some(store), Some(span)) => Some(setup.chain(self.shrunk(at, store, span, format, setup, scheduler)?)),
@@ -338,12 +385,21 @@ impl LayerCache {
             (_, Some(store)) => self.exact_from_store(at, store, format, setup, scheduler)?,
             (_, None) => None,
         };
+        let scores = match &self.scores {
+            Some(scores) if !becomes_lazy => {
+                let copied = setup.make_scores(scores.n_rows())?;
+                copied.write(0, &scores.read(0..scores.n_rows()));
+                Some(copied)
+            }
+            _ => None,
+        };
+        let pruned = self.pruned.as_ref().map(HeadLists::share);
         let lazy = self.lazy || becomes_lazy;
         let held_from = lazy_span.map_or(self.held_from, |span| span.held_from(n_past));
         let state = self.state.clone();
         let (span, score) = (lazy_span.or(self.span), self.score);
         let (attends, shares) = (self.attends, self.shares);
-        Ok(LayerCache { store, exact, span, held_from, lazy, score, format, attends, shares, state })
+        Ok(LayerCache { store, exact, span, held_from, pruned, scores, lazy, score, format, attends, shares, state })
     }
 
     /// Rows were written up to `end` tokens: a ring has lost what was in them.
@@ -353,7 +409,8 @@ impl LayerCache {
         }
     }
 
-    pub fn report(&self, index: usize) -> LayerReport {
+    /// Its report in a sequence of `n_past` tokens.
+    pub fn report(&self, index: usize, n_past: usize) -> LayerReport {
         let kind = match (self.lazy, self.span) {
             _ if !self.attends => match self.state.as_deref() {
                 Some(StateStore { matrices: Some(_), .. }) => LayerKind::Recurrent,
@@ -363,11 +420,14 @@ impl LayerCache {
             },
             (true, _) => LayerKind::Lazy,
             (false, Some(_)) => LayerKind::Window,
+            (false, None) if self.pruned.is_some() => LayerKind::Pruned,
             (false, None) => LayerKind::Full,
         };
         let stores = self.store.iter().chain(self.exact.as_ref().map(|exact| &exact.store));
         let state_bytes = self.state.as_ref().map_or(0, |state| state.bytes());
-        let kv_bytes = stores.map(Chain::bytes).sum::<usize>() + state_bytes;
+        let of_pruning =
+            self.pruned.as_ref().map_or(0, HeadLists::bytes) + self.scores.as_ref().map_or(0, RowScores::bytes);
+        let kv_bytes = stores.map(Chain::bytes).sum::<usize>() + of_pruning + state_bytes;
         let window = self.span.map(|span| span.n_window);
         LayerReport {
             index,
@@ -376,6 +436,7 @@ impl LayerCache {
             kind,
             shares: self.shares,
             window,
+            rows: self.used_rows(n_past) + self.pruned.as_ref().map_or(0, HeadLists::mean),
             kv_bytes,
             state_bytes,
         }
@@ -412,20 +473,31 @@ impl LayerCache {
         }
     }
 
-    /// The rows in which positions are, or will be.
-    pub fn rows(&self, positions: Range<usize>) -> Vec<u8> {
+    /// The rows in which positions are, or will be, and their scores.
+    pub fn rows(&self, positions: Range<usize>) -> ScoredRows {
         let mut rows = Vec::new();
         if let Some(store) = &self.store {
-            store.read_rows(&whole(row_ranges(self.span, positions), store.format()), &mut rows);
+            let ranges = row_ranges(self.span, self.held_from, positions.clone());
+            store.read_rows(&whole(ranges, store.format()), &mut rows);
         }
-        rows
+        let of_rows = self.row_of_scores(positions);
+        (rows, self.scores.as_ref().map_or_else(Vec::new, |scores| scores.read(of_rows)))
     }
 
     /// Puts [`LayerCache::rows`] back.
-    pub fn put_rows(&self, positions: Range<usize>, rows: &[u8]) {
+    pub fn put_rows(&self, positions: Range<usize>, (rows, scores): &ScoredRows) {
         if let Some(store) = &self.store {
-            store.write_rows(&whole(row_ranges(self.span, positions), store.format()), rows);
+            let ranges = row_ranges(self.span, self.held_from, positions.clone());
+            store.write_rows(&whole(ranges, store.format()), rows);
         }
+        if let Some(known) = &self.scores {
+            known.write(self.row_of_scores(positions).start, scores);
+        }
+    }
+
+    /// The rows of positions, where they have scores.
+    fn row_of_scores(&self, positions: Range<usize>) -> Range<usize> {
+        if self.scores.is_none() { 0..0 } else { self.row(positions.start)..self.row(positions.end) }
     }
 
     /// The first position after the sink that a checkpoint of `n` tokens has of the ring.
@@ -461,8 +533,12 @@ impl LayerCache {
 /// The fewest tokens of a sequence that can be gone on from: nothing that the next one sees was dropped. `held_from` says
 /// from where on a layer's ring is held, by the layer's number.
 pub(super) fn resumable(layers: &[LayerCache], held_from: impl Fn(usize, &LayerCache) -> usize) -> usize {
-    let of_layer =
-        |(index, layer): (usize, &LayerCache)| layer.span.map_or(0, |span| span.resumable(held_from(index, layer)));
+    let of_layer = |(index, layer): (usize, &LayerCache)| match (layer.span, &layer.pruned) {
+        (Some(span), _) => span.resumable(held_from(index, layer)),
+        // What is younger than this is never pruned.
+        (None, Some(_)) => layer.held_from + pruning::WINDOW,
+        (None, None) => 0,
+    };
     layers.iter().enumerate().map(of_layer).max().unwrap_or(0)
 }
 
@@ -487,9 +563,12 @@ pub(super) fn whole(ranges: Vec<Range<usize>>, format: Format) -> Vec<Range<usiz
     whole
 }
 
-/// The rows in which positions are, or will be.
-fn row_ranges(span: Option<Span>, positions: Range<usize>) -> Vec<Range<usize>> {
-    let Some(span) = span else { return vec![positions] };
+/// The rows in which positions are, or will be, of a store of this span, or else from this position on.
+fn row_ranges(span: Option<Span>, from: usize, positions: Range<usize>) -> Vec<Range<usize>> {
+    let Some(span) = span else {
+        let rows = positions.start - from..positions.end - from;
+        return vec![rows];
+    };
     let sink = positions.start.min(span.n_sink)..positions.end.min(span.n_sink);
     // Of more positions than the ring has rows, the last are in it.
     let end = positions.end.max(span.n_sink);

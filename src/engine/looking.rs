@@ -1,7 +1,7 @@
 //! A look before dropping that is under way: what it has found so far, and what is to be done next.
 
 use super::{
-    layer::LayerCache,
+    layer::{LayerCache, ScoredRows},
     probe::{Base, Probe},
     score::Scored,
     search::Search,
@@ -72,7 +72,7 @@ pub(super) struct Ran {
     pub scores: Vec<Scored>,
     pub n_scored: usize,
     /// The rows that each layer's stores have of these tokens, the exact one's second.
-    pub rows: Vec<(Vec<u8>, Vec<u8>)>,
+    pub rows: Vec<(ScoredRows, Vec<u8>)>,
 }
 
 impl Ran {

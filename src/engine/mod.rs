@@ -20,6 +20,8 @@ mod positions;
 mod prefill;
 mod probe;
 mod profile;
+mod prune;
+mod pruning;
 mod run;
 mod score;
 mod search;
@@ -38,6 +40,8 @@ mod view;
 mod fork_tests;
 #[cfg(test)]
 mod look_tests;
+#[cfg(test)]
+mod prune_tests;
 #[cfg(test)]
 mod tests;
 

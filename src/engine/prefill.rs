@@ -84,6 +84,7 @@ pub(super) fn prefill(
         if !setup.params.look_in_steps {
             sequence.finish_look(setup, executor)?;
         }
+        sequence.prune(setup.params.lazy.at == At::Prefill, setup, executor)?;
         let n_rows = executor.logits.len() / setup.model.hparams().n_vocab;
         sequence.set_mark(entry, n_rows, setup, executor);
     }
@@ -147,7 +148,11 @@ fn settle(
     if entry.prompt_end {
         sequence.decide(index, score, n_tokens, selector, setup, executor)?;
     }
-    sequence.layers[index].keep_scratch(n_tokens, &setup.layers[index], &mut executor.scheduler)?;
+    let (layer, of_layer) = (&mut sequence.layers[index], &setup.layers[index]);
+    layer.keep_scratch(n_tokens, of_layer, &mut executor.scheduler)?;
+    if setup.prunes_at_once() {
+        layer.prune(n_tokens, of_layer)?;
+    }
     Ok(())
 }
 
@@ -185,6 +190,7 @@ impl Prompt<'_> {
             if layer.attends() {
                 let scratch = setup.make(layer.used_rows(n_tokens), layer.span, Format::F16)?;
                 layer.put_scratch(setup.chain(scratch));
+                layer.reserve_scores(setup)?;
             }
         }
 

@@ -78,7 +78,7 @@ impl Sequence {
 
     /// Each layer's score, whether it is lazy, its bytes.
     pub fn report(&self) -> Vec<LayerReport> {
-        self.layers.iter().enumerate().map(|(index, layer)| layer.report(index)).collect()
+        self.layers.iter().enumerate().map(|(index, layer)| layer.report(index, self.n_past())).collect()
     }
 
     /// A copy, in which the layers `lazy` become lazy, as far as they are active, and the active ones have the formats `active`,

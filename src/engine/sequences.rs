@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{batch::SeqId, error::Error, executor::Executor, layer::LayerCache, sequence::Sequence, setup::Setup};
-use crate::cache::{Format, KvReport};
+use crate::cache::{Chain, Format, KvReport};
 
 /// Sequences by their numbers.
 #[derive(Debug, Default)]
@@ -68,7 +68,9 @@ impl Sequences {
         let f16_bytes = f16_bytes - shared.sum::<usize>();
         let allocated_bytes = setup.meter.now();
         let longest = self.0.values().max_by_key(|sequence| sequence.n_past());
-        let lazy_layers = longest.map_or(0, |sequence| sequence.layers.iter().filter(|layer| layer.lazy).count());
+        let count =
+            |is: fn(&&LayerCache) -> bool| longest.map_or(0, |sequence| sequence.layers.iter().filter(is).count());
+        let (lazy_layers, pruned_layers) = (count(|layer| layer.lazy), count(|layer| layer.pruned.is_some()));
         KvReport {
             context_tokens: self.0.values().map(Sequence::n_past).sum(),
             f16_bytes,
@@ -76,26 +78,32 @@ impl Sequences {
             peak_bytes: setup.meter.peak(),
             compression: if allocated_bytes == 0 { 0.0 } else { f16_bytes as f64 / allocated_bytes as f64 },
             lazy_layers,
+            pruned_layers,
             active_layers: hparams.n_stores() - lazy_layers,
             foretold_kl: longest.and_then(|sequence| sequence.looked).map(|looked| looked.kl),
         }
     }
 
-    /// How many tokens of each sequence have the same rows as those of one before it, as an active layer tells, if there is
-    /// one.
+    /// How many tokens of each sequence have the same rows as those of one before it, as a layer without a span tells, if there is
+    /// one. Of a pruned one's old rows as large a share as of the longest list.
     fn shared(&self) -> impl Iterator<Item = usize> {
         // Rows of each store that are read, which all begin with the first.
         let mut known: HashMap<_, usize> = HashMap::new();
         self.0.values().map(move |sequence| {
-            let active = sequence.layers.iter().find(|layer| layer.is_active());
-            let stores = active.and_then(|layer| layer.store.as_ref());
-            let mut shared = 0;
-            for (store, rows) in stores.iter().flat_map(|store| store.places(sequence.n_past())) {
-                let end = known.entry(store).or_default();
-                shared += rows.end.min(*end).saturating_sub(rows.start);
-                *end = rows.end.max(*end);
-            }
-            shared
+            let layer = sequence.layers.iter().find(|layer| layer.attends() && layer.span.is_none());
+            let mut shared = |chain: &Chain, n: usize| {
+                let mut shared = 0;
+                for (store, rows) in chain.places(n) {
+                    let end = known.entry(store).or_default();
+                    shared += rows.end.min(*end).saturating_sub(rows.start);
+                    *end = rows.end.max(*end);
+                }
+                shared
+            };
+            let old = layer.and_then(|layer| Some((layer.held_from, layer.pruned.as_ref()?.longest()?)));
+            let of_old = old.map_or(0, |(held_from, (chain, n))| held_from * shared(chain, n) / n);
+            let store = layer.and_then(|layer| Some((layer.store.as_ref()?, layer.used_rows(sequence.n_past()))));
+            of_old + store.map_or(0, |(chain, n)| shared(chain, n))
         })
     }
 

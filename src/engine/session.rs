@@ -26,7 +26,7 @@ use super::{
 use crate::{
     cache::{KvReport, Meter},
     ggml::{self, Scheduler, Type},
-    lazy::{LayerWindows, LazyParams, Policy},
+    lazy::{LayerWindows, LazyParams, Policy, Prune},
     model::{LoraAdapter, Model},
     vocab::Token,
 };
@@ -413,6 +413,7 @@ impl Session {
     /// Keeps the first `n` tokens of sequence 0. False, with nothing changed, when a layer has dropped tokens that they
     /// need: what a lazy layer dropped cannot come back. [`LazyParams::n_slack`] tokens (on devices a tenth less at the worst) can always be taken back, and a
     /// whole answer: what begins at the end of the last prompt, or at a checkpoint ([`SequenceView::restore`](super::SequenceView::restore)).
+    /// Once old rows were pruned ([`SessionParams::prune`]) the newest 32 can.
     /// Of a model with recurrent layers nothing else can be: what has gone into a state cannot be taken out of it.
     pub fn truncate(&mut self, n: usize) -> bool {
         self.seq_truncate(0, n)
@@ -499,13 +500,15 @@ impl Session {
     /// What a state that this session can read depends on, as text: the weights, the adapters, the types and spans of caches.
     #[doc(hidden)]
     pub fn state_settings(&self) -> String {
-        let SessionParams { type_k, type_v, kv_rotate, kv_exact, lazy, adapters, .. } = &self.setup.params;
+        let SessionParams { type_k, type_v, kv_rotate, kv_exact, lazy, prune, adapters, .. } = &self.setup.params;
         let weights: String = self.setup.model.fingerprint().iter().map(|byte| format!("{byte:02x}")).collect();
         let LazyParams { type_k: lazy_k, type_v: lazy_v, n_sink, n_window, n_slack, windows, .. } = lazy;
         let adapters: Vec<_> = adapters.iter().map(|(adapter, scale)| (adapter.path(), scale)).collect();
         format!(
             "{weights} {type_k}/{type_v} {kv_rotate:?} exact {kv_exact} lazy {lazy_k:?}/{lazy_v:?} {n_sink}+{n_window}+{n_slack} \
-             {windows:?} {adapters:?}"
+             {windows:?} {adapters:?}{}",
+            // As it was before there was pruning.
+            if *prune == Prune::Off { String::new() } else { format!(" prune {prune}") }
         )
     }
 
@@ -591,6 +594,14 @@ impl Session {
     #[doc(hidden)]
     pub fn restore_checkpoint(&mut self, seq: SeqId, from: &[u8]) -> Result<Restored, StateError> {
         checkpoint::restore(&self.setup, &mut self.executor, &mut self.sequences, seq, from)
+    }
+}
+
+#[cfg(test)]
+impl Session {
+    /// What a sequence's layers hold, and what they are set up as.
+    pub(super) fn internals(&self, seq: SeqId) -> (&[super::layer::LayerCache], &Setup) {
+        (self.sequences.layers(seq), &self.setup)
     }
 }
 

@@ -10,11 +10,12 @@ use super::{
     batch::{BatchEntry, MAX_PARTS},
     error::Error,
     profile,
+    pruning::{self, Pruning},
 };
 use crate::{
-    cache::{Chain, Format, KvRotate, Meter, Moving, Rotations, RowShape, Span, StateStore, Store},
+    cache::{Chain, Format, KvRotate, Meter, Moving, Rotations, RowScores, RowShape, Span, StateStore, Store},
     ggml::{self, ATTENTION_BLOCK, Adapted, Device, Graph, TILE, Type},
-    lazy::{At, LazyParams, Policy, Selector, default_threshold},
+    lazy::{At, LazyParams, Policy, Prune, PruneMap, Selector, default_threshold},
     model::{Hparams, LoraAdapter, Model, StateSize},
 };
 
@@ -74,6 +75,9 @@ pub struct SessionParams {
     pub layer_major: bool,
     /// Which layers become lazy.
     pub lazy: LazyParams,
+    /// Which old rows the layers drop that are not lazy. It needs a map of the model ([`PruneMap`]), and this crate's own
+    /// attention kernel on the processor.
+    pub prune: Prune,
     /// Leave what is looked at before layers become lazy ([`Policy::Kl`], [`Policy::Auto`], [`LazyParams::narrow_keys`]) to
     /// [`Session::look_step`](super::Session::look_step), so that other sequences can go on meanwhile. Off: it is part of reading the prompt.
     pub look_in_steps: bool,
@@ -104,6 +108,7 @@ impl Default for SessionParams {
             split_prompts: false,
             layer_major: true,
             lazy: LazyParams::default(),
+            prune: Prune::Off,
             look_in_steps: false,
             adapters: Vec::new(),
             abort: None,
@@ -234,6 +239,8 @@ pub(super) struct LayerSetup {
     /// Whether it is lazy from a sequence's first token on.
     pub starts_lazy: bool,
     pub rotations: Arc<Rotations>,
+    /// By what its rows are pruned while it is not lazy, where they are.
+    pub pruning: Option<Arc<Pruning>>,
     /// Rows that a store never needs to exceed.
     pub n_ctx: usize,
     meter: Meter,
@@ -261,6 +268,15 @@ impl LayerSetup {
         let memory = self.plan.device.buffer_type();
         let most_rows = span.map(|span| self.plan.most_rows(span, format) - first);
         Store::new(self.plan.rows, n_rows - first, self.plan.block, most_rows, format, memory, &self.meter)
+    }
+
+    /// Room for the scores of so many rows.
+    pub fn make_scores(&self, n_rows: usize) -> Result<RowScores, ggml::Error> {
+        RowScores::new(self.plan.rows.heads, n_rows, self.plan.device.buffer_type(), &self.meter)
+    }
+
+    pub fn meter(&self) -> &Meter {
+        &self.meter
     }
 
     /// A store as the rows of a sequence, which copies of the sequence share.
@@ -336,8 +352,13 @@ impl Setup {
             adapted,
             params,
         };
+        let map = match setup.params.prune {
+            Prune::Off => None,
+            _ => Some(PruneMap::find(model.path(), model.identity())?),
+        };
         for index in 0..hparams.n_layer {
-            let layer = setup.layer(index)?;
+            let mut layer = setup.layer(index)?;
+            layer.pruning = map.as_ref().map_or(Ok(None), |map| setup.pruning(index, &layer.plan, map))?.map(Arc::new);
             setup.layers.push(layer);
         }
         setup.groups = setup.groups();
@@ -364,9 +385,35 @@ impl Setup {
             starts_lazy: is_known_lazy && hparams.can_be_lazy(index),
             plan,
             rotations,
+            pruning: None,
             n_ctx: params.n_ctx,
             meter: self.meter.clone(),
         })
+    }
+
+    /// By what a layer's rows are pruned; `None` where the map does not have it.
+    fn pruning(&self, index: usize, plan: &LayerPlan, map: &PruneMap) -> Result<Option<Pruning>, Error> {
+        let Some(layer) = map.layers.get(&index) else { return Ok(None) };
+        if let Some(why) = pruning::obstacle(self.model.hparams(), index, layer) {
+            return Err(Error::Prune(format!(
+                "the map has layer {index}, but {why}: make another with calibrate --fit-prune"
+            )));
+        }
+        if plan.kernel != Kernel::Fused {
+            let why = "this crate's own attention kernel on the processor reads such caches alone: leave --prune out, or \
+                       --ggml-kernels, flash attention off, and layers on other devices (-ngl 0)";
+            return Err(Error::Prune(format!("layer {index}: {why}")));
+        }
+        if [Some(plan.active), Some(plan.lazy), plan.narrow].into_iter().flatten().any(Format::has_tiles) {
+            return Err(Error::Prune(format!(
+                "layer {index}: caches in tiles (kvarn4, kvarn3, kvarn2) are not pruned: give other types, or leave --prune out"
+            )));
+        }
+        let bound = match self.params.prune {
+            Prune::Below(bound) => bound,
+            Prune::Off | Prune::Auto => map.bound,
+        };
+        Ok(Some(Pruning::new(layer, bound, plan.device.buffer_type())?))
     }
 
     fn groups(&self) -> Vec<Range<usize>> {

@@ -22,11 +22,12 @@ use super::{
     looking::Looked,
     mark::Place,
     positions::{PLACED_BYTES, Positions},
+    pruning,
     sequence::Sequence,
-    setup::{Setup, rows},
+    setup::{Kernel, Setup, rows},
 };
 use crate::{
-    cache::{Chain, Format, Span},
+    cache::{Chain, Format, HeadLists, Span},
     ggml::{self, Type},
     model::{FINGERPRINT_BYTES, Hparams, StateSize},
     vocab::Token,
@@ -37,6 +38,8 @@ const VERSION: u32 = 5;
 /// Older states that are read: of these the first say nothing of looks, and neither have tiles.
 const WITHOUT_LOOKS: u32 = 3;
 const WITHOUT_TILES: u32 = 4;
+/// States of sequences whose rows are, or may be, pruned: they have heads' lists and rows' scores besides.
+const WITH_PRUNING: u32 = 6;
 /// Magic, version, length.
 pub(super) const HEADER_BYTES: usize = 8 + 4 + 8;
 pub(super) const CHECKSUM_BYTES: usize = 8;
@@ -47,7 +50,7 @@ pub(super) const CHECKSUM_BYTES: usize = 8;
 pub enum StateError {
     #[error("the state is damaged: {0}; save it again")]
     Damaged(&'static str),
-    #[error("the state is of version {0}, this library reads {WITHOUT_LOOKS} to {VERSION}: save it again")]
+    #[error("the state is of version {0}, this library reads {WITHOUT_LOOKS} to {WITH_PRUNING}: save it again")]
     Version(u32),
     #[error("the state does not fit here: {0}")]
     Mismatch(String),
@@ -168,7 +171,7 @@ impl LayerHeader {
     pub fn ranges(&self, n_past: usize, kind: Kind) -> Vec<Range<usize>> {
         let first = |n| whole(iter::once(0..n).collect(), self.format);
         match (kind, self.span) {
-            (Kind::Whole, None) => first(n_past),
+            (Kind::Whole, None) => first(n_past.saturating_sub(self.held_from)),
             (Kind::Whole, Some(span)) => first(span.used_rows(n_past)),
             (Kind::Partial, None) => Vec::new(),
             (Kind::Partial, Some(span)) => LayerCache::ring_ranges(span, self.format, n_past, self.held_from),
@@ -205,6 +208,44 @@ impl LayerHeader {
     }
 }
 
+/// What a state of version [`WITH_PRUNING`] says of a layer besides, before its rows.
+#[derive(Debug, Default)]
+struct PruningHeader {
+    has_scores: bool,
+    /// Rows of each KV head's list, where there are lists.
+    counts: Option<Vec<usize>>,
+}
+
+impl PruningHeader {
+    fn of(layer: &LayerCache) -> PruningHeader {
+        let counts = layer.pruned.as_ref().map(|lists| lists.counts().collect());
+        PruningHeader { has_scores: layer.scores.is_some(), counts }
+    }
+
+    fn bytes(&self) -> usize {
+        2 + 8 * self.counts.as_ref().map_or(0, Vec::len)
+    }
+
+    fn write(&self, to: &mut Writer<'_>) -> io::Result<()> {
+        to.u8(u8::from(self.has_scores))?;
+        to.u8(u8::from(self.counts.is_some()))?;
+        self.counts.iter().flatten().try_for_each(|&n| to.u64(n))
+    }
+
+    fn read(from: &mut Reader<'_>, heads: usize) -> Result<PruningHeader, StateError> {
+        let (has_scores, has_lists) = (from.flag()?, from.flag()?);
+        let counts = has_lists.then(|| (0..heads).map(|_| from.size()).collect::<Result<_, _>>()).transpose()?;
+        Ok(PruningHeader { has_scores, counts })
+    }
+}
+
+/// The version of a sequence's state.
+fn version_of(sequence: Option<&Sequence>, kind: Kind) -> u32 {
+    let has_pruning = |layer: &LayerCache| layer.pruned.is_some() || layer.scores.is_some();
+    let is_pruned = sequence.is_some_and(|sequence| sequence.layers.iter().any(has_pruning));
+    if is_pruned && kind == Kind::Whole { WITH_PRUNING } else { VERSION }
+}
+
 const SPAN_BYTES: usize = 1 + 8 + 8 + 8;
 
 fn write_span(to: &mut Writer<'_>, span: Option<Span>) -> io::Result<()> {
@@ -237,6 +278,7 @@ pub(super) struct State<'a> {
     version: u32,
     /// The layers.
     rest: Reader<'a>,
+    has_pruning: bool,
     pub length: usize,
 }
 
@@ -247,6 +289,11 @@ pub(super) struct LayerRows<'a> {
     pub exact: &'a [u8],
     /// The recurrent state; empty where the layer has none.
     pub state: &'a [u8],
+    /// Rows of each KV head's list, where there are lists, and what is in them.
+    counts: Option<Vec<usize>>,
+    lists: &'a [u8],
+    /// The scores of `rows`; empty where they have none.
+    scores: &'a [u8],
 }
 
 const LOOKED_BYTES: usize = 8 + 8;
@@ -262,7 +309,14 @@ pub(super) fn bytes(hparams: &Hparams, sequence: Option<&Sequence>, kind: Kind) 
             let exact_rows = header.exact.map_or(0, Span::n_rows);
             let rows = header.rows * shape.row_bytes(header.format);
             let state = layer.state.as_ref().map_or(0, |state| state.row_bytes());
-            LayerHeader::BYTES + rows + exact_rows * shape.row_bytes(header.format.exact()) + state
+            let pruning = if version_of(Some(sequence), kind) == WITH_PRUNING {
+                let pruning = PruningHeader::of(layer);
+                let scores = if pruning.has_scores { 4 * header.rows * shape.heads } else { 0 };
+                pruning.bytes() + layer.pruned.as_ref().map_or(0, HeadLists::row_bytes) + scores
+            } else {
+                0
+            };
+            LayerHeader::BYTES + pruning + rows + exact_rows * shape.row_bytes(header.format.exact()) + state
         };
         bytes += 1 + sequence.positions.to_bytes(sequence.n_past()).len();
         bytes += size_of_val(&sequence.tokens[..]) + sequence.layers.iter().enumerate().map(layer).sum::<usize>();
@@ -275,7 +329,8 @@ pub(super) fn save(setup: &Setup, sequence: Option<&Sequence>, kind: Kind, to: &
     let hparams = setup.model.hparams();
     let mut to = Writer { to, hash: Xxh3Default::new() };
     to.bytes(&MAGIC)?;
-    to.u32(VERSION)?;
+    let version = version_of(sequence, kind);
+    to.u32(version)?;
     to.u64(bytes(hparams, sequence, kind))?;
 
     to.u8(u8::from(kind == Kind::Partial))?;
@@ -308,6 +363,15 @@ pub(super) fn save(setup: &Setup, sequence: Option<&Sequence>, kind: Kind, to: &
         let header = LayerHeader::of(layer, n_past, kind);
         header.write(&mut to)?;
         buffer.clear();
+        if version == WITH_PRUNING {
+            PruningHeader::of(layer).write(&mut to)?;
+            if let Some(lists) = &layer.pruned {
+                lists.read(&mut buffer);
+            }
+            if let Some(scores) = &layer.scores {
+                buffer.extend(scores.read(0..header.rows).iter().flat_map(|score| score.to_le_bytes()));
+            }
+        }
         if let Some(store) = &layer.store {
             store.read_rows(&header.ranges(n_past, kind), &mut buffer);
         }
@@ -326,7 +390,7 @@ pub(super) fn length(from: &[u8]) -> Result<usize, StateError> {
         return Err(StateError::Damaged("it does not begin as a state of simlayer does"));
     }
     match reader.u32()? {
-        WITHOUT_LOOKS..=VERSION => {}
+        WITHOUT_LOOKS..=WITH_PRUNING => {}
         other => return Err(StateError::Version(other)),
     }
     let length = reader.size()?;
@@ -364,6 +428,16 @@ fn layer_of(saved: &LayerRows<'_>, index: usize, n_past: usize, setup: &Setup) -
         let store = setup.chain(setup.make(rows, span, format)?);
         store.write_rows(&saved.header.ranges(n_past, Kind::Whole), saved.rows);
         layer.store = Some(store);
+        if let Some(counts) = &saved.counts {
+            let mut lists = setup.make_lists(format);
+            lists.write(counts, saved.lists)?;
+            layer.pruned = Some(lists);
+        }
+        layer.reserve_scores(setup)?;
+        if let Some(scores) = &layer.scores {
+            let (values, _) = saved.scores.as_chunks();
+            scores.write(0, &values.iter().map(|value| f32::from_le_bytes(*value)).collect::<Vec<_>>());
+        }
         layer.exact = Exact::new(format, setup)?;
         layer.put_exact_rows(saved.exact);
     }
@@ -434,11 +508,13 @@ impl<'a> State<'a> {
         let bytes = reader.bytes(if has_positions { n_past * PLACED_BYTES } else { 0 })?;
         let positions = Positions::from_bytes(bytes).ok_or(StateError::Damaged("positions go back"))?;
         let place = Place { n_past, exact_from, scored, score_next, state_row: 0 };
-        Ok(State { kind, place, tokens, positions, looked, version, rest: reader, length })
+        let has_pruning = version == WITH_PRUNING;
+        Ok(State { kind, place, tokens, positions, looked, version, rest: reader, has_pruning, length })
     }
 
     fn layer(&mut self, setup: &Setup, index: usize) -> Result<LayerRows<'a>, StateError> {
-        let (kind, n_past, reader) = (self.kind, self.place.n_past, &mut self.rest);
+        let (kind, n_past, has_pruning) = (self.kind, self.place.n_past, self.has_pruning);
+        let reader = &mut self.rest;
         let (hparams, plan) = (setup.model.hparams(), &setup.layers[index].plan);
         let mut header = LayerHeader::read(reader)?;
         if self.version <= WITHOUT_TILES && header.format.has_tiles() {
@@ -448,6 +524,10 @@ impl<'a> State<'a> {
             header.span = header.span.map(|span| Span { chunked: hparams.chunked, ..span });
         }
         let LayerHeader { lazy, span, format, held_from, rows, exact, .. } = header;
+        let pruned = match has_pruning {
+            true => PruningHeader::read(reader, plan.rows.heads)?,
+            false => PruningHeader::default(),
+        };
         let by_design = plan.by_design.map(|span| span.n_window);
         match (lazy, span) {
             (true, Some(_)) if hparams.can_be_lazy(index) => {}
@@ -464,8 +544,19 @@ impl<'a> State<'a> {
                 found.k, found.v, here.k, here.v
             )));
         }
+        if pruned.counts.is_some() && (plan.kernel != Kernel::Fused || !plan.attends) {
+            return Err(mismatch("its rows are pruned, which only this crate's own attention kernel reads"));
+        }
         let is_held = match (kind, span) {
-            (_, None) => held_from == 0,
+            (_, Some(_)) if pruned.has_scores || pruned.counts.is_some() => false,
+            (_, None) => match &pruned.counts {
+                Some(counts) => {
+                    let is_of_text = |n: &usize| *n <= held_from;
+                    held_from.checked_add(pruning::WINDOW).is_some_and(|end| end <= n_past)
+                        && counts.iter().all(is_of_text)
+                }
+                None => held_from == 0,
+            },
             // What a ring of this size has of so many tokens, or less.
             (Kind::Whole, Some(span)) => held_from >= span.held_from(n_past) && span.resumable(held_from) <= n_past,
             (Kind::Partial, Some(span)) => {
@@ -483,11 +574,19 @@ impl<'a> State<'a> {
         }
         // Asked before memory is: a length that lies must not allocate.
         let exact_rows = exact.map_or(0, Span::n_rows);
-        let bytes = rows.checked_mul(plan.rows.row_bytes(format)).ok_or(StateError::Damaged("it ends too early"))?;
+        let too_early = || StateError::Damaged("it ends too early");
+        let row_bytes = plan.rows.row_bytes(format);
+        let n_listed: usize = pruned.counts.iter().flatten().sum();
+        let bytes = n_listed.checked_mul(row_bytes / plan.rows.heads.max(1)).ok_or_else(too_early)?;
+        let lists = reader.bytes(bytes)?;
+        let n_scores = if pruned.has_scores { rows } else { 0 };
+        let bytes = n_scores.checked_mul(size_of::<f32>() * plan.rows.heads).ok_or_else(too_early)?;
+        let scores = reader.bytes(bytes)?;
+        let bytes = rows.checked_mul(row_bytes).ok_or_else(too_early)?;
         let rows = reader.bytes(bytes)?;
         let exact = reader.bytes(exact_rows * plan.rows.row_bytes(format.exact()))?;
         let state = reader.bytes(plan.state.map_or(0, StateSize::bytes))?;
-        Ok(LayerRows { header, rows, exact, state })
+        Ok(LayerRows { header, rows, exact, state, counts: pruned.counts, lists, scores })
     }
 }
 

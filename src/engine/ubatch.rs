@@ -135,5 +135,5 @@ fn advance(
             sequence.finish_look(setup, executor)?;
         }
     }
-    Ok(())
+    sequence.prune(decides, setup, executor)
 }

@@ -655,6 +655,9 @@ impl Graph {
         if let Some(sinks) = params.sinks {
             self.context.uses(sinks);
         }
+        for head in params.of_heads {
+            head.k.iter().chain(&head.v).for_each(|tensor| self.context.uses(tensor));
+        }
         // SAFETY: the context is alive, it keeps the tensors, and it keeps the operation's state below.
         let (raw, op) = unsafe { Op::add(self.context.raw(), q, segments, params, &self.partials, features) };
         self.context.keep(op);

@@ -52,7 +52,7 @@ pub use llama::{Override, SpecialToken, VocabKind};
 
 // For the C ABI, the command-line tool and the benchmarks: no part of what this crate promises.
 #[doc(hidden)]
-pub use attention::{FusedAttention, KvSegment};
+pub use attention::{FusedAttention, HeadRows, KvSegment};
 #[doc(hidden)]
 pub use context::{Context, Tensor};
 #[doc(hidden)]

@@ -154,7 +154,7 @@ fn files(folder: &Path) -> io::Result<Vec<PathBuf>> {
 fn path_in(folder: &Path, model: &Identity) -> PathBuf {
     match in_folder(folder, model, &mut |_| {}) {
         Some((path, _)) => path,
-        None => folder.join(file_name(model)),
+        None => folder.join(format!("{}.{EXTENSION}", stem(model))),
     }
 }
 
@@ -167,13 +167,13 @@ fn built_in(model: &Identity) -> Option<(ProfileSource, Profile)> {
 }
 
 /// The model's name and the beginning of its norms' hash.
-fn file_name(model: &Identity) -> String {
+pub(super) fn stem(model: &Identity) -> String {
     let name = model.name.as_ref().unwrap_or(&model.architecture);
     let words = name.split(|c: char| !(c.is_ascii_alphanumeric() || c == '.' || c == '_'));
     let mut name: String = words.filter(|word| !word.is_empty()).collect::<Vec<_>>().join("-");
     name.truncate(NAME_LETTERS);
     let hash = model.norms_sha256.get(..HASH_LETTERS).unwrap_or_default();
-    format!("{}-{hash}.{EXTENSION}", name.trim_start_matches('.'))
+    format!("{}-{hash}", name.trim_start_matches('.'))
 }
 
 #[cfg(test)]
@@ -290,7 +290,7 @@ mod tests {
         let named = |name: Option<&str>| {
             let mut model = other("ab").model;
             model.name = name.map(str::to_owned);
-            file_name(&model)
+            format!("{}.{EXTENSION}", stem(&model))
         };
         assert_eq!(named(Some("Qwen2.5 Coder 0.5B_(GGUF)")), "Qwen2.5-Coder-0.5B_-GGUF-abababab.simlayer.toml");
         assert_eq!(named(None), "llama-abababab.simlayer.toml");

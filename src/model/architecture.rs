@@ -111,4 +111,6 @@ pub(crate) struct AttentionOptions<'a> {
     /// A matrix of each head `[value size, output size, heads]`, which what it attends to is multiplied with: outputs have that
     /// size then.
     pub outputs: Option<&'a Tensor>,
+    /// What queries, keys and values were made of, `[n_embd, n]`, where they come from one.
+    pub input: Option<&'a Tensor>,
 }

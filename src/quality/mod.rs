@@ -29,6 +29,7 @@ mod items;
 mod journal;
 mod meter;
 pub mod metrics;
+mod pruning;
 mod reading;
 mod score;
 
@@ -38,5 +39,6 @@ pub use contender::{Contender, ParseContenderError};
 pub use excerpts::{BUILT_IN_TEXTS, Excerpt, Excerpts, ExcerptsError, Extent};
 pub use journal::Journal;
 pub use meter::Stage;
+pub use pruning::{Fitted, PRUNING_TEXTS, Repeated, fit_pruning};
 pub use reading::{Held, Reading};
 pub use score::{Scorer, Summary, Tally, uncompressed};

@@ -6,7 +6,7 @@ use super::{Contender, Scorer, uncompressed};
 use crate::{
     engine::{Error, LayerReport, SeqId, Session, SessionParams},
     ggml::Type,
-    lazy::{At, Measure, Policy},
+    lazy::{At, Measure, Policy, Prune},
     model::Model,
     vocab::Token,
 };
@@ -83,9 +83,14 @@ impl<'a> Reading<'a> {
         if let Some(types) = contender.types {
             ((params.type_k, params.type_v), params.lazy.narrow_keys) = (types, contender.narrow_keys);
         }
+        // Types of one's own are compared without anything else of the run's.
+        if contender.types.is_some() {
+            params.prune = Prune::Off;
+        }
         let mut own = Session::new(self.model, params.clone())?;
         let is_f16 = (params.type_k, params.type_v) == (Type::F16, Type::F16);
         if params.lazy.narrow_keys
+            || params.prune != Prune::Off
             || !is_copied(&contender.policy, is_f16)
             || own.reads_windowed()
             || params.lazy.at != At::Prefill

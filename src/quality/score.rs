@@ -6,7 +6,7 @@ use super::metrics;
 use crate::{
     engine::{BatchEntry, Error, Outputs, SeqId, Session, SessionParams},
     ggml::Type,
-    lazy::Policy,
+    lazy::{Policy, Prune},
     vocab::Token,
 };
 
@@ -16,7 +16,7 @@ const ROWS: usize = 64;
 /// The same session without laziness and with an f16 cache: what a compressed run is compared with.
 pub fn uncompressed(params: &SessionParams) -> SessionParams {
     let mut params = params.clone();
-    params.lazy.policy = Policy::Off;
+    (params.lazy.policy, params.prune) = (Policy::Off, Prune::Off);
     (params.type_k, params.type_v) = (Type::F16, Type::F16);
     params
 }

@@ -17,7 +17,7 @@ use simlayer::{
 use crate::{
     args::CalibrateArgs,
     failure::Failure,
-    interrupt,
+    fit_prune, interrupt,
     options::{self, Run},
     progress::Progress,
     report,
@@ -33,6 +33,9 @@ const MAX_CHUNKS: usize = 2;
 const QUESTION: usize = 80;
 
 pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
+    if args.fit_prune {
+        return fit_prune::run(args);
+    }
     let mut run = Run::settle(args.common)?;
     let own = args.file.as_deref().map(options::text).transpose()?;
     let texts: Vec<&[u8]> = match &own {

@@ -15,6 +15,7 @@ mod doctor;
 #[cfg(feature = "download")]
 mod download;
 mod failure;
+mod fit_prune;
 mod generate;
 mod inspect;
 mod interrupt;

@@ -99,6 +99,7 @@ impl Run {
             // Only a conversation takes answers back.
             keep_prompt_end: false,
             lazy,
+            prune: args.lazy.prune,
             abort: Some(interrupt::flag()),
             ..default
         };

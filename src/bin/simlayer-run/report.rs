@@ -37,7 +37,11 @@ pub fn print(timings: &Timings, kv: &KvReport) {
         bytes(kv.f16_bytes),
         compression(kv.compression),
     );
-    eprintln!("layers   {} lazy, {} active{}", kv.lazy_layers, kv.active_layers, foretold(kv));
+    let pruned = match kv.pruned_layers {
+        0 => String::new(),
+        n => format!(", {n} of them pruned"),
+    };
+    eprintln!("layers   {} lazy, {} active{pruned}{}", kv.lazy_layers, kv.active_layers, foretold(kv));
 }
 
 /// What was measured before layers became lazy, where it was.

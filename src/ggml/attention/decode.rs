@@ -201,6 +201,20 @@ impl Call<'_> {
                 }
                 let prefetch = |rows: &Rows, head| rows.prefetch(head, &kv_heads, self.kv_heads, first + BLOCK);
                 for kv_head in kv_heads.clone() {
+                    // A head with rows of its own may have fewer than others.
+                    let n = n.min(segment.n_of(kv_head).saturating_sub(first));
+                    if n == 0 {
+                        continue;
+                    }
+                    let masked = masked || n < BLOCK;
+                    if masked && !segment.n_of_heads.is_null() {
+                        for query in 0..self.n {
+                            let (seen, after) =
+                                std::slice::from_raw_parts_mut(buffers.mask.add(query * BLOCK), BLOCK).split_at_mut(n);
+                            seen.fill(0.0);
+                            after.fill(f32::NEG_INFINITY);
+                        }
+                    }
                     let mut k = segment.k.at(kv_head, first, n);
                     let mut v = segment.v.at(kv_head, first, n);
                     (k.prefetch, v.prefetch) = match next {

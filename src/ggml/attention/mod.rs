@@ -34,7 +34,7 @@ mod views;
 pub(super) mod x86;
 
 pub(crate) use block::BLOCK as ATTENTION_BLOCK;
-pub use op::{FusedAttention, KvSegment};
+pub use op::{FusedAttention, HeadRows, KvSegment};
 pub(super) use op::{Op, blocks};
 pub(super) use scratch::Partials;
 pub(super) use simd::f16_to_f32;

@@ -15,7 +15,7 @@ use super::{
     kernels::{Isa, Shape},
     scratch::{Partials, padded, partial_stride, with_scratch},
     simd::Portable,
-    views::{MAX_SEGMENTS, Mask, Rows, Segment},
+    views::{MAX_SEGMENTS, MAX_SOURCES, Mask, Rows, Segment},
 };
 use crate::ggml::{Tensor, Type, processor::Features, tiles};
 
@@ -35,7 +35,23 @@ pub struct KvSegment<'a> {
     pub mask: Option<&'a Tensor>,
 }
 
-/// How scores are made.
+/// Rows that one KV head has for itself, without a mask: every query sees them.
+#[derive(Debug, Clone)]
+pub struct HeadRows {
+    /// `[head size, rows, 1]`, of any cache type, in pieces as those of [`KvSegment::k`], which have their memory already. All heads'
+    /// are alike but for the number of their rows; a head may have no pieces.
+    pub k: Vec<Tensor>,
+    /// `[value size, rows, 1]`, likewise.
+    pub v: Vec<Tensor>,
+}
+
+impl HeadRows {
+    fn n_rows(&self) -> usize {
+        self.k.iter().map(|piece| piece.shape()[1]).sum()
+    }
+}
+
+/// How scores are made, and what is attended to besides the segments.
 #[derive(Debug, Clone, Copy)]
 pub struct FusedAttention<'a> {
     /// Factor of the products of queries and keys.
@@ -44,6 +60,8 @@ pub struct FusedAttention<'a> {
     pub soft_cap: Option<f32>,
     /// f32 `[heads]`: one more score of each head, whose value is zero. A weight: it has its memory already.
     pub sinks: Option<&'a Tensor>,
+    /// Rows that KV heads have for themselves, one entry a head; none where they have none.
+    pub of_heads: &'a [HeadRows],
 }
 
 impl KvSegment<'_> {
@@ -61,6 +79,56 @@ struct Layout {
     v: Vec<*const u8>,
     /// How keys and values lie in tiles, where they do.
     tiles: [Option<tiles::Layout>; 2],
+}
+
+/// The rows of KV heads that have their own.
+struct HeadsLayout {
+    n_rows: Vec<usize>,
+    k: HeadsBlocks,
+    v: HeadsBlocks,
+}
+
+/// Where the blocks of each KV head's rows begin.
+struct HeadsBlocks {
+    ty: sys::ggml_type,
+    row_bytes: usize,
+    /// `per_head` of each head; after its last block the place where that begins.
+    blocks: Vec<*const u8>,
+    per_head: usize,
+}
+
+impl HeadsLayout {
+    /// `None` where no head has any rows.
+    fn new(heads: &[HeadRows]) -> Option<HeadsLayout> {
+        let n_rows: Vec<usize> = heads.iter().map(HeadRows::n_rows).collect();
+        let most = n_rows.iter().copied().max().filter(|&most| most > 0)?;
+        let per_head = most.div_ceil(BLOCK) + 1;
+        let blocks = |pieces: fn(&HeadRows) -> &Vec<Tensor>| {
+            let first = heads.iter().find_map(|head| pieces(head).first())?;
+            let mut all = Vec::with_capacity(heads.len() * per_head);
+            for head in heads {
+                let begun = all.len();
+                for piece in pieces(head) {
+                    let (rows, row_bytes) = (piece.shape()[1], piece.strides()[1]);
+                    all.extend((0..rows).step_by(BLOCK).map(|row| piece.address().wrapping_add(row * row_bytes)));
+                }
+                let last = all[begun..].last().copied().unwrap_or(first.address());
+                all.resize(begun + per_head, last);
+            }
+            Some(HeadsBlocks { ty: first.ty().raw(), row_bytes: first.strides()[1], blocks: all, per_head })
+        };
+        Some(HeadsLayout { k: blocks(|head| &head.k)?, v: blocks(|head| &head.v)?, n_rows })
+    }
+
+    fn most(&self) -> usize {
+        self.n_rows.iter().copied().max().unwrap_or(0)
+    }
+}
+
+impl HeadsBlocks {
+    fn rows(&self) -> Rows {
+        Rows::of_heads(self.ty, self.row_bytes, self.blocks.as_ptr(), self.per_head)
+    }
 }
 
 /// Where each block of rows begins in these pieces, and, at last, the place after them; nothing of fewer pieces than `least`.
@@ -84,6 +152,7 @@ pub(in crate::ggml) struct Op {
     /// A tensor that the graph keeps alive, or null.
     sinks: *const sys::ggml_tensor,
     segments: Vec<Layout>,
+    of_heads: Option<HeadsLayout>,
     partials: Arc<Partials>,
     features: Features,
     counters: Counters,
@@ -111,7 +180,9 @@ impl Op {
         let [_, n, heads, _] = q.shape();
         let value_size = segments[0].v[0].row_size();
         let [_, _, kv_heads, _] = segments[0].k[0].shape();
-        let rows: [usize; MAX_SEGMENTS] = std::array::from_fn(|i| segments.get(i).map_or(0, KvSegment::n_rows));
+        let of_heads = HeadsLayout::new(params.of_heads);
+        let mut rows: [usize; MAX_SEGMENTS] = std::array::from_fn(|i| segments.get(i).map_or(0, KvSegment::n_rows));
+        rows[MAX_SOURCES] = of_heads.as_ref().map_or(0, HeadsLayout::most);
         let layout = |segment: &KvSegment<'_>| Layout {
             n_rows: segment.n_rows(),
             k: blocks(segment.k, 2),
@@ -124,6 +195,7 @@ impl Op {
             soft_cap: params.soft_cap,
             sinks: params.sinks.map_or(std::ptr::null(), |sinks| sinks.raw().cast_const()),
             segments: segments.iter().map(layout).collect(),
+            of_heads,
             partials: Arc::clone(partials),
             features,
             counters: Counters::new(kv_heads * n_chunks),
@@ -186,7 +258,7 @@ impl Op {
             let q = src[0];
             let [key_size, n, heads, _] = (*q).ne.map(|n| n as usize);
             let [_, query_bytes, head_bytes, _] = (*q).nb;
-            let segments = std::array::from_fn(|i| {
+            let mut segments: [Option<Segment>; MAX_SEGMENTS] = std::array::from_fn(|i| {
                 self.segments.get(i).map(|layout| {
                     let (k, v, mask) = (src[1 + 3 * i], src[2 + 3 * i], src[3 + 3 * i]);
                     let mask = (!mask.is_null()).then(|| Mask {
@@ -203,8 +275,16 @@ impl Op {
                         v: Rows::new(v, table(&layout.v), layout.tiles[1]),
                         mask,
                         n: layout.n_rows,
+                        n_of_heads: std::ptr::null(),
                     }
                 })
+            });
+            segments[MAX_SOURCES] = self.of_heads.as_ref().map(|heads| Segment {
+                k: heads.k.rows(),
+                v: heads.v.rows(),
+                mask: None,
+                n: heads.most(),
+                n_of_heads: heads.n_rows.as_ptr(),
             });
             let kv_heads = (*src[1]).ne[2] as usize;
             let log2_e = std::f32::consts::LOG2_E;
@@ -253,7 +333,7 @@ unsafe fn run<I: Isa>(call: &Call<'_>) {
 
 fn check(q: &Tensor, segments: &[KvSegment<'_>], params: &FusedAttention<'_>) {
     let [key_size, n, heads, _] = q.shape();
-    assert!((1..=MAX_SEGMENTS).contains(&segments.len()), "one to {MAX_SEGMENTS} segments");
+    assert!((1..=MAX_SOURCES).contains(&segments.len()), "one to {MAX_SOURCES} segments");
     assert!(q.ty() == Type::F32 && q.strides()[0] == 4, "queries are rows of f32");
     let value_size = segments[0].v[0].row_size();
     let [_, _, kv_heads, _] = segments[0].k[0].shape();
@@ -283,9 +363,33 @@ fn check(q: &Tensor, segments: &[KvSegment<'_>], params: &FusedAttention<'_>) {
             assert_eq!(mask.strides()[0], mask.ty().block_bytes(), "mask rows have no gaps");
         }
     }
+    check_heads(params.of_heads, [key_size, value_size, kv_heads]);
     if let Some(sinks) = params.sinks {
         assert_eq!((sinks.ty(), sinks.shape()), (Type::F32, [heads, 1, 1, 1]), "sinks");
         assert!(sinks.is_allocated(), "sinks are a weight");
+    }
+}
+
+fn check_heads(heads: &[HeadRows], [key_size, value_size, kv_heads]: [usize; 3]) {
+    assert!(heads.is_empty() || heads.len() == kv_heads, "rows of each of {kv_heads} KV heads");
+    for (pieces, size) in [
+        (heads.iter().map(|head| &head.k).collect::<Vec<_>>(), key_size),
+        (heads.iter().map(|head| &head.v).collect(), value_size),
+    ] {
+        let first = pieces.iter().find_map(|pieces| pieces.first());
+        for (head, pieces) in heads.iter().zip(&pieces) {
+            let mut n = 0;
+            for piece in *pieces {
+                assert!(n % BLOCK == 0, "pieces before the last are whole blocks");
+                assert_eq!(piece.shape(), [size, piece.shape()[1], 1, 1], "keys or values of a head");
+                assert!(Type::CACHE.contains(&piece.ty()) && !piece.address().is_null(), "stored rows of a cache type");
+                let alike = first.map(|first| (first.ty(), first.strides()[..2].to_vec()));
+                assert_eq!(Some((piece.ty(), piece.strides()[..2].to_vec())), alike, "heads' rows are alike");
+                assert_eq!(piece.strides()[0], piece.ty().block_bytes(), "rows have no gaps");
+                n += piece.shape()[1];
+            }
+            assert_eq!(n, head.n_rows(), "as many values as keys");
+        }
     }
 }
 

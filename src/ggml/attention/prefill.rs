@@ -87,8 +87,9 @@ impl Call<'_> {
                 }
             }
             for segment in self.segments.iter().flatten() {
-                for first in (0..segment.n).step_by(BLOCK) {
-                    let n = BLOCK.min(segment.n - first);
+                let n_rows = segment.n_of(kv_head);
+                for first in (0..n_rows).step_by(BLOCK) {
+                    let n = BLOCK.min(n_rows - first);
                     let mut sights = [Sight::Everything; MAX_LANE_BLOCKS];
                     if let Some(mask) = segment.mask {
                         for (block, sight) in sights[..lane_blocks].iter_mut().enumerate() {

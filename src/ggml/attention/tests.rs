@@ -4,7 +4,7 @@ use std::{cell::Cell, slice::from_ref};
 
 #[cfg(target_arch = "x86_64")]
 use super::op::MIN_PREFILL;
-use super::{FusedAttention, KvSegment, block::BLOCK, chunks::Chunks, views::MAX_SEGMENTS};
+use super::{FusedAttention, HeadRows, KvSegment, block::BLOCK, chunks::Chunks, views::MAX_SEGMENTS};
 use crate::ggml::{
     Context, Device, Due, Graph, Packing, Scheduler, Source, TILE, Tensor, Type,
     processor::{Features, shorter},
@@ -201,6 +201,7 @@ impl Data {
             scale: 1.0 / (case.size as f32).sqrt(),
             soft_cap: case.soft_cap,
             sinks: case.sinks.then_some(&self.sinks),
+            of_heads: &[],
         }
     }
 
@@ -392,7 +393,7 @@ fn case(size: usize, n: usize, kv_heads: usize, group: usize, segments: &[(usize
 proptest::proptest! {
     /// Chunks are whole blocks (but for a segment's end), of which no two of a segment but the last differ by more than one.
     #[test]
-    fn chunks_are_all_rows_once(rows in proptest::array::uniform3(0usize..20_000)) {
+    fn chunks_are_all_rows_once(rows in proptest::array::uniform4(0usize..20_000)) {
         let chunks = Chunks::new(rows);
         let mut next = [0; MAX_SEGMENTS];
         let mut sizes = [const { Vec::new() }; MAX_SEGMENTS];
@@ -414,7 +415,7 @@ proptest::proptest! {
 /// Room for more rows, which nothing sees, changes no bit of a result.
 #[test]
 fn chunks_of_few_rows_stay_where_they_are() {
-    let chunks = |rows| Chunks::new([rows, 36, 0]);
+    let chunks = |rows| Chunks::new([rows, 36, 0, 0]);
     for i in 0..11 {
         assert_eq!(chunks(1_408).get(i), chunks(2_048).get(i));
     }
@@ -663,6 +664,71 @@ fn pieces_are_as_one() {
                         scheduler.compute(&graph).unwrap();
                         assert_eq!(bits(&node.to_f32()), bits(&whole), "{case:?}, {features:?}, {at} blocks");
                     }
+                }
+            }
+        }
+    }
+}
+
+/// The first so many rows of a head of a store, in memory of their own, the last ones in a piece of their own.
+fn rows_of_head(store: &Tensor, case: &Case, head: usize, n: usize) -> Vec<Tensor> {
+    let (ty, row_bytes) = (store.ty(), store.strides()[1]);
+    let head_bytes = ty.row_bytes(case.size);
+    let piece = |rows: std::ops::Range<usize>| {
+        let context = Context::new(1);
+        let piece = context.tensor(ty, &[case.size, rows.len(), 1]);
+        context.alloc(Device::cpu().buffer_type(), "a piece").unwrap();
+        for (to, row) in rows.enumerate() {
+            let mut bytes = vec![0u8; head_bytes];
+            store.read(row * row_bytes + head * head_bytes, &mut bytes);
+            piece.write(to * head_bytes, &bytes);
+        }
+        piece
+    };
+    let cut = n / 2 / BLOCK * BLOCK;
+    [0..cut, cut..n].into_iter().filter(|rows| !rows.is_empty()).map(piece).collect()
+}
+
+/// Heads that have other numbers of rows, none among them, beside a segment that all have.
+#[test]
+fn heads_may_have_rows_of_their_own() {
+    let mut scheduler = Scheduler::new(&[Device::cpu()], 2, 256).unwrap();
+    for (ty_k, ty_v) in
+        [(Type::F16, Type::F16), (Type::Q8_0, Type::Q4_0), (Type::Q4_0, Type::Q4_0), (Type::F32, Type::F16)]
+    {
+        for n in [1, 3, 40] {
+            for counts in [[0, 1, 700], [130, 64, 0], [63, 320, 65]] {
+                let segments = [(200, ty_k, ty_v), (700, ty_k, ty_v)];
+                let case = Case { soft_cap: (n == 3).then_some(20.0), sinks: n == 3, ..case(64, n, 3, 2, &segments) };
+                let mut data = Data::new(&case, &mut scheduler, 5);
+                for (head, &count) in counts.iter().enumerate() {
+                    data.plain.k[head].truncate(200 + count);
+                    data.plain.v[head].truncate(200 + count);
+                }
+                data.plain.mask.iter_mut().for_each(|mask| mask[200..].fill(0.0));
+                let expected = data.reference(&case);
+                let of_heads: Vec<HeadRows> = (counts.iter().enumerate())
+                    .map(|(head, &count)| HeadRows {
+                        k: rows_of_head(&data.k[1], &case, head, count),
+                        v: rows_of_head(&data.v[1], &case, head, count),
+                    })
+                    .collect();
+                for features in features() {
+                    let graph = Graph::new(64);
+                    let q = graph.permute(&data.q, [0, 2, 1, 3]);
+                    let k = heads(&graph, &data.k[0], &case, 200);
+                    let v = heads(&graph, &data.v[0], &case, 200);
+                    let segment = KvSegment { k: from_ref(&k), v: from_ref(&v), mask: Some(&data.masks[0]) };
+                    let params = FusedAttention { of_heads: &of_heads, ..data.params(&case) };
+                    let node = graph.fused_attention_with(&q, &[segment], &params, features).as_output();
+                    graph.expand(&node);
+                    scheduler.alloc(&graph).unwrap();
+                    scheduler.compute(&graph).unwrap();
+                    let first = node.to_f32();
+                    let error = worst(&first, &expected);
+                    assert!(error < bound(&case, features), "{features:?}, {case:?}, {counts:?}: {error:e}");
+                    scheduler.compute(&graph).unwrap();
+                    assert_eq!(bits(&first), bits(&node.to_f32()), "the second run");
                 }
             }
         }

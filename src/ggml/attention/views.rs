@@ -13,8 +13,11 @@ use super::{
 };
 use crate::ggml::tiles::Layout;
 
-/// Segments that one operation can attend to: ggml gives a node ten sources.
-pub(super) const MAX_SEGMENTS: usize = 3;
+/// Segments of tensors that one operation can attend to: ggml gives a node ten sources.
+pub(super) const MAX_SOURCES: usize = 3;
+
+/// Segments with the one whose rows each KV head has for itself.
+pub(super) const MAX_SEGMENTS: usize = MAX_SOURCES + 1;
 
 /// How a row's elements are stored.
 #[derive(Clone, Copy)]
@@ -29,6 +32,23 @@ pub(super) enum Kind {
     Other(unsafe extern "C" fn(*const c_void, *mut f32, i64)),
 }
 
+impl Kind {
+    fn of(ty: sys::ggml_type) -> Kind {
+        match ty {
+            sys::GGML_TYPE_F32 => Kind::F32,
+            sys::GGML_TYPE_F16 => Kind::F16,
+            sys::GGML_TYPE_BF16 => Kind::Bf16,
+            sys::GGML_TYPE_Q8_0 => Kind::Q8,
+            sys::GGML_TYPE_Q4_0 => Kind::Q4,
+            ty => {
+                // SAFETY: the traits' table lives as long as the process, and has all types of tensors.
+                let traits = unsafe { &*sys::ggml_get_type_traits(ty) };
+                Kind::Other(traits.to_float.expect("cache types can be converted"))
+            }
+        }
+    }
+}
+
 /// The rows of all heads of a segment's keys or values.
 #[derive(Clone, Copy)]
 pub(super) struct Rows {
@@ -36,6 +56,8 @@ pub(super) struct Rows {
     data: *const u8,
     /// Where each block of rows begins, where they lie in several pieces; else null.
     blocks: *const *const u8,
+    /// Entries of `blocks` for each KV head, where heads have rows of their own; else 0, and all heads' rows lie together.
+    per_head: usize,
     row_bytes: usize,
     head_bytes: usize,
 }
@@ -45,7 +67,22 @@ pub(super) struct Segment {
     pub k: Rows,
     pub v: Rows,
     pub mask: Option<Mask>,
+    /// Rows; where heads have rows of their own, the most that one has.
     pub n: usize,
+    /// How many rows each KV head has, where they have rows of their own: all of them are seen. Else null.
+    pub n_of_heads: *const usize,
+}
+
+impl Segment {
+    /// Rows of a KV head.
+    ///
+    /// # Safety
+    /// The head exists.
+    #[inline]
+    pub(super) unsafe fn n_of(&self, kv_head: usize) -> usize {
+        // SAFETY: as the caller says.
+        if self.n_of_heads.is_null() { self.n } else { unsafe { *self.n_of_heads.add(kv_head) } }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -75,37 +112,32 @@ impl Rows {
     /// `tensor` is alive and has memory that the processor can read. `blocks` are those of pieces of which it is the first, or
     /// null where there are no others. `tiles`: how rows lie in tiles, where they do.
     pub(super) unsafe fn new(tensor: *const sys::ggml_tensor, blocks: *const *const u8, tiles: Option<Layout>) -> Rows {
-        // SAFETY: as the caller says; the traits' table lives as long as the process.
+        // SAFETY: as the caller says.
         unsafe {
-            let kind = match ((*tensor).type_, tiles) {
-                (_, Some(layout)) => Kind::Tiles(layout),
-                (sys::GGML_TYPE_F32, _) => Kind::F32,
-                (sys::GGML_TYPE_F16, _) => Kind::F16,
-                (sys::GGML_TYPE_BF16, _) => Kind::Bf16,
-                (sys::GGML_TYPE_Q8_0, _) => Kind::Q8,
-                (sys::GGML_TYPE_Q4_0, _) => Kind::Q4,
-                (ty, _) => {
-                    Kind::Other((*sys::ggml_get_type_traits(ty)).to_float.expect("cache types can be converted"))
-                }
-            };
             let [_, row_bytes, head_bytes, _] = (*tensor).nb;
             // A single head serves all.
             let head_bytes = if (*tensor).ne[2] == 1 { 0 } else { head_bytes };
-            Rows { kind, data: (*tensor).data.cast(), blocks, row_bytes, head_bytes }
+            let kind = tiles.map_or_else(|| Kind::of((*tensor).type_), Kind::Tiles);
+            Rows { kind, data: (*tensor).data.cast(), blocks, per_head: 0, row_bytes, head_bytes }
         }
+    }
+
+    /// Rows `row_bytes` apart that each KV head has for itself, of ggml's type `ty`. `blocks` has `per_head` entries for each head.
+    pub(super) fn of_heads(ty: sys::ggml_type, row_bytes: usize, blocks: *const *const u8, per_head: usize) -> Rows {
+        Rows { kind: Kind::of(ty), data: std::ptr::null(), blocks, per_head, row_bytes, head_bytes: 0 }
     }
 
     /// Where the rows of a block begin, or where those before it end.
     ///
     /// # Safety
-    /// `first` is a multiple of [`BLOCK`], and a row, or the first such number after all rows.
+    /// The head exists; `first` is a multiple of [`BLOCK`], and a row, or the first such number after all rows.
     #[inline]
-    unsafe fn block(&self, first: usize) -> *const u8 {
+    unsafe fn block(&self, head: usize, first: usize) -> *const u8 {
         if self.blocks.is_null() {
             return self.data.wrapping_add(first * self.row_bytes);
         }
         // SAFETY: there is an entry for each block, and one after them.
-        unsafe { *self.blocks.add(first / BLOCK) }
+        unsafe { *self.blocks.add(head * self.per_head + first / BLOCK) }
     }
 
     /// # Safety
@@ -113,7 +145,7 @@ impl Rows {
     #[inline]
     pub(super) unsafe fn at(&self, head: usize, first: usize, n: usize) -> RowPtr {
         // SAFETY: as the caller says.
-        let block = unsafe { self.block(first) };
+        let block = unsafe { self.block(head, first) };
         let prefetch = Prefetch::NOTHING;
         match self.kind {
             // A head's rows are together in its tile.
@@ -139,7 +171,10 @@ impl Rows {
     ) -> Prefetch {
         const LINE: usize = 64;
         // SAFETY: as the caller says.
-        let rows = unsafe { self.block(first) };
+        let rows = unsafe { self.block(head, first) };
+        if self.per_head > 0 {
+            return Prefetch { data: rows, stride: self.row_bytes, bytes: self.row_bytes };
+        }
         let is_packed = self.head_bytes * n_heads == self.row_bytes;
         if is_packed && (heads.len() == n_heads || self.head_bytes < LINE) {
             // Whole rows without gaps, of which each head prefetches a share: all at once they would have to wait for each

@@ -210,7 +210,7 @@ impl SelfAttention {
         };
         let q = self.query_scale.map_or_else(|| q.clone(), |factor| graph.scale(&q, factor));
         let (scale, softcap, sinks) = (self.scale, self.softcap, self.sinks.as_ref());
-        let options = AttentionOptions { scale, softcap, sinks, outputs: None };
+        let options = AttentionOptions { scale, softcap, sinks, outputs: None, input: Some(input) };
         let q = graph.contiguous_if_needed(&q);
         let attended = match own {
             Some((k, v)) => {

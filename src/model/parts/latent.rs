@@ -167,7 +167,7 @@ impl LatentAttention {
             Some(temperature) => graph.mul(&q, &temperature.of(graph, step.positions)),
             None => q,
         };
-        let options = AttentionOptions { scale: self.scale, softcap: None, sinks: None, outputs };
+        let options = AttentionOptions { scale: self.scale, softcap: None, sinks: None, outputs, input: None };
         let attended = attention.attend(graph, step.index, &q, &k, &v, &options);
         self.output.apply(graph, &attended)
     }

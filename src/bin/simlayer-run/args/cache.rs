@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use simlayer::{
     ggml::Type,
-    lazy::{LayerWindows, Policy},
+    lazy::{LayerWindows, Policy, Prune},
 };
 
 use super::values::positive;
@@ -45,6 +45,10 @@ pub struct LazyFlags {
     /// Types of a lazy layer's keys and values: one for both, or K/V [default: q4_0, with keys in q8_0 under auto and kl; f16 where heads are too small]
     #[arg(long, value_name = "T|K/V", value_parser = lazy_types)]
     pub lazy_type: Option<(Type, Type)>,
+    /// Drop old rows of layers that are not lazy which no later token will look for: those scored below T, or auto; needs a map
+    /// of the model, made by calibrate --fit-prune
+    #[arg(long, value_name = "auto|T", default_value = "off", allow_hyphen_values = true)]
+    pub prune: Prune,
     /// Do not rotate the keys and values of quantised caches
     #[arg(long)]
     pub no_kv_rotate: bool,

@@ -220,7 +220,10 @@ pub struct CalibrateArgs {
     #[arg(help_heading = "Text", long, value_name = "N,...", value_delimiter = ',', num_args = 0..=1,
           default_missing_value = "256,512,1024,2048", value_parser = positive)]
     pub windows: Option<Vec<usize>>,
-    /// Where to write the profile [default: a file of its own in the user's folder of profiles, which $SIMLAYER_PROFILES
+    /// Fit the map that --prune goes by, and nothing else: pieces of the text are read and repeated (--chunks of them)
+    #[arg(help_heading = "Text", long, conflicts_with_all = ["skip", "score", "windows"])]
+    pub fit_prune: bool,
+    /// Where to write the profile, or the map [default: a file of its own in the user's folder of profiles, which $SIMLAYER_PROFILES
     /// names]
     #[arg(help_heading = "Output", short = 'o', long = "output", value_name = "FILE")]
     pub output_file: Option<PathBuf>,

@@ -249,7 +249,8 @@ impl Scheduler {
         let read = running.read.unwrap_or(now);
         let layers = self.session.layers(running.seq);
         let lazy_layers = layers.iter().filter(|layer| layer.lazy).count();
-        let attends = |layer: &&LayerReport| matches!(layer.kind, LayerKind::Full | LayerKind::Window);
+        let attends =
+            |layer: &&LayerReport| matches!(layer.kind, LayerKind::Full | LayerKind::Pruned | LayerKind::Window);
         let active_layers = layers.iter().filter(attends).count();
         let usage = Usage {
             prompt_tokens: running.prompt.len(),
