@@ -44,13 +44,13 @@ use crate::{
 };
 
 /// Last tokens that are run again: few tokens' divergences are far from their mean, for it is single ones that are large.
-const N_LAST: usize = 64;
+pub(super) const N_LAST: usize = 64;
 
 /// As many are run again where recurrent layers' states are known before them and not between.
 const MOST_LAST: usize = 2 * N_LAST;
 
 /// Of these, the last ones that the order of layers is found by, with what is repeated.
-const N_SCORED: usize = 32;
+pub(super) const N_SCORED: usize = 32;
 
 /// Fewer tell nothing.
 const FEWEST_LAST: usize = 8;

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::{
     error::Error,
+    guard::{N_LAST, N_SCORED},
     layer::LayerKind,
     profile,
     setup::{LayerPlan, LayerSetup, SessionParams, Setup, kernel},
@@ -141,19 +142,22 @@ pub(super) fn sequence_bytes(setup: &Setup, n: usize) -> usize {
 }
 
 /// Bytes that a look before dropping takes at a prompt's end of `n` tokens, beside the sequence's own: of layers that may change,
-/// what they would be, all of them being tried together.
+/// what they would be, all of them being tried together; and the blocks of rows that the probe writes to.
 pub(super) fn look_bytes(setup: &Setup, n: usize) -> usize {
-    let tried = |plan: &LayerPlan| {
-        let bytes = |rows: usize, format: Format| {
-            let exact = plan.exact_span_for(format).map_or(0, Span::n_rows);
-            rows.next_multiple_of(plan.block) * plan.rows.row_bytes(format)
-                + exact * plan.rows.row_bytes(format.exact())
-        };
-        let lazy = bytes(plan.lazy_span.used_rows(n), plan.lazy);
-        plan.narrow.map_or(0, |narrow| bytes(n, narrow)).max(lazy)
+    let bytes = |plan: &LayerPlan, rows: usize, format: Format| {
+        let exact = plan.exact_span_for(format).map_or(0, Span::n_rows);
+        rows.next_multiple_of(plan.block) * plan.rows.row_bytes(format) + exact * plan.rows.row_bytes(format.exact())
     };
-    let may_change = |layer: &&LayerSetup| layer.plan.attends && layer.at_first().0.is_none();
-    if setup.looks() { setup.layers.iter().filter(may_change).map(|layer| tried(&layer.plan)).sum() } else { 0 }
+    let of_layer = |layer: &LayerSetup| {
+        let (plan, (span, format)) = (&layer.plan, layer.at_first());
+        let rows = span.map_or(n, |span| span.used_rows(n));
+        let written = if plan.grain.is_some() { rows.min(N_LAST + N_SCORED + 2 * plan.block) } else { rows };
+        let lazy = bytes(plan, plan.lazy_span.used_rows(n), plan.lazy);
+        let changed = plan.narrow.map_or(0, |narrow| bytes(plan, n, narrow)).max(lazy);
+        bytes(plan, written, format) + if span.is_none() { changed } else { 0 }
+    };
+    let attends = |layer: &&LayerSetup| layer.plan.attends;
+    if setup.looks() { setup.layers.iter().filter(attends).map(of_layer).sum() } else { 0 }
 }
 
 fn state_bytes(plan: &LayerPlan) -> usize {

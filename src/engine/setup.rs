@@ -157,7 +157,7 @@ pub(super) struct LayerPlan {
     pub block: usize,
     /// Rows that sequences share or not together: those of a block of our own kernel. `None` where a kernel wants all rows in
     /// one piece; whoever writes first has a copy then.
-    grain: Option<usize>,
+    pub grain: Option<usize>,
     /// The rows of a store with a span are a multiple of this.
     ring_block: usize,
 }
