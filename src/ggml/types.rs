@@ -4,7 +4,7 @@ use ggml_sys::{self as sys, checked};
 
 use super::tiles;
 
-/// A ggml element type, such as `f16` or `q4_0`; or one of [tiles](super::tiles), which caches alone have.
+/// A ggml element type, such as `f16` or `q4_0`; or one of tiles, which caches alone have.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Type(u32);
 
