@@ -157,7 +157,9 @@ pub(super) fn look_bytes(setup: &Setup, n: usize) -> usize {
         bytes(plan, written, format) + if span.is_none() { changed } else { 0 }
     };
     let attends = |layer: &&LayerSetup| layer.plan.attends;
-    if setup.looks() { setup.layers.iter().filter(attends).map(of_layer).sum() } else { 0 }
+    // A prompt that lazy layers keep whole is not looked at.
+    let is_looked_at = setup.looks() && n > setup.params.lazy.n_kept();
+    if is_looked_at { setup.layers.iter().filter(attends).map(of_layer).sum() } else { 0 }
 }
 
 fn state_bytes(plan: &LayerPlan) -> usize {
