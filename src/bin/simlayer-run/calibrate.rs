@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeSet,
-    fs,
     io::{self, Write},
     path::{Path, PathBuf},
 };
@@ -53,7 +52,7 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
     let excerpts = Excerpts::compose(model.vocab(), &texts, extent)?;
     let output = match args.output_file {
         Some(path) => path,
-        None => users_place(&run.model_path, &model)?,
+        None => options::in_made_folder(Profile::path_for(&run.model_path, model.identity()))?,
     };
 
     let start = std::time::Instant::now();
@@ -111,15 +110,6 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
         eprintln!("{} lies beside the model, and is taken before it", beside.display());
     }
     Ok(())
-}
-
-/// The model's place in the user's folder of profiles, which is made.
-fn users_place(model_path: &Path, model: &Model) -> Result<PathBuf, Failure> {
-    let path = Profile::path_for(model_path, model.identity());
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder).map_err(|error| Failure::run(format!("{}: {error}", folder.display())))?;
-    }
-    Ok(path)
 }
 
 /// Where measurements are kept until the profile is written.

@@ -1,11 +1,10 @@
 //! Fits the map that `--prune` goes by, and writes it.
 
-use std::{fs, io::Write, time::Instant};
+use std::{io::Write, time::Instant};
 
 use serde_json::json;
 use simlayer::{
-    Model,
-    lazy::{PruneMap, PruneMapError},
+    lazy::PruneMap,
     quality::{PRUNING_TEXTS, Repeated, fit_pruning},
 };
 
@@ -34,7 +33,7 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
     let (map, fitted) = fitted?;
     let output = match args.output_file {
         Some(path) => path,
-        None => users_place(&run.model_path, &model)?,
+        None => options::in_made_folder(PruneMap::path_for(&run.model_path, model.identity()))?,
     };
     map.write(&output).map_err(Failure::run)?;
     let took = start.elapsed();
@@ -63,14 +62,4 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
     out.flush()?;
     eprintln!("{} written in {:.0} s", output.display(), took.as_secs_f64());
     Ok(())
-}
-
-/// The model's place in the user's folder of profiles, which is made.
-fn users_place(model_path: &std::path::Path, model: &Model) -> Result<std::path::PathBuf, Failure> {
-    let path = PruneMap::path_for(model_path, model.identity());
-    if let Some(folder) = path.parent() {
-        let wrong = |source| Failure::run(PruneMapError::Io { path: folder.to_owned(), source });
-        fs::create_dir_all(folder).map_err(wrong)?;
-    }
-    Ok(path)
 }

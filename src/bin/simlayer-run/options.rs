@@ -347,6 +347,14 @@ pub fn prompt(args: PromptArgs) -> Result<Vec<u8>, Failure> {
     }
 }
 
+/// A file's path, whose folder is made where it is missing.
+pub fn in_made_folder(path: PathBuf) -> Result<PathBuf, Failure> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).map_err(|error| Failure::run(format!("{}: {error}", folder.display())))?;
+    }
+    Ok(path)
+}
+
 /// A text file's bytes, or those of stdin for `-`. As in llama.cpp, an editor's last newline is not part of the text.
 pub fn text(path: &Path) -> Result<Vec<u8>, Failure> {
     let mut bytes = read_file(path)?;

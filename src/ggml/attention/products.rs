@@ -17,7 +17,9 @@ pub(super) trait Element {
     unsafe fn load<V: Simd>(row: *const u8, i: usize) -> V;
     /// # Safety
     /// As `load`, for element `i`; only called where `BLOCK` is 1.
-    unsafe fn get(row: *const u8, i: usize) -> f32;
+    unsafe fn get(_row: *const u8, _i: usize) -> f32 {
+        unreachable!("rows are whole blocks")
+    }
 }
 
 pub(super) struct F32;
@@ -95,9 +97,6 @@ impl Element for Q8 {
             V::load_i8(block.add(2 + i % 32).cast()).mul(V::splat_f16(block.cast()))
         }
     }
-    unsafe fn get(_: *const u8, _: usize) -> f32 {
-        unreachable!("rows are whole blocks")
-    }
 }
 
 impl Element for Q4 {
@@ -110,9 +109,6 @@ impl Element for Q4 {
     unsafe fn load<V: Simd>(row: *const u8, i: usize) -> V {
         // SAFETY: the block exists.
         unsafe { V::load_q4(row.add(Self::offset(i)), i % 32) }
-    }
-    unsafe fn get(_: *const u8, _: usize) -> f32 {
-        unreachable!("rows are whole blocks")
     }
 }
 

@@ -27,9 +27,6 @@ impl Element for Codes4 {
         // SAFETY: the block exists.
         unsafe { V::load_nibbles(row.add(Self::offset(i)), i % 32) }
     }
-    unsafe fn get(_: *const u8, _: usize) -> f32 {
-        unreachable!("rows are whole blocks")
-    }
 }
 
 impl Element for Codes3 {
@@ -46,9 +43,6 @@ impl Element for Codes3 {
             V::load_twos(block, i % 32).add(V::load_fours(block.add(8), i % 32))
         }
     }
-    unsafe fn get(_: *const u8, _: usize) -> f32 {
-        unreachable!("rows are whole blocks")
-    }
 }
 
 impl Element for Codes2 {
@@ -61,9 +55,6 @@ impl Element for Codes2 {
     unsafe fn load<V: Simd>(row: *const u8, i: usize) -> V {
         // SAFETY: the block exists.
         unsafe { V::load_twos(row.add(Self::offset(i)), i % 32) }
-    }
-    unsafe fn get(_: *const u8, _: usize) -> f32 {
-        unreachable!("rows are whole blocks")
     }
 }
 

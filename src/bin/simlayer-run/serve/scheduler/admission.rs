@@ -226,7 +226,8 @@ impl Scheduler {
         });
         // One look goes on at a time.
         let to_be_read = self.running.iter().filter(|running| running.read.is_none());
-        let look = to_be_read.map(|running| self.session.look_bytes_of(running.prompt.len())).max().unwrap_or(0);
+        let longest = to_be_read.map(|running| running.prompt.len()).max();
+        let look = longest.map_or(0, |n| self.session.look_bytes_of(n));
         self.session.kv().allocated_bytes + running + embedding + look
     }
 
