@@ -29,7 +29,7 @@ use super::{
     executor::Executor,
     layer::{At, LayerCache, ScoredRows, resumable},
     looking::{Change, Looked, Looking, Ran, Stage, Trial},
-    probe::{Base, Probe},
+    probe::{Base, PROBE_PIECE, Probe},
     score::Scored,
     search::Search,
     sequence::Sequence,
@@ -54,9 +54,6 @@ pub(super) const N_SCORED: usize = 32;
 
 /// Fewer tell nothing.
 const FEWEST_LAST: usize = 8;
-
-/// Tokens of the probe that are run in a step of a look in steps.
-const PROBE_PIECE: usize = 48;
 
 /// Rows that the order of keys is found by, of each layer.
 const KEY_ROWS: usize = 256;
@@ -140,15 +137,16 @@ impl Sequence {
 
     /// Does what is left of a look, if one is under way.
     pub fn finish_look(&mut self, setup: &Setup, executor: &mut Executor) -> Result<(), Error> {
-        while self.look_step(setup, executor)? {}
+        while self.look_step(PROBE_PIECE, setup, executor)? {}
         Ok(())
     }
 
-    /// A step of the look that is under way; false when there is none, or it was the last one. Makes layers lazy, and keys
-    /// narrow: the largest beginning of the proposed order whose look diverges by no more than is allowed. After an error the
-    /// look is over.
-    pub fn look_step(&mut self, setup: &Setup, executor: &mut Executor) -> Result<bool, Error> {
+    /// A step of the look that is under way, in which no more than about `n_tokens` of the probe are run; false when there is
+    /// none, or it was the last one. Makes layers lazy, and keys narrow: the largest beginning of the proposed order whose look
+    /// diverges by no more than is allowed. After an error the look is over.
+    pub fn look_step(&mut self, n_tokens: usize, setup: &Setup, executor: &mut Executor) -> Result<bool, Error> {
         let Some(mut looking) = self.looking.take() else { return Ok(false) };
+        looking.probe.piece = n_tokens.clamp(1, PROBE_PIECE);
         executor.scheduler.set_threads(setup.params.n_threads_batch)?;
         let stage = mem::replace(&mut looking.stage, Stage::Done);
         let stage = match stage {
@@ -347,7 +345,9 @@ impl Sequence {
         let n_all = probe.tokens.len();
         // Recurrent layers' states are known before the first token alone.
         let is_cut = setup.params.look_in_steps && probe.states.is_none();
-        let piece = ran.n..if is_cut { n_all.min(ran.n + PROBE_PIECE) } else { n_all };
+        // Each layer's attention is computed twice where layers are scored.
+        let n_most = if is_scored { probe.piece.div_ceil(2) } else { probe.piece };
+        let piece = ran.n..if is_cut { n_all.min(ran.n + n_most) } else { n_all };
         let n_scored = if is_scored { n_all - probe.n_last + probe.n_last.min(N_SCORED) } else { 0 };
         let n_score = piece.end.saturating_sub(piece.start.max(n_all - n_scored));
         let n_past = probe.start + piece.start;

@@ -40,7 +40,7 @@ fn saved(session: &Session, seq: SeqId) -> Vec<u8> {
 /// Steps of the look, between which a token of another sequence is read.
 fn look(session: &mut Session, other: SeqId) -> usize {
     let mut steps = 1;
-    while session.look_step(0).unwrap() {
+    while session.look_step(0, 48).unwrap() {
         let at = session.seq_n_past(other) as i32;
         read(session, other, at..at + 1);
         steps += 1;
@@ -51,7 +51,7 @@ fn look(session: &mut Session, other: SeqId) -> usize {
 /// The whole look, with nothing between its steps. It takes no more memory than it says, but for what buffers are rounded to.
 fn finish(session: &mut Session) {
     let most = session.kv().allocated_bytes + session.look_bytes_of(session.seq_n_past(0)) + 4096;
-    while session.look_step(0).unwrap() {
+    while session.look_step(0, 48).unwrap() {
         assert!(session.kv().allocated_bytes <= most, "{} bytes, at most {most}", session.kv().allocated_bytes);
     }
 }
@@ -103,14 +103,26 @@ fn steps_find_the_same_whatever_is_between() {
 #[test]
 fn steps_find_what_one_piece_finds() {
     for (policy, narrow_keys) in POLICIES.into_iter().filter(|(policy, _)| !matches!(*policy, "kl:0.001" | "auto")) {
-        let [mut whole, mut stepped] = [false, true].map(|steps| session(policy, narrow_keys, steps));
-        assert_eq!(read(&mut stepped, 0, 0..150), read(&mut whole, 0, 0..150), "{policy}");
-        assert!(!whole.is_looking(0) && stepped.is_looking(0), "{policy}");
-        finish(&mut stepped);
-        let lazy = |session: &Session| -> Vec<bool> { session.layers(0).iter().map(|layer| layer.lazy).collect() };
-        assert_eq!(lazy(&stepped), lazy(&whole), "{policy}");
-        let [found, expected] = [&stepped, &whole].map(|session| session.foretold(0).unwrap_or(0.0));
-        assert!((found - expected).abs() <= 0.02 * expected, "{policy}: {found}, {expected}");
+        let mut whole = session(policy, narrow_keys, false);
+        let logits = read(&mut whole, 0, 0..150);
+        assert!(!whole.is_looking(0), "{policy}");
+        let mut n_steps = [usize::MAX, 48, 9].map(|n_tokens| {
+            let mut stepped = session(policy, narrow_keys, true);
+            assert_eq!(read(&mut stepped, 0, 0..150), logits, "{policy}");
+            assert!(stepped.is_looking(0), "{policy}");
+            let mut n_steps = 1;
+            while stepped.look_step(0, n_tokens).unwrap() {
+                n_steps += 1;
+            }
+            let lazy = |session: &Session| -> Vec<bool> { session.layers(0).iter().map(|layer| layer.lazy).collect() };
+            assert_eq!(lazy(&stepped), lazy(&whole), "{policy}");
+            let [found, expected] = [&stepped, &whole].map(|session| session.foretold(0).unwrap_or(0.0));
+            assert!((found - expected).abs() <= 0.02 * expected, "{policy}: {found}, {expected}");
+            n_steps
+        });
+        // The fewer tokens at once, the more steps; never more tokens than a short piece has.
+        n_steps.sort_unstable();
+        assert!(n_steps[0] == n_steps[1] && n_steps[1] < n_steps[2], "{policy}: {n_steps:?}");
     }
 }
 
@@ -137,7 +149,7 @@ fn what_is_appended_waits_for_the_look() {
             read(session, 0, 0..200);
         }
         finish(&mut whole);
-        (0..steps).for_each(|_| assert!(stepped.look_step(0).unwrap()));
+        (0..steps).for_each(|_| assert!(stepped.look_step(0, 48).unwrap()));
         assert_eq!(read(&mut stepped, 0, 200..201), read(&mut whole, 0, 200..201));
         assert!(!stepped.is_looking(0) && saved(&stepped, 0) == saved(&whole, 0));
     }
@@ -150,7 +162,7 @@ fn what_is_looked_at_can_be_copied_saved_cut_and_cleared() {
         let begun = || {
             let mut session = session("kl:1000", true, true);
             read(&mut session, 0, 0..200);
-            (0..steps).for_each(|_| assert!(session.look_step(0).unwrap()));
+            (0..steps).for_each(|_| assert!(session.look_step(0, 48).unwrap()));
             session
         };
         let mut session = begun();
@@ -176,13 +188,13 @@ fn what_is_looked_at_can_be_copied_saved_cut_and_cleared() {
         // Given up: the next prompt's end is looked at.
         let mut session = begun();
         session.stop_look(0);
-        assert!(!session.is_looking(0) && !session.look_step(0).unwrap());
+        assert!(!session.is_looking(0) && !session.look_step(0, 48).unwrap());
         assert!(saved(&session, 0) == before && session.foretold(0).is_none());
         read(&mut session, 0, 200..230);
         assert!(session.is_looking(0));
         assert!(session.truncate(229) && !session.is_looking(0));
         session.seq_clear(0);
-        assert!(!session.look_step(0).unwrap() && session.seq_n_past(0) == 0);
+        assert!(!session.look_step(0, 48).unwrap() && session.seq_n_past(0) == 0);
         let mut session = begun();
         session.seq_clear(0);
         read(&mut session, 0, 0..200);

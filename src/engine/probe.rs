@@ -23,6 +23,9 @@ const UNCOUNTED: usize = 4;
 /// How much more repeated pieces may diverge than the last tokens.
 const REPEATED_MORE: f64 = 5.0;
 
+/// Tokens of the probe that are run at once in a look in steps, at most and unless fewer are asked for.
+pub(super) const PROBE_PIECE: usize = 48;
+
 /// What is run over other caches.
 #[derive(Debug)]
 pub(super) struct Probe {
@@ -35,13 +38,16 @@ pub(super) struct Probe {
     pub repeated: Vec<usize>,
     /// Recurrent layers' states before the first token.
     pub states: Option<Snapshot>,
+    /// Tokens that are run at once in a look in steps.
+    pub piece: usize,
 }
 
 impl Probe {
     /// The last `n_last` of these tokens, and what is repeated after them.
     pub fn new(tokens: &[Token], n_last: usize, n_room: usize, lazy: &LazyParams) -> Probe {
         let start = tokens.len() - n_last;
-        let mut probe = Probe { start, tokens: tokens[start..].to_vec(), n_last, repeated: Vec::new(), states: None };
+        let (last, repeated) = (tokens[start..].to_vec(), Vec::new());
+        let mut probe = Probe { start, tokens: last, n_last, repeated, states: None, piece: PROBE_PIECE };
         for piece in telling_pieces(tokens, lazy) {
             if probe.tokens.len() + piece.len() <= n_room {
                 let first = probe.tokens.len();

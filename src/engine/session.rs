@@ -278,15 +278,15 @@ impl Session {
         self.sequences.get(seq).is_some_and(|sequence| sequence.looking.is_some())
     }
 
-    /// Does a step of the look before dropping in a sequence, which takes about as long as a short piece of a prompt. False when
-    /// there is none, or it was the last one. Other sequences can be run between the steps: what comes of them all is what
-    /// would come of them in one piece.
+    /// Does a step of the look before dropping in a sequence, which takes about as long as a piece of `n_tokens` of its prompt
+    /// would now, and not longer than a short one. False when there is none, or it was the last one. Other sequences can be
+    /// run between the steps: what comes of them all is what would come of them in one piece, but for rounding.
     ///
     /// # Errors
     /// When memory runs out, or the call is interrupted. The look is over then; what became lazy stays so.
-    pub fn look_step(&mut self, seq: SeqId) -> Result<bool, Error> {
+    pub fn look_step(&mut self, seq: SeqId, n_tokens: usize) -> Result<bool, Error> {
         match self.sequences.get_mut(seq) {
-            Some(sequence) => sequence.look_step(&self.setup, &mut self.executor),
+            Some(sequence) => sequence.look_step(n_tokens, &self.setup, &mut self.executor),
             None => Ok(false),
         }
     }

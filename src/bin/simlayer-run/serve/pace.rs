@@ -6,6 +6,8 @@ use std::time::Duration;
 const PATIENCE: Duration = Duration::from_millis(100);
 /// Fewer tokens at once cost nearly as much.
 const LEAST: usize = 32;
+/// As few of those that are run once more in a look at a prompt's end.
+const LEAST_PROBE: usize = 16;
 /// What a step counts that came one before another.
 const FADING: f64 = 0.85;
 /// Depths at which a token takes twice as long to read as at a prompt's beginning: one of them is the model's.
@@ -84,6 +86,12 @@ impl Pace {
     pub fn tokens(&self, answers: usize, depth: usize) -> usize {
         let (least, most) = self.bounds(answers);
         ((self.seconds(answers) / self.cost(depth)) as usize).clamp(least, most)
+    }
+
+    /// Tokens that are run once more at once in a look at the end of a prompt of so many tokens, while so many answers wait for it.
+    /// A few at least: besides them such a step is as long as one without prompts.
+    pub fn probe_tokens(&self, answers: usize, depth: usize) -> usize {
+        ((self.seconds(answers) / self.cost(depth)) as usize).clamp(LEAST_PROBE, self.n_ubatch)
     }
 
     /// Notes that a step with these pieces of prompts, and with so many answers, took so long.

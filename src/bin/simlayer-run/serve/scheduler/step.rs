@@ -125,7 +125,10 @@ impl Scheduler {
     /// A step of the look before dropping at a prompt's end; after the last one its answer begins.
     pub(super) fn look(&mut self) {
         let Some(index) = self.looked_at() else { return };
-        match self.session.look_step(self.running[index].seq) {
+        let seq = self.running[index].seq;
+        let answers = self.running.iter().filter(|running| running.next.is_some()).count();
+        let n_tokens = self.pace.probe_tokens(answers, self.session.seq_n_past(seq));
+        match self.session.look_step(seq, n_tokens) {
             Ok(true) => {}
             Ok(false) => {
                 let Some(Look { logits, .. }) = self.running[index].look.take() else { return };
