@@ -1,14 +1,16 @@
-//! What is compared: a rule, and the types that the active layers' cache has under it.
+//! What is compared: a rule, and what else of a cache is not the run's own under it.
 
 use std::{fmt, str::FromStr};
 
 use crate::{
+    engine::SessionParams,
     ggml::Type,
-    lazy::{ParsePolicyError, Policy},
+    lazy::{ParsePolicyError, Policy, Prune},
 };
 
-/// A rule and, where they are not the run's own, the types of keys and values in active layers. It is written
-/// `budget:0.5`, or with types `budget:0.5@q8_0/q4_0` and `off@q8_0`.
+/// A rule and, where they are not the run's own, the types of keys and values in active layers, and more. It is written
+/// `budget:0.5`, with types `budget:0.5@q8_0/q4_0` and `off@q8_0`, and with more after plus signs:
+/// `profile:0.8@q4_0+prune+lazy:kvarn4+window:768`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Contender {
     pub policy: Policy,
@@ -17,6 +19,12 @@ pub struct Contender {
     /// [`LazyParams::narrow_keys`](crate::lazy::LazyParams::narrow_keys): written `auto/q4_0`, for keys that are `q8_0`
     /// before.
     pub narrow_keys: bool,
+    /// Whether rows of active layers are pruned: `+prune` for [`Prune::Auto`], `+prune:-1.8` for a bound.
+    pub prune: Option<Prune>,
+    /// Types of keys and values in lazy layers: `+lazy:q8_0/q4_0`.
+    pub lazy_types: Option<(Type, Type)>,
+    /// Recent tokens that lazy layers keep: `+window:768`.
+    pub n_window: Option<usize>,
 }
 
 /// How types of narrow keys begin.
@@ -32,11 +40,46 @@ pub enum ParseContenderError {
         Type::cache_type_names()
     )]
     Types { types: String, text: String },
+    #[error("\"+{more}\" in \"{text}\" is none of +prune, +prune:BOUND, +lazy:TYPES and +window:TOKENS")]
+    More { more: String, text: String },
 }
 
 impl From<Policy> for Contender {
     fn from(policy: Policy) -> Contender {
-        Contender { policy, types: None, narrow_keys: false }
+        Contender { policy, types: None, narrow_keys: false, prune: None, lazy_types: None, n_window: None }
+    }
+}
+
+impl Contender {
+    /// The parameters of a session, with what the contender says in place of theirs.
+    pub(super) fn params(&self, run: &SessionParams) -> SessionParams {
+        let mut params = run.clone();
+        params.lazy.policy = self.policy.clone();
+        // Types of one's own are compared without anything else of the run's.
+        if self.types.is_some() {
+            params.prune = Prune::Off;
+        }
+        if let Some(types) = self.types {
+            ((params.type_k, params.type_v), params.lazy.narrow_keys) = (types, self.narrow_keys);
+        }
+        if let Some((type_k, type_v)) = self.lazy_types {
+            (params.lazy.type_k, params.lazy.type_v) = (Some(type_k), Some(type_v));
+        }
+        params.lazy.n_window = self.n_window.unwrap_or(params.lazy.n_window);
+        params.prune = self.prune.unwrap_or(params.prune);
+        params
+    }
+
+    /// Reads what stands after a plus sign. `None` where it is nothing of the kind.
+    fn add(&mut self, more: &str) -> Option<()> {
+        let (name, value) = more.split_once(':').map_or((more, None), |(name, value)| (name, Some(value)));
+        match (name, value) {
+            ("prune", value) => self.prune = Some(value.unwrap_or("auto").parse().ok()?),
+            ("lazy", Some(types)) => self.lazy_types = Some(Type::cache_types_from_name(types)?),
+            ("window", Some(tokens)) => self.n_window = Some(tokens.parse().ok().filter(|&n| n > 0)?),
+            _ => return None,
+        }
+        Some(())
     }
 }
 
@@ -44,14 +87,37 @@ impl FromStr for Contender {
     type Err = ParseContenderError;
 
     fn from_str(text: &str) -> Result<Contender, ParseContenderError> {
-        let Some((rule, types)) = text.split_once('@') else { return Ok(Contender::from(text.parse::<Policy>()?)) };
-        let wrong = || ParseContenderError::Types { types: types.to_owned(), text: text.to_owned() };
-        let (narrow_keys, types) = match types.strip_prefix(NARROW_KEYS) {
-            Some(of_values) => (true, Type::cache_type_from_name(of_values).map(|v| (Type::Q8_0, v))),
-            None => (false, Type::cache_types_from_name(types)),
+        let mut parts = text.split('+');
+        let rule = parts.next().unwrap_or_default();
+        let mut contender = match rule.split_once('@') {
+            None => Contender::from(rule.parse::<Policy>()?),
+            Some((rule, types)) => {
+                let (narrow_keys, both) = match types.strip_prefix(NARROW_KEYS) {
+                    Some(of_values) => (true, Type::cache_type_from_name(of_values).map(|v| (Type::Q8_0, v))),
+                    None => (false, Type::cache_types_from_name(types)),
+                };
+                let wrong = || ParseContenderError::Types { types: types.to_owned(), text: text.to_owned() };
+                let types = Some(both.ok_or_else(wrong)?);
+                Contender { types, narrow_keys, ..rule.parse::<Policy>()?.into() }
+            }
         };
-        let types = Some(types.ok_or_else(wrong)?);
-        Ok(Contender { policy: rule.parse()?, types, narrow_keys })
+        for more in parts {
+            let wrong = || ParseContenderError::More { more: more.to_owned(), text: text.to_owned() };
+            contender.add(more).ok_or_else(wrong)?;
+        }
+        Ok(contender)
+    }
+}
+
+/// Types of keys and values as they are read again.
+struct Types(Type, Type);
+
+impl fmt::Display for Types {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Types(k, v) if k == v => k.fmt(f),
+            Types(k, v) => write!(f, "{k}/{v}"),
+        }
     }
 }
 
@@ -59,11 +125,19 @@ impl fmt::Display for Contender {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.policy.fmt(f)?;
         match self.types {
-            Some((_, v)) if self.narrow_keys => write!(f, "@{NARROW_KEYS}{v}"),
-            Some((k, v)) if k == v => write!(f, "@{k}"),
-            Some((k, v)) => write!(f, "@{k}/{v}"),
-            None => Ok(()),
+            Some((_, v)) if self.narrow_keys => write!(f, "@{NARROW_KEYS}{v}")?,
+            Some((k, v)) => write!(f, "@{}", Types(k, v))?,
+            None => {}
         }
+        match self.prune {
+            Some(Prune::Auto) => f.write_str("+prune")?,
+            Some(prune) => write!(f, "+prune:{prune}")?,
+            None => {}
+        }
+        if let Some((k, v)) = self.lazy_types {
+            write!(f, "+lazy:{}", Types(k, v))?;
+        }
+        self.n_window.map_or(Ok(()), |tokens| write!(f, "+window:{tokens}"))
     }
 }
 
@@ -76,15 +150,37 @@ mod tests {
         let parse = |text: &str| text.parse::<Contender>();
         let budget = Policy::Budget(0.5);
         assert_eq!(parse("budget:0.5"), Ok(budget.clone().into()));
-        let typed = Contender { policy: budget, types: Some((Type::Q8_0, Type::Q4_0)), narrow_keys: false };
+        let typed = Contender { types: Some((Type::Q8_0, Type::Q4_0)), ..budget.into() };
         assert_eq!(parse("budget:0.5@q8_0/q4_0"), Ok(typed));
         assert_eq!(parse("off@q8_0"), parse("off@q8_0/q8_0"));
         let narrow = parse("off@auto/q4_0").unwrap();
         assert_eq!((narrow.types, narrow.narrow_keys), (Some((Type::Q8_0, Type::Q4_0)), true));
-        for text in ["budget:0.5", "auto@auto/q8_0", "budget:0.5@q8_0/q4_0", "off@q8_0", "auto@f16", "layers:1,2@q4_0"]
-        {
+        for text in [
+            "budget:0.5",
+            "auto@auto/q8_0",
+            "budget:0.5@q8_0/q4_0",
+            "off@q8_0",
+            "auto@f16",
+            "layers:1,2@q4_0",
+            "off+prune",
+            "off@q4_0+prune:-1.5",
+            "auto+prune:off",
+            "profile:0.8@q4_0+prune+lazy:kvarn4/kvarn3+window:768",
+        ] {
             assert_eq!(parse(text).unwrap().to_string(), text);
         }
+    }
+
+    #[test]
+    fn what_is_said_takes_the_place_of_the_runs_own() {
+        let mut run = SessionParams { prune: Prune::Auto, ..SessionParams::default() };
+        run.lazy.n_window = 512;
+        let params = |text: &str| text.parse::<Contender>().unwrap().params(&run);
+        assert_eq!((params("off").prune, params("off").lazy.n_window), (Prune::Auto, 512));
+        assert_eq!((params("off@q4_0").prune, params("off@q4_0").type_v), (Prune::Off, Type::Q4_0));
+        let params = params("profile:0.8@q4_0+prune:-2+lazy:q8_0/q4_0+window:256");
+        assert_eq!((params.prune, params.lazy.n_window), (Prune::Below(-2.0), 256));
+        assert_eq!((params.lazy.type_k, params.lazy.type_v), (Some(Type::Q8_0), Some(Type::Q4_0)));
     }
 
     #[test]
@@ -96,6 +192,11 @@ mod tests {
             ("off@auto", "auto"),
             ("off@auto/", "auto/"),
             ("of@q8_0", "of"),
+            ("off+prune:much", "+prune:much"),
+            ("off+lazy", "+lazy"),
+            ("off+lazy:q9", "+lazy:q9"),
+            ("off+window:0", "+window:0"),
+            ("off+", "\"+\""),
             ("", ""),
         ] {
             let error = text.parse::<Contender>().unwrap_err().to_string();

@@ -78,18 +78,13 @@ impl<'a> Reading<'a> {
     /// # Errors
     /// As [`Session::new`] and [`Session::prefill`].
     pub fn under(&mut self, contender: &Contender, progress: &mut dyn FnMut(f32)) -> Result<Held<'_>, Error> {
-        let mut params = self.params.clone();
-        params.lazy.policy = contender.policy.clone();
-        if let Some(types) = contender.types {
-            ((params.type_k, params.type_v), params.lazy.narrow_keys) = (types, contender.narrow_keys);
-        }
-        // Types of one's own are compared without anything else of the run's.
-        if contender.types.is_some() {
-            params.prune = Prune::Off;
-        }
+        let params = contender.params(self.params);
         let mut own = Session::new(self.model, params.clone())?;
         let is_f16 = (params.type_k, params.type_v) == (Type::F16, Type::F16);
-        if params.lazy.narrow_keys
+        // The uncompressed session has no exact store that would do for tiles, and other lazy layers.
+        if [params.type_k, params.type_v].into_iter().any(Type::is_tiles)
+            || (contender.lazy_types, contender.n_window) != (None, None)
+            || params.lazy.narrow_keys
             || params.prune != Prune::Off
             || !is_copied(&contender.policy, is_f16)
             || own.reads_windowed()

@@ -1,6 +1,7 @@
 //! What rules and cache types cost, over models, texts and made-up tasks: the tables of `docs/quality.md`.
 
 mod foretold;
+mod frontier;
 mod table;
 mod texts;
 
@@ -62,6 +63,9 @@ pub struct Args {
     /// Draws what looks foretold of texts against what was lost later into this SVG.
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
+    /// Compare ways to make a cache small, unless --rule says which, and draw their bytes against their harm into this SVG.
+    #[arg(long, value_name = "FILE")]
+    frontier: Option<PathBuf>,
     /// Print the cells in which a rule (auto, if none is named) is worse than promised, and fail where there are some.
     #[arg(long, value_name = "RULE", num_args = 0..=1, default_missing_value = "auto")]
     check: Option<String>,
@@ -142,7 +146,11 @@ pub fn run(args: &Args) -> Result<()> {
         }
     };
     let out = args.out.clone().unwrap_or_else(|| prepare::tools_dir().join("quality"));
-    let rules = if args.rules.is_empty() { RULES.map(str::to_owned).to_vec() } else { args.rules.clone() };
+    let rules = match (&args.rules[..], &args.frontier) {
+        ([], None) => RULES.map(str::to_owned).to_vec(),
+        ([], Some(_)) => frontier::RULES.map(str::to_owned).to_vec(),
+        (rules, _) => rules.to_vec(),
+    };
 
     let mut measured = Vec::new();
     for known in &MODELS {
@@ -186,6 +194,9 @@ pub fn run(args: &Args) -> Result<()> {
     print!("{}", foretold::correlations(&pairs));
     if let Some(path) = &args.plot {
         foretold::plot(&pairs, path)?;
+    }
+    if let Some(path) = &args.frontier {
+        frontier::plot(&measured, path)?;
     }
     match &args.check {
         Some(rule) => check(rule, &measured),
@@ -235,7 +246,7 @@ fn profiled(args: &Args, env: &Env, program: &Path, model: &Path, rule: &str) ->
     if !rule.starts_with("profile") || args.kept {
         return Ok(Some(Value::Null));
     }
-    let policy = rule.split('@').next().unwrap_or(rule);
+    let policy = rule.split(['@', '+']).next().unwrap_or(rule);
     let mut plan = env.command(&program.display().to_string());
     plan.args(["devices", "--plan", "--json", "--lazy", policy, "-m"]).arg(model);
     let plan = match sh::output(&mut plan) {
@@ -359,7 +370,7 @@ impl Cell<'_> {
 
 /// A rule as the name of a file.
 fn file_name(rule: &str) -> String {
-    rule.replace([':', '@', '/', ','], "_").replace('.', "p")
+    rule.replace([':', '@', '/', ',', '+'], "_").replace('.', "p")
 }
 
 /// A run that is kept, if it was made in the same way (or with any profile), and the full cache's beside it.
@@ -410,10 +421,12 @@ mod tests {
 
     #[test]
     fn rules_have_files_of_their_own() {
-        let mut names: Vec<String> = RULES.iter().map(|rule| file_name(rule)).collect();
+        let all: Vec<&str> = RULES.into_iter().chain(frontier::RULES).collect();
+        let all = table::distinct(all.into_iter());
+        let mut names: Vec<String> = all.iter().map(|rule| file_name(rule)).collect();
         assert!(names.iter().all(|name| name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')), "{names:?}");
         names.sort();
         names.dedup();
-        assert_eq!(names.len(), RULES.len());
+        assert_eq!(names.len(), all.len());
     }
 }

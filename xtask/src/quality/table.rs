@@ -13,7 +13,7 @@ const MOST_MEAN_KL: f64 = 0.01;
 const LEAST_FOUND: f64 = 0.97;
 
 impl Measured {
-    fn number(&self, key: &str) -> f64 {
+    pub fn number(&self, key: &str) -> f64 {
         self.run[key].as_f64().unwrap_or(f64::NAN)
     }
 
@@ -34,7 +34,7 @@ pub fn distinct<T: PartialEq>(all: impl Iterator<Item = T>) -> Vec<T> {
 }
 
 /// Not a number where there is none.
-fn mean(values: &[f64]) -> f64 {
+pub fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len() as f64
 }
 
@@ -66,7 +66,7 @@ fn found(found: u64, trials: u64) -> String {
 }
 
 /// All bytes of f16 caches over all bytes of these.
-fn compression(cells: &[&Measured]) -> f64 {
+pub fn compression(cells: &[&Measured]) -> f64 {
     let bytes: f64 = cells.iter().map(|cell| cell.number("kv_bytes")).sum();
     let f16: f64 = cells.iter().map(|cell| cell.number("kv_bytes") * cell.number("compression")).sum();
     f16 / bytes

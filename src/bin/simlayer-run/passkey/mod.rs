@@ -240,7 +240,7 @@ fn contenders(
         let hparams = model.hparams();
         let lazy = Policy::Layers((0..hparams.n_layer).filter(|&layer| hparams.can_be_lazy(layer)).collect());
         let other = |name: &str, policy: Policy, types| {
-            (Outcome::new(name, policy.to_string()), Contender { policy, types, narrow_keys: false })
+            (Outcome::new(name, policy.to_string()), Contender { types, ..policy.into() })
         };
         all.insert(0, other(FULL, Policy::Off, Some((Type::F16, Type::F16))));
         all.insert(2, other("StreamingLLM", lazy, None));
