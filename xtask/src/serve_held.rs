@@ -117,8 +117,8 @@ fn theirs(env: &Env, program: &Path, model: &Path, ty: &str, args: &Args) -> Res
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         command.arg("-m").arg(model).args(["--port", &port.to_string(), "-np", &slots.to_string()]);
         command.args(["-c", &(slots * slot).to_string(), "-fa", "on", "-ctk", ty, "-ctv", ty]);
-        // What it would keep of idle slots besides is memory that does not count.
-        command.args(["--cache-ram", "0", "--log-colors", "off"]);
+        // What it would keep of idle slots besides is memory that does not count. At this verbosity it says the caches' size.
+        command.args(["--cache-ram", "0", "--log-colors", "off", "-lv", "4"]);
         let server = Serving::start_other(command, format!("http://127.0.0.1:{port}"), &log)?;
         let bytes = kv_bytes(&fs::read_to_string(&log)?).context("llama-server says no size of its KV cache")?;
         Ok((server, bytes))
