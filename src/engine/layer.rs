@@ -6,10 +6,11 @@ use serde::Serialize;
 
 use super::{
     pruning,
+    rescue::{Begun, Leaving},
     setup::{BACK, LayerSetup, ROWS_STEP},
 };
 use crate::{
-    cache::{Chain, Format, HeadLists, Move, RowScores, Span, StateStore, Store, move_rows},
+    cache::{Chain, Format, HeadLists, Listed, Move, Rescued, RowScores, Span, StateStore, Store, move_rows},
     ggml::{Error, Scheduler, TILE},
 };
 
@@ -26,7 +27,11 @@ pub(super) struct LayerCache {
     pub held_from: usize,
     /// What is left of older rows, once some were pruned.
     pub pruned: Option<HeadLists>,
-    /// How much the store's rows will be asked for, where they may be pruned later.
+    /// Of a lazy layer, older rows that it keeps, once some have left the window.
+    pub rescued: Option<Rescued>,
+    /// Rows that are being overwritten and have not competed yet for a place among these.
+    pub leaving: Option<Leaving>,
+    /// How much the store's rows will be asked for, where they may be pruned or rescued later.
     pub scores: Option<RowScores>,
     /// Whether the policy made it lazy; a layer that is sliding-window by design has a span and is not lazy.
     pub lazy: bool,
@@ -49,6 +54,24 @@ pub(super) struct At {
 
 /// The bytes of rows, and their scores.
 pub(super) type ScoredRows = (Vec<u8>, Vec<f32>);
+
+/// What a ring has, for whoever goes back to there.
+#[derive(Debug, Default)]
+pub(super) struct Ring {
+    /// The first position after the sink of which there is a row.
+    pub from: usize,
+    pub rows: Vec<u8>,
+    /// Those of the rows, where they have some.
+    pub scores: Vec<f32>,
+    /// What was rescued of the rows before, if anything.
+    pub listed: Option<Listed>,
+}
+
+impl Ring {
+    pub fn bytes(&self) -> usize {
+        self.rows.len() + size_of_val(&self.scores[..]) + self.listed.as_ref().map_or(0, Listed::bytes)
+    }
+}
 
 /// The sink and the newest tokens of a layer in f16, beside its quantised store.
 #[derive(Debug)]
@@ -125,7 +148,7 @@ pub struct LayerReport {
     pub shares: Option<usize>,
     /// Recent tokens that it keeps, the newest included; `None` when it keeps all.
     pub window: Option<usize>,
-    /// Rows of keys and values that it holds; of a layer with pruned rows the mean over its KV heads.
+    /// Rows of keys and values that it holds; of a layer with pruned or rescued rows the mean over its KV heads.
     pub rows: usize,
     /// Bytes of its buffers, with those of its state. What a copy shares with the sequence that it is of counts in each.
     pub kv_bytes: usize,
@@ -141,6 +164,8 @@ impl LayerCache {
             span,
             held_from: 0,
             pruned: None,
+            rescued: None,
+            leaving: None,
             scores: None,
             lazy,
             score: None,
@@ -183,9 +208,10 @@ impl LayerCache {
             let at = At { n_past, exact_from: 0 };
             let store = self.refilled(at, &scratch, self.format, setup, scheduler)?;
             self.exact = self.exact_from_store(at, &scratch, self.format, setup, scheduler)?;
+            self.convert_rescued(setup, scheduler)?;
             self.store = Some(setup.chain(store));
         }
-        Ok(())
+        self.rescue(n_past, setup)
     }
 
     /// A store in a format, with the rows that `store` holds.
@@ -271,6 +297,8 @@ impl LayerCache {
         if !self.attends {
             return Ok(());
         }
+        self.rescue(positions.start, setup)?;
+        self.keep_leaving(positions.clone(), setup);
         let needed = self.used_rows(positions.end);
         let Some(store) = &mut self.store else {
             self.exact = Exact::new(self.format, setup)?;
@@ -300,9 +328,16 @@ impl LayerCache {
         self.reserve_scores(setup)
     }
 
-    /// Makes room for the scores of the store's rows, where they may be pruned later.
+    /// Makes room for the scores of the store's rows, where they may be pruned or rescued later.
     pub fn reserve_scores(&mut self, setup: &LayerSetup) -> Result<(), Error> {
-        let (Some(_), Some(store), None) = (&setup.pruning, &self.store, self.span) else { return Ok(()) };
+        let Some(store) = self.store.as_ref().filter(|_| self.span.is_none_or(|span| span.n_rescued > 0)) else {
+            return Ok(());
+        };
+        if setup.pruning.is_none() {
+            // New rows have none, and those of old ones do not stay theirs in a ring.
+            self.scores.take_if(|_| self.span.is_some());
+            return Ok(());
+        }
         let n_rows = store.n_rows();
         if self.scores.as_ref().is_none_or(|scores| scores.n_rows() < n_rows) {
             let scores = setup.make_scores(n_rows)?;
@@ -335,24 +370,35 @@ impl LayerCache {
         self.own_state()?;
         let ring = self.store.as_mut().filter(|_| self.span.is_some());
         let stores = ring.into_iter().chain(self.exact.as_mut().map(|exact| &mut exact.store));
-        stores.into_iter().try_for_each(|store| store.own(slice::from_ref(&(0..store.n_rows()))))
+        stores.into_iter().try_for_each(|store| store.own(slice::from_ref(&(0..store.n_rows()))))?;
+        self.rescued.as_mut().map_or(Ok(()), Rescued::own)
     }
 
     /// Keeps sink and window only from now on, in the lazy format.
     pub fn make_lazy(&mut self, at: At, setup: &LayerSetup, scheduler: &mut Scheduler) -> Result<(), Error> {
-        let (span, format, n_past) = (setup.plan.lazy_span, setup.plan.lazy, at.n_past);
+        let (span, format, n_past) = (self.span_when_lazy(setup), setup.plan.lazy, at.n_past);
+        let mut begun = Begun { rescued: None, scores: None };
         if let Some(store) = &self.store {
             let shrunk = self.shrunk(at, store, span, format, setup, scheduler)?;
             let exact = match &self.exact {
                 Some(exact) if exact.fits(format, setup) => self.exact.take(),
                 _ => self.exact_from_store(at, store, format, setup, scheduler)?,
             };
+            begun = self.begin_rescuing(at, &shrunk, setup, scheduler)?;
             self.store = Some(setup.chain(shrunk));
             self.exact = exact;
         }
-        (self.span, self.format, self.lazy, self.scores) = (Some(span), format, true, None);
+        (self.span, self.format, self.lazy) = (Some(span), format, true);
+        (self.rescued, self.scores) = (begun.rescued, begun.scores);
         self.held_from = span.held_from(n_past);
-        Ok(())
+        self.rescue(n_past, setup)
+    }
+
+    /// What it keeps if it becomes lazy now. Of rows without scores none can be rescued.
+    fn span_when_lazy(&self, setup: &LayerSetup) -> Span {
+        let span = setup.plan.lazy_span;
+        let has_scores = self.store.is_none() || self.scores.is_some();
+        Span { n_rescued: if has_scores { span.n_rescued } else { 0 }, ..span }
     }
 
     /// A copy of the layer in a sequence of so many tokens, which becomes lazy or keeps what this one keeps, in another
@@ -365,7 +411,7 @@ impl LayerCache {
         setup: &LayerSetup,
         scheduler: &mut Scheduler,
     ) -> Result<LayerCache, Error> {
-        let (lazy_span, n_past) = (becomes_lazy.then_some(setup.plan.lazy_span), at.n_past);
+        let (lazy_span, n_past) = (becomes_lazy.then(|| self.span_when_lazy(setup)), at.n_past);
         let format = match format {
             _ if becomes_lazy => setup.plan.lazy,
             Some(format) if self.pruned.is_none() => format,
@@ -385,13 +431,17 @@ impl LayerCache {
             (_, Some(store)) => self.exact_from_store(at, store, format, setup, scheduler)?,
             (_, None) => None,
         };
-        let scores = match &self.scores {
-            Some(scores) if !becomes_lazy => {
+        let (rescued, scores) = match (&self.scores, becomes_lazy, &store) {
+            (_, true, Some(ring)) => {
+                let Begun { rescued, scores } = self.begin_rescuing(at, ring.single(), setup, scheduler)?;
+                (rescued, scores)
+            }
+            (Some(scores), false, _) => {
                 let copied = setup.make_scores(scores.n_rows())?;
                 copied.write(0, &scores.read(0..scores.n_rows()));
-                Some(copied)
+                (self.rescued.as_ref().map(Rescued::share), Some(copied))
             }
-            _ => None,
+            _ => (self.rescued.as_ref().map(Rescued::share), None),
         };
         let pruned = self.pruned.as_ref().map(HeadLists::share);
         let lazy = self.lazy || becomes_lazy;
@@ -399,7 +449,23 @@ impl LayerCache {
         let state = self.state.clone();
         let (span, score) = (lazy_span.or(self.span), self.score);
         let (attends, shares) = (self.attends, self.shares);
-        Ok(LayerCache { store, exact, span, held_from, pruned, scores, lazy, score, format, attends, shares, state })
+        let leaving = None;
+        Ok(LayerCache {
+            store,
+            exact,
+            span,
+            held_from,
+            pruned,
+            rescued,
+            leaving,
+            scores,
+            lazy,
+            score,
+            format,
+            attends,
+            shares,
+            state,
+        })
     }
 
     /// Rows were written up to `end` tokens: a ring has lost what was in them.
@@ -425,9 +491,10 @@ impl LayerCache {
         };
         let stores = self.store.iter().chain(self.exact.as_ref().map(|exact| &exact.store));
         let state_bytes = self.state.as_ref().map_or(0, |state| state.bytes());
-        let of_pruning =
-            self.pruned.as_ref().map_or(0, HeadLists::bytes) + self.scores.as_ref().map_or(0, RowScores::bytes);
-        let kv_bytes = stores.map(Chain::bytes).sum::<usize>() + of_pruning + state_bytes;
+        let of_lists =
+            self.pruned.as_ref().map_or(0, HeadLists::bytes) + self.rescued.as_ref().map_or(0, Rescued::bytes);
+        let of_scores = self.scores.as_ref().map_or(0, RowScores::bytes);
+        let kv_bytes = stores.map(Chain::bytes).sum::<usize>() + of_lists + of_scores + state_bytes;
         let window = self.span.map(|span| span.n_window);
         LayerReport {
             index,
@@ -436,7 +503,7 @@ impl LayerCache {
             kind,
             shares: self.shares,
             window,
-            rows: self.used_rows(n_past) + self.pruned.as_ref().map_or(0, HeadLists::mean),
+            rows: self.used_rows(n_past) + self.lists().map_or(0, HeadLists::mean),
             kv_bytes,
             state_bytes,
         }
@@ -480,8 +547,24 @@ impl LayerCache {
             let ranges = row_ranges(self.span, self.held_from, positions.clone());
             store.read_rows(&whole(ranges, store.format()), &mut rows);
         }
-        let of_rows = self.row_of_scores(positions);
-        (rows, self.scores.as_ref().map_or_else(Vec::new, |scores| scores.read(of_rows)))
+        (rows, self.scores_of(&row_ranges(self.span, self.held_from, positions)))
+    }
+
+    /// The scores of rows, where there are some.
+    pub fn scores_of(&self, ranges: &[Range<usize>]) -> Vec<f32> {
+        let Some(scores) = &self.scores else { return Vec::new() };
+        ranges.iter().flat_map(|range| scores.read(range.clone())).collect()
+    }
+
+    /// Puts [`LayerCache::scores_of`] back.
+    pub fn put_scores(&self, ranges: &[Range<usize>], scores: &[f32]) {
+        let (Some(known), mut rest) = (&self.scores, scores) else { return };
+        let n_rows: usize = ranges.iter().map(Range::len).sum();
+        for range in ranges {
+            let (own, others) = rest.split_at(range.len() * (scores.len() / n_rows));
+            known.write(range.start, own);
+            rest = others;
+        }
     }
 
     /// Puts [`LayerCache::rows`] back.
@@ -490,14 +573,7 @@ impl LayerCache {
             let ranges = row_ranges(self.span, self.held_from, positions.clone());
             store.write_rows(&whole(ranges, store.format()), rows);
         }
-        if let Some(known) = &self.scores {
-            known.write(self.row_of_scores(positions).start, scores);
-        }
-    }
-
-    /// The rows of positions, where they have scores.
-    fn row_of_scores(&self, positions: Range<usize>) -> Range<usize> {
-        if self.scores.is_none() { 0..0 } else { self.row(positions.start)..self.row(positions.end) }
+        self.put_scores(&row_ranges(self.span, self.held_from, positions), scores);
     }
 
     /// The first position after the sink that a checkpoint of `n` tokens has of the ring.
@@ -514,19 +590,23 @@ impl LayerCache {
     }
 
     /// What must be kept to go on from `n` tokens later, or from a few before: see [`LayerCache::ring_from`].
-    pub fn ring_rows(&self, n: usize) -> (usize, Vec<u8>) {
-        let (Some(span), Some(store)) = (self.span, &self.store) else { return (0, Vec::new()) };
+    pub fn ring_rows(&self, n: usize) -> Ring {
+        let (Some(span), Some(store)) = (self.span, &self.store) else { return Ring::default() };
         let from = self.ring_from(n);
         let mut rows = Vec::new();
-        store.read_rows(&LayerCache::ring_ranges(span, store.format(), n, from), &mut rows);
-        (from, rows)
+        let ranges = LayerCache::ring_ranges(span, store.format(), n, from);
+        store.read_rows(&ranges, &mut rows);
+        Ring { from, rows, scores: self.scores_of(&ranges), listed: self.listed_at(from) }
     }
 
-    /// Puts rows of [`LayerCache::ring_ranges`] back.
-    pub fn put_ring_rows(&mut self, n: usize, from: usize, rows: &[u8]) {
+    /// Puts the rows of [`LayerCache::ring_ranges`] back, after [`LayerCache::own_kept`].
+    pub fn put_ring_rows(&mut self, n: usize, ring: &Ring) {
         let (Some(span), Some(store)) = (self.span, &self.store) else { return };
-        store.write_rows(&LayerCache::ring_ranges(span, store.format(), n, from), rows);
-        self.held_from = if from <= span.n_sink { 0 } else { from };
+        let ranges = LayerCache::ring_ranges(span, store.format(), n, ring.from);
+        store.write_rows(&ranges, &ring.rows);
+        self.put_scores(&ranges, &ring.scores);
+        self.put_listed(ring.from, ring.listed.as_ref());
+        self.held_from = if ring.from <= span.n_sink { 0 } else { ring.from };
     }
 }
 

@@ -85,12 +85,13 @@ impl<'a> Reading<'a> {
         }
         // Types of one's own are compared without anything else of the run's.
         if contender.types.is_some() {
-            params.prune = Prune::Off;
+            (params.prune, params.lazy.n_rescued) = (Prune::Off, 0);
         }
         let mut own = Session::new(self.model, params.clone())?;
         let is_f16 = (params.type_k, params.type_v) == (Type::F16, Type::F16);
         if params.lazy.narrow_keys
             || params.prune != Prune::Off
+            || params.lazy.n_rescued > 0
             || !is_copied(&contender.policy, is_f16)
             || own.reads_windowed()
             || params.lazy.at != At::Prefill
