@@ -8,7 +8,8 @@
 use std::sync::Arc;
 
 use super::{
-    layer::{LayerCache, Ring, resumable},
+    layer::{LayerCache, resumable},
+    ring::Ring,
     setup::BACK,
     snapshot::Snapshot,
 };

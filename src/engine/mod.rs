@@ -23,6 +23,7 @@ mod profile;
 mod prune;
 mod pruning;
 mod rescue;
+mod ring;
 mod run;
 mod score;
 mod search;

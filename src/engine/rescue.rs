@@ -12,29 +12,16 @@
 use std::{ops::Range, slice};
 
 use super::{
-    layer::{At, LayerCache, ScoredRows},
+    layer::{At, Begun, Leaving, LayerCache, ScoredRows},
     setup::LayerSetup,
 };
 use crate::{
-    cache::{Format, HeadLists, Listed, Rescued, RowScores, Span, Store},
+    cache::{Format, HeadLists, Listed, Rescued, Span, Store},
     ggml::{self, Scheduler},
 };
 
 /// Rows that are looked at together, so that what is copied meanwhile stays small.
 const PIECE: usize = 1024;
-
-/// Rows that a ring is about to lose before they have competed.
-#[derive(Debug)]
-pub(super) struct Leaving {
-    positions: Range<usize>,
-    rows: ScoredRows,
-}
-
-/// What a layer that becomes lazy has of older rows, and the scores of its ring's.
-pub(super) struct Begun {
-    pub rescued: Option<Rescued>,
-    pub scores: Option<RowScores>,
-}
 
 impl LayerCache {
     /// The rows that each KV head has besides the store, where there are any.

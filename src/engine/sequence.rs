@@ -149,8 +149,8 @@ impl Sequence {
     /// Lets rows that have left the windows of lazy layers compete for a place among those that are rescued.
     pub fn rescue(&mut self, setup: &Setup) -> Result<(), Error> {
         let n_past = self.n_past();
-        let layers = self.layers.iter_mut().zip(&setup.layers);
-        Ok(layers.into_iter().try_for_each(|(layer, setup)| layer.rescue(n_past, setup))?)
+        let mut layers = self.layers.iter_mut().zip(&setup.layers);
+        Ok(layers.try_for_each(|(layer, setup)| layer.rescue(n_past, setup))?)
     }
 
     /// Rows were written up to `end` tokens: rings have lost what was in them.

@@ -18,11 +18,12 @@ use xxhash_rust::xxh3::Xxh3Default;
 use super::{
     batch::NO_TOKEN,
     error::Error,
-    layer::{Exact, LayerCache, Ring, whole},
+    layer::{Exact, LayerCache, whole},
     looking::Looked,
     mark::Place,
     positions::{PLACED_BYTES, Positions},
     pruning,
+    ring::Ring,
     sequence::Sequence,
     setup::{Kernel, Setup, rows},
 };
@@ -503,6 +504,10 @@ fn layer_of(saved: &LayerRows<'_>, index: usize, n_past: usize, setup: &Setup) -
             (_, None, _) => {}
         }
         layer.reserve_scores(setup)?;
+        // Without a map as well: by these what has left the window since competes.
+        if let (Some(_), None, Some(store)) = (layer.rescuing(), &layer.scores, &layer.store) {
+            layer.scores = Some(setup.make_scores(store.n_rows())?);
+        }
         layer.put_scores(&saved.header.ranges(n_past, Kind::Whole), &to_f32(saved.scores));
         layer.exact = Exact::new(format, setup)?;
         layer.put_exact_rows(saved.exact);
