@@ -12,7 +12,7 @@
 use std::{ops::Range, slice};
 
 use super::{
-    layer::{At, Begun, Leaving, LayerCache, ScoredRows},
+    layer::{At, Begun, LayerCache, Leaving, ScoredRows},
     setup::LayerSetup,
 };
 use crate::{
