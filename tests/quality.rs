@@ -299,6 +299,8 @@ fn rows_are_pruned_by_a_fitted_map() {
     let score = ["perplexity", "-f", &story_path, "--skip", "700", "--score", "8", "--lazy", "off", "--kl", "--json"];
     let message = failure(&model, &[&score[..], &["--prune", "auto"]].concat());
     assert!(message.contains("calibrate --fit-prune"), "{message}");
+    let lazy = ["perplexity", "-f", &story_path, "--lazy", "layers:0", "--lazy-rescue", "64"];
+    assert!(failure(&model, &lazy).contains("calibrate --fit-prune"));
 
     let fitted = json_of(&model, &["calibrate", "-f", &story_path, "--fit-prune", "--chunks", "1", "--json"]);
     assert_eq!(fitted["layers"].as_array().map(Vec::len), Some(6));
@@ -318,6 +320,19 @@ fn rows_are_pruned_by_a_fitted_map() {
     assert!(layers.iter().all(|layer| layer["kind"] == "pruned" && layer["rows"].as_u64().is_some_and(|n| n > 100)));
     let message = failure(&model, &[&score[..], &["--prune", "auto", "--ggml-kernels"]].concat());
     assert!(message.contains("rows cannot be pruned"), "{message}");
+
+    // By the same map lazy layers rescue rows: all of them, and nothing is lost.
+    let score = ["perplexity", "-f", &story_path, "--skip", "700", "--score", "8", "--kl", "--json"];
+    let lazy = ["--lazy", "layers:0-5", "--lazy-window", "64", "--lazy-type", "f16", "--lazy-rescue"];
+    let rescued = |m: &str| {
+        let json = json_of(&model, &[&score[..], &lazy, &[m]].concat());
+        (number(&json, "kl_mean"), number(&json["kv"], "allocated_bytes"))
+    };
+    let (none, some, all) = (rescued("0"), rescued("128"), rescued("1000"));
+    assert!(all.0.abs() < 1e-3 && none.0 > 10.0 * all.0.abs(), "{none:?} {all:?}");
+    assert!(none.1 < some.1 && some.1 < all.1, "{none:?} {some:?} {all:?}");
+    let message = failure(&model, &[&score[..], &lazy, &["128", "--ggml-kernels"]].concat());
+    assert!(message.contains("--lazy-rescue: rows cannot be rescued"), "{message}");
 }
 
 #[test]

@@ -37,6 +37,7 @@ impl LazySettings {
         read("SIMLAYER_SINK", |text| number(text, 0).map(|n| lazy.n_sink = n));
         read("SIMLAYER_WINDOW", |text| number(text, 1).map(|n| lazy.n_window = n));
         read("SIMLAYER_SLACK", |text| number(text, 0).map(|n| lazy.n_slack = n));
+        read("SIMLAYER_LAZY_RESCUE", |text| number(text, 0).map(|n| lazy.n_rescued = n));
         read("SIMLAYER_WINDOWS", |text| text.parse().map_err(to_text).map(|windows| lazy.windows = windows));
         read("SIMLAYER_QUERIES", |text| number(text, 1).map(|n| lazy.n_queries = n));
         read("SIMLAYER_AT", |text| parse_at(text).map(|at| lazy.at = at));

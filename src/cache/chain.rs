@@ -254,7 +254,8 @@ impl Chain {
     }
 }
 
-fn new_id() -> u64 {
+/// A number that was never given before.
+pub(super) fn new_id() -> u64 {
     static NEXT_ID: AtomicU64 = AtomicU64::new(0);
     NEXT_ID.fetch_add(1, Ordering::Relaxed)
 }

@@ -108,8 +108,8 @@ mod tests {
         ) {
             // `LayerPlan` has slack up to whole tiles, a state may have any.
             let odd = if odd % 2 == 0 { 0 } else { odd };
-            let span = ring.map(|(n_sink, n)| Span { n_sink, n_window: n * TILE - 40, n_slack: 40 + odd, chunked: false });
-            let exact = Span { n_sink: span.map_or(n_sink, |span| span.n_sink), n_window: TILE + more, n_slack, chunked: false };
+            let span = ring.map(|(n_sink, n)| Span { n_sink, n_window: n * TILE - 40, n_slack: 40 + odd, chunked: false, n_rescued: 0 });
+            let exact = Span { n_sink: span.map_or(n_sink, |span| span.n_sink), n_window: TILE + more, n_slack, chunked: false, n_rescued: 0 };
             let n_rows = span.map_or(4096, |span| span.n_rows().next_multiple_of(TILE));
             let mut stores = Stores {
                 span, exact, tiles: vec![None; n_rows], newest: vec![None; exact.n_rows()], n_past: 0, exact_from: 0, end: 0,

@@ -2,8 +2,8 @@
 
 use std::{ops::Range, slice};
 
-use super::{Chain, Format, Lease, Meter, RowShape, Store};
-use crate::ggml::{ATTENTION_BLOCK, BufferType, Context, Error, Graph, HeadRows, Tensor, Type};
+use super::{Chain, Format, Lease, Meter, Move, Moving, RowShape, Store, chain::new_id, move_rows};
+use crate::ggml::{ATTENTION_BLOCK, BufferType, Context, Error, Graph, HeadRows, Scheduler, Tensor, Type};
 
 /// For each KV head the rows that it keeps, in the order of their positions. Copies of a sequence share them until one appends.
 #[derive(Debug)]
@@ -14,6 +14,7 @@ pub(crate) struct HeadLists {
     memory: BufferType,
     meter: Meter,
     lists: Vec<List>,
+    id: u64,
 }
 
 #[derive(Debug)]
@@ -27,13 +28,28 @@ impl HeadLists {
     /// Without any rows yet, for a layer whose rows are these.
     pub fn new(layer: RowShape, format: Format, memory: BufferType, meter: &Meter) -> HeadLists {
         let lists = (0..layer.heads).map(|_| List { chain: None, n: 0 }).collect();
-        HeadLists { shape: RowShape { heads: 1, ..layer }, format, memory, meter: meter.clone(), lists }
+        HeadLists { shape: RowShape { heads: 1, ..layer }, format, memory, meter: meter.clone(), lists, id: new_id() }
     }
 
     /// The same rows for another sequence.
     pub fn share(&self) -> HeadLists {
         let share = |list: &List| List { chain: list.chain.as_ref().map(Chain::share), n: list.n };
-        HeadLists { meter: self.meter.clone(), lists: self.lists.iter().map(share).collect(), ..*self }
+        HeadLists { meter: self.meter.clone(), lists: self.lists.iter().map(share).collect(), id: new_id(), ..*self }
+    }
+
+    /// A number that no other lists ever have, nor these with other rows or with rows in other memory: what is in the rows may
+    /// change meanwhile.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Bytes of a row of one head, and how many of them are the key's.
+    pub fn bytes_of_row(&self) -> (usize, usize) {
+        (self.shape.row_bytes(self.format), self.format.k.row_bytes(self.shape.key_size))
     }
 
     /// Rows of each head.
@@ -73,8 +89,72 @@ impl HeadLists {
         self.lists.iter().map(rows).collect()
     }
 
+    /// Makes room for this many rows in each head, of lists that have none.
+    pub fn allot(&mut self, most: usize) -> Result<(), Error> {
+        let make = || Store::new(self.shape, most, ATTENTION_BLOCK, None, self.format, self.memory, &self.meter);
+        let stores = self.lists.iter().map(|_| make()).collect::<Result<Vec<_>, _>>()?;
+        for (list, store) in self.lists.iter_mut().zip(stores) {
+            list.chain = Some(Chain::new(store, Some(ATTENTION_BLOCK)));
+        }
+        self.id = new_id();
+        Ok(())
+    }
+
+    /// Makes these rows of a head, for which there is room, no other sequence's.
+    pub fn own(&mut self, head: usize, rows: Range<usize>) -> Result<(), Error> {
+        let Some(chain) = &mut self.lists[head].chain else { return Ok(()) };
+        let before = chain.id();
+        chain.own(slice::from_ref(&rows))?;
+        if chain.id() != before {
+            self.id = new_id();
+        }
+        Ok(())
+    }
+
+    /// Writes a head's row, which is no other sequence's: in place of one, or as the next one.
+    pub fn put(&mut self, head: usize, index: usize, row: &[u8]) {
+        let list = &mut self.lists[head];
+        if let Some(chain) = &list.chain {
+            chain.write_rows(slice::from_ref(&(index..index + 1)), row);
+        }
+        if index == list.n {
+            list.n += 1;
+            self.id = new_id();
+        }
+    }
+
+    /// Appends the bytes of a head's row.
+    pub fn read_row(&self, head: usize, index: usize, to: &mut Vec<u8>) {
+        if let Some(chain) = &self.lists[head].chain {
+            chain.read_rows(slice::from_ref(&(index..index + 1)), to);
+        }
+    }
+
+    /// Keeps a head's first `n` rows.
+    pub fn cut(&mut self, head: usize, n: usize) {
+        self.lists[head].n = n.min(self.lists[head].n);
+        self.id = new_id();
+    }
+
+    /// The same rows in another format, with the same room.
+    pub fn converted(&self, format: Format, scheduler: &mut Scheduler, moving: Moving<'_>) -> Result<HeadLists, Error> {
+        let moving = Moving { shape: self.shape, n_sink: 0, ..moving };
+        let convert = |list: &List| {
+            let Some(chain) = &list.chain else { return Ok(List { chain: None, n: 0 }) };
+            let store =
+                Store::new(self.shape, chain.n_rows(), ATTENTION_BLOCK, None, format, self.memory, &self.meter)?;
+            if list.n > 0 {
+                move_rows(scheduler, &[(chain, &[Move { from: 0..list.n, to: 0 }])], &store, moving)?;
+            }
+            Ok(List { chain: Some(Chain::new(store, Some(ATTENTION_BLOCK))), n: list.n })
+        };
+        let lists = self.lists.iter().map(convert).collect::<Result<_, Error>>()?;
+        Ok(HeadLists { lists, format, meter: self.meter.clone(), id: new_id(), ..*self })
+    }
+
     /// Makes room for so many rows more in each head. What is there stays, also after an error.
     pub fn reserve(&mut self, more: &[usize]) -> Result<(), Error> {
+        self.id = new_id();
         let (shape, format, memory) = (self.shape, self.format, self.memory);
         let make = |rows: usize| {
             let rows = Store::rows_with_room(rows);
@@ -106,6 +186,7 @@ impl HeadLists {
         if let Some(chain) = list.chain.as_ref().filter(|_| n > 0) {
             chain.write_rows(slice::from_ref(&(list.n..list.n + n)), rows);
             list.n += n;
+            self.id = new_id();
         }
     }
 

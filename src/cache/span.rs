@@ -15,6 +15,9 @@ pub(crate) struct Span {
     /// Whether positions come in chunks of `n_window`: a query sees of its own chunk what is before it, and nothing of the
     /// chunks before.
     pub chunked: bool,
+    /// Rows of each KV head that are kept of what is older, beside the store. The rows that leave the window while several queries
+    /// are computed at once become some of them only afterwards: all of these queries see what the first one's window has.
+    pub n_rescued: usize,
 }
 
 impl Span {
@@ -24,7 +27,7 @@ impl Span {
     }
 
     /// Rows of the ring after the sink.
-    fn ring(self) -> usize {
+    pub fn ring(self) -> usize {
         self.n_window + self.n_slack
     }
 
@@ -46,6 +49,17 @@ impl Span {
             true => query / self.n_window * self.n_window,
             false => (query + 1).saturating_sub(self.n_window),
         }
+    }
+
+    /// The same of a query that is computed together with others, of which the first is at position `first`.
+    pub fn seen_together(self, query: usize, first: usize) -> usize {
+        self.seen_from(if self.n_rescued > 0 { first } else { query })
+    }
+
+    /// The first position after the sink that has not left the window of the query at position `query`: rows before it are the
+    /// sink's, or among those that are rescued, or gone.
+    pub fn leaves_from(self, query: usize) -> usize {
+        self.seen_from(query).max(self.n_sink)
     }
 
     /// Whether the query at position `query` attends to `key`.
@@ -112,6 +126,7 @@ mod tests {
             n_window,
             n_slack,
             chunked: false,
+            n_rescued: 0,
         })
     }
 
@@ -196,14 +211,14 @@ mod tests {
 
     #[test]
     fn the_window_counts_the_query() {
-        let span = Span { n_sink: 2, n_window: 3, n_slack: 4, chunked: false };
+        let span = Span { n_sink: 2, n_window: 3, n_slack: 4, chunked: false, n_rescued: 0 };
         let seen: Vec<usize> = (0..12).filter(|&key| span.sees(10, key)).collect();
         assert_eq!(seen, [0, 1, 8, 9, 10]);
     }
 
     #[test]
     fn chunks_are_seen_up_to_the_query() {
-        let span = Span { n_sink: 0, n_window: 4, n_slack: 0, chunked: true };
+        let span = Span { n_sink: 0, n_window: 4, n_slack: 0, chunked: true, n_rescued: 0 };
         let seen = |query: usize| (0..20).filter(|&key| span.sees(query, key)).collect::<Vec<_>>();
         assert_eq!(seen(3), [0, 1, 2, 3]);
         assert_eq!(seen(4), [4]);

@@ -338,12 +338,13 @@ impl CacheAttention<'_> {
         }
     }
 
-    /// Writes how much the tokens' rows will be asked for, where these may be pruned later.
+    /// Writes how much the tokens' rows will be asked for, where these may be pruned or rescued later.
     fn write_scores(&mut self, graph: &Graph, (index, layer): (usize, usize), cache: &LayerCache, input: &Tensor) {
         let (Some(pruning), Some(scores)) = (&self.setup.layers[layer].pruning, &cache.scores) else { return };
         let Part { first, n, .. } = self.parts[index];
         let of_rows = graph.mul_mat(&pruning.map, &some(graph, input, first, n));
-        let rows = self.inputs.rows(graph, index, 0..n, None, cache.held_from);
+        let from = if cache.span.is_some() { 0 } else { cache.held_from };
+        let rows = self.inputs.rows(graph, index, 0..n, cache.span, from);
         graph.expand(&graph.set_rows(&scores.tensor, &of_rows, &rows));
     }
 
@@ -403,7 +404,8 @@ impl CacheAttention<'_> {
                 .collect();
             let segments: Vec<KvSegment<'_>> =
                 views.iter().map(|([k, v], mask)| KvSegment { k, v, mask: Some(mask) }).collect();
-            let of_heads = cache.pruned.as_ref().map_or_else(Vec::new, |lists| lists.rows(graph));
+            let lists = cache.lists().filter(|lists| lists.counts().any(|n| n > 0));
+            let of_heads = lists.map_or_else(Vec::new, |lists| lists.rows(graph));
             return swapped(graph, &fused(graph, &own.queries, &segments, options, &of_heads));
         }
         match &groups[..] {

@@ -63,7 +63,7 @@ pub(super) fn restore(
         if fits(sequence, &layers, n_past) {
             sequence.layers.iter_mut().try_for_each(LayerCache::own_kept)?;
             for (layer, saved) in sequence.layers.iter_mut().zip(&layers) {
-                layer.put_ring_rows(n_past, saved.header.held_from, saved.rows);
+                layer.put_ring_rows(n_past, &saved.ring());
                 layer.put_exact_rows(saved.exact);
                 layer.put_state_row(state.place.state_row, saved.state);
             }
@@ -88,7 +88,8 @@ fn fits(sequence: &Sequence, saved: &[LayerRows<'_>], n: usize) -> bool {
         let has_room = layer.store.is_some() == layer.attends() && layer.state.is_some() != saved.state.is_empty();
         // What was pruned since is gone, and the rest was not noted.
         let is_held = layer.pruned.is_none() || layer.held_from + pruning::WINDOW <= n;
-        (now.lazy, now.span, now.format, now.exact) == (lazy, span, format, exact) && has_room && is_held
+        let has_lists = layer.rescued.is_some() || saved.listed().is_none();
+        (now.lazy, now.span, now.format, now.exact) == (lazy, span, format, exact) && has_room && is_held && has_lists
     };
     sequence.layers.iter().zip(saved).all(as_saved)
 }

@@ -34,6 +34,8 @@ pub enum Error {
     SequenceTwice(SeqId),
     #[error("rows cannot be pruned: {0}")]
     Prune(String),
+    #[error("rows cannot be rescued: {0}")]
+    Rescue(String),
     #[error(transparent)]
     PruneMap(#[from] PruneMapError),
     #[error(transparent)]

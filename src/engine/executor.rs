@@ -67,14 +67,15 @@ struct Key {
     stores: Vec<Stores>,
 }
 
-/// What a graph refers to of a layer in a sequence: chains and their pieces that the first token is written to, the state's
-/// store.
+/// What a graph refers to of a layer in a sequence: chains and their pieces that the first token is written to, lists, the
+/// state's store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stores {
     main: Option<Written>,
     /// Rows of it that attention reads.
     n_rows: usize,
     exact: Option<Written>,
+    lists: Option<u64>,
     state: Option<u64>,
 }
 
@@ -202,7 +203,7 @@ fn cache_bytes(setup: &Setup, stretch: &Stretch<'_>) -> usize {
     let of_layer = |part: &Part, (layer, cache): (&LayerSetup, &LayerCache)| {
         let bytes = |store: &Chain, n_rows: usize| n_rows * layer.plan.rows.row_bytes(store.format());
         let main = cache.store.as_ref().map_or(0, |store| bytes(store, cache.rows_read(part.n_past + part.n)));
-        let lists = cache.pruned.as_ref().map_or(0, HeadLists::row_bytes);
+        let lists = cache.lists().map_or(0, HeadLists::row_bytes);
         main + lists + cache.exact.as_ref().map_or(0, |exact| bytes(&exact.store, exact.span.n_rows()))
     };
     let parts = stretch.parts.iter().zip(stretch.caches);
@@ -216,7 +217,8 @@ impl Key {
             let written = |store: &Chain, row: usize| Written { chain: store.id(), piece: store.piece_of(row) };
             let main = layer.store.as_ref().map(|store| written(store, layer.row(part.n_past)));
             let exact = layer.exact.as_ref().map(|exact| written(&exact.store, exact.span.row(part.n_past)));
-            Stores { main, n_rows: layer.rows_read(part.n_past + part.n), exact, state }
+            let lists = layer.lists().map(HeadLists::id);
+            Stores { main, n_rows: layer.rows_read(part.n_past + part.n), exact, lists, state }
         };
         let caches = stretch.parts.iter().zip(stretch.caches);
         let stores = caches.flat_map(|(part, layers)| layers.iter().map(move |layer| store(part, layer))).collect();

@@ -330,6 +330,8 @@ impl Sequence {
         if let Some(states) = now {
             states.put_back(&self.layers, row);
         }
+        // Rows that the probe's tokens have within their windows were given up for it.
+        self.rescue(setup)?;
         ended
     }
 

@@ -395,7 +395,7 @@ fn fill_mask(mask: &mut Vec<u16>, part: &Part, keys: &[Keys]) {
         for (cells, query) in mask.chunks_exact_mut(n_rows).zip(part.n_past..) {
             let cells = &mut cells[first..first + keys.n_rows()];
             // What the query sees: the sink, and what is recent.
-            let (sink, recent) = span.map_or((0, 0), |span| (span.n_sink, span.seen_from(query)));
+            let (sink, recent) = span.map_or((0, 0), |span| (span.n_sink, span.seen_together(query, part.n_past)));
             let end = if part.see_each_other { part.n_past + part.n } else { query + 1 };
             for &(row, from, len) in &runs {
                 for (low, high) in [(0, sink.min(recent).min(end)), (recent, end)] {
@@ -459,6 +459,7 @@ mod tests {
             n_window,
             n_slack,
             chunked,
+            n_rescued: 0,
         })
     }
 

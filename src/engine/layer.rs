@@ -6,10 +6,10 @@ use serde::Serialize;
 
 use super::{
     pruning,
-    setup::{BACK, LayerSetup, ROWS_STEP},
+    setup::{LayerSetup, ROWS_STEP},
 };
 use crate::{
-    cache::{Chain, Format, HeadLists, Move, RowScores, Span, StateStore, Store, move_rows},
+    cache::{Chain, Format, HeadLists, Move, Rescued, RowScores, Span, StateStore, Store, move_rows},
     ggml::{Error, Scheduler, TILE},
 };
 
@@ -26,7 +26,11 @@ pub(super) struct LayerCache {
     pub held_from: usize,
     /// What is left of older rows, once some were pruned.
     pub pruned: Option<HeadLists>,
-    /// How much the store's rows will be asked for, where they may be pruned later.
+    /// Of a lazy layer, older rows that it keeps, once some have left the window.
+    pub rescued: Option<Rescued>,
+    /// Rows that are being overwritten and have not competed yet for a place among these.
+    pub leaving: Option<Leaving>,
+    /// How much the store's rows will be asked for, where they may be pruned or rescued later.
     pub scores: Option<RowScores>,
     /// Whether the policy made it lazy; a layer that is sliding-window by design has a span and is not lazy.
     pub lazy: bool,
@@ -49,6 +53,19 @@ pub(super) struct At {
 
 /// The bytes of rows, and their scores.
 pub(super) type ScoredRows = (Vec<u8>, Vec<f32>);
+
+/// Rows that a ring is about to lose before they have competed.
+#[derive(Debug)]
+pub(super) struct Leaving {
+    pub positions: Range<usize>,
+    pub rows: ScoredRows,
+}
+
+/// What a layer that becomes lazy has of older rows, and the scores of its ring's.
+pub(super) struct Begun {
+    pub rescued: Option<Rescued>,
+    pub scores: Option<RowScores>,
+}
 
 /// The sink and the newest tokens of a layer in f16, beside its quantised store.
 #[derive(Debug)]
@@ -125,7 +142,7 @@ pub struct LayerReport {
     pub shares: Option<usize>,
     /// Recent tokens that it keeps, the newest included; `None` when it keeps all.
     pub window: Option<usize>,
-    /// Rows of keys and values that it holds; of a layer with pruned rows the mean over its KV heads.
+    /// Rows of keys and values that it holds; of a layer with pruned or rescued rows the mean over its KV heads.
     pub rows: usize,
     /// Bytes of its buffers, with those of its state. What a copy shares with the sequence that it is of counts in each.
     pub kv_bytes: usize,
@@ -141,6 +158,8 @@ impl LayerCache {
             span,
             held_from: 0,
             pruned: None,
+            rescued: None,
+            leaving: None,
             scores: None,
             lazy,
             score: None,
@@ -183,9 +202,10 @@ impl LayerCache {
             let at = At { n_past, exact_from: 0 };
             let store = self.refilled(at, &scratch, self.format, setup, scheduler)?;
             self.exact = self.exact_from_store(at, &scratch, self.format, setup, scheduler)?;
+            self.convert_rescued(setup, scheduler)?;
             self.store = Some(setup.chain(store));
         }
-        Ok(())
+        self.rescue(n_past, setup)
     }
 
     /// A store in a format, with the rows that `store` holds.
@@ -271,6 +291,8 @@ impl LayerCache {
         if !self.attends {
             return Ok(());
         }
+        self.rescue(positions.start, setup)?;
+        self.keep_leaving(positions.clone(), setup);
         let needed = self.used_rows(positions.end);
         let Some(store) = &mut self.store else {
             self.exact = Exact::new(self.format, setup)?;
@@ -300,9 +322,16 @@ impl LayerCache {
         self.reserve_scores(setup)
     }
 
-    /// Makes room for the scores of the store's rows, where they may be pruned later.
+    /// Makes room for the scores of the store's rows, where they may be pruned or rescued later.
     pub fn reserve_scores(&mut self, setup: &LayerSetup) -> Result<(), Error> {
-        let (Some(_), Some(store), None) = (&setup.pruning, &self.store, self.span) else { return Ok(()) };
+        let Some(store) = self.store.as_ref().filter(|_| self.span.is_none_or(|span| span.n_rescued > 0)) else {
+            return Ok(());
+        };
+        if setup.pruning.is_none() {
+            // New rows have none, and those of old ones do not stay theirs in a ring.
+            self.scores.take_if(|_| self.span.is_some());
+            return Ok(());
+        }
         let n_rows = store.n_rows();
         if self.scores.as_ref().is_none_or(|scores| scores.n_rows() < n_rows) {
             let scores = setup.make_scores(n_rows)?;
@@ -335,24 +364,35 @@ impl LayerCache {
         self.own_state()?;
         let ring = self.store.as_mut().filter(|_| self.span.is_some());
         let stores = ring.into_iter().chain(self.exact.as_mut().map(|exact| &mut exact.store));
-        stores.into_iter().try_for_each(|store| store.own(slice::from_ref(&(0..store.n_rows()))))
+        stores.into_iter().try_for_each(|store| store.own(slice::from_ref(&(0..store.n_rows()))))?;
+        self.rescued.as_mut().map_or(Ok(()), Rescued::own)
     }
 
     /// Keeps sink and window only from now on, in the lazy format.
     pub fn make_lazy(&mut self, at: At, setup: &LayerSetup, scheduler: &mut Scheduler) -> Result<(), Error> {
-        let (span, format, n_past) = (setup.plan.lazy_span, setup.plan.lazy, at.n_past);
+        let (span, format, n_past) = (self.span_when_lazy(setup), setup.plan.lazy, at.n_past);
+        let mut begun = Begun { rescued: None, scores: None };
         if let Some(store) = &self.store {
             let shrunk = self.shrunk(at, store, span, format, setup, scheduler)?;
             let exact = match &self.exact {
                 Some(exact) if exact.fits(format, setup) => self.exact.take(),
                 _ => self.exact_from_store(at, store, format, setup, scheduler)?,
             };
+            begun = self.begin_rescuing(at, &shrunk, setup, scheduler)?;
             self.store = Some(setup.chain(shrunk));
             self.exact = exact;
         }
-        (self.span, self.format, self.lazy, self.scores) = (Some(span), format, true, None);
+        (self.span, self.format, self.lazy) = (Some(span), format, true);
+        (self.rescued, self.scores) = (begun.rescued, begun.scores);
         self.held_from = span.held_from(n_past);
-        Ok(())
+        self.rescue(n_past, setup)
+    }
+
+    /// What it keeps if it becomes lazy now. Of rows without scores none can be rescued.
+    fn span_when_lazy(&self, setup: &LayerSetup) -> Span {
+        let span = setup.plan.lazy_span;
+        let has_scores = self.store.is_none() || self.scores.is_some();
+        Span { n_rescued: if has_scores { span.n_rescued } else { 0 }, ..span }
     }
 
     /// A copy of the layer in a sequence of so many tokens, which becomes lazy or keeps what this one keeps, in another
@@ -365,7 +405,7 @@ impl LayerCache {
         setup: &LayerSetup,
         scheduler: &mut Scheduler,
     ) -> Result<LayerCache, Error> {
-        let (lazy_span, n_past) = (becomes_lazy.then_some(setup.plan.lazy_span), at.n_past);
+        let (lazy_span, n_past) = (becomes_lazy.then(|| self.span_when_lazy(setup)), at.n_past);
         let format = match format {
             _ if becomes_lazy => setup.plan.lazy,
             Some(format) if self.pruned.is_none() => format,
@@ -385,13 +425,17 @@ impl LayerCache {
             (_, Some(store)) => self.exact_from_store(at, store, format, setup, scheduler)?,
             (_, None) => None,
         };
-        let scores = match &self.scores {
-            Some(scores) if !becomes_lazy => {
+        let (rescued, scores) = match (&self.scores, becomes_lazy, &store) {
+            (_, true, Some(ring)) => {
+                let Begun { rescued, scores } = self.begin_rescuing(at, ring.single(), setup, scheduler)?;
+                (rescued, scores)
+            }
+            (Some(scores), false, _) => {
                 let copied = setup.make_scores(scores.n_rows())?;
                 copied.write(0, &scores.read(0..scores.n_rows()));
-                Some(copied)
+                (self.rescued.as_ref().map(Rescued::share), Some(copied))
             }
-            _ => None,
+            _ => (self.rescued.as_ref().map(Rescued::share), None),
         };
         let pruned = self.pruned.as_ref().map(HeadLists::share);
         let lazy = self.lazy || becomes_lazy;
@@ -399,7 +443,23 @@ impl LayerCache {
         let state = self.state.clone();
         let (span, score) = (lazy_span.or(self.span), self.score);
         let (attends, shares) = (self.attends, self.shares);
-        Ok(LayerCache { store, exact, span, held_from, pruned, scores, lazy, score, format, attends, shares, state })
+        let leaving = None;
+        Ok(LayerCache {
+            store,
+            exact,
+            span,
+            held_from,
+            pruned,
+            rescued,
+            leaving,
+            scores,
+            lazy,
+            score,
+            format,
+            attends,
+            shares,
+            state,
+        })
     }
 
     /// Rows were written up to `end` tokens: a ring has lost what was in them.
@@ -425,9 +485,10 @@ impl LayerCache {
         };
         let stores = self.store.iter().chain(self.exact.as_ref().map(|exact| &exact.store));
         let state_bytes = self.state.as_ref().map_or(0, |state| state.bytes());
-        let of_pruning =
-            self.pruned.as_ref().map_or(0, HeadLists::bytes) + self.scores.as_ref().map_or(0, RowScores::bytes);
-        let kv_bytes = stores.map(Chain::bytes).sum::<usize>() + of_pruning + state_bytes;
+        let of_lists =
+            self.pruned.as_ref().map_or(0, HeadLists::bytes) + self.rescued.as_ref().map_or(0, Rescued::bytes);
+        let of_scores = self.scores.as_ref().map_or(0, RowScores::bytes);
+        let kv_bytes = stores.map(Chain::bytes).sum::<usize>() + of_lists + of_scores + state_bytes;
         let window = self.span.map(|span| span.n_window);
         LayerReport {
             index,
@@ -436,7 +497,7 @@ impl LayerCache {
             kind,
             shares: self.shares,
             window,
-            rows: self.used_rows(n_past) + self.pruned.as_ref().map_or(0, HeadLists::mean),
+            rows: self.used_rows(n_past) + self.lists().map_or(0, HeadLists::mean),
             kv_bytes,
             state_bytes,
         }
@@ -480,8 +541,24 @@ impl LayerCache {
             let ranges = row_ranges(self.span, self.held_from, positions.clone());
             store.read_rows(&whole(ranges, store.format()), &mut rows);
         }
-        let of_rows = self.row_of_scores(positions);
-        (rows, self.scores.as_ref().map_or_else(Vec::new, |scores| scores.read(of_rows)))
+        (rows, self.scores_of(&row_ranges(self.span, self.held_from, positions)))
+    }
+
+    /// The scores of rows, where there are some.
+    pub fn scores_of(&self, ranges: &[Range<usize>]) -> Vec<f32> {
+        let Some(scores) = &self.scores else { return Vec::new() };
+        ranges.iter().flat_map(|range| scores.read(range.clone())).collect()
+    }
+
+    /// Puts [`LayerCache::scores_of`] back.
+    pub fn put_scores(&self, ranges: &[Range<usize>], scores: &[f32]) {
+        let (Some(known), mut rest) = (&self.scores, scores) else { return };
+        let n_rows: usize = ranges.iter().map(Range::len).sum();
+        for range in ranges {
+            let (own, others) = rest.split_at(range.len() * (scores.len() / n_rows));
+            known.write(range.start, own);
+            rest = others;
+        }
     }
 
     /// Puts [`LayerCache::rows`] back.
@@ -490,43 +567,7 @@ impl LayerCache {
             let ranges = row_ranges(self.span, self.held_from, positions.clone());
             store.write_rows(&whole(ranges, store.format()), rows);
         }
-        if let Some(known) = &self.scores {
-            known.write(self.row_of_scores(positions).start, scores);
-        }
-    }
-
-    /// The rows of positions, where they have scores.
-    fn row_of_scores(&self, positions: Range<usize>) -> Range<usize> {
-        if self.scores.is_none() { 0..0 } else { self.row(positions.start)..self.row(positions.end) }
-    }
-
-    /// The first position after the sink that a checkpoint of `n` tokens has of the ring.
-    pub fn ring_from(&self, n: usize) -> usize {
-        let Some(span) = self.span else { return 0 };
-        self.held_from.max(n.saturating_sub(span.n_window + BACK)).max(span.n_sink).min(n.max(span.n_sink))
-    }
-
-    /// The sink's rows of `n` tokens, and those of the ring from a position on.
-    pub fn ring_ranges(span: Span, format: Format, n: usize, from: usize) -> Vec<Range<usize>> {
-        let sink = 0..span.n_sink.min(n);
-        let ranges = std::iter::once(sink).chain(span.rows(from..n.max(from)));
-        whole(ranges.filter(|rows| !rows.is_empty()).collect(), format)
-    }
-
-    /// What must be kept to go on from `n` tokens later, or from a few before: see [`LayerCache::ring_from`].
-    pub fn ring_rows(&self, n: usize) -> (usize, Vec<u8>) {
-        let (Some(span), Some(store)) = (self.span, &self.store) else { return (0, Vec::new()) };
-        let from = self.ring_from(n);
-        let mut rows = Vec::new();
-        store.read_rows(&LayerCache::ring_ranges(span, store.format(), n, from), &mut rows);
-        (from, rows)
-    }
-
-    /// Puts rows of [`LayerCache::ring_ranges`] back.
-    pub fn put_ring_rows(&mut self, n: usize, from: usize, rows: &[u8]) {
-        let (Some(span), Some(store)) = (self.span, &self.store) else { return };
-        store.write_rows(&LayerCache::ring_ranges(span, store.format(), n, from), rows);
-        self.held_from = if from <= span.n_sink { 0 } else { from };
+        self.put_scores(&row_ranges(self.span, self.held_from, positions), scores);
     }
 }
 

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::{
     layer::{LayerCache, resumable},
+    ring::Ring,
     setup::BACK,
     snapshot::Snapshot,
 };
@@ -56,8 +57,8 @@ struct PromptEnd {
 
 #[derive(Debug)]
 struct Rings {
-    /// For each layer the first position that it has after the sink, and the rows; none where it has no ring.
-    layers: Vec<(usize, Vec<u8>)>,
+    /// Those of each layer; empty where it has no ring.
+    layers: Vec<Ring>,
     _lease: Lease,
 }
 
@@ -106,7 +107,7 @@ impl Mark {
 
     /// Whether the rings can be as they were when the sequence had `n` tokens, near the mark.
     pub fn reaches(&self, n: usize, layers: &[LayerCache]) -> bool {
-        resumable(layers, |index, layer| self.rings.as_ref().map_or(layer.held_from, |rings| rings.layers[index].0))
+        resumable(layers, |index, layer| self.rings.as_ref().map_or(layer.held_from, |rings| rings.layers[index].from))
             <= n
     }
 
@@ -120,8 +121,8 @@ impl Mark {
         if self.rings.is_some() || !layers.iter().any(loses) {
             return;
         }
-        let layers: Vec<(usize, Vec<u8>)> = layers.iter().map(|layer| layer.ring_rows(n_past)).collect();
-        let bytes = layers.iter().map(|(_, rows)| rows.len()).sum();
+        let layers: Vec<Ring> = layers.iter().map(|layer| layer.ring_rows(n_past)).collect();
+        let bytes = layers.iter().map(Ring::bytes).sum();
         self.rings = Some(Arc::new(Rings { layers, _lease: meter.lease(bytes) }));
     }
 
@@ -134,8 +135,7 @@ impl Mark {
         for (index, layer) in layers.iter_mut().enumerate() {
             layer.put_exact_rows(&self.end.exact[index]);
             if let Some(rings) = &self.rings {
-                let (from, rows) = &rings.layers[index];
-                layer.put_ring_rows(self.end.place.n_past, *from, rows);
+                layer.put_ring_rows(self.end.place.n_past, &rings.layers[index]);
             }
         }
     }

@@ -22,6 +22,8 @@ mod probe;
 mod profile;
 mod prune;
 mod pruning;
+mod rescue;
+mod ring;
 mod run;
 mod score;
 mod search;
@@ -42,6 +44,8 @@ mod fork_tests;
 mod look_tests;
 #[cfg(test)]
 mod prune_tests;
+#[cfg(test)]
+mod rescue_tests;
 #[cfg(test)]
 mod tests;
 

@@ -136,7 +136,9 @@ pub(super) fn sequence_bytes(setup: &Setup, n: usize) -> usize {
         let rows = Store::rows_with_room(n).min(layer.n_ctx).max(n).next_multiple_of(plan.block);
         let rows = span.map_or(rows, |span| rows.min(plan.most_rows(span, format)));
         let exact = plan.exact_span_for(format).map_or(0, |exact| exact.n_rows() * plan.rows.row_bytes(format.exact()));
-        rows * plan.rows.row_bytes(format) + exact + state_bytes(plan)
+        let scores = if layer.pruning.is_some() { rows * plan.rows.heads * size_of::<f32>() } else { 0 };
+        let rescued = span.map_or(0, |span| rescued_bytes(plan, span, format, layer.n_ctx));
+        rows * plan.rows.row_bytes(format) + exact + scores + rescued + state_bytes(plan)
     });
     bytes.sum()
 }
@@ -153,13 +155,25 @@ pub(super) fn look_bytes(setup: &Setup, n: usize) -> usize {
         let rows = span.map_or(n, |span| span.used_rows(n));
         let written = if plan.grain.is_some() { rows.min(N_LAST + N_SCORED + 2 * plan.block) } else { rows };
         let lazy = bytes(plan, plan.lazy_span.used_rows(n), plan.lazy);
-        let changed = plan.narrow.map_or(0, |narrow| bytes(plan, n, narrow)).max(lazy);
+        let rescued = rescued_bytes(plan, plan.lazy_span, plan.lazy, layer.n_ctx);
+        let changed = plan.narrow.map_or(0, |narrow| bytes(plan, n, narrow)).max(lazy + rescued);
         bytes(plan, written, format) + if span.is_none() { changed } else { 0 }
     };
     let attends = |layer: &&LayerSetup| layer.plan.attends;
     // A prompt that lazy layers keep whole is not looked at.
     let is_looked_at = setup.looks() && n > setup.params.lazy.n_kept();
     if is_looked_at { setup.layers.iter().filter(attends).map(of_layer).sum() } else { 0 }
+}
+
+/// Bytes of the lists of rescued rows of a layer with this span, and of their scores.
+fn rescued_bytes(plan: &LayerPlan, span: Span, format: Format, n_ctx: usize) -> usize {
+    let most = span.n_rescued.min(n_ctx);
+    let row_bytes = plan.rows.row_bytes(format);
+    if most == 0 {
+        0
+    } else {
+        most.next_multiple_of(plan.block) * row_bytes + most * plan.rows.heads * size_of::<f32>()
+    }
 }
 
 fn state_bytes(plan: &LayerPlan) -> usize {
@@ -173,7 +187,11 @@ fn layer_bytes(plan: &LayerPlan, n_ctx: usize) -> [usize; 2] {
         return [state; 2];
     }
     let bytes = |rows: usize, format: Format| rows * plan.rows.row_bytes(format) + state;
-    let restricted = |span: Span, format: Format| bytes(n_ctx.min(plan.most_rows(span, format)), format);
+    let restricted = |span: Span, format: Format| {
+        let n_rows = n_ctx.min(plan.most_rows(span, format));
+        let scores = if span.n_rescued > 0 { n_rows * plan.rows.heads * size_of::<f32>() } else { 0 };
+        bytes(n_rows, format) + scores + rescued_bytes(plan, span, format, n_ctx)
+    };
     match plan.by_design {
         Some(span) => [restricted(span, plan.active); 2],
         None => [bytes(n_ctx, plan.active), restricted(plan.lazy_span, plan.lazy)],

@@ -213,6 +213,9 @@ impl Prompt<'_> {
             if let Some(anchor) = anchor.as_mut().filter(|anchor| anchor.n_past == hidden.tokens.start) {
                 self.group.clone().for_each(|i| anchor.keep(i, &layers[i], state_row, &self.setup.meter));
             }
+            for (layer, setup) in layers[self.group.clone()].iter_mut().zip(&self.setup.layers[self.group.clone()]) {
+                layer.keep_leaving(hidden.tokens.clone(), setup);
+            }
             // Built while the device computes the piece before.
             inputs.clear();
             let Piece { mut step, part, rows } = self.piece(hidden, state_row, layers, inputs);
@@ -232,6 +235,10 @@ impl Prompt<'_> {
                 scores[scored.layer - first] = Some(scored.value);
             }
             inputs = step.inputs;
+            for (layer, setup) in layers[self.group.clone()].iter_mut().zip(&self.setup.layers[self.group.clone()]) {
+                layer.wrote(hidden.tokens.end);
+                layer.rescue(hidden.tokens.end, setup)?;
+            }
             progress(hidden.tokens.end as f32 / n_tokens as f32);
         }
         // The last graph would keep the scratches.

@@ -37,7 +37,7 @@ impl Setup {
 impl LayerCache {
     /// Whether enough rows are old to drop some of them.
     fn may_prune(&self, n_past: usize, setup: &LayerSetup) -> bool {
-        let has_scores = setup.pruning.is_some() && self.scores.is_some() && self.store.is_some();
+        let has_scores = setup.prunes && self.scores.is_some() && self.store.is_some();
         has_scores && self.span.is_none() && n_past >= self.held_from + STORE_ROWS
     }
 

@@ -12,11 +12,11 @@ use crate::{
     lazy::{LayerMap, LazyParams, Policy, Prune, PruneMap},
 };
 
-const N_EMBD: usize = 64;
-const HEADS: usize = 2;
+pub(super) const N_EMBD: usize = 64;
+pub(super) const HEADS: usize = 2;
 
 /// A model of three layers with a map beside it that does not know the last one.
-fn model() -> (Model, TempDir) {
+pub(super) fn model() -> (Model, TempDir) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.gguf");
     let random = RandomModel {
@@ -48,44 +48,45 @@ fn params(prune: Prune, policy: &str) -> SessionParams {
     SessionParams { n_ctx: 1200, n_ubatch: 64, n_threads: 1, lazy, prune, ..SessionParams::default() }
 }
 
-const TYPES: [(Type, Type); 3] = [(Type::F16, Type::F16), (Type::Q8_0, Type::Q8_0), (Type::Q4_0, Type::Q4_0)];
+pub(super) const TYPES: [(Type, Type); 3] =
+    [(Type::F16, Type::F16), (Type::Q8_0, Type::Q8_0), (Type::Q4_0, Type::Q4_0)];
 
-fn typed((type_k, type_v): (Type, Type), params: SessionParams) -> SessionParams {
+pub(super) fn typed((type_k, type_v): (Type, Type), params: SessionParams) -> SessionParams {
     SessionParams { type_k, type_v, ..params }
 }
 
-fn session(model: &Model, params: SessionParams) -> Session {
+pub(super) fn session(model: &Model, params: SessionParams) -> Session {
     Session::new(model, params).unwrap()
 }
 
 /// Made-up tokens of these positions.
-fn text(positions: Range<usize>) -> Vec<i32> {
+pub(super) fn text(positions: Range<usize>) -> Vec<i32> {
     positions.map(|at| 3 + ((at * 7 + at / 5) % 20) as i32).collect()
 }
 
-fn read(session: &mut Session, seq: SeqId, positions: Range<usize>, prompt_end: bool) -> Vec<f32> {
+pub(super) fn read(session: &mut Session, seq: SeqId, positions: Range<usize>, prompt_end: bool) -> Vec<f32> {
     let tokens = text(positions);
     session.run(&[BatchEntry { seq, tokens: &tokens, outputs: Outputs::Last, prompt_end }]).unwrap();
     session.logits().to_vec()
 }
 
 /// A token at a time; the logits of each.
-fn decode(session: &mut Session, seq: SeqId, positions: Range<usize>) -> Vec<Vec<f32>> {
+pub(super) fn decode(session: &mut Session, seq: SeqId, positions: Range<usize>) -> Vec<Vec<f32>> {
     positions.map(|at| read(session, seq, at..at + 1, false)).collect()
 }
 
-fn saved(session: &Session, seq: SeqId) -> Vec<u8> {
+pub(super) fn saved(session: &Session, seq: SeqId) -> Vec<u8> {
     let mut bytes = Vec::new();
     session.save_seq(seq, &mut bytes).unwrap();
     assert_eq!(bytes.len(), session.seq_state_bytes(seq));
     bytes
 }
 
-fn caches(session: &Session) -> &[LayerCache] {
+pub(super) fn caches(session: &Session) -> &[LayerCache] {
     session.internals(0).0
 }
 
-fn far(a: &[f32], b: &[f32]) -> f32 {
+pub(super) fn far(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 

@@ -146,6 +146,13 @@ impl Sequence {
         self.wrote(self.place.n_past);
     }
 
+    /// Lets rows that have left the windows of lazy layers compete for a place among those that are rescued.
+    pub fn rescue(&mut self, setup: &Setup) -> Result<(), Error> {
+        let n_past = self.n_past();
+        let mut layers = self.layers.iter_mut().zip(&setup.layers);
+        Ok(layers.try_for_each(|(layer, setup)| layer.rescue(n_past, setup))?)
+    }
+
     /// Rows were written up to `end` tokens: rings have lost what was in them.
     fn wrote(&mut self, end: usize) {
         self.layers.iter_mut().for_each(|layer| layer.wrote(end));

@@ -502,13 +502,14 @@ impl Session {
     pub fn state_settings(&self) -> String {
         let SessionParams { type_k, type_v, kv_rotate, kv_exact, lazy, prune, adapters, .. } = &self.setup.params;
         let weights: String = self.setup.model.fingerprint().iter().map(|byte| format!("{byte:02x}")).collect();
-        let LazyParams { type_k: lazy_k, type_v: lazy_v, n_sink, n_window, n_slack, windows, .. } = lazy;
+        let LazyParams { type_k: lazy_k, type_v: lazy_v, n_sink, n_window, n_slack, n_rescued, windows, .. } = lazy;
         let adapters: Vec<_> = adapters.iter().map(|(adapter, scale)| (adapter.path(), scale)).collect();
+        let rescue = if *n_rescued == 0 { String::new() } else { format!(" rescue {n_rescued}") };
         format!(
             "{weights} {type_k}/{type_v} {kv_rotate:?} exact {kv_exact} lazy {lazy_k:?}/{lazy_v:?} {n_sink}+{n_window}+{n_slack} \
              {windows:?} {adapters:?}{}",
             // As it was before there was pruning.
-            if *prune == Prune::Off { String::new() } else { format!(" prune {prune}") }
+            if *prune == Prune::Off { String::new() } else { format!(" prune {prune}") } + &rescue
         )
     }
 

@@ -177,6 +177,7 @@ impl LayerPlan {
             // So that one can go back to just before a prompt's end.
             n_slack: if params.keep_prompt_end { BACK } else { 0 },
             chunked: false,
+            n_rescued: 0,
         };
         let (chunked, rows) = (hparams.chunked, rows(hparams, index));
         // ggml's flash attention for CUDA takes a slower way where rows are no multiple of 256.
@@ -187,7 +188,8 @@ impl LayerPlan {
             true => (n_window + lazy.n_slack).next_multiple_of(TILE) - n_window,
             false => lazy.n_slack,
         };
-        let by_design = |n_window| in_blocks(Span { n_sink: 0, n_window, n_slack: slack(n_window), chunked });
+        let by_design =
+            |n_window| in_blocks(Span { n_sink: 0, n_window, n_slack: slack(n_window), chunked, n_rescued: 0 });
         LayerPlan {
             device,
             apart,
@@ -205,6 +207,7 @@ impl LayerPlan {
                 n_sink: lazy.n_sink,
                 n_slack: slack(lazy.window(index)),
                 chunked: false,
+                n_rescued: if hparams.can_be_lazy(index) { lazy.n_rescued } else { 0 },
             }),
             exact_span: (kernel == Kernel::Fused && exact_span.n_window > 0).then_some(exact_span),
             // ggml's kernels divide their work by the number of rows, and llama.cpp gives them a multiple of 256.
@@ -239,8 +242,10 @@ pub(super) struct LayerSetup {
     /// Whether it is lazy from a sequence's first token on.
     pub starts_lazy: bool,
     pub rotations: Arc<Rotations>,
-    /// By what its rows are pruned while it is not lazy, where they are.
+    /// By what its rows are pruned or rescued, where they may be.
     pub pruning: Option<Arc<Pruning>>,
+    /// Whether its rows are pruned while it is not lazy.
+    pub prunes: bool,
     /// Rows that a store never needs to exceed.
     pub n_ctx: usize,
     meter: Meter,
@@ -352,15 +357,18 @@ impl Setup {
             adapted,
             params,
         };
-        let map = match setup.params.prune {
-            Prune::Off => None,
-            _ => Some(PruneMap::find(model.path(), model.identity())?),
-        };
+        let (prunes, rescues) = (setup.params.prune != Prune::Off, setup.rescues());
+        let map = if prunes || rescues { Some(PruneMap::find(model.path(), model.identity())?) } else { None };
         for index in 0..hparams.n_layer {
             let mut layer = setup.layer(index)?;
-            layer.pruning = map.as_ref().map_or(Ok(None), |map| setup.pruning(index, &layer.plan, map))?.map(Arc::new);
+            if let Some(map) = &map {
+                setup.add_pruning(index, &mut layer, map)?;
+            }
             setup.layers.push(layer);
         }
+        // So that what a ubatch overwrites was there before it.
+        let rings = setup.layers.iter().map(|layer| layer.plan.lazy_span).filter(|span| rescues && span.n_rescued > 0);
+        setup.params.n_ubatch = rings.map(Span::ring).fold(setup.params.n_ubatch, usize::min);
         setup.groups = setup.groups();
         Ok(setup)
     }
@@ -386,34 +394,55 @@ impl Setup {
             plan,
             rotations,
             pruning: None,
+            prunes: false,
             n_ctx: params.n_ctx,
             meter: self.meter.clone(),
         })
     }
 
-    /// By what a layer's rows are pruned; `None` where the map does not have it.
-    fn pruning(&self, index: usize, plan: &LayerPlan, map: &PruneMap) -> Result<Option<Pruning>, Error> {
-        let Some(layer) = map.layers.get(&index) else { return Ok(None) };
-        if let Some(why) = pruning::obstacle(self.model.hparams(), index, layer) {
-            return Err(Error::Prune(format!(
+    /// Whether older rows are kept beside lazy layers' windows.
+    fn rescues(&self) -> bool {
+        self.params.lazy.policy != Policy::Off && self.params.lazy.n_rescued > 0
+    }
+
+    /// By what a layer's rows are pruned or rescued, where they may be. A layer that the map does not have is not pruned.
+    fn add_pruning(&self, index: usize, layer: &mut LayerSetup, map: &PruneMap) -> Result<(), Error> {
+        let (params, plan) = (&self.params, &layer.plan);
+        let is_known = matches!(params.lazy.policy, Policy::Layers(_) | Policy::Profile(_));
+        let may_be_lazy = !is_known || self.selector().is_known_lazy(index);
+        let rescues = self.rescues() && plan.lazy_span.n_rescued > 0 && may_be_lazy;
+        let (option, wrong): (_, fn(String) -> Error) =
+            if rescues { ("--lazy-rescue", Error::Rescue) } else { ("--prune", Error::Prune) };
+        let prunes = params.prune != Prune::Off && map.layers.contains_key(&index);
+        if !rescues && !prunes {
+            return Ok(());
+        }
+        let Some(of_layer) = map.layers.get(&index) else {
+            return Err(wrong(format!("the map does not have layer {index}: make another with calibrate --fit-prune")));
+        };
+        if let Some(why) = pruning::obstacle(self.model.hparams(), index, of_layer) {
+            return Err(wrong(format!(
                 "the map has layer {index}, but {why}: make another with calibrate --fit-prune"
             )));
         }
         if plan.kernel != Kernel::Fused {
-            let why = "this crate's own attention kernel on the processor reads such caches alone: leave --prune out, or \
-                       --ggml-kernels, flash attention off, and layers on other devices (-ngl 0)";
-            return Err(Error::Prune(format!("layer {index}: {why}")));
-        }
-        if [Some(plan.active), Some(plan.lazy), plan.narrow].into_iter().flatten().any(Format::has_tiles) {
-            return Err(Error::Prune(format!(
-                "layer {index}: caches in tiles (kvarn4, kvarn3, kvarn2) are not pruned: give other types, or leave --prune out"
+            return Err(wrong(format!(
+                "layer {index}: this crate's own attention kernel on the processor reads such caches alone: leave {option} out, or \
+                 --ggml-kernels, flash attention off, and layers on other devices (-ngl 0)"
             )));
         }
-        let bound = match self.params.prune {
+        if [Some(plan.active), Some(plan.lazy), plan.narrow].into_iter().flatten().any(Format::has_tiles) {
+            return Err(wrong(format!(
+                "layer {index}: not in caches of tiles (kvarn4, kvarn3, kvarn2): give other types, or leave {option} out"
+            )));
+        }
+        let bound = match params.prune {
             Prune::Below(bound) => bound,
             Prune::Off | Prune::Auto => map.bound,
         };
-        Ok(Some(Pruning::new(layer, bound, plan.device.buffer_type())?))
+        layer.pruning = Some(Arc::new(Pruning::new(of_layer, bound, plan.device.buffer_type())?));
+        layer.prunes = prunes;
+        Ok(())
     }
 
     fn groups(&self) -> Vec<Range<usize>> {
@@ -665,7 +694,7 @@ mod tests {
     #[test]
     fn rings_are_whole_blocks_where_little_is_lost() {
         let slack = |n_sink, n_window, n_slack, block| {
-            whole_blocks(Span { n_sink, n_window, n_slack, chunked: false }, block).n_slack
+            whole_blocks(Span { n_sink, n_window, n_slack, chunked: false, n_rescued: 0 }, block).n_slack
         };
         assert_eq!((slack(4, 1024, 256, 256), slack(4, 1020, 256, 256), slack(0, 1024, 256, 256)), (252, 256, 256));
         // Too much would be lost, there is nothing to lose, or rows are not in blocks.

@@ -23,11 +23,12 @@ use super::{
     mark::Place,
     positions::{PLACED_BYTES, Positions},
     pruning,
+    ring::Ring,
     sequence::Sequence,
     setup::{Kernel, Setup, rows},
 };
 use crate::{
-    cache::{Chain, Format, HeadLists, Span},
+    cache::{Chain, Format, Listed, Span},
     ggml::{self, Type},
     model::{FINGERPRINT_BYTES, Hparams, StateSize},
     vocab::Token,
@@ -40,6 +41,8 @@ const WITHOUT_LOOKS: u32 = 3;
 const WITHOUT_TILES: u32 = 4;
 /// States of sequences whose rows are, or may be, pruned: they have heads' lists and rows' scores besides.
 const WITH_PRUNING: u32 = 6;
+/// States of sequences of which a layer rescues rows: they say how many, and have the rows' scores besides.
+const WITH_RESCUE: u32 = 7;
 /// Magic, version, length.
 pub(super) const HEADER_BYTES: usize = 8 + 4 + 8;
 pub(super) const CHECKSUM_BYTES: usize = 8;
@@ -50,7 +53,7 @@ pub(super) const CHECKSUM_BYTES: usize = 8;
 pub enum StateError {
     #[error("the state is damaged: {0}; save it again")]
     Damaged(&'static str),
-    #[error("the state is of version {0}, this library reads {WITHOUT_LOOKS} to {WITH_PRUNING}: save it again")]
+    #[error("the state is of version {0}, this library reads {WITHOUT_LOOKS} to {WITH_RESCUE}: save it again")]
     Version(u32),
     #[error("the state does not fit here: {0}")]
     Mismatch(String),
@@ -214,43 +217,74 @@ struct PruningHeader {
     has_scores: bool,
     /// Rows of each KV head's list, where there are lists.
     counts: Option<Vec<usize>>,
+    /// Rows of each KV head that are rescued at most, from version [`WITH_RESCUE`] on.
+    n_rescued: usize,
 }
 
 impl PruningHeader {
-    fn of(layer: &LayerCache) -> PruningHeader {
-        let counts = layer.pruned.as_ref().map(|lists| lists.counts().collect());
-        PruningHeader { has_scores: layer.scores.is_some(), counts }
+    /// `from`: the first position after the sink that the state has of a ring.
+    fn of(layer: &LayerCache, from: usize, kind: Kind) -> PruningHeader {
+        let n_rescued = layer.rescuing().map_or(0, |span| span.n_rescued);
+        // A checkpoint has nothing of layers without a ring.
+        if kind == Kind::Partial && n_rescued == 0 {
+            return PruningHeader::default();
+        }
+        let pruned = layer.pruned.as_ref().map(|lists| lists.counts().collect());
+        let counts = pruned.or_else(|| layer.n_listed_at(from));
+        PruningHeader { has_scores: layer.scores.is_some(), counts, n_rescued }
     }
 
-    fn bytes(&self) -> usize {
-        2 + 8 * self.counts.as_ref().map_or(0, Vec::len)
+    fn n_listed(&self) -> usize {
+        self.counts.iter().flatten().sum()
     }
 
-    fn write(&self, to: &mut Writer<'_>) -> io::Result<()> {
+    /// Bytes of it in a state of this version, and of the rows' scores behind the lists.
+    fn bytes(&self, version: u32) -> usize {
+        let of_rescue = if version == WITH_RESCUE { 8 } else { 0 };
+        let of_scores = if self.n_rescued > 0 { size_of::<f32>() * self.n_listed() } else { 0 };
+        2 + 8 * self.counts.as_ref().map_or(0, Vec::len) + of_rescue + of_scores
+    }
+
+    fn write(&self, version: u32, to: &mut Writer<'_>) -> io::Result<()> {
         to.u8(u8::from(self.has_scores))?;
         to.u8(u8::from(self.counts.is_some()))?;
-        self.counts.iter().flatten().try_for_each(|&n| to.u64(n))
+        self.counts.iter().flatten().try_for_each(|&n| to.u64(n))?;
+        if version == WITH_RESCUE { to.u64(self.n_rescued) } else { Ok(()) }
     }
 
-    fn read(from: &mut Reader<'_>, heads: usize) -> Result<PruningHeader, StateError> {
+    fn read(from: &mut Reader<'_>, version: u32, heads: usize) -> Result<PruningHeader, StateError> {
         let (has_scores, has_lists) = (from.flag()?, from.flag()?);
         let counts = has_lists.then(|| (0..heads).map(|_| from.size()).collect::<Result<_, _>>()).transpose()?;
-        Ok(PruningHeader { has_scores, counts })
+        let n_rescued = if version == WITH_RESCUE { from.size()? } else { 0 };
+        Ok(PruningHeader { has_scores, counts, n_rescued })
     }
 }
 
 /// The version of a sequence's state.
 fn version_of(sequence: Option<&Sequence>, kind: Kind) -> u32 {
-    let has_pruning = |layer: &LayerCache| layer.pruned.is_some() || layer.scores.is_some();
-    let is_pruned = sequence.is_some_and(|sequence| sequence.layers.iter().any(has_pruning));
-    if is_pruned && kind == Kind::Whole { WITH_PRUNING } else { VERSION }
+    let has = |what: fn(&LayerCache) -> bool| sequence.is_some_and(|sequence| sequence.layers.iter().any(what));
+    match kind {
+        _ if has(|layer| layer.rescuing().is_some()) => WITH_RESCUE,
+        Kind::Whole if has(|layer| layer.pruned.is_some() || layer.scores.is_some()) => WITH_PRUNING,
+        _ => VERSION,
+    }
+}
+
+/// `f32`s as bytes.
+fn to_bytes(values: &[f32]) -> impl Iterator<Item = u8> {
+    values.iter().flat_map(|value| value.to_le_bytes())
+}
+
+fn to_f32(bytes: &[u8]) -> Vec<f32> {
+    let (values, _) = bytes.as_chunks();
+    values.iter().map(|value| f32::from_le_bytes(*value)).collect()
 }
 
 const SPAN_BYTES: usize = 1 + 8 + 8 + 8;
 
 fn write_span(to: &mut Writer<'_>, span: Option<Span>) -> io::Result<()> {
     to.u8(u8::from(span.is_some()))?;
-    let span = span.unwrap_or(Span { n_sink: 0, n_window: 0, n_slack: 0, chunked: false });
+    let span = span.unwrap_or(Span { n_sink: 0, n_window: 0, n_slack: 0, chunked: false, n_rescued: 0 });
     to.u64(span.n_sink)?;
     to.u64(span.n_window)?;
     to.u64(span.n_slack)
@@ -258,8 +292,9 @@ fn write_span(to: &mut Writer<'_>, span: Option<Span>) -> io::Result<()> {
 
 fn read_span(from: &mut Reader<'_>) -> Result<Option<Span>, StateError> {
     let is_there = from.flag()?;
-    // Whether there are chunks is the model's to say.
-    let span = Span { n_sink: from.size()?, n_window: from.size()?, n_slack: from.size()?, chunked: false };
+    // Whether there are chunks is the model's to say, and rescued rows are told behind.
+    let [n_sink, n_window, n_slack] = [from.size()?, from.size()?, from.size()?];
+    let span = Span { n_sink, n_window, n_slack, chunked: false, n_rescued: 0 };
     let is_possible = span.n_window > 0 && span.n_sink.max(span.n_window).max(span.n_slack) <= i32::MAX as usize;
     if is_there && !is_possible {
         return Err(StateError::Damaged("what a layer keeps makes no sense"));
@@ -278,7 +313,6 @@ pub(super) struct State<'a> {
     version: u32,
     /// The layers.
     rest: Reader<'a>,
-    has_pruning: bool,
     pub length: usize,
 }
 
@@ -292,8 +326,30 @@ pub(super) struct LayerRows<'a> {
     /// Rows of each KV head's list, where there are lists, and what is in them.
     counts: Option<Vec<usize>>,
     lists: &'a [u8],
+    /// Of rescued rows in the lists, their scores.
+    listed_scores: &'a [u8],
     /// The scores of `rows`; empty where they have none.
     scores: &'a [u8],
+}
+
+impl LayerRows<'_> {
+    /// What was rescued, where anything was.
+    pub fn listed(&self) -> Option<Listed> {
+        let (counts, mut rest) = (self.counts.as_ref()?, &to_f32(self.listed_scores)[..]);
+        let is_rescued = self.header.span.is_some_and(|span| span.n_rescued > 0);
+        let mut next = |&n: &usize| {
+            let (own, others) = rest.split_at(n);
+            rest = others;
+            own.to_vec()
+        };
+        is_rescued.then(|| Listed { scores: counts.iter().map(&mut next).collect(), rows: self.lists.to_vec() })
+    }
+
+    /// What a checkpoint has of the layer's ring.
+    pub fn ring(&self) -> Ring {
+        let (from, rows) = (self.header.held_from, self.rows.to_vec());
+        Ring { from, rows, scores: to_f32(self.scores), listed: self.listed() }
+    }
 }
 
 const LOOKED_BYTES: usize = 8 + 8;
@@ -303,16 +359,18 @@ pub(super) fn bytes(hparams: &Hparams, sequence: Option<&Sequence>, kind: Kind) 
     let sizes = 1 + FINGERPRINT_BYTES + 4 + hparams.architecture.len() + 4 * 4;
     let mut bytes = HEADER_BYTES + sizes + 8 + 8 + 1 + 8 + 8 + LOOKED_BYTES + CHECKSUM_BYTES;
     if let Some(sequence) = sequence {
+        let version = version_of(Some(sequence), kind);
         let layer = |(index, layer): (usize, &LayerCache)| {
             let shape = rows(hparams, index);
             let header = LayerHeader::of(layer, sequence.n_past(), kind);
             let exact_rows = header.exact.map_or(0, Span::n_rows);
             let rows = header.rows * shape.row_bytes(header.format);
             let state = layer.state.as_ref().map_or(0, |state| state.row_bytes());
-            let pruning = if version_of(Some(sequence), kind) == WITH_PRUNING {
-                let pruning = PruningHeader::of(layer);
-                let scores = if pruning.has_scores { 4 * header.rows * shape.heads } else { 0 };
-                pruning.bytes() + layer.pruned.as_ref().map_or(0, HeadLists::row_bytes) + scores
+            let pruning = if version >= WITH_PRUNING {
+                let pruning = PruningHeader::of(layer, header.held_from, kind);
+                let scores = if pruning.has_scores { size_of::<f32>() * header.rows * shape.heads } else { 0 };
+                let of_lists = pruning.n_listed() * shape.row_bytes(header.format) / shape.heads.max(1);
+                pruning.bytes(version) + of_lists + scores
             } else {
                 0
             };
@@ -363,13 +421,18 @@ pub(super) fn save(setup: &Setup, sequence: Option<&Sequence>, kind: Kind, to: &
         let header = LayerHeader::of(layer, n_past, kind);
         header.write(&mut to)?;
         buffer.clear();
-        if version == WITH_PRUNING {
-            PruningHeader::of(layer).write(&mut to)?;
-            if let Some(lists) = &layer.pruned {
+        if version >= WITH_PRUNING {
+            let pruning = PruningHeader::of(layer, header.held_from, kind);
+            pruning.write(version, &mut to)?;
+            if let Some(lists) = layer.pruned.as_ref().filter(|_| pruning.counts.is_some()) {
                 lists.read(&mut buffer);
             }
-            if let Some(scores) = &layer.scores {
-                buffer.extend(scores.read(0..header.rows).iter().flat_map(|score| score.to_le_bytes()));
+            if let Some(Listed { scores, rows }) = layer.listed_at(header.held_from) {
+                buffer.extend(rows);
+                buffer.extend(to_bytes(&scores.concat()));
+            }
+            if pruning.has_scores {
+                buffer.extend(to_bytes(&layer.scores_of(&header.ranges(n_past, kind))));
             }
         }
         if let Some(store) = &layer.store {
@@ -390,7 +453,7 @@ pub(super) fn length(from: &[u8]) -> Result<usize, StateError> {
         return Err(StateError::Damaged("it does not begin as a state of simlayer does"));
     }
     match reader.u32()? {
-        WITHOUT_LOOKS..=WITH_PRUNING => {}
+        WITHOUT_LOOKS..=WITH_RESCUE => {}
         other => return Err(StateError::Version(other)),
     }
     let length = reader.size()?;
@@ -428,16 +491,24 @@ fn layer_of(saved: &LayerRows<'_>, index: usize, n_past: usize, setup: &Setup) -
         let store = setup.chain(setup.make(rows, span, format)?);
         store.write_rows(&saved.header.ranges(n_past, Kind::Whole), saved.rows);
         layer.store = Some(store);
-        if let Some(counts) = &saved.counts {
-            let mut lists = setup.make_lists(format);
-            lists.write(counts, saved.lists)?;
-            layer.pruned = Some(lists);
+        match (saved.listed(), &saved.counts, span) {
+            (Some(listed), _, Some(span)) => {
+                layer.rescued = Some(setup.make_rescued(format, span)?);
+                layer.put_listed(held_from, Some(&listed));
+            }
+            (_, Some(counts), _) => {
+                let mut lists = setup.make_lists(format);
+                lists.write(counts, saved.lists)?;
+                layer.pruned = Some(lists);
+            }
+            (_, None, _) => {}
         }
         layer.reserve_scores(setup)?;
-        if let Some(scores) = &layer.scores {
-            let (values, _) = saved.scores.as_chunks();
-            scores.write(0, &values.iter().map(|value| f32::from_le_bytes(*value)).collect::<Vec<_>>());
+        // Without a map as well: by these what has left the window since competes.
+        if let (Some(_), None, Some(store)) = (layer.rescuing(), &layer.scores, &layer.store) {
+            layer.scores = Some(setup.make_scores(store.n_rows())?);
         }
+        layer.put_scores(&saved.header.ranges(n_past, Kind::Whole), &to_f32(saved.scores));
         layer.exact = Exact::new(format, setup)?;
         layer.put_exact_rows(saved.exact);
     }
@@ -508,12 +579,11 @@ impl<'a> State<'a> {
         let bytes = reader.bytes(if has_positions { n_past * PLACED_BYTES } else { 0 })?;
         let positions = Positions::from_bytes(bytes).ok_or(StateError::Damaged("positions go back"))?;
         let place = Place { n_past, exact_from, scored, score_next, state_row: 0 };
-        let has_pruning = version == WITH_PRUNING;
-        Ok(State { kind, place, tokens, positions, looked, version, rest: reader, has_pruning, length })
+        Ok(State { kind, place, tokens, positions, looked, version, rest: reader, length })
     }
 
     fn layer(&mut self, setup: &Setup, index: usize) -> Result<LayerRows<'a>, StateError> {
-        let (kind, n_past, has_pruning) = (self.kind, self.place.n_past, self.has_pruning);
+        let (kind, n_past, version) = (self.kind, self.place.n_past, self.version);
         let reader = &mut self.rest;
         let (hparams, plan) = (setup.model.hparams(), &setup.layers[index].plan);
         let mut header = LayerHeader::read(reader)?;
@@ -523,11 +593,13 @@ impl<'a> State<'a> {
         if !header.lazy {
             header.span = header.span.map(|span| Span { chunked: hparams.chunked, ..span });
         }
-        let LayerHeader { lazy, span, format, held_from, rows, exact, .. } = header;
-        let pruned = match has_pruning {
-            true => PruningHeader::read(reader, plan.rows.heads)?,
+        let pruned = match version >= WITH_PRUNING {
+            true => PruningHeader::read(reader, version, plan.rows.heads)?,
             false => PruningHeader::default(),
         };
+        let n_rescued = pruned.n_rescued;
+        header.span = header.span.map(|span| Span { n_rescued, ..span });
+        let LayerHeader { lazy, span, format, held_from, rows, exact, .. } = header;
         let by_design = plan.by_design.map(|span| span.n_window);
         match (lazy, span) {
             (true, Some(_)) if hparams.can_be_lazy(index) => {}
@@ -544,11 +616,31 @@ impl<'a> State<'a> {
                 found.k, found.v, here.k, here.v
             )));
         }
-        if pruned.counts.is_some() && (plan.kernel != Kernel::Fused || !plan.attends) {
+        let has_lists = pruned.counts.is_some() || n_rescued > 0;
+        if has_lists && (plan.kernel != Kernel::Fused || !plan.attends || format.has_tiles()) {
             return Err(mismatch("its rows are pruned, which only this crate's own attention kernel reads"));
         }
+        if n_rescued > i32::MAX as usize || (n_rescued > 0 && !lazy) {
+            return Err(StateError::Damaged("a layer rescues rows that cannot"));
+        }
+        if let Some(span) = span.filter(|span| n_rescued > 0 && span.ring() < setup.params.n_ubatch) {
+            let (ring, n_ubatch) = (span.ring(), setup.params.n_ubatch);
+            return Err(mismatch(format!(
+                "its lazy layers keep {ring} recent rows and rescue others, and a ubatch here has {n_ubatch} tokens: give \
+                 ubatches of {ring} (-ub {ring})"
+            )));
+        }
         let is_held = match (kind, span) {
-            (_, Some(_)) if pruned.has_scores || pruned.counts.is_some() => false,
+            (_, Some(_)) if n_rescued == 0 && (pruned.has_scores || pruned.counts.is_some()) => false,
+            (_, Some(span))
+                if pruned
+                    .counts
+                    .iter()
+                    .flatten()
+                    .any(|n| *n > n_rescued.min(held_from.saturating_sub(span.n_sink))) =>
+            {
+                false
+            }
             (_, None) => match &pruned.counts {
                 Some(counts) => {
                     let is_of_text = |n: &usize| *n <= held_from;
@@ -576,9 +668,10 @@ impl<'a> State<'a> {
         let exact_rows = exact.map_or(0, Span::n_rows);
         let too_early = || StateError::Damaged("it ends too early");
         let row_bytes = plan.rows.row_bytes(format);
-        let n_listed: usize = pruned.counts.iter().flatten().sum();
+        let n_listed = pruned.n_listed();
         let bytes = n_listed.checked_mul(row_bytes / plan.rows.heads.max(1)).ok_or_else(too_early)?;
         let lists = reader.bytes(bytes)?;
+        let listed_scores = reader.bytes(if n_rescued > 0 { size_of::<f32>() * n_listed } else { 0 })?;
         let n_scores = if pruned.has_scores { rows } else { 0 };
         let bytes = n_scores.checked_mul(size_of::<f32>() * plan.rows.heads).ok_or_else(too_early)?;
         let scores = reader.bytes(bytes)?;
@@ -586,7 +679,7 @@ impl<'a> State<'a> {
         let rows = reader.bytes(bytes)?;
         let exact = reader.bytes(exact_rows * plan.rows.row_bytes(format.exact()))?;
         let state = reader.bytes(plan.state.map_or(0, StateSize::bytes))?;
-        Ok(LayerRows { header, rows, exact, state, counts: pruned.counts, lists, scores })
+        Ok(LayerRows { header, rows, exact, state, counts: pruned.counts, lists, listed_scores, scores })
     }
 }
 

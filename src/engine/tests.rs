@@ -120,7 +120,7 @@ fn older_states_have_no_tiles() {
             session.load_seq(2, &state).map_err(|error| error.to_string())
         };
         assert_eq!(load(4).err().map(|why| why.contains("a layer has tiles")), has_tiles.then_some(true));
-        assert!(load(7).unwrap_err().contains("version 7"));
+        assert!(load(8).unwrap_err().contains("version 8"));
         load(5).unwrap();
     }
 }

@@ -116,6 +116,7 @@ fn advance(
     mut scores: Vec<(usize, f32)>,
 ) -> Result<(), Error> {
     sequence.append(entry.tokens);
+    sequence.rescue(setup)?;
     sequence.place.state_row = 1 - sequence.place.state_row;
     sequence.note_scores(n_score, &mut scores, setup.params.lazy.n_queries);
     let decides = match setup.params.lazy.at {

@@ -16,6 +16,9 @@ pub struct LazyParams {
     /// Tokens that a layer with a window keeps beyond it, without looking at them, so that as many of the newest can be
     /// taken back and given anew.
     pub n_slack: usize,
+    /// Older rows that a lazy layer keeps for each KV head beside sink and window: those that later tokens will most look for, as a
+    /// [`PruneMap`](super::PruneMap) foretells it. It needs that map, and this crate's own attention kernel on the processor.
+    pub n_rescued: usize,
     /// Other windows for single layers.
     pub windows: LayerWindows,
     /// Last prompt tokens whose attention is scored.
@@ -42,6 +45,7 @@ impl Default for LazyParams {
             n_sink: 4,
             n_window: 1024,
             n_slack: 256,
+            n_rescued: 0,
             windows: LayerWindows::default(),
             n_queries: 32,
             at: At::Prefill,

@@ -10,7 +10,7 @@ use crate::{
 
 /// A rule and, where they are not the run's own, the types of keys and values in active layers, and more. It is written
 /// `budget:0.5`, with types `budget:0.5@q8_0/q4_0` and `off@q8_0`, and with more after plus signs:
-/// `profile:0.8@q4_0+prune+lazy:kvarn4+window:768`.
+/// `profile:0.8@q4_0+prune+lazy:q8_0/q4_0+window:768+rescue:256`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Contender {
     pub policy: Policy,
@@ -25,6 +25,8 @@ pub struct Contender {
     pub lazy_types: Option<(Type, Type)>,
     /// Recent tokens that lazy layers keep: `+window:768`.
     pub n_window: Option<usize>,
+    /// Older rows that they keep beside these: `+rescue:256`.
+    pub n_rescued: Option<usize>,
 }
 
 /// How types of narrow keys begin.
@@ -40,13 +42,21 @@ pub enum ParseContenderError {
         Type::cache_type_names()
     )]
     Types { types: String, text: String },
-    #[error("\"+{more}\" in \"{text}\" is none of +prune, +prune:BOUND, +lazy:TYPES and +window:TOKENS")]
+    #[error("\"+{more}\" in \"{text}\" is none of +prune, +prune:BOUND, +lazy:TYPES, +window:TOKENS and +rescue:ROWS")]
     More { more: String, text: String },
 }
 
 impl From<Policy> for Contender {
     fn from(policy: Policy) -> Contender {
-        Contender { policy, types: None, narrow_keys: false, prune: None, lazy_types: None, n_window: None }
+        Contender {
+            policy,
+            types: None,
+            narrow_keys: false,
+            prune: None,
+            lazy_types: None,
+            n_window: None,
+            n_rescued: None,
+        }
     }
 }
 
@@ -57,7 +67,7 @@ impl Contender {
         params.lazy.policy = self.policy.clone();
         // Types of one's own are compared without anything else of the run's.
         if self.types.is_some() {
-            params.prune = Prune::Off;
+            (params.prune, params.lazy.n_rescued) = (Prune::Off, 0);
         }
         if let Some(types) = self.types {
             ((params.type_k, params.type_v), params.lazy.narrow_keys) = (types, self.narrow_keys);
@@ -66,6 +76,7 @@ impl Contender {
             (params.lazy.type_k, params.lazy.type_v) = (Some(type_k), Some(type_v));
         }
         params.lazy.n_window = self.n_window.unwrap_or(params.lazy.n_window);
+        params.lazy.n_rescued = self.n_rescued.unwrap_or(params.lazy.n_rescued);
         params.prune = self.prune.unwrap_or(params.prune);
         params
     }
@@ -76,6 +87,7 @@ impl Contender {
         match (name, value) {
             ("prune", value) => self.prune = Some(value.unwrap_or("auto").parse().ok()?),
             ("lazy", Some(types)) => self.lazy_types = Some(Type::cache_types_from_name(types)?),
+            ("rescue", Some(rows)) => self.n_rescued = Some(rows.parse().ok()?),
             ("window", Some(tokens)) => self.n_window = Some(tokens.parse().ok().filter(|&n| n > 0)?),
             _ => return None,
         }
@@ -137,7 +149,10 @@ impl fmt::Display for Contender {
         if let Some((k, v)) = self.lazy_types {
             write!(f, "+lazy:{}", Types(k, v))?;
         }
-        self.n_window.map_or(Ok(()), |tokens| write!(f, "+window:{tokens}"))
+        if let Some(tokens) = self.n_window {
+            write!(f, "+window:{tokens}")?;
+        }
+        self.n_rescued.map_or(Ok(()), |rows| write!(f, "+rescue:{rows}"))
     }
 }
 
@@ -165,7 +180,7 @@ mod tests {
             "off+prune",
             "off@q4_0+prune:-1.5",
             "auto+prune:off",
-            "profile:0.8@q4_0+prune+lazy:kvarn4/kvarn3+window:768",
+            "profile:0.8@q4_0+prune+lazy:q8_0/q4_0+window:768+rescue:256",
         ] {
             assert_eq!(parse(text).unwrap().to_string(), text);
         }
@@ -178,8 +193,8 @@ mod tests {
         let params = |text: &str| text.parse::<Contender>().unwrap().params(&run);
         assert_eq!((params("off").prune, params("off").lazy.n_window), (Prune::Auto, 512));
         assert_eq!((params("off@q4_0").prune, params("off@q4_0").type_v), (Prune::Off, Type::Q4_0));
-        let params = params("profile:0.8@q4_0+prune:-2+lazy:q8_0/q4_0+window:256");
-        assert_eq!((params.prune, params.lazy.n_window), (Prune::Below(-2.0), 256));
+        let params = params("profile:0.8@q4_0+prune:-2+lazy:q8_0/q4_0+window:256+rescue:64");
+        assert_eq!((params.prune, params.lazy.n_window, params.lazy.n_rescued), (Prune::Below(-2.0), 256, 64));
         assert_eq!((params.lazy.type_k, params.lazy.type_v), (Some(Type::Q8_0), Some(Type::Q4_0)));
     }
 
@@ -196,6 +211,7 @@ mod tests {
             ("off+lazy", "+lazy"),
             ("off+lazy:q9", "+lazy:q9"),
             ("off+window:0", "+window:0"),
+            ("off+rescue", "+rescue"),
             ("off+", "\"+\""),
             ("", ""),
         ] {

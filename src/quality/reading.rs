@@ -86,6 +86,7 @@ impl<'a> Reading<'a> {
             || (contender.lazy_types, contender.n_window) != (None, None)
             || params.lazy.narrow_keys
             || params.prune != Prune::Off
+            || params.lazy.n_rescued > 0
             || !is_copied(&contender.policy, is_f16)
             || own.reads_windowed()
             || params.lazy.at != At::Prefill

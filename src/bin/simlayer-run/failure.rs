@@ -71,6 +71,7 @@ fn option(error: &simlayer::Error) -> Option<&'static str> {
     match error {
         Error::Window { .. } => Some("--lazy-windows"),
         Error::LazyLayer { .. } | Error::Profile(ProfileError::NoneKnown { .. }) => Some("--lazy"),
+        Error::Rescue(_) => Some("--lazy-rescue"),
         Error::Profile(ProfileError::Missing { .. }) => Some("--lazy-profile"),
         _ => None,
     }

@@ -70,6 +70,7 @@ impl Run {
             n_sink: args.lazy.lazy_sink,
             n_window: args.lazy.lazy_window,
             n_slack: args.lazy.lazy_slack,
+            n_rescued: args.lazy.lazy_rescue,
             windows: args.lazy.lazy_windows.unwrap_or_default(),
             n_queries: args.lazy.lazy_queries,
             at: match args.lazy.lazy_at {

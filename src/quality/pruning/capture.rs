@@ -86,8 +86,13 @@ impl<'a> Reading<'a> {
             all.resize(n * per_token, 0);
             positions.write(0, &all);
         }
-        let span =
-            hparams.windows[layer].map(|n_window| Span { n_sink: 0, n_window, n_slack: 0, chunked: hparams.chunked });
+        let span = hparams.windows[layer].map(|n_window| Span {
+            n_sink: 0,
+            n_window,
+            n_slack: 0,
+            chunked: hparams.chunked,
+            n_rescued: 0,
+        });
         let is_seen = |query: usize, key: usize| key <= query && span.is_none_or(|span| span.sees(query, key));
         let cells = (0..n * n).map(|cell| if is_seen(cell / n, cell % n) { 0 } else { HIDDEN });
         if mask.is_allocated() {

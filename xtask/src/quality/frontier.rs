@@ -11,8 +11,8 @@ use super::{Kind, Measured};
 use crate::plot::{COLOURS, write_svg};
 
 /// What is compared: types alone, all layers lazy (StreamingLLM), a budget, the model's profile, and the profile with tiles, with
-/// pruned rows, with both kinds of rows.
-pub const RULES: [&str; 11] = [
+/// pruned rows, with rescued ones, with both.
+pub const RULES: [&str; 13] = [
     "off@q8_0",
     "off@q4_0",
     "off@kvarn4/kvarn3",
@@ -23,7 +23,9 @@ pub const RULES: [&str; 11] = [
     "profile:0.8@q4_0",
     "profile:0.8@kvarn4/kvarn3+lazy:kvarn4/kvarn3",
     "profile:0.8@q4_0+prune",
-    "profile:0.8@q8_0/q4_0+prune",
+    "profile:0.8@q4_0+window:768+rescue:256",
+    "profile:0.8@q4_0+prune+window:768+rescue:256",
+    "profile:0.8@q8_0/q4_0+prune+window:768+rescue:256",
 ];
 
 /// Divergences that the picture shows: what is smaller lies on its edge.

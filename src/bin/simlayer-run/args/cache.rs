@@ -30,6 +30,10 @@ pub struct LazyFlags {
     /// Tokens that layers with a window keep beyond it: as many of the newest can be taken back without reading again
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub lazy_slack: usize,
+    /// Older rows that a lazy layer keeps for each KV head beside sink and window: those that later tokens will most look for; needs a map
+    /// of the model, made by calibrate --fit-prune
+    #[arg(long, value_name = "M", default_value_t = 0)]
+    pub lazy_rescue: usize,
     /// Other windows for single layers, as 3=256,9-12=2048 [default: those of the profile, with its --lazy-window]
     #[arg(long, value_name = "LAYERS=N,...")]
     pub lazy_windows: Option<LayerWindows>,

@@ -90,7 +90,7 @@ pub struct PerplexityArgs {
     #[arg(help_heading = "Text", long)]
     pub kl: bool,
     /// Score the text under this rule instead of --lazy, with --kl; RULE@K/V has these types in active layers
-    /// (off@q8_0/q4_0), and more after plus signs (+prune, +lazy:K/V, +window:N); may be given several times, and the
+    /// (off@q8_0/q4_0), and more after plus signs (+prune, +lazy:K/V, +window:N, +rescue:M); may be given several times, and the
     /// uncompressed run is made once
     #[arg(help_heading = "Text", long, value_name = "RULE", action = ArgAction::Append, conflicts_with = "chunks")]
     pub compare: Vec<Contender>,
@@ -131,7 +131,7 @@ pub struct PasskeyArgs {
     #[arg(help_heading = "Needles", short, long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
     /// Also run with the full cache, with all layers lazy (StreamingLLM), and with q4_0 in all layers; with RULE, or
-    /// RULE@K/V (off@q8_0/q4_0) and more after plus signs (+prune, +lazy:K/V, +window:N), run under that instead of --lazy,
+    /// RULE@K/V (off@q8_0/q4_0) and more after plus signs (+prune, +lazy:K/V, +window:N, +rescue:M), run under that instead of --lazy,
     /// may be given several times
     #[arg(help_heading = "Needles", long, value_name = "RULE", action = ArgAction::Append, num_args = 0..=1,
           default_missing_value = "")]
