@@ -4,6 +4,7 @@ use std::{
     cell::{Cell, Ref, RefCell},
     collections::HashMap,
     fmt,
+    hash::{DefaultHasher, Hash, Hasher},
     ptr::NonNull,
     sync::Arc,
 };
@@ -198,6 +199,25 @@ impl Graph {
     pub(super) fn nodes(&self) -> impl Iterator<Item = *const sys::ggml_tensor> {
         // SAFETY: the graph is alive and the index below its number of nodes.
         (0..self.n_nodes()).map(|index| unsafe { sys::ggml_graph_node(self.raw(), index as i32) }.cast_const())
+    }
+
+    /// A number for what the nodes read that is no node: which of them reads which, and of each whether it has memory and how much it
+    /// takes.
+    pub(super) fn leaves(&self) -> u64 {
+        let (mut order, mut hasher) = (HashMap::new(), DefaultHasher::new());
+        for node in self.nodes() {
+            // SAFETY: the graph keeps its nodes and what they read alive.
+            for leaf in unsafe { (*node).src }.into_iter().filter(|&src| !src.is_null()) {
+                // SAFETY: as above.
+                let (op, has_memory, bytes) = unsafe { ((*leaf).op, !(*leaf).data.is_null(), sys::ggml_nbytes(leaf)) };
+                if op == sys::GGML_OP_NONE {
+                    let next = order.len();
+                    (*order.entry(leaf).or_insert(next), has_memory, bytes).hash(&mut hasher);
+                }
+            }
+            0xffu8.hash(&mut hasher);
+        }
+        hasher.finish()
     }
 
     /// A tensor that the caller fills before each run.

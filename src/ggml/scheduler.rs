@@ -15,7 +15,7 @@ use std::{
 use ggml_sys as sys;
 
 use super::{
-    Device, DeviceKind, Error, Graph,
+    Device, DeviceKind, Error, Graph, Type,
     context::{Inner, freed_device_memory, note_freed_device_memory},
 };
 
@@ -32,6 +32,8 @@ pub struct Scheduler {
     running: bool,
     /// What [`freed_device_memory`] was when it got memory.
     freed: u64,
+    /// [`Graph::leaves`] of the last graph that got memory.
+    leaves: Option<u64>,
     max_nodes: usize,
     threads: usize,
     /// Threads of the caller's, used instead of our own.
@@ -148,6 +150,7 @@ impl Scheduler {
             current: None,
             running: false,
             freed: 0,
+            leaves: None,
             max_nodes,
             threads: 0,
             attached: None,
@@ -232,6 +235,10 @@ impl Scheduler {
     pub fn alloc(&mut self, graph: &Graph) -> Result<(), Error> {
         assert!(graph.max_nodes() <= self.max_nodes, "the graph is larger than the scheduler was made for");
         self.release();
+        let leaves = graph.leaves();
+        if self.leaves.take() != Some(leaves) {
+            self.forget_plan()?;
+        }
         if self.has_devices() {
             // Its own buffers may be exchanged for larger ones.
             note_freed_device_memory();
@@ -247,19 +254,41 @@ impl Scheduler {
         }
         // SAFETY: both are alive; the graph's context is kept in `current` while the scheduler refers to its tensors.
         let done = unsafe { sys::ggml_backend_sched_alloc_graph(self.raw.as_ptr(), graph.raw()) };
-        if !done {
-            // SAFETY: puts the scheduler back into its empty state.
-            unsafe { sys::ggml_backend_sched_reset(self.raw.as_ptr()) };
-            return Err(Error::OutOfMemory {
-                device: "the devices".into(),
-                bytes: 0,
-                what: "the graph's intermediate results (try a smaller ubatch)".into(),
-            });
-        }
+        self.allocated(done)?;
+        self.leaves = Some(leaves);
         let inner = Arc::clone(graph.context().inner());
         inner.has_memory.store(true, Ordering::Release);
         self.current = Some(inner);
         self.freed = freed_device_memory();
+        Ok(())
+    }
+
+    /// What follows an attempt to give a graph memory.
+    fn allocated(&self, done: bool) -> Result<(), Error> {
+        if done {
+            return Ok(());
+        }
+        // SAFETY: puts the scheduler back into its empty state.
+        unsafe { sys::ggml_backend_sched_reset(self.raw.as_ptr()) };
+        Err(Error::OutOfMemory {
+            device: "the devices".into(),
+            bytes: 0,
+            what: "the graph's intermediate results (try a smaller ubatch)".into(),
+        })
+    }
+
+    /// Makes ggml plan the next graph's memory anew. It takes the plan of the last graph for one with as many nodes and leaves and of
+    /// the same sizes, and the leaves' part of the plan by their order alone: where graphs share leaves in different ways, one that
+    /// needs memory would get that of one that has its own. A small graph between is never like the next one.
+    fn forget_plan(&mut self) -> Result<(), Error> {
+        let graph = Graph::new(4);
+        let input = graph.input(Type::F32, &[1]);
+        graph.expand(&graph.scale(&graph.scale(&graph.scale(&input, 1.0), 1.0), 1.0));
+        // SAFETY: both are alive; the scheduler does not refer to the graph after the reset.
+        let done = unsafe { sys::ggml_backend_sched_alloc_graph(self.raw.as_ptr(), graph.raw()) };
+        self.allocated(done)?;
+        // SAFETY: as above.
+        unsafe { sys::ggml_backend_sched_reset(self.raw.as_ptr()) };
         Ok(())
     }
 
@@ -433,5 +462,46 @@ unsafe extern "C" fn is_set(flag: *mut c_void) -> bool {
 impl fmt::Debug for Scheduler {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Scheduler").field("devices", &self.backends.len()).field("threads", &self.threads).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ggml::Context;
+
+    /// As many nodes and leaves, and each node reads what has memory of its own or none as in the other; but the leaves come in another
+    /// order.
+    #[test]
+    fn graphs_that_share_leaves_differently_follow_each_other() {
+        let context = Context::new(2);
+        let [one, two] = [(); 2].map(|()| context.tensor(Type::F32, &[2]));
+        context.alloc(Device::cpu().buffer_type(), "what is read").unwrap();
+        one.write(0, &[1.0f32, 2.0]);
+        two.write(0, &[10.0f32, 20.0]);
+        let mut scheduler = Scheduler::new(&[], 1, 64).unwrap();
+        let mut sums = |shares_input: bool| {
+            let graph = Graph::new(64);
+            let [x, y, z] = [(); 3].map(|()| graph.input(Type::F32, &[2]));
+            let first = graph.add(&one, &x);
+            let second = graph.add(if shares_input { &two } else { &one }, &y);
+            let third = graph.add(&first, if shares_input { &x } else { &z });
+            let sum = graph.add(&second, &third);
+            graph.expand(&first);
+            graph.expand(&second);
+            graph.expand(&sum);
+            scheduler.alloc(&graph).unwrap();
+            x.write(0, &[0.5f32, 0.25]);
+            y.write(0, &[100.0f32, 200.0]);
+            if !shares_input {
+                z.write(0, &[1000.0f32, 2000.0]);
+            }
+            scheduler.compute(&graph).unwrap();
+            sum.to_f32()
+        };
+        for _ in 0..3 {
+            assert_eq!(sums(true), [112.0, 222.5]);
+            assert_eq!(sums(false), [1102.5, 2204.25]);
+        }
     }
 }
