@@ -87,15 +87,9 @@ template <typename Body> void bounded(const Body & body) {
     });
 }
 
-// As above, on this thread where its stack is enough.
+// Not on this thread's own stack, however short the text is: where its end is met within a function that throws nothing, the
+// exception would end the process.
 template <typename Body> void bounded_here(const Body & body) {
-    try {
-        call_bounds limit{ stack_floor() };
-        within(limit, body);
-        return;
-    } catch (const stack_exhausted &) {
-        // Not from here: an exception in flight would lie on a stack that is left for long.
-    }
     bounded(body);
 }
 
