@@ -90,6 +90,11 @@ pub(super) fn far(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
+/// As [`far`], of rows of logits.
+pub(super) fn furthest(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| far(a, b)).fold(0.0, f32::max)
+}
+
 /// Where nothing is below the bound, what was one store is lists and a store: the results are the same to rounding, whatever
 /// the types, and whether a prompt is read layer by layer or piece by piece.
 #[test]
@@ -101,7 +106,6 @@ fn nothing_is_lost_below_no_bound() {
         rows.extend(decode(&mut session, 0, 700..830));
         (rows, session.layers(0))
     };
-    let furthest = |a: &[Vec<f32>], b: &[Vec<f32>]| a.iter().zip(b).map(|(a, b)| far(a, b)).fold(0.0, f32::max);
     for layer_major in [true, false] {
         let with = |types, prune| all(typed(types, SessionParams { layer_major, ..params(prune, "off") }));
         let (whole, _) = with(TYPES[0], Prune::Off);

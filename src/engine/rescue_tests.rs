@@ -7,7 +7,7 @@ use simlayer_testkit::RandomModel;
 use super::{
     BatchEntry, Error, LayerKind, Outputs, Session, SessionParams,
     layer::LayerCache,
-    prune_tests::{HEADS, N_EMBD, TYPES, caches, decode, far, model, read, saved, session, text, typed},
+    prune_tests::{HEADS, N_EMBD, TYPES, caches, decode, far, furthest, model, read, saved, session, text, typed},
 };
 use crate::{
     Model, ModelParams,
@@ -61,7 +61,6 @@ fn nothing_is_lost_where_all_is_rescued() {
         rows.extend(decode(&mut session, 0, 600..680));
         (rows, session.layers(0))
     };
-    let furthest = |a: &[Vec<f32>], b: &[Vec<f32>]| a.iter().zip(b).map(|(a, b)| far(a, b)).fold(0.0, f32::max);
     let whole = all(params(0, "off")).0;
     for types in TYPES {
         let dense = all(of_types(types, params(0, "off"))).0;
@@ -101,7 +100,7 @@ fn rescued_rows_are_seen_as_a_sink_is() {
     let longer = params(0, "layers:0,1,2");
     let longer = run(SessionParams { lazy: LazyParams { n_sink: SINK + 40, ..longer.lazy.clone() }, ..longer });
     let neither = run(params(0, "layers:0,1,2"));
-    let furthest = rescued.iter().zip(&longer).map(|(a, b)| far(a, b)).fold(0.0, f32::max);
+    let furthest = furthest(&rescued, &longer);
     assert!(furthest < 1e-3 && far(&rescued[100], &neither[100]) > 1e-2, "{furthest}");
 }
 

@@ -80,17 +80,13 @@ template <typename Body> void within(call_bounds & limit, const Body & body) {
     }
 }
 
+// Not on this thread's own stack, however short the text is: where its end is met within a function that throws nothing, the
+// exception would end the process.
 template <typename Body> void bounded(const Body & body) {
     on_long_stack([&] {
         call_bounds limit{ stack_floor() + LONG_RESERVE };
         within(limit, body);
     });
-}
-
-// Not on this thread's own stack, however short the text is: where its end is met within a function that throws nothing, the
-// exception would end the process.
-template <typename Body> void bounded_here(const Body & body) {
-    bounded(body);
 }
 
 void check_size(const char * what, size_t size, size_t most) {
@@ -151,7 +147,6 @@ struct simlayer_chat_prepared {
 };
 
 using simlayer::bounded;
-using simlayer::bounded_here;
 using simlayer::check_size;
 using simlayer::guarded;
 
@@ -310,7 +305,7 @@ extern "C" struct simlayer_text * simlayer_chat_parse(const struct simlayer_chat
                                                       size_t size, bool is_partial, char * error, size_t error_size) {
     return guarded(error, error_size, [&] {
         text_ptr made;
-        bounded_here([&] {
+        bounded([&] {
             const common_chat_msg message = common_chat_parse(std::string(text, size), is_partial, prepared->parser);
             common_json           calls   = common_json::array();
             for (const auto & call : message.tool_calls) {

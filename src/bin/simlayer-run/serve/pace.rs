@@ -85,13 +85,18 @@ impl Pace {
     /// Tokens to read of a prompt of which so many have been read, in a step in which so many answers go on.
     pub fn tokens(&self, answers: usize, depth: usize) -> usize {
         let (least, most) = self.bounds(answers);
-        ((self.seconds(answers) / self.cost(depth)) as usize).clamp(least, most)
+        self.affordable(answers, depth).clamp(least, most)
     }
 
     /// Tokens that are run once more at once in a look at the end of a prompt of so many tokens, while so many answers wait for it.
     /// A few at least: besides them such a step is as long as one without prompts.
     pub fn probe_tokens(&self, answers: usize, depth: usize) -> usize {
-        ((self.seconds(answers) / self.cost(depth)) as usize).clamp(LEAST_PROBE, self.n_ubatch)
+        self.affordable(answers, depth).clamp(LEAST_PROBE, self.n_ubatch)
+    }
+
+    /// Tokens at a depth for which there is time.
+    fn affordable(&self, answers: usize, depth: usize) -> usize {
+        (self.seconds(answers) / self.cost(depth)) as usize
     }
 
     /// Notes that a step with these pieces of prompts, and with so many answers, took so long.
