@@ -290,7 +290,6 @@ fn a_calibrated_profile_is_used() {
     assert_eq!(lazy(&["--lazy", "profile"]), beginning(3));
 }
 
-/// Half of each prompt is notes with questions about them; the harm to their answers is measured beside the text's.
 /// A map is fitted, found by what the model is, and what is dropped by it is memory that is not held.
 #[test]
 fn rows_are_pruned_by_a_fitted_map() {
@@ -335,6 +334,56 @@ fn rows_are_pruned_by_a_fitted_map() {
     assert!(message.contains("--lazy-rescue: rows cannot be rescued"), "{message}");
 }
 
+/// What is chosen for a target is in the profile, and is used with it: layers, types, pruned rows.
+#[test]
+fn settings_are_chosen_for_targets() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (model, story_path) = (random_model(folder.path(), 1), story());
+    let extent = ["--skip", "1000", "--score", "30", "--chunks", "1", "--lazy-window", "64", "--questions", "0"];
+    let plain = [&["calibrate", "-f", &story_path, "--json"], &extent[..]].concat();
+    let calibrate = |options: &[&'static str]| [&plain[..], options].concat();
+    let targets = ["--target", "6x", "--target", "kl=0.00001"];
+    let message = failure(&model, &calibrate(&targets));
+    assert!(message.contains("simlayer-run calibrate"), "{message}");
+    json_of(&model, &calibrate(&[]));
+    let run = |lazy: &str, options: &[&str]| {
+        let score = ["perplexity", "-f", &story_path, "--skip", "1000", "--score", "30", "--lazy-window", "64", "--kl"];
+        json_of(&model, &[&score[..], &["--lazy", lazy, "--json"], options].concat())
+    };
+    let message = failure(&model, &["perplexity", "-f", &story_path, "--lazy", "profile:6x"]);
+    assert!(message.contains("no setting for 6x") && message.contains("--target 6x"), "{message}");
+
+    json_of(&model, &["calibrate", "-f", &story_path, "--fit-prune", "--chunks", "1", "--json"]);
+    let chosen = json_of(&model, &calibrate(&targets));
+    let settings = chosen["settings"].as_array().expect("settings");
+    assert_eq!(settings.len(), 2);
+    let (small, harmless) = (&settings[0], &settings[1]);
+    assert_eq!((&small["target"], &harmless["target"]), (&Value::from("6x"), &Value::from("kl=0.00001")));
+    assert!(number(small, "compression") >= 6.0 && number(small, "kl_mean") > 0.0, "{small}");
+    assert!(number(harmless, "kl_mean") <= 1e-5 && number(harmless, "compression") < 6.0, "{harmless}");
+    // The same prompt, read as the setting says.
+    for setting in settings {
+        let used = run(&format!("profile:{}", setting["target"].as_str().expect("a text")), &[]);
+        assert_eq!(used["lazy_layers"].as_array().map(Vec::len), setting["lazy"].as_u64().map(|n| n as usize));
+        for (used, chosen) in [
+            (number(&used, "kl_mean"), number(setting, "kl_mean")),
+            (number(&used["kv"], "compression"), number(setting, "compression")),
+        ] {
+            assert!((used - chosen).abs() <= 0.02 * chosen, "{used} instead of {chosen}: {setting}");
+        }
+        let pruned = used["kv"]["pruned_layers"].as_u64().expect("a number") > 0;
+        assert_eq!(pruned, setting["prune"].as_bool().expect("true or false"), "{setting}");
+    }
+    // Types that are asked for stay.
+    let exact = run("profile:6x", &["-ctk", "q8_0", "-ctv", "q8_0"]);
+    assert!(number(&exact["kv"], "compression") < number(small, "compression"), "{exact}");
+    let message = failure(&model, &calibrate(&["--target", "1000x"]));
+    assert!(message.contains("1000x smaller; the smallest that was tried"), "{message}");
+    let wrong = run_on(&model, &calibrate(&["--target", "0.5"]));
+    assert_eq!(wrong.status.code(), Some(2));
+}
+
+/// Half of each prompt is notes with questions about them; the harm to their answers is measured beside the text's.
 #[test]
 fn answers_are_calibrated_on() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -353,7 +402,7 @@ fn answers_are_calibrated_on() {
         }
     }
     let profile = std::fs::read_to_string(with["file"].as_str().expect("a path")).expect("the profile");
-    assert!(profile.contains("version = 2") && profile.contains("harm_nll"), "{profile}");
+    assert!(profile.contains("version = 3") && profile.contains("harm_nll"), "{profile}");
     let without = calibrate("0");
     assert_eq!(without["text"]["n_answer"], 0);
     assert!(without["layers"][0].get("harm_nll").is_none() && without["cuts"][0].get("nll_mean").is_none());

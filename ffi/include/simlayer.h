@@ -7,7 +7,7 @@
 // Without anything set no layer is lazy, and the answers are llama.cpp's. A frontend that is not to be changed is set
 // up by environment variables, which are read when a context is made:
 //
-//   SIMLAYER_LAZY       auto, kl[:X], threshold[:t], budget[:r], output[:r], profile[:r|:kl=X], layers:1,2,9-12, off
+//   SIMLAYER_LAZY       auto, kl[:X], threshold[:t], budget[:r], output[:r], profile[:r|:kl=X|:12x], layers:1,2,9-12, off
 //   SIMLAYER_PROFILE    the model's profile, which simlayer-run calibrate makes; else MODEL.simlayer.toml beside it, else
 //                       the one in the folder that SIMLAYER_PROFILES names (~/.local/share/simlayer/profiles), else the
 //                       one built in

@@ -8,8 +8,7 @@ use super::{
     error::Error,
     guard::{N_LAST, N_SCORED},
     layer::LayerKind,
-    profile,
-    setup::{LayerPlan, LayerSetup, SessionParams, Setup, kernel},
+    setup::{self, LayerPlan, LayerSetup, SessionParams, Setup, kernel},
 };
 use crate::{
     cache::{Format, Span, StateStore, Store},
@@ -71,7 +70,7 @@ impl DevicePlan {
 pub fn plan(path: &Path, model: &ModelParams, session: &SessionParams) -> Result<Vec<DevicePlan>, Error> {
     let Planned { hparams, placement, tensors, identity } = Model::plan(path, model)?;
     let session = &mut session.clone();
-    profile::settle(&mut session.lazy, path, &identity)?;
+    setup::settle(session, path, &identity)?;
     let session = &*session;
     let n_ctx = if session.n_ctx == 0 { hparams.n_ctx_train } else { session.n_ctx };
     let scorable = hparams.n_scorable();

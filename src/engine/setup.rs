@@ -3,19 +3,20 @@
 
 use std::{
     ops::Range,
+    path::Path,
     sync::{Arc, atomic::AtomicBool},
 };
 
 use super::{
     batch::{BatchEntry, MAX_PARTS},
     error::Error,
-    profile,
+    profile::{self, Settled},
     pruning::{self, Pruning},
 };
 use crate::{
     cache::{Chain, Format, KvRotate, Meter, Moving, Rotations, RowScores, RowShape, Span, StateStore, Store},
     ggml::{self, ATTENTION_BLOCK, Adapted, Device, Graph, TILE, Type},
-    lazy::{At, LazyParams, Policy, Prune, PruneMap, Selector, default_threshold},
+    lazy::{At, Identity, LazyParams, Policy, Prune, PruneMap, Selector, default_threshold},
     model::{Hparams, LoraAdapter, Model, StateSize},
 };
 
@@ -114,6 +115,26 @@ impl Default for SessionParams {
             abort: None,
         }
     }
+}
+
+/// Fills in what the model's profile says, where a policy goes by one. The order that looks go by, where a profile is named
+/// for them.
+pub(super) fn settle(
+    params: &mut SessionParams,
+    path: &Path,
+    identity: &Identity,
+) -> Result<Option<Vec<usize>>, Error> {
+    let Settled { order, setting } = profile::settle(&mut params.lazy, path, identity)?;
+    if let Some(setting) = setting {
+        // What is not the default was asked for, and stays.
+        if (params.type_k, params.type_v) == (Type::F16, Type::F16) {
+            (params.type_k, params.type_v) = (setting.type_k, setting.type_v);
+        }
+        if setting.prune && params.prune == Prune::Off {
+            params.prune = Prune::Auto;
+        }
+    }
+    Ok(order)
 }
 
 /// How attention is computed.
@@ -344,7 +365,7 @@ impl Setup {
         if params.n_threads_batch == 0 {
             params.n_threads_batch = params.n_threads;
         }
-        let order = profile::settle(&mut params.lazy, model.path(), model.identity())?;
+        let order = settle(&mut params, model.path(), model.identity())?;
         check(&params, hparams)?;
         let adapted = Arc::new(adapted(model, &params.adapters)?);
         let mut setup = Setup {

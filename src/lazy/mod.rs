@@ -11,6 +11,7 @@ mod profile;
 mod prune;
 mod prune_map;
 mod selector;
+mod setting;
 mod target;
 mod windows;
 
@@ -23,5 +24,6 @@ pub use prune::{ParsePruneError, Prune};
 pub use prune_map::{LayerMap, PruneMap, PruneMapError};
 pub use selector::Selector;
 pub(crate) use selector::n_active;
-pub use target::Target;
+pub use setting::Setting;
+pub use target::{ParseTargetError, Target};
 pub use windows::{LayerWindows, ParseWindowsError};

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, fmt, ops::RangeInclusive, str::FromStr};
 
-use super::target::{DEFAULT_SHARE, Target};
+use super::target::{DEFAULT_SHARE, ParseTargetError, Target};
 
 /// The rule that makes layers lazy.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -74,15 +74,17 @@ impl Policy {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParsePolicyError {
     #[error(
-        "\"{0}\" is none of auto, kl[:X], threshold[:τ], budget[:ρ], output[:ρ], profile[:ρ|:kl=X], layers:1,2,…, off"
+        "\"{0}\" is none of auto, kl[:X], threshold[:τ], budget[:ρ], output[:ρ], profile[:ρ|:kl=X|:12x], layers:1,2,…, off"
     )]
     Unknown(String),
     #[error("\"{value}\" is no number between 0 and 1 in \"{rule}:{value}\"")]
     Share { rule: String, value: String },
     #[error("\"{0}\" is no layer number in a list like layers:3,5,9-12")]
     Layer(String),
-    #[error("\"{value}\" is no divergence above 0 in \"{rule}{value}\"")]
-    Kl { rule: String, value: String },
+    #[error("\"{0}\" is no divergence above 0 in \"kl:{0}\"")]
+    Kl(String),
+    #[error("{0}, in \"profile:\"")]
+    Target(#[from] ParseTargetError),
 }
 
 impl FromStr for Policy {
@@ -97,23 +99,20 @@ impl FromStr for Policy {
             Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
             _ => Err(ParsePolicyError::Share { rule: rule.to_owned(), value: value.to_owned() }),
         };
-        let kl = |rule: &str, value: &str| match value.parse::<f64>() {
+        let kl = |value: &str| match value.parse::<f64>() {
             Ok(most) if most > 0.0 && most.is_finite() => Ok(most),
-            _ => Err(ParsePolicyError::Kl { rule: rule.to_owned(), value: value.to_owned() }),
+            _ => Err(ParsePolicyError::Kl(value.to_owned())),
         };
         match (rule, value) {
             ("off", None) => Ok(Policy::Off),
             ("auto", None) => Ok(Policy::Auto),
-            ("kl", value) => Ok(Policy::Kl(value.map_or(Ok(DEFAULT_KL), |value| kl("kl:", value))?)),
+            ("kl", value) => Ok(Policy::Kl(value.map_or(Ok(DEFAULT_KL), kl)?)),
             ("threshold", value) => Ok(Policy::Threshold(value.map(share).transpose()?)),
             ("budget", value) => Ok(Policy::Budget(value.map_or(Ok(DEFAULT_SHARE), share)?)),
             ("output", value) => Ok(Policy::Output(value.map_or(Ok(DEFAULT_SHARE), share)?)),
             ("layers", Some(list)) => parse_layers(list).map(Policy::Layers),
             ("profile", None) => Ok(Policy::Profile(Target::default())),
-            ("profile", Some(value)) => match value.strip_prefix("kl=") {
-                None => Ok(Policy::Profile(Target::Share(share(value)?))),
-                Some(value) => Ok(Policy::Profile(Target::Kl(kl("profile:kl=", value)?))),
-            },
+            ("profile", Some(target)) => Ok(Policy::Profile(target.parse()?)),
             _ => Err(ParsePolicyError::Unknown(text.to_owned())),
         }
     }
@@ -195,6 +194,7 @@ mod tests {
         assert_eq!(parse("profile"), Ok(Policy::Profile(Target::Share(0.5))));
         assert_eq!(parse("profile:0.8"), Ok(Policy::Profile(Target::Share(0.8))));
         assert_eq!(parse("profile:kl=0.01"), Ok(Policy::Profile(Target::Kl(0.01))));
+        assert_eq!(parse("profile:12.5x"), Ok(Policy::Profile(Target::Times(12.5))));
         assert_eq!(parse("layers:3,5,9-11"), Ok(Policy::Layers([3, 5, 9, 10, 11].into())));
     }
 
@@ -217,6 +217,9 @@ mod tests {
             "profile:kl=",
             "profile:kl=-1",
             "profile:kl=nan",
+            "profile:x",
+            "profile:0.5x",
+            "profile:infx",
             "layers",
             "layers:",
             "layers:1,,2",
@@ -240,6 +243,7 @@ mod tests {
             "budget:0.5",
             "profile:0.8",
             "profile:kl=0.01",
+            "profile:12.5x",
             "layers:1,2,7",
         ] {
             assert_eq!(text.parse::<Policy>().unwrap().to_string(), text);

@@ -9,10 +9,11 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{LayerWindows, PrefillMode, Target, n_active};
+use super::{LayerWindows, PrefillMode, Setting, Target, n_active};
 
-/// The version of the file format that this crate writes. It reads the one before as well, which knew nothing of answers.
-const VERSION: u32 = 2;
+/// The version of the file format that this crate writes. It reads those before as well: 1 knew nothing of answers, and 2
+/// nothing of settings.
+const VERSION: u32 = 3;
 const OLDEST_VERSION: u32 = 1;
 
 /// Windows that make sense.
@@ -35,6 +36,9 @@ pub struct Profile {
     pub text: CalibrationText,
     pub layers: Vec<ProfiledLayer>,
     pub cuts: Vec<Cut>,
+    /// What was chosen for targets; one for each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub settings: Vec<Setting>,
 }
 
 /// What tells models apart. Quantisations of one model have the same identity.
@@ -118,6 +122,11 @@ pub enum ProfileError {
     Io { path: PathBuf, source: std::io::Error },
     #[error("{path} is no profile: {why}")]
     Syntax { path: PathBuf, why: String },
+    #[error(
+        "profile {profile} has no setting for {target}{}; make it with `simlayer-run calibrate --target {target}`",
+        if .known.is_empty() { String::new() } else { format!(", only for {}", .known) }
+    )]
+    NoSetting { profile: String, target: Target, known: String },
     #[error("{path} is a profile of another model: {what} is {profiled} there, and {here} in this model")]
     OtherModel { path: PathBuf, what: &'static str, profiled: String, here: String },
 }
@@ -199,6 +208,14 @@ impl Profile {
                 return Err(format!("the cut of {lazy} lazy layers has not as many windows of at least 1 token"));
             }
         }
+        for Setting { target, lazy, n_window, .. } in &self.settings {
+            if matches!(target, Target::Share(_)) {
+                return Err(format!("a setting for {target}, which is a share"));
+            }
+            if *lazy > self.order.len() || !WINDOWS.contains(n_window) {
+                return Err(format!("the setting for {target} has {lazy} lazy layers with a window of {n_window}"));
+            }
+        }
         Ok(())
     }
 
@@ -215,14 +232,30 @@ impl Profile {
         }
     }
 
-    /// The layers that become lazy: the beginning of the order.
+    /// What was chosen for this very target.
+    pub fn setting(&self, target: Target) -> Option<&Setting> {
+        self.settings.iter().find(|setting| setting.target == target)
+    }
+
+    /// Adds a setting, in place of the one for the same target.
+    pub fn set(&mut self, setting: Setting) {
+        self.version = VERSION;
+        self.settings.retain(|other| other.target != setting.target);
+        self.settings.push(setting);
+    }
+
+    /// The layers that become lazy: the beginning of the order. None for a [`Target::Times`] without a setting.
     pub fn lazy_layers(&self, target: Target) -> BTreeSet<usize> {
         self.order.iter().copied().take(self.n_lazy(target)).collect()
     }
 
     /// The windows of the layers that become lazy, where they are not `n_window`: those of the largest cut that is not
-    /// larger. Layers beyond it have `n_window`, so that nothing takes more memory than with one window for all.
+    /// larger. Layers beyond it have `n_window`, so that nothing takes more memory than with one window for all. A setting
+    /// has one window for all.
     pub fn windows(&self, target: Target) -> LayerWindows {
+        if self.setting(target).is_some() {
+            return LayerWindows::default();
+        }
         let n_lazy = self.n_lazy(target);
         let cut = self.cuts.iter().filter(|cut| cut.lazy <= n_lazy).max_by_key(|cut| cut.lazy);
         let windows = cut.iter().flat_map(|cut| self.order.iter().copied().zip(cut.windows.iter().copied()));
@@ -231,12 +264,16 @@ impl Profile {
 
     fn n_lazy(&self, target: Target) -> usize {
         let n_layer = self.order.len();
+        if let Some(setting) = self.setting(target) {
+            return setting.lazy;
+        }
         match target {
             // As many as a budget of this share makes lazy.
             Target::Share(share) => n_layer - n_active(share, n_layer),
             Target::Kl(most) => {
                 self.cuts.iter().filter(|cut| cut.kl_mean <= most).map(|cut| cut.lazy).max().unwrap_or(0)
             }
+            Target::Times(_) => 0,
         }
     }
 
@@ -249,6 +286,7 @@ impl Profile {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ggml::Type;
 
     fn profile() -> Profile {
         let cut = |lazy, kl_mean| Cut {
@@ -277,6 +315,23 @@ mod tests {
             text: CalibrationText { sha256: "cd".into(), n_prompt: 100, n_score: 10, excerpts: 1, n_answer: 7 },
             layers: (0..4).map(|index| ProfiledLayer { index, harm_kl: 0.1, harm_nll: Some(0.2), mass: 0.5 }).collect(),
             cuts: vec![cut(1, 0.001), cut(2, 0.01), cut(4, 0.1)],
+            settings: vec![],
+        }
+    }
+
+    fn setting(target: Target, lazy: usize) -> Setting {
+        Setting {
+            target,
+            lazy,
+            n_window: 768,
+            n_rescued: 256,
+            type_k: Type::Q8_0,
+            type_v: Type::Q4_0,
+            prune: true,
+            n_prompt: 8_000,
+            kl_mean: 0.01,
+            nll_mean: None,
+            compression: 12.5,
         }
     }
 
@@ -315,6 +370,28 @@ mod tests {
     }
 
     #[test]
+    fn settings_are_for_their_targets() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.simlayer.toml");
+        let mut profile = profile();
+        profile.version = 2;
+        profile.cuts[1].windows = vec![256, 1024];
+        profile.set(setting(Target::Times(12.5), 4));
+        profile.set(setting(Target::Times(12.5), 3));
+        profile.set(setting(Target::Kl(0.01), 1));
+        profile.write(&path).unwrap();
+        let read = Profile::read(&path).unwrap();
+        assert_eq!(read, profile);
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains("target = \"12.5x\"") && text.contains("type_k = \"q8_0\""), "{text}");
+        let lazy = |target| read.lazy_layers(target);
+        assert_eq!(lazy(Target::Times(12.5)), [0, 2, 3].into());
+        assert_eq!(lazy(Target::Times(12.0)), [].into());
+        assert_eq!((lazy(Target::Kl(0.01)), read.windows(Target::Kl(0.01)).is_empty()), ([2].into(), true));
+        assert_eq!((lazy(Target::Kl(0.02)), read.windows(Target::Kl(0.02)).is_empty()), ([0, 2].into(), false));
+    }
+
+    #[test]
     fn windows_are_those_of_the_cut_that_fits() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.simlayer.toml");
@@ -341,7 +418,7 @@ mod tests {
             profile.write(&path).unwrap();
             Profile::read(&path).unwrap_err().to_string()
         };
-        assert!(message(&|profile| profile.version = 3).contains("version 3 is unknown"));
+        assert!(message(&|profile| profile.version = 4).contains("version 4 is unknown"));
         assert!(
             message(&|profile| profile.order = vec![0, 1, 1, 3]).contains("each of the layers that were measured once")
         );
@@ -355,6 +432,8 @@ mod tests {
         assert!(message(&|profile| profile.cuts[0].windows = vec![8, 8]).contains("not as many windows"));
         assert!(message(&|profile| profile.cuts[0].windows = vec![0]).contains("at least 1 token"));
         assert!(message(&|profile| profile.cuts[0].lazy = 5).contains("cut of 5 lazy layers"));
+        assert!(message(&|profile| profile.set(setting(Target::Kl(0.1), 5))).contains("kl=0.1 has 5 lazy layers"));
+        assert!(message(&|profile| profile.set(setting(Target::Share(0.1), 1))).contains("which is a share"));
         for text in ["", "version = 1", "no toml at all", "version = 1\nsurprise = 3"] {
             fs::write(&path, text).unwrap();
             assert!(matches!(Profile::read(&path), Err(ProfileError::Syntax { .. })), "{text}");

@@ -9,17 +9,15 @@
 //! single layers serve. Where windows of their own are asked for, each cut's layers exchange rows of their caches. At last
 //! the cuts of the order are measured in real runs on the first excerpt, in the way in which they will be used.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    ops::Range,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     Excerpt, Excerpts,
     exchange::exchanges,
+    harm::{Base, Sum, check, real_run},
     journal::{Found, Journal, Trial},
     meter::{Estimate, Meter, Stage, Step, Steps},
-    metrics, uncompressed,
+    uncompressed,
 };
 use crate::{
     engine::{BatchEntry, Error, Outputs, SeqId, Session, SessionParams},
@@ -132,65 +130,13 @@ pub fn calibrate_on(
             .map(|(&index, harm)| ProfiledLayer { index, harm_kl: harm.kl, harm_nll: harm.nll, mass: masses[index] })
             .collect(),
         cuts,
+        settings: Vec::new(),
     })
 }
 
 fn cut_sizes(n_candidates: usize) -> Vec<usize> {
     let sizes = CUTS.iter().map(|share| (share * n_candidates as f64).round() as usize).filter(|&n| n > 0);
     sizes.collect::<BTreeSet<_>>().into_iter().collect()
-}
-
-/// What the uncompressed run says of one excerpt's rest.
-struct Base {
-    /// The rows of logits of the text's tokens, with the [`metrics::log_sum_exp`] of each.
-    rows: Vec<f32>,
-    sums: Vec<f64>,
-    /// The sum of the negative log-likelihoods of its answers' tokens.
-    nll: f64,
-}
-
-impl Base {
-    fn new(excerpt: &Excerpt, rows: &[f32]) -> Base {
-        let n_vocab = rows.len() / excerpt.rest.len().max(1);
-        let text = &rows[..excerpt.n_text * n_vocab];
-        let sums = text.chunks_exact(n_vocab).map(metrics::log_sum_exp).collect();
-        Base { rows: text.to_vec(), sums, nll: answers_nll(excerpt, rows) }
-    }
-
-    /// What other rows than these cost.
-    fn compare(&self, excerpt: &Excerpt, rows: &[f32], sum: &mut Sum) {
-        let n_vocab = rows.len() / excerpt.rest.len().max(1);
-        let base = self.rows.chunks_exact(n_vocab).zip(&self.sums);
-        let kls = base.zip(rows.chunks_exact(n_vocab)).map(|((base, &sum), row)| metrics::kl_with(base, sum, row));
-        sum.kl += kls.sum::<f64>();
-        sum.n_kl += self.sums.len();
-        sum.nll += answers_nll(excerpt, rows) - self.nll;
-        sum.n_nll += excerpt.answers.iter().map(Range::len).sum::<usize>();
-    }
-}
-
-/// Sum of the negative log-likelihoods of an excerpt's answers; the row of one token predicts the next.
-fn answers_nll(excerpt: &Excerpt, rows: &[f32]) -> f64 {
-    let n_vocab = rows.len() / excerpt.rest.len().max(1);
-    let row = |index: usize| &rows[index * n_vocab..(index + 1) * n_vocab];
-    let tokens = excerpt.answers.iter().cloned().flatten();
-    tokens.map(|token| metrics::nll(row(token - 1), excerpt.rest[token])).sum()
-}
-
-/// The harm of several excerpts.
-#[derive(Debug, Default)]
-struct Sum {
-    kl: f64,
-    n_kl: usize,
-    nll: f64,
-    n_nll: usize,
-}
-
-impl Sum {
-    fn found(&self, compression: Option<f64>) -> Found {
-        let nll = (self.n_nll > 0).then(|| self.nll / self.n_nll as f64);
-        Found { kl: self.kl / self.n_kl as f64, nll, compression }
-    }
 }
 
 /// The harm with all layers lazy, by which other harms are measured.
@@ -408,35 +354,10 @@ fn measure_cut(
     params.lazy.policy = Policy::Layers(layers.iter().copied().collect());
     params.lazy.windows = windows.or(&params.lazy.windows);
     params.lazy.prefill = Some(prefill);
-    let mut session = Session::new(model, params)?;
-    let entry = BatchEntry { seq: 0, tokens: &excerpt.prompt, outputs: Outputs::None, prompt_end: true };
-    session.run_with(&[entry], &mut |share| meter.part(CUTS_STAGE, Step::Cut, 0.9 * share))?;
-    session.run(&[BatchEntry { seq: 0, tokens: &excerpt.rest, outputs: Outputs::All, prompt_end: false }])?;
+    let session = real_run(model, params, excerpt, &mut |share| meter.part(CUTS_STAGE, Step::Cut, 0.9 * share))?;
     let mut sum = Sum::default();
     base.compare(excerpt, session.logits(), &mut sum);
     Ok(sum.found(Some(session.kv().compression)))
-}
-
-fn check(params: &SessionParams, excerpts: &Excerpts) -> Result<(), Error> {
-    let n_kept = params.lazy.n_kept();
-    if excerpts.excerpts.is_empty() || excerpts.excerpts.iter().any(|excerpt| excerpt.n_text == 0) {
-        return Err(Error::Params("nothing of an excerpt is scored".to_owned()));
-    }
-    let outside = |excerpt: &Excerpt| {
-        let n = excerpt.rest.len();
-        excerpt.prompt.is_empty() || excerpt.n_text > n || excerpt.answers.iter().any(|at| at.start == 0 || at.end > n)
-    };
-    if excerpts.excerpts.iter().any(outside) {
-        return Err(Error::Params("an excerpt without a prompt, or with answers outside of it".to_owned()));
-    }
-    if excerpts.n_prompt <= n_kept {
-        return Err(Error::Params(format!(
-            "a prompt of {} tokens: lazy layers keep {n_kept}, so they would drop nothing; give a longer text, or a \
-             smaller window",
-            excerpts.n_prompt
-        )));
-    }
-    Ok(())
 }
 
 /// The steps of a calibration, as many as it may take; the windows that a cut's layers are tried with are the most.

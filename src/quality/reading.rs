@@ -6,7 +6,7 @@ use super::{Contender, Scorer, uncompressed};
 use crate::{
     engine::{Error, LayerReport, SeqId, Session, SessionParams},
     ggml::Type,
-    lazy::{At, Measure, Policy, Prune},
+    lazy::{At, Measure, Policy, Prune, Target},
     model::Model,
     vocab::Token,
 };
@@ -114,7 +114,7 @@ impl<'a> Reading<'a> {
 /// Whether [`Session::choose`] says of a rule all that it does at a prompt's end.
 fn is_copied(policy: &Policy, is_f16: bool) -> bool {
     match policy {
-        Policy::Off | Policy::Threshold(_) | Policy::Layers(_) | Policy::Profile(_) => true,
+        Policy::Off | Policy::Threshold(_) | Policy::Layers(_) | Policy::Profile(Target::Share(_)) => true,
         Policy::Budget(_) | Policy::Output(_) => is_f16,
         _ => false,
     }

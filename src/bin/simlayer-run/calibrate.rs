@@ -16,7 +16,7 @@ use simlayer::{
 use crate::{
     args::CalibrateArgs,
     failure::Failure,
-    fit_prune, interrupt,
+    interrupt,
     options::{self, Run},
     progress::Progress,
     report,
@@ -32,24 +32,10 @@ const MAX_CHUNKS: usize = 2;
 const QUESTION: usize = 80;
 
 pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
-    if args.fit_prune {
-        return fit_prune::run(args);
-    }
+    let wanted = Wanted::of(&args)?;
     let mut run = Run::settle(args.common)?;
-    let own = args.file.as_deref().map(options::text).transpose()?;
-    let texts: Vec<&[u8]> = match &own {
-        Some(text) => vec![text],
-        None => BUILT_IN_TEXTS.iter().map(|text| text.trim_end().as_bytes()).collect(),
-    };
     let (model, load) = run.load()?;
-    let n_ctx = if run.session.n_ctx == 0 { model.hparams().n_ctx_train } else { run.session.n_ctx };
-    let mut lengths = Vec::new();
-    for text in &texts {
-        lengths.push(model.vocab().tokenize_bytes(text, AddBos::Yes, Special::Text)?.len());
-    }
-    let shortest = lengths.into_iter().min().unwrap_or(0);
-    let extent = extent((args.skip, args.score, args.chunks), args.questions, shortest, n_ctx);
-    let excerpts = Excerpts::compose(model.vocab(), &texts, extent)?;
+    let excerpts = wanted.excerpts(&model, &run.session)?;
     let output = match args.output_file {
         Some(path) => path,
         None => options::in_made_folder(Profile::path_for(&run.model_path, model.identity()))?,
@@ -110,6 +96,36 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
         eprintln!("{} lies beside the model, and is taken before it", beside.display());
     }
     Ok(())
+}
+
+/// What is asked of the excerpts.
+pub struct Wanted {
+    /// In place of the built-in texts.
+    own: Option<Vec<u8>>,
+    asked: (Option<usize>, Option<usize>, Option<usize>),
+    n_questions: usize,
+}
+
+impl Wanted {
+    pub fn of(args: &CalibrateArgs) -> Result<Wanted, Failure> {
+        let own = args.file.as_deref().map(options::text).transpose()?;
+        Ok(Wanted { own, asked: (args.skip, args.score, args.chunks), n_questions: args.questions })
+    }
+
+    pub fn excerpts(&self, model: &Model, params: &SessionParams) -> Result<Excerpts, Failure> {
+        let texts: Vec<&[u8]> = match &self.own {
+            Some(text) => vec![text],
+            None => BUILT_IN_TEXTS.iter().map(|text| text.trim_end().as_bytes()).collect(),
+        };
+        let n_ctx = if params.n_ctx == 0 { model.hparams().n_ctx_train } else { params.n_ctx };
+        let mut lengths = Vec::new();
+        for text in &texts {
+            lengths.push(model.vocab().tokenize_bytes(text, AddBos::Yes, Special::Text)?.len());
+        }
+        let shortest = lengths.into_iter().min().unwrap_or(0);
+        let extent = extent(self.asked, self.n_questions, shortest, n_ctx);
+        Ok(Excerpts::compose(model.vocab(), &texts, extent)?)
+    }
 }
 
 /// Where measurements are kept until the profile is written.
@@ -177,7 +193,7 @@ fn print(out: &mut impl Write, profile: &Profile) -> io::Result<()> {
 }
 
 /// The rise of answers' negative log-likelihood, where there are answers.
-fn nats(rise: Option<f64>) -> String {
+pub fn nats(rise: Option<f64>) -> String {
     rise.map_or(String::new(), |nats| format!("{nats:+.4}"))
 }
 

@@ -15,6 +15,7 @@ mod doctor;
 #[cfg(feature = "download")]
 mod download;
 mod failure;
+mod find_settings;
 mod fit_prune;
 mod generate;
 mod inspect;
@@ -63,6 +64,8 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Inspect(args) => inspect::run(args),
         Command::Perplexity(args) => perplexity::run(args),
         Command::Passkey(args) => passkey::run(args),
+        Command::Calibrate(args) if args.fit_prune => fit_prune::run(args),
+        Command::Calibrate(args) if !args.target.is_empty() => find_settings::run(args),
         Command::Calibrate(args) => calibrate::run(args),
         Command::Devices(args) => devices::run(args),
         #[cfg(feature = "rpc")]

@@ -50,6 +50,16 @@ impl Progress {
         self.bar.set_position((share * STEPS as f32) as u64);
     }
 
+    /// Says what is being done now where nobody knows how much is left.
+    pub fn say_now(&self, what: &str) {
+        if self.terminal && self.bar.is_hidden() {
+            self.bar.set_draw_target(ProgressDrawTarget::stderr());
+            self.bar.set_style(ProgressStyle::default_spinner());
+            self.bar.enable_steady_tick(PATIENCE);
+        }
+        self.bar.set_message(what.to_owned());
+    }
+
     /// Says what is being done now.
     pub fn say(&self, what: impl Into<String>) {
         *self.what.borrow_mut() = what.into();

@@ -14,7 +14,7 @@ use super::values::positive;
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Lazy layers")]
 pub struct LazyFlags {
-    /// Which layers become lazy: auto, `kl[:X]`, `threshold[:τ]`, `budget[:ρ]`, `output[:ρ]`, `profile[:ρ|:kl=X]`, layers:1,2,... or off
+    /// Which layers become lazy: auto, `kl[:X]`, `threshold[:τ]`, `budget[:ρ]`, `output[:ρ]`, `profile[:ρ|:kl=X|:12x]`, layers:1,2,... or off
     #[arg(long, value_name = "RULE", default_value = "auto")]
     pub lazy: Policy,
     /// A profile of the model, made by calibrate [default: MODEL.simlayer.toml beside the model, else the model's in the

@@ -3,7 +3,10 @@
 use std::{path::PathBuf, str::FromStr};
 
 use clap::{ArgAction, Args, ValueEnum};
-use simlayer::quality::{Contender, ParseContenderError};
+use simlayer::{
+    lazy::Target,
+    quality::{Contender, ParseContenderError},
+};
 
 use super::{model::CommonArgs, output::OutputArgs, text::PromptArgs, values::positive};
 
@@ -225,10 +228,23 @@ pub struct CalibrateArgs {
     /// Fit the map that --prune goes by, and nothing else: pieces of the text are read and repeated (--chunks of them)
     #[arg(help_heading = "Text", long, conflicts_with_all = ["skip", "score", "windows"])]
     pub fit_prune: bool,
+    /// Choose layers, types, window, pruned and rescued rows for this many times less memory (12x), or for this harm (kl=0.01),
+    /// and write that into the model's profile, for --lazy profile:12x; may be given several times
+    #[arg(help_heading = "Text", long, value_name = "GOAL", action = ArgAction::Append, value_parser = goal,
+          conflicts_with_all = ["windows", "fit_prune"])]
+    pub target: Vec<Target>,
     /// Where to write the profile, or the map [default: a file of its own in the user's folder of profiles, which $SIMLAYER_PROFILES
     /// names]
     #[arg(help_heading = "Output", short = 'o', long = "output", value_name = "FILE")]
     pub output_file: Option<PathBuf>,
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+/// What a cache is made for.
+fn goal(text: &str) -> Result<Target, String> {
+    match text.parse() {
+        Ok(target @ (Target::Kl(_) | Target::Times(_))) => Ok(target),
+        _ => Err("it must be how many times smaller, as in 12x, or a harm, as in kl=0.01".to_owned()),
+    }
 }
