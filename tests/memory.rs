@@ -3,10 +3,16 @@
 
 mod common;
 
-use std::{slice, sync::Mutex};
+use std::{path::Path, slice, sync::Mutex};
 
-use common::{plain, session, smollm2, story};
-use simlayer::{BatchEntry, Outputs, Session, SessionParams, ggml::Type, lazy::Policy};
+use common::{load, on_another_device, plain, session, smollm2, story};
+use simlayer::{
+    BatchEntry, Model, Outputs, Session, SessionParams,
+    ggml::Type,
+    lazy::{Policy, Prune, PruneMap},
+    quality::{PRUNING_TEXTS, Repeated, fit_pruning},
+};
+use simlayer_testkit::smollm2_path;
 
 /// One test after the other: each would count what the other takes.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -19,19 +25,19 @@ fn resident() -> Option<i64> {
 }
 
 /// A session that has worked before: what it computes in is allocated already.
-fn warm(model: &simlayer::Model, params: SessionParams) -> Session {
+fn warm(model: &Model, params: SessionParams) -> Session {
     let mut session = session(model, params);
     session.prefill(&story(model, 1_100)).expect("prefill");
     session.clear();
     session
 }
 
-/// Growth of resident memory and the report, with 8,000 tokens in the cache. What longer graphs need for their
+/// Growth of resident memory and the report, with 5,000 tokens in the cache. What longer graphs need for their
 /// intermediate results stays with the session and is not counted.
-fn grown(model: &simlayer::Model, params: SessionParams) -> (i64, i64, simlayer::KvReport) {
+fn grown(model: &Model, params: SessionParams) -> (i64, i64, simlayer::KvReport) {
     let mut session = warm(model, params);
     let (before, computing) = (resident().expect("a figure"), session.compute_bytes());
-    session.prefill(&story(model, 8_000)).expect("prefill");
+    session.prefill(&story(model, 5_000)).expect("prefill");
     let kv = session.kv();
     let computing = (session.compute_bytes() - computing) as i64;
     let grown = resident().expect("a figure") - before - computing;
@@ -43,7 +49,7 @@ fn grown(model: &simlayer::Model, params: SessionParams) -> (i64, i64, simlayer:
 
 /// Resident memory of a prompt of 6,000 tokens, of eight copies with it, and once each of these has 64 tokens of its own;
 /// without what is computed in. And what is reported at last.
-fn forked(model: &simlayer::Model, params: SessionParams) -> [i64; 4] {
+fn forked(model: &Model, params: SessionParams) -> [i64; 4] {
     const N: u32 = 8;
     let mut session = warm(model, params);
     let text = story(model, 6_000 + 64);
@@ -124,7 +130,46 @@ fn resident_memory_is_what_the_report_says() {
         let allocated = kv.allocated_bytes as i64;
         assert!((resident - allocated).abs() < allocated / 20 + (4 << 20), "{resident} resident, {allocated} reported");
     }
-    assert!(small.2.compression >= 6.0, "{:?}", small.2);
+    assert!(small.2.compression >= 5.5, "{:?}", small.2);
     let reported = (full.2.allocated_bytes - small.2.allocated_bytes) as f64;
     assert!((full.0 - small.0) as f64 > 0.85 * reported, "{} falls to {}; {reported} reported", full.0, small.0);
+}
+
+/// A model with a map beside it, by which rows are pruned and rescued: fitted on one short piece, since how good it is does
+/// not matter.
+fn smollm2_with_a_map(folder: &Path) -> Model {
+    let path = folder.join("smollm2.gguf");
+    std::fs::copy(smollm2_path(), &path).expect("a copy");
+    let model = load(&path);
+    let texts = [PRUNING_TEXTS[0].as_bytes()];
+    let pieces = Repeated::pieces(model.vocab(), &texts, 400, 1).expect("pieces");
+    let (map, _) = fit_pruning(&model, &plain(), &pieces, &mut |_| {}).expect("a map");
+    map.write(&PruneMap::path_beside(&path)).expect("written");
+    model
+}
+
+/// Rows that are dropped are memory that is free, and rows that are rescued memory that is reported.
+#[test]
+fn pruned_and_rescued_rows_take_what_the_report_says() {
+    if resident().is_none() || on_another_device() {
+        return;
+    }
+    let _alone = ALONE.lock();
+    let folder = tempfile::tempdir().expect("a folder");
+    let model = smollm2_with_a_map(folder.path());
+    let mut pruned = plain();
+    pruned.prune = Prune::Auto;
+    let mut rescued = plain();
+    rescued.lazy.policy = "layers:0-19".parse().expect("a policy");
+    (rescued.lazy.n_window, rescued.lazy.n_rescued) = (768, 256);
+    // Both at once, in four bits.
+    let mut both = rescued.clone();
+    (both.prune, both.type_k, both.type_v) = (Prune::Auto, Type::Q4_0, Type::Q4_0);
+    for params in [pruned, rescued, both] {
+        let (resident, left, kv) = grown(&model, params);
+        assert!(left < 4 << 20, "{left} bytes stay resident behind a cleared session");
+        let allocated = kv.allocated_bytes as i64;
+        assert!((resident - allocated).abs() < allocated / 20 + (4 << 20), "{resident} resident, {allocated} reported");
+        assert!(kv.compression > 1.2, "{kv:?}");
+    }
 }

@@ -63,7 +63,7 @@ fn test_devices() -> Option<Vec<Device>> {
 }
 
 /// Whether `SIMLAYER_TEST_DEVICE` puts layers on something else than a processor's arithmetic.
-fn on_another_device() -> bool {
+pub fn on_another_device() -> bool {
     std::env::var_os("SIMLAYER_TEST_DEVICE").is_some()
 }
 
