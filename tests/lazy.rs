@@ -29,7 +29,7 @@ fn write_tokens(folder: &Path, tokens: &[Token]) -> String {
 fn upstream_scores(model: &Path, tokens: &[Token]) -> Vec<(usize, usize, Vec<f64>)> {
     let folder = tempfile::tempdir().expect("a folder");
     let tokens = write_tokens(folder.path(), tokens);
-    let windows = format!("--windows={},{}", shorter(1024), shorter(256));
+    let windows = format!("--windows={},{}", shorter(512), shorter(128));
     let arguments = ["--tokens", &tokens, "--sinks=4", &windows, "--lasts=1,32"];
     let answer = UpstreamRef::new().run("scores", model, &arguments);
     let number = |value: &serde_json::Value, key: &str| value[key].as_u64().expect("a number") as usize;
@@ -71,7 +71,7 @@ fn check_scores(model: &Model, path: &Path, tokens: &[Token]) {
 fn scores_are_the_attention_mass_that_upstream_gives() {
     let path = smollm2_f32_path();
     let model = load(&path);
-    check_scores(&model, &path, &story(&model, shorter(3_000)));
+    check_scores(&model, &path, &story(&model, shorter(1_500)));
 }
 
 #[test]
@@ -130,9 +130,9 @@ fn lazy_layers(session: &Session) -> Vec<usize> {
 fn perplexity_with_f32_weights_is_that_of_upstream_restricted() {
     let path = smollm2_f32_path();
     let model = load(&path);
-    let n_prefill = shorter(3_000);
-    let tokens = story(&model, n_prefill + shorter(512));
-    for (policy, window) in [("threshold:0.95", shorter(1024)), ("threshold:0.9", shorter(256))] {
+    let n_prefill = shorter(1_500);
+    let tokens = story(&model, n_prefill + shorter(256));
+    for (policy, window) in [("threshold:0.95", shorter(512)), ("threshold:0.9", shorter(128))] {
         let mut params = lazy_f16(policy, window);
         // Upstream's softmax can be reached without flash attention only.
         params.flash_attn = false;
@@ -160,7 +160,7 @@ fn layers_policy(layers: &[usize]) -> String {
 /// as much as is allowed there.
 fn check_windowed_perplexity(path: &Path, share: f64, n_slack: usize) {
     let model = load(path);
-    let (n_prefill, window) = (shorter(3_000), shorter(1024));
+    let (n_prefill, window) = (shorter(1_500), shorter(512));
     let tokens = story(&model, n_prefill + shorter(300));
     let layers = most_layers();
     let theirs = upstream_restricted(&upstreams_file(path), &tokens, n_prefill, &layers, window, "start");
@@ -244,10 +244,10 @@ fn the_peak_of_a_prefill_is_the_final_stores_and_one_layer() {
 
 /// Mean KL between the two ways to read a prompt, for each policy; the chunk-major one in ubatches of `n_ubatch`.
 fn check_prefill_orders(model: &Model, n_ubatch: usize) {
-    let (prompt, decoded) = (shorter(2_490), 10);
+    let (prompt, decoded) = (shorter(1_290), 10);
     let tokens = story(model, prompt + decoded);
     let windowed = layers_policy(&most_layers());
-    for (policy, window) in [("off", 1024), ("threshold:0.9", 1024), ("budget:0.5", 300), (&windowed, 700)] {
+    for (policy, window) in [("off", 512), ("threshold:0.9", 512), ("budget:0.5", 150), (&windowed, 350)] {
         let window = shorter(window);
         let run = |layer_major, n_ubatch| {
             let mut params = lazy_f16(policy, window);
