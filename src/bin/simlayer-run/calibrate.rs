@@ -91,11 +91,16 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
     }
     out.flush()?;
     eprintln!("{} written in {:.0} s", output.display(), took.as_secs_f64());
-    let beside = Profile::path_beside(&run.model_path);
+    tell_of_another(&run.model_path, &output);
+    Ok(())
+}
+
+/// Says so where the profile that was written is not the one that will be taken.
+pub fn tell_of_another(model: &Path, output: &Path) {
+    let beside = Profile::path_beside(model);
     if beside.is_file() && beside != output {
         eprintln!("{} lies beside the model, and is taken before it", beside.display());
     }
-    Ok(())
 }
 
 /// What is asked of the excerpts.

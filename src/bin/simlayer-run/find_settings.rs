@@ -10,7 +10,7 @@ use simlayer::{
 
 use crate::{
     args::CalibrateArgs,
-    calibrate::{Wanted, nats},
+    calibrate::{Wanted, nats, tell_of_another},
     failure::Failure,
     interrupt,
     options::{self, Run},
@@ -69,10 +69,7 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
     }
     out.flush()?;
     eprintln!("{} written in {:.0} s", output.display(), took.as_secs_f64());
-    let beside = Profile::path_beside(&run.model_path);
-    if beside.is_file() && beside != output {
-        eprintln!("{} lies beside the model, and is taken before it", beside.display());
-    }
+    tell_of_another(&run.model_path, &output);
     Ok(())
 }
 
