@@ -127,12 +127,11 @@ impl<'a> SettingFinder<'a> {
         let n_window = params.lazy.n_window;
         let plain = |(type_k, type_v), prune| Kind { type_k, type_v, prune, n_window, n_rescued: 0 };
         let kinds = TYPES.into_iter().flat_map(|types| [false, true].map(|prune| plain(types, prune)));
-        let kinds = kinds.filter(|kind| has_map || !kind.prune).collect();
+        let (none, tried) = (Vec::new(), Vec::new());
         let mut finder =
-            SettingFinder { model, params, profile, excerpts, kinds, has_map, bases, tried: Vec::new(), progress };
+            SettingFinder { model, params, profile, excerpts, kinds: none, has_map, bases, tried, progress };
         // With some devices, head sizes and files not all can be had.
-        let kinds: Vec<Kind> = finder.kinds.iter().copied().filter(|&kind| finder.can_be_had(kind)).collect();
-        finder.kinds = kinds;
+        finder.kinds = kinds.filter(|&kind| (has_map || !kind.prune) && finder.can_be_had(kind)).collect();
         Ok(finder)
     }
 
@@ -351,7 +350,7 @@ fn bisect(
 mod tests {
     use super::*;
 
-    fn kind(type_k: Type, prune: bool) -> Kind {
+    const fn kind(type_k: Type, prune: bool) -> Kind {
         Kind { type_k, type_v: Type::Q4_0, prune, n_window: 1024, n_rescued: 0 }
     }
 
@@ -384,31 +383,32 @@ mod tests {
         Tried { kind, lazy, found, bytes: Vec::new() }
     }
 
+    const EXACT: Kind = kind(Type::Q8_0, false);
+    const FOUR_BITS: Kind = kind(Type::Q4_0, false);
+    const PRUNED: Kind = kind(Type::Q4_0, true);
+
+    /// What is chosen for a target, and with how many lazy layers.
+    fn found(target: &str) -> Option<(Kind, usize)> {
+        let tried = search(&[EXACT, FOUR_BITS, PRUNED], 20, target.parse().unwrap(), &mut Made).unwrap();
+        tried.map(|tried| (tried.kind, tried.lazy))
+    }
+
     #[test]
     fn the_least_harm_that_is_as_small() {
-        let kinds = [kind(Type::Q8_0, false), kind(Type::Q4_0, false), kind(Type::Q4_0, true)];
-        let found = |target: &str| search(&kinds, 20, target.parse().unwrap(), &mut Made).unwrap();
         // By hand: exact keys with 4 lazy layers cost 0.017, four bits alone 0.02.
-        let tried = found("2.5x").unwrap();
-        assert_eq!((tried.kind, tried.lazy), (kinds[0], 4));
+        assert_eq!(found("2.5x"), Some((EXACT, 4)));
         // Exact ones need 11 lazy layers (0.122), four bits 2 (0.024), pruned ones none (0.06).
-        let tried = found("4.4x").unwrap();
-        assert_eq!((tried.kind, tried.lazy), (kinds[1], 2));
-        let tried = found("8x").unwrap();
-        assert_eq!((tried.kind, tried.lazy), (kinds[2], 0));
+        assert_eq!(found("4.4x"), Some((FOUR_BITS, 2)));
+        assert_eq!(found("8x"), Some((PRUNED, 0)));
         assert_eq!(found("1000x"), None);
     }
 
     #[test]
     fn the_smallest_that_does_no_more_harm() {
-        let kinds = [kind(Type::Q8_0, false), kind(Type::Q4_0, false), kind(Type::Q4_0, true)];
-        let found = |target: &str| search(&kinds, 20, target.parse().unwrap(), &mut Made).unwrap();
         // 3 lazy layers cost 0.010 with exact keys, and nothing else is that harmless.
-        let tried = found("kl=0.0101").unwrap();
-        assert_eq!((tried.kind, tried.lazy), (kinds[0], 3));
+        assert_eq!(found("kl=0.0101"), Some((EXACT, 3)));
         // 8 lazy layers and 3.3 times, 7 and 6.2 times, or 3 pruned ones and 9.4 times.
-        let tried = found("kl=0.07").unwrap();
-        assert_eq!((tried.kind, tried.lazy), (kinds[2], 3));
+        assert_eq!(found("kl=0.07"), Some((PRUNED, 3)));
         assert_eq!(found("kl=0.0001"), None);
     }
 

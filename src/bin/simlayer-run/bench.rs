@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::json;
 use simlayer::{BatchEntry, Error, Model, Outputs, SeqId, Session, Token};
 
-use crate::{args::BenchArgs, build::Build, failure::Failure, interrupt, options::Run};
+use crate::{args::BenchArgs, build::Build, failure::Failure, interrupt, options::Run, report};
 
 #[derive(Debug, Clone, Copy)]
 enum Test {
@@ -92,8 +92,7 @@ pub fn run(args: BenchArgs) -> Result<(), Failure> {
             "threads": run.session.n_threads,
             "threads_batch": run.session.n_threads_batch,
         });
-        serde_json::to_writer(&mut out, &object)?;
-        writeln!(out)?;
+        report::write_json(&mut out, &object)?;
     }
     Ok(())
 }

@@ -36,10 +36,7 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
     let mut run = Run::settle(args.common)?;
     let (model, load) = run.load()?;
     let excerpts = wanted.excerpts(&model, &run.session)?;
-    let output = match args.output_file {
-        Some(path) => path,
-        None => options::in_made_folder(Profile::path_for(&run.model_path, model.identity()))?,
-    };
+    let output = options::output(args.output_file, Profile::path_for(&run.model_path, model.identity()))?;
 
     let start = std::time::Instant::now();
     let mut journal = journal(&output, &model, &run.session, &excerpts);
@@ -84,8 +81,7 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
             "file": output,
             "timings": { "load_ms": report::milliseconds(load), "calibrate_ms": report::milliseconds(took) },
         });
-        serde_json::to_writer(&mut out, &object)?;
-        writeln!(out)?;
+        report::write_json(&mut out, &object)?;
     } else {
         print(&mut out, &profile)?;
     }
@@ -118,10 +114,7 @@ impl Wanted {
     }
 
     pub fn excerpts(&self, model: &Model, params: &SessionParams) -> Result<Excerpts, Failure> {
-        let texts: Vec<&[u8]> = match &self.own {
-            Some(text) => vec![text],
-            None => BUILT_IN_TEXTS.iter().map(|text| text.trim_end().as_bytes()).collect(),
-        };
+        let texts = options::texts(self.own.as_deref(), &BUILT_IN_TEXTS);
         let n_ctx = if params.n_ctx == 0 { model.hparams().n_ctx_train } else { params.n_ctx };
         let mut lengths = Vec::new();
         for text in &texts {

@@ -17,7 +17,7 @@ use crate::{
     failure::Failure,
     interrupt,
     options::{Run, tensor_line},
-    processor,
+    processor, report,
 };
 
 pub fn run(args: DevicesArgs) -> Result<(), Failure> {
@@ -35,8 +35,7 @@ pub fn run(args: DevicesArgs) -> Result<(), Failure> {
             object["tensors"] = Model::tensors_of(&run.model_path, &run.model)?.iter().map(tensor_json).collect();
             object["fit"] = run.fitted()?.map_or(Value::Null, |fit| fit_json(&fit));
         }
-        serde_json::to_writer(&mut out, &object)?;
-        writeln!(out)?;
+        report::write_json(&mut out, &object)?;
         return Ok(());
     }
     writeln!(out, "backends: {}", Device::backends().join(", "))?;

@@ -29,10 +29,7 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
         Failure::run("the model has no profile yet: make it with `simlayer-run calibrate` without --target".to_owned())
     })?;
     let excerpts = wanted.excerpts(&model, &run.session)?;
-    let output = match args.output_file {
-        Some(path) => path,
-        None => options::in_made_folder(Profile::path_for(&run.model_path, model.identity()))?,
-    };
+    let output = options::output(args.output_file, Profile::path_for(&run.model_path, model.identity()))?;
 
     let start = Instant::now();
     interrupt::watch();
@@ -60,8 +57,7 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
             "file": output,
             "timings": { "load_ms": report::milliseconds(load), "calibrate_ms": report::milliseconds(took) },
         });
-        serde_json::to_writer(&mut out, &object)?;
-        writeln!(out)?;
+        report::write_json(&mut out, &object)?;
     } else {
         for setting in &settings {
             print(&mut out, setting, profile.order.len())?;

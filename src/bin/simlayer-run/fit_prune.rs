@@ -16,10 +16,7 @@ const PIECES: usize = 8;
 pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
     let mut run = Run::settle(args.common)?;
     let own = args.file.as_deref().map(options::text).transpose()?;
-    let texts: Vec<&[u8]> = match &own {
-        Some(text) => vec![text],
-        None => PRUNING_TEXTS.iter().map(|text| text.trim_end().as_bytes()).collect(),
-    };
+    let texts = options::texts(own.as_deref(), &PRUNING_TEXTS);
     let (model, load) = run.load()?;
     let n_ctx = model.hparams().n_ctx_train;
     let pieces = Repeated::pieces(model.vocab(), &texts, n_ctx, args.chunks.unwrap_or(PIECES))?;
@@ -31,10 +28,7 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
     let fitted = fit_pruning(&model, &run.session, &pieces, &mut |share| progress.set(share));
     drop(progress);
     let (map, fitted) = fitted?;
-    let output = match args.output_file {
-        Some(path) => path,
-        None => options::in_made_folder(PruneMap::path_for(&run.model_path, model.identity()))?,
-    };
+    let output = options::output(args.output_file, PruneMap::path_for(&run.model_path, model.identity()))?;
     map.write(&output).map_err(Failure::run)?;
     let took = start.elapsed();
 
@@ -49,8 +43,7 @@ pub fn run(args: CalibrateArgs) -> Result<(), Failure> {
             "file": output,
             "timings": { "load_ms": report::milliseconds(load), "calibrate_ms": report::milliseconds(took) },
         });
-        serde_json::to_writer(&mut out, &object)?;
-        writeln!(out)?;
+        report::write_json(&mut out, &object)?;
     } else {
         writeln!(out, "{:>5} {:>7} {:>7}", "layer", "R²", "kept")?;
         for layer in &fitted {

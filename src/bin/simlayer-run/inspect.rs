@@ -57,8 +57,7 @@ pub fn run(args: InspectArgs) -> Result<(), Failure> {
             "threshold": threshold,
             "prompt_tokens": tokens.len(),
         });
-        serde_json::to_writer(&mut out, &object)?;
-        writeln!(out)?;
+        report::write_json(&mut out, &object)?;
     } else {
         let has_states = layers.iter().any(|layer| layer.state_bytes > 0);
         let state_title = if has_states { "state" } else { "" };

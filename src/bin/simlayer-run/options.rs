@@ -348,12 +348,23 @@ pub fn prompt(args: PromptArgs) -> Result<Vec<u8>, Failure> {
     }
 }
 
-/// A file's path, whose folder is made where it is missing.
-pub fn in_made_folder(path: PathBuf) -> Result<PathBuf, Failure> {
-    if let Some(folder) = path.parent() {
+/// Where a file is written: where it was asked for, else in its usual place, whose folder is made where it is missing.
+pub fn output(asked: Option<PathBuf>, usual: PathBuf) -> Result<PathBuf, Failure> {
+    if let Some(path) = asked {
+        return Ok(path);
+    }
+    if let Some(folder) = usual.parent() {
         fs::create_dir_all(folder).map_err(|error| Failure::run(format!("{}: {error}", folder.display())))?;
     }
-    Ok(path)
+    Ok(usual)
+}
+
+/// The user's text alone, or those built in, which end as one that is read from a file.
+pub fn texts<'a>(own: Option<&'a [u8]>, built_in: &[&'a str]) -> Vec<&'a [u8]> {
+    match own {
+        Some(text) => vec![text],
+        None => built_in.iter().map(|text| text.trim_end().as_bytes()).collect(),
+    }
 }
 
 /// A text file's bytes, or those of stdin for `-`. As in llama.cpp, an editor's last newline is not part of the text.

@@ -87,8 +87,7 @@ pub fn run(args: PerplexityArgs) -> Result<(), Failure> {
             fields.insert("kv".to_owned(), json!(kv));
             fields.insert("timings".to_owned(), report::timings_json(load, &timings));
         }
-        serde_json::to_writer(&mut out, &object)?;
-        writeln!(out)?;
+        report::write_json(&mut out, &object)?;
     } else {
         print(&mut out, &summary)?;
     }
@@ -140,8 +139,7 @@ fn compare(
             "score": score,
             "model": model.name(),
         });
-        serde_json::to_writer(&mut out, &object)?;
-        return Ok(writeln!(out)?);
+        return report::write_json(&mut out, &object);
     }
     let width = compared.iter().map(|run| run.lazy.len()).max().unwrap_or(0).max(4);
     writeln!(

@@ -1,12 +1,18 @@
 //! What a run took, for people and for programs.
 
-use std::time::Duration;
+use std::{io::Write, time::Duration};
 
 use indicatif::HumanBytes;
 use serde_json::{Value, json};
 use simlayer::KvReport;
 
-use crate::stream::Timings;
+use crate::{failure::Failure, stream::Timings};
+
+/// One object on one line, which is what `--json` prints.
+pub fn write_json(out: &mut impl Write, object: &Value) -> Result<(), Failure> {
+    serde_json::to_writer(&mut *out, object)?;
+    Ok(writeln!(out)?)
+}
 
 /// `timings` as the JSON output has it.
 pub fn timings_json(load: Duration, timings: &Timings) -> Value {

@@ -29,6 +29,7 @@ use crate::{
     options::Run,
     plot::{self, HeatMaps, Panel},
     progress::Progress,
+    report,
 };
 
 /// Needles of one depth in one text, where it has several.
@@ -188,8 +189,7 @@ pub fn run(args: PasskeyArgs) -> Result<(), Failure> {
             "runs": results,
             "model": model.name(),
         });
-        serde_json::to_writer(&mut out, &object)?;
-        writeln!(out)?;
+        report::write_json(&mut out, &object)?;
     } else {
         print(&mut out, &results, &full, &args.lengths, &depths)?;
     }
