@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-/// Instruction sets that kernels of ours are compiled for. Each has all of those before it.
+/// Instruction sets that kernels of ours are compiled for, later ones preferred.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Features {
     /// What every processor of the target has.
@@ -11,10 +11,13 @@ pub(super) enum Features {
     /// AVX2 with FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// AVX-512 F, BW, DQ and VL.
+    /// AVX2 and AVX-VNNI: products of 8-bit numbers, summed in 32 bits.
+    #[cfg(target_arch = "x86_64")]
+    AvxVnni,
+    /// AVX-512 F, BW, DQ and VL, and AVX2.
     #[cfg(target_arch = "x86_64")]
     Avx512,
-    /// AVX-512 VNNI: products of 8-bit numbers, summed in 32 bits.
+    /// These and AVX-512 VNNI: the same products.
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
     /// NEON, which all 64-bit Arm processors have.
@@ -36,53 +39,51 @@ impl Features {
     /// The best that this processor has, of what may be used.
     pub(super) fn detect() -> Features {
         static DETECTED: OnceLock<Features> = OnceLock::new();
-        *DETECTED.get_or_init(|| {
-            let best = Features::best();
-            match std::env::var(MOST) {
-                Ok(name) => {
-                    Features::KNOWN.iter().find(|features| features.name() == name).map_or(best, |&most| best.min(most))
-                }
-                Err(_) => best,
-            }
-        })
+        *DETECTED.get_or_init(|| Features::usable().last().unwrap_or(Features::Portable))
+    }
+
+    /// All that this processor has, of what may be used, the best last.
+    fn usable() -> impl Iterator<Item = Features> {
+        let named = |name: String| Features::KNOWN.iter().copied().find(|features| features.name() == name);
+        let most = std::env::var(MOST).ok().and_then(named);
+        let known = Features::KNOWN.iter().copied();
+        known.filter(move |&features| features.is_there() && most.is_none_or(|most| features <= most))
     }
 
     fn name(self) -> String {
         format!("{self:?}").to_lowercase()
     }
 
-    /// The best that this processor has.
+    /// Whether this processor has them.
     #[cfg(target_arch = "x86_64")]
-    fn best() -> Features {
+    fn is_there(self) -> bool {
         use std::arch::is_x86_feature_detected as has;
-        if !(has!("avx2") && has!("fma") && has!("f16c")) {
-            Features::Portable
-        } else if !(has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl")) {
-            Features::Avx2
-        } else if !has!("avx512vnni") {
-            Features::Avx512
-        } else {
-            Features::Avx512Vnni
+        let avx2 = has!("avx2") && has!("fma") && has!("f16c");
+        let avx512 = avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl");
+        match self {
+            Features::Portable => true,
+            Features::Avx2 => avx2,
+            Features::AvxVnni => avx2 && has!("avxvnni"),
+            Features::Avx512 => avx512,
+            Features::Avx512Vnni => avx512 && has!("avx512vnni"),
         }
     }
 
-    /// The best that this processor has.
+    /// Whether this processor has them.
     #[cfg(target_arch = "aarch64")]
-    fn best() -> Features {
+    fn is_there(self) -> bool {
         use std::arch::is_aarch64_feature_detected as has;
-        if !has!("dotprod") {
-            Features::Neon
-        } else if !has!("i8mm") {
-            Features::DotProd
-        } else {
-            Features::I8mm
+        match self {
+            Features::Portable | Features::Neon => true,
+            Features::DotProd => has!("dotprod"),
+            Features::I8mm => has!("dotprod") && has!("i8mm"),
         }
     }
 
-    /// The best that this processor has.
+    /// Whether this processor has them.
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    fn best() -> Features {
-        Features::Portable
+    fn is_there(self) -> bool {
+        true
     }
 
     /// All that processors of this target may have, the best last.
@@ -90,6 +91,8 @@ impl Features {
         Features::Portable,
         #[cfg(target_arch = "x86_64")]
         Features::Avx2,
+        #[cfg(target_arch = "x86_64")]
+        Features::AvxVnni,
         #[cfg(target_arch = "x86_64")]
         Features::Avx512,
         #[cfg(target_arch = "x86_64")]
@@ -102,10 +105,10 @@ impl Features {
         Features::I8mm,
     ];
 
-    /// All that this processor has, the best last.
+    /// All that this processor has, of what may be used, the best last.
     #[cfg(test)]
     pub(super) fn all() -> Vec<Features> {
-        Features::KNOWN.iter().copied().filter(|&features| features <= Features::detect()).collect()
+        Features::usable().collect()
     }
 }
 

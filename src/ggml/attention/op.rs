@@ -239,7 +239,7 @@ impl Op {
             match self.features {
                 Features::Portable => run::<Portable>(&call),
                 #[cfg(target_arch = "x86_64")]
-                Features::Avx2 => run::<x86::Avx2>(&call),
+                Features::Avx2 | Features::AvxVnni => run::<x86::Avx2>(&call),
                 #[cfg(target_arch = "x86_64")]
                 Features::Avx512 | Features::Avx512Vnni => run::<x86::Avx512>(&call),
                 #[cfg(target_arch = "aarch64")]

@@ -13,7 +13,7 @@ use crate::ggml::{
 /// All features of this processor that have attention kernels of their own.
 fn features() -> impl Iterator<Item = Features> {
     #[cfg(target_arch = "x86_64")]
-    let is_own = |features: &Features| *features != Features::Avx512Vnni;
+    let is_own = |features: &Features| !matches!(features, Features::AvxVnni | Features::Avx512Vnni);
     #[cfg(target_arch = "aarch64")]
     let is_own = |features: &Features| *features <= Features::Neon;
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]

@@ -1,10 +1,10 @@
-//! For AVX2 with FMA and F16C.
+//! For AVX2 with FMA and F16C, and with AVX-VNNI, which sums products of four in 32 bits.
 //!
 //! With few vectors rows are taken one at a time, 32 weights in a register. With many, panels of eight rows are
 //! multiplied with four numbers of a vector at once: lanes are rows.
 //!
-//! Weights of 8 bits get their sign back, and it is moved to the vector's numbers: products of two pairs of full bytes
-//! would not fit in the 16 bits that the processor's sums of two have. Those of fewer bits do, so many at a time.
+//! Without AVX-VNNI weights of 8 bits get their sign back, and it is moved to the vector's numbers: products of two pairs of
+//! full bytes would not fit in the 16 bits that the processor's sums of two have. Those of fewer bits do, so many at a time.
 //!
 //! Vectors are kept in arrays that loops with constant bounds index, as in `attention::kernels`.
 #![allow(clippy::needless_range_loop)]
@@ -18,8 +18,6 @@ use super::{
     run::{Isa, Kernels},
     simd::{floats, sum_of_lanes},
 };
-
-pub(super) struct Avx2;
 
 /// A block of eight rows.
 #[derive(Clone, Copy)]
@@ -36,67 +34,87 @@ thread_local! {
     static PANELS: RefCell<Vec<Panel>> = const { RefCell::new(Vec::new()) };
 }
 
-impl Isa for Avx2 {
-    type Panel = Panel;
-    const EMPTY: Panel = Panel { numbers: [[0; 32]; 8], scales: [[0.0; 8]; 2], minima: [[0.0; 8]; 2] };
-    const ROWS: usize = 8;
-    const PANELS: usize = 1;
+pub(super) struct Avx2;
 
-    fn with_panels(work: impl FnOnce(&mut Vec<Panel>)) {
-        PANELS.with_borrow_mut(work);
-    }
+/// With AVX-VNNI, too.
+pub(super) struct AvxVnni;
 
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn multiply<F: Layout, const N: usize>(
-        product: &Product,
-        row: usize,
-        slice: Slice,
-        panels: &[Panel],
-        columns: &[Column],
-    ) {
-        // SAFETY: as the caller says.
-        unsafe { multiply::<F, N>(product, row, slice, panels, columns) }
-    }
-}
+/// The traits' functions for an instruction set, each compiled with its features; what they call is inlined into them.
+macro_rules! kernels {
+    ($isa:ident, $vnni:literal, $panels:literal, $features:literal) => {
+        impl Isa for $isa {
+            type Panel = Panel;
+            const EMPTY: Panel = Panel { numbers: [[0; 32]; 8], scales: [[0.0; 8]; 2], minima: [[0.0; 8]; 2] };
+            const ROWS: usize = 8;
+            const PANELS: usize = $panels;
 
-impl<F: Format> Kernels<F> for Avx2 {
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn multiply_rows<const N: usize>(product: &Product) {
-        for row in product.rows.clone() {
-            // SAFETY: as the caller says.
-            unsafe { multiply_row::<F, N>(product, row) }
+            fn with_panels(work: impl FnOnce(&mut Vec<Panel>)) {
+                PANELS.with_borrow_mut(work);
+            }
+
+            #[target_feature(enable = $features)]
+            unsafe fn multiply<F: Layout, const N: usize>(
+                product: &Product,
+                row: usize,
+                slice: Slice,
+                panels: &[Panel],
+                columns: &[Column],
+            ) {
+                // SAFETY: as the caller says.
+                unsafe {
+                    if panels.len() == slice.len / BLOCK {
+                        multiply::<F, $vnni, 1, N>(product, row, slice, panels, columns);
+                    } else {
+                        multiply::<F, $vnni, $panels, N>(product, row, slice, panels, columns);
+                    }
+                }
+            }
         }
-    }
 
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn fill(product: &Product, row: usize, slice: Slice, panels: &mut [Panel]) {
-        // SAFETY: as the caller says.
-        unsafe { fill::<F>(product, row, slice, panels) }
-    }
-}
+        impl<F: Format> Kernels<F> for $isa {
+            #[target_feature(enable = $features)]
+            unsafe fn multiply_rows<const N: usize>(product: &Product) {
+                for row in product.rows.clone() {
+                    // SAFETY: as the caller says.
+                    unsafe { multiply_row::<F, $vnni, N>(product, row) }
+                }
+            }
 
-impl Kernels<Q4_Kx8> for Avx2 {
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn multiply_rows<const N: usize>(product: &Product) {
-        for row in product.rows.clone().step_by(q4_k_x8::ROWS) {
-            // SAFETY: as the caller says; rows are a multiple of eight, threads' shares too.
-            unsafe { multiply_q4_k_x8::<N>(product, row) }
+            #[target_feature(enable = $features)]
+            unsafe fn fill(product: &Product, row: usize, slice: Slice, panels: &mut [Panel]) {
+                // SAFETY: as the caller says.
+                unsafe { fill::<F, $vnni>(product, row, slice, panels) }
+            }
         }
-    }
 
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn fill(product: &Product, row: usize, slice: Slice, panels: &mut [Panel]) {
-        // SAFETY: as the caller says.
-        unsafe { fill_q4_k_x8(product, row, slice, panels) }
-    }
+        impl Kernels<Q4_Kx8> for $isa {
+            #[target_feature(enable = $features)]
+            unsafe fn multiply_rows<const N: usize>(product: &Product) {
+                for row in product.rows.clone().step_by(q4_k_x8::ROWS) {
+                    // SAFETY: as the caller says; rows are a multiple of eight, threads' shares too.
+                    unsafe { multiply_q4_k_x8::<$vnni, N>(product, row) }
+                }
+            }
+
+            #[target_feature(enable = $features)]
+            unsafe fn fill(product: &Product, row: usize, slice: Slice, panels: &mut [Panel]) {
+                // SAFETY: as the caller says.
+                unsafe { fill_q4_k_x8(product, row, slice, panels) }
+            }
+        }
+    };
 }
+
+kernels!(Avx2, false, 1, "avx2,fma,f16c");
+kernels!(AvxVnni, true, 2, "avx2,fma,f16c,avxvnni");
 
 /// Multiplies eight rows with `N` vectors: two lanes a row, four rows in a register.
 ///
 /// # Safety
 /// As [`Kernels::multiply_rows`].
+#[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn multiply_q4_k_x8<const N: usize>(product: &Product, row: usize) {
+unsafe fn multiply_q4_k_x8<const VNNI: bool, const N: usize>(product: &Product, row: usize) {
     let (fifteen, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
     let twice = [_mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3), _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7)];
     let mut sums = [[_mm256_setzero_ps(); 2]; N];
@@ -109,8 +127,8 @@ unsafe fn multiply_q4_k_x8<const N: usize>(product: &Product, row: usize) {
             for s in 0..slice.len / 256 {
                 let block = weights.add(s * q4_k_x8::BYTES);
                 for pair in 0..4 {
-                    // By vector, group and half of the rows: sums of two, of at most 2 × 15 × 127, four of which fit together.
-                    let mut pairs = [[[_mm256_setzero_si256(); 2]; 2]; N];
+                    // By vector, group and half of the rows: sums of four, or of two, of at most 2 × 15 × 127, four of which fit together.
+                    let mut dots = [[[_mm256_setzero_si256(); 2]; 2]; N];
                     for c in 4 * pair..4 * pair + 4 {
                         let from = block.add(q4_k_x8::NUMBERS + 64 * c);
                         _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(2048).cast());
@@ -121,9 +139,13 @@ unsafe fn multiply_q4_k_x8<const N: usize>(product: &Product, row: usize) {
                             for i in 0..N {
                                 for g in 0..2 {
                                     let at = s * 256 + (2 * pair + g) * 32 + c % 4 * 8;
-                                    let x = vectors[i].numbers.add(at).cast::<i64>().read_unaligned();
-                                    let two = _mm256_maddubs_epi16(numbers[g], _mm256_set1_epi64x(x));
-                                    pairs[i][g][h] = _mm256_add_epi16(pairs[i][g][h], two);
+                                    let x =
+                                        _mm256_set1_epi64x(vectors[i].numbers.add(at).cast::<i64>().read_unaligned());
+                                    dots[i][g][h] = if VNNI {
+                                        _mm256_dpbusd_avx_epi32(dots[i][g][h], numbers[g], x)
+                                    } else {
+                                        _mm256_add_epi16(dots[i][g][h], _mm256_maddubs_epi16(numbers[g], x))
+                                    };
                                 }
                             }
                         }
@@ -135,7 +157,9 @@ unsafe fn multiply_q4_k_x8<const N: usize>(product: &Product, row: usize) {
                             let factors =
                                 _mm256_mul_ps(scales, _mm256_broadcast_ss(&*vectors[i].scales.add(s * 8 + group)));
                             for h in 0..2 {
-                                let dot = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs[i][g][h], ones));
+                                let dots = dots[i][g][h];
+                                let fours = if VNNI { dots } else { _mm256_madd_epi16(dots, ones) };
+                                let dot = _mm256_cvtepi32_ps(fours);
                                 let factor = _mm256_permutevar8x32_ps(factors, twice[h]);
                                 sums[i][h] = _mm256_fmadd_ps(dot, factor, sums[i][h]);
                             }
@@ -159,6 +183,7 @@ unsafe fn multiply_q4_k_x8<const N: usize>(product: &Product, row: usize) {
 ///
 /// # Safety
 /// As there.
+#[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn fill_q4_k_x8(product: &Product, row: usize, slice: Slice, panels: &mut [Panel]) {
     let fifteen = _mm256_set1_epi8(15);
@@ -195,8 +220,8 @@ unsafe fn fill_q4_k_x8(product: &Product, row: usize, slice: Slice, panels: &mut
 }
 
 /// Whether the kernels take numbers with their sign.
-const fn is_signed<F: Layout>() -> bool {
-    F::BITS == 8
+const fn is_signed<F: Layout, const VNNI: bool>() -> bool {
+    F::BITS == 8 && !VNNI
 }
 
 /// 32 numbers as the kernels take them.
@@ -205,17 +230,17 @@ const fn is_signed<F: Layout>() -> bool {
 /// As [`Format::unpack`].
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn unpack<F: Format>(step: *const u8, part: usize) -> __m256i {
+unsafe fn unpack<F: Format, const VNNI: bool>(step: *const u8, part: usize) -> __m256i {
     // SAFETY: as the caller says.
     let numbers = unsafe { F::unpack(step, part) };
-    if is_signed::<F>() { _mm256_xor_si256(numbers, _mm256_set1_epi8(i8::MIN)) } else { numbers }
+    if is_signed::<F, VNNI>() { _mm256_xor_si256(numbers, _mm256_set1_epi8(i8::MIN)) } else { numbers }
 }
 
 /// Products of numbers, in sums of two.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn sums_of_two<F: Layout>(numbers: __m256i, x: __m256i) -> __m256i {
-    if is_signed::<F>() {
+    if is_signed::<F, false>() {
         _mm256_maddubs_epi16(_mm256_abs_epi8(numbers), _mm256_sign_epi8(x, numbers))
     } else {
         _mm256_maddubs_epi16(numbers, x)
@@ -229,9 +254,9 @@ fn sums_of_two<F: Layout>(numbers: __m256i, x: __m256i) -> __m256i {
 /// As [`Kernels::multiply_rows`].
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn multiply_row<F: Format, const N: usize>(product: &Product, row: usize) {
+unsafe fn multiply_row<F: Format, const VNNI: bool, const N: usize>(product: &Product, row: usize) {
     let parts = F::STEP / BLOCK;
-    let has_offset = F::OFFSET != 0 && !is_signed::<F>();
+    let has_offset = F::OFFSET != 0 && !is_signed::<F, VNNI>();
     let ones = _mm256_set1_epi16(1);
     let mut sums = [[_mm256_setzero_ps(); 2]; N];
     let mut minima = [_mm256_setzero_ps(); N];
@@ -267,7 +292,7 @@ unsafe fn multiply_row<F: Format, const N: usize>(product: &Product, row: usize)
                 for part in 0..parts {
                     // Rows follow each other: what comes in some rows is asked for now.
                     _mm_prefetch::<_MM_HINT_T0>(step.wrapping_add(part * (F::BYTES / parts) + 2048).cast());
-                    let numbers = unpack::<F>(step, part);
+                    let numbers = unpack::<F, VNNI>(step, part);
                     let (half, lanes) = if F::GROUP == BLOCK {
                         (0, _mm256_set1_epi32(part as i32))
                     } else {
@@ -276,7 +301,12 @@ unsafe fn multiply_row<F: Format, const N: usize>(product: &Product, row: usize)
                     };
                     for i in 0..N {
                         let x = _mm256_loadu_si256(vectors[i].numbers.add(at + BLOCK * part).cast());
-                        let dot = _mm256_cvtepi32_ps(_mm256_madd_epi16(sums_of_two::<F>(numbers, x), ones));
+                        let fours = if VNNI {
+                            _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), numbers, x)
+                        } else {
+                            _mm256_madd_epi16(sums_of_two::<F>(numbers, x), ones)
+                        };
+                        let dot = _mm256_cvtepi32_ps(fours);
                         let factor = _mm256_permutevar8x32_ps(factors[i][half], lanes);
                         sums[i][part % 2] = _mm256_fmadd_ps(dot, factor, sums[i][part % 2]);
                     }
@@ -296,8 +326,9 @@ unsafe fn multiply_row<F: Format, const N: usize>(product: &Product, row: usize)
 ///
 /// # Safety
 /// As there.
+#[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn fill<F: Format>(product: &Product, row: usize, slice: Slice, panels: &mut [Panel]) {
+unsafe fn fill<F: Format, const VNNI: bool>(product: &Product, row: usize, slice: Slice, panels: &mut [Panel]) {
     let groups = F::STEP / F::GROUP;
     // SAFETY: rows have the slice's elements, and there is a panel for each of its blocks.
     unsafe {
@@ -323,7 +354,7 @@ unsafe fn fill<F: Format>(product: &Product, row: usize, slice: Slice, panels: &
             for part in 0..F::STEP / BLOCK {
                 let mut rows = [_mm256_setzero_si256(); 8];
                 for r in 0..8 {
-                    rows[r] = unpack::<F>(steps[r], part);
+                    rows[r] = unpack::<F, VNNI>(steps[r], part);
                 }
                 let columns = transpose(rows);
                 for c in 0..8 {
@@ -361,13 +392,13 @@ fn transpose(rows: [__m256i; 8]) -> [__m256i; 8] {
     columns
 }
 
-/// Multiplies a panel with the `N` vectors of `columns`. A vector's result does not depend on `N`.
+/// Multiplies `P` panels with the `N` vectors of `columns`. A vector's result depends on neither number.
 ///
 /// # Safety
 /// As [`Isa::multiply`].
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn multiply<F: Layout, const N: usize>(
+unsafe fn multiply<F: Layout, const VNNI: bool, const P: usize, const N: usize>(
     product: &Product,
     row: usize,
     slice: Slice,
@@ -381,66 +412,101 @@ unsafe fn multiply<F: Layout, const N: usize>(
         6 => 2,
         _ => 1,
     };
-    let (has_offset, ones) = (F::OFFSET != 0 && !is_signed::<F>(), _mm256_set1_epi16(1));
-    // SAFETY: vectors have as many blocks as there are panels; results have an element for each row.
+    let (has_offset, ones) = (F::OFFSET != 0 && !is_signed::<F, VNNI>(), _mm256_set1_epi16(1));
+    let blocks = slice.len / BLOCK;
+    // SAFETY: vectors have as many blocks as each panel; results have an element for each row.
     unsafe {
         let vectors = product.vectors::<N>(columns, slice);
         let mut results = [columns[0].results; N];
         for i in 0..N {
             results[i] = columns[i].results.add(row);
         }
-        let rows = _mm256_set1_epi32((product.rows.end - row).min(8) as i32);
-        let mask = _mm256_cmpgt_epi32(rows, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-        let mut sums = [_mm256_setzero_ps(); N];
+        let rows = _mm256_set1_epi32((product.rows.end - row).min(8 * P) as i32);
+        let mut masks = [_mm256_setzero_si256(); P];
+        for p in 0..P {
+            let before = _mm256_set1_epi32(8 * p as i32);
+            masks[p] = _mm256_cmpgt_epi32(rows, _mm256_add_epi32(before, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
+        }
+        let mut sums = [[_mm256_setzero_ps(); P]; N];
         if slice.from > 0 {
             for i in 0..N {
-                sums[i] = _mm256_maskload_ps(results[i], mask);
+                for p in 0..P {
+                    sums[i][p] = _mm256_maskload_ps(results[i].wrapping_add(8 * p), masks[p]);
+                }
             }
         }
-        for (b, panel) in panels.iter().enumerate() {
-            let mut of_block = [_mm256_setzero_ps(); N];
+        for b in 0..blocks {
+            let mut of_panels = [panels.as_ptr().add(b); P];
+            for p in 0..P {
+                of_panels[p] = panels.as_ptr().add(p * blocks + b);
+            }
+            let mut of_block = [[_mm256_setzero_ps(); P]; N];
             for group in 0..BLOCK / F::GROUP {
-                let mut dots = [_mm256_setzero_si256(); N];
+                let mut dots = [[_mm256_setzero_si256(); P]; N];
                 for g in (group * F::GROUP / 4..(group + 1) * F::GROUP / 4).step_by(together) {
-                    let mut pairs = [_mm256_setzero_si256(); N];
+                    let mut pairs = [[_mm256_setzero_si256(); P]; N];
                     for g in g..g + together {
-                        let numbers = _mm256_load_si256(panel.numbers[g].as_ptr().cast());
+                        let mut numbers = [_mm256_setzero_si256(); P];
+                        for p in 0..P {
+                            numbers[p] = _mm256_load_si256((*of_panels[p]).numbers[g].as_ptr().cast());
+                        }
                         for i in 0..N {
                             let four = vectors[i].numbers.add(b * BLOCK + 4 * g).cast::<i32>().read_unaligned();
-                            let two = sums_of_two::<F>(numbers, _mm256_set1_epi32(four));
-                            pairs[i] = _mm256_add_epi16(pairs[i], two);
+                            let four = _mm256_set1_epi32(four);
+                            for p in 0..P {
+                                if VNNI {
+                                    dots[i][p] = _mm256_dpbusd_avx_epi32(dots[i][p], numbers[p], four);
+                                } else {
+                                    pairs[i][p] = _mm256_add_epi16(pairs[i][p], sums_of_two::<F>(numbers[p], four));
+                                }
+                            }
                         }
                     }
                     for i in 0..N {
-                        dots[i] = _mm256_add_epi32(dots[i], _mm256_madd_epi16(pairs[i], ones));
+                        for p in 0..P {
+                            if !VNNI {
+                                dots[i][p] = _mm256_add_epi32(dots[i][p], _mm256_madd_epi16(pairs[i][p], ones));
+                            }
+                        }
                     }
                 }
-                let scales = _mm256_load_ps(panel.scales[group].as_ptr());
-                for i in 0..N {
-                    if has_offset {
-                        let start = _mm256_set1_epi32(*vectors[i].starts.add(b * (BLOCK / F::GROUP) + group));
-                        dots[i] = _mm256_add_epi32(dots[i], start);
+                for p in 0..P {
+                    let scales = _mm256_load_ps((*of_panels[p]).scales[group].as_ptr());
+                    for i in 0..N {
+                        let mut dot = dots[i][p];
+                        if has_offset {
+                            let start = _mm256_set1_epi32(*vectors[i].starts.add(b * (BLOCK / F::GROUP) + group));
+                            dot = _mm256_add_epi32(dot, start);
+                        }
+                        let dot = _mm256_cvtepi32_ps(dot);
+                        let before = of_block[i][p];
+                        of_block[i][p] =
+                            if group == 0 { _mm256_mul_ps(dot, scales) } else { _mm256_fmadd_ps(dot, scales, before) };
                     }
-                    let dot = _mm256_cvtepi32_ps(dots[i]);
-                    of_block[i] =
-                        if group == 0 { _mm256_mul_ps(dot, scales) } else { _mm256_fmadd_ps(dot, scales, of_block[i]) };
                 }
             }
             for i in 0..N {
-                sums[i] = _mm256_fmadd_ps(of_block[i], _mm256_broadcast_ss(&*vectors[i].scales.add(b)), sums[i]);
+                let scale = _mm256_broadcast_ss(&*vectors[i].scales.add(b));
+                for p in 0..P {
+                    sums[i][p] = _mm256_fmadd_ps(of_block[i][p], scale, sums[i][p]);
+                }
             }
             if F::HAS_MIN {
                 for group in 0..BLOCK / F::GROUP {
-                    let minima = _mm256_load_ps(panel.minima[group].as_ptr());
                     for i in 0..N {
                         let sum = _mm256_broadcast_ss(&*vectors[i].sums.add(b * (BLOCK / F::GROUP) + group));
-                        sums[i] = _mm256_fmadd_ps(minima, sum, sums[i]);
+                        for p in 0..P {
+                            let minima = _mm256_load_ps((*of_panels[p]).minima[group].as_ptr());
+                            sums[i][p] = _mm256_fmadd_ps(minima, sum, sums[i][p]);
+                        }
                     }
                 }
             }
         }
         for i in 0..N {
-            _mm256_maskstore_ps(results[i], mask, sums[i]);
+            for p in 0..P {
+                _mm256_maskstore_ps(results[i].wrapping_add(8 * p), masks[p], sums[i][p]);
+            }
         }
     }
 }

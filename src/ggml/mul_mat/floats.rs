@@ -54,7 +54,7 @@ impl Float for Bf16 {
 pub(super) fn kernel<W: Float>(features: Features) -> Option<&'static Kernel> {
     match features {
         Features::Portable => None,
-        Features::Avx2 => Some(Of::<W>::EIGHT_LANES),
+        Features::Avx2 | Features::AvxVnni => Some(Of::<W>::EIGHT_LANES),
         Features::Avx512 | Features::Avx512Vnni => Some(Of::<W>::SIXTEEN_LANES),
     }
 }

@@ -44,7 +44,14 @@ use super::{Tensor, Type, processor::Features};
 /// The kernel for weights of this type, as in a file or as ggml repacks them, with these features; `None` where ggml's is used.
 #[cfg(target_arch = "x86_64")]
 fn kernel(ty: Type, is_repacked: bool, features: Features) -> Option<&'static Kernel> {
-    use self::{avx2::Avx2, formats::*, quantize::quantize, run::Kernels, run::run, vnni::Vnni};
+    use self::{
+        avx2::{Avx2, AvxVnni},
+        formats::*,
+        quantize::quantize,
+        run::Kernels,
+        run::run,
+        vnni::Vnni,
+    };
     struct Of<K, F>(std::marker::PhantomData<(K, F)>);
     impl<K: Kernels<F>, F: Layout> Of<K, F> {
         const KERNEL: &Kernel =
@@ -53,10 +60,12 @@ fn kernel(ty: Type, is_repacked: bool, features: Features) -> Option<&'static Ke
     fn of<F: Layout>(features: Features) -> Option<&'static Kernel>
     where
         Avx2: Kernels<F>,
+        AvxVnni: Kernels<F>,
         Vnni: Kernels<F>,
     {
         match features {
             Features::Portable => None,
+            Features::AvxVnni => Some(Of::<AvxVnni, F>::KERNEL),
             Features::Avx2 | Features::Avx512 => Some(Of::<Avx2, F>::KERNEL),
             Features::Avx512Vnni => Some(Of::<Vnni, F>::KERNEL),
         }
