@@ -72,11 +72,19 @@ macro_rules! kernels {
         }
 
         impl<F: Format> Kernels<F> for $isa {
+            /// Four rows at a time where blocks are short: then their scales are unpacked together.
             #[target_feature(enable = $features)]
             unsafe fn multiply_rows<const N: usize>(product: &Product) {
-                for row in product.rows.clone() {
-                    // SAFETY: as the caller says.
-                    unsafe { multiply_row::<F, $vnni, N>(product, row) }
+                let mut row = product.rows.start;
+                // SAFETY: as the caller says.
+                unsafe {
+                    while F::STEP == 64 && row + 4 <= product.rows.end {
+                        multiply_four_rows::<F, $vnni, N>(product, row);
+                        row += 4;
+                    }
+                    for row in row..product.rows.end {
+                        multiply_row::<F, $vnni, N>(product, row);
+                    }
                 }
             }
 
@@ -247,6 +255,95 @@ fn sums_of_two<F: Layout>(numbers: __m256i, x: __m256i) -> __m256i {
     }
 }
 
+/// Products of numbers, in sums of four.
+///
+/// # Safety
+/// With `VNNI` the processor has AVX-VNNI.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn sums_of_four<F: Layout, const VNNI: bool>(numbers: __m256i, x: __m256i) -> __m256i {
+    if VNNI {
+        // SAFETY: as the caller says.
+        unsafe { _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), numbers, x) }
+    } else {
+        _mm256_madd_epi16(sums_of_two::<F>(numbers, x), _mm256_set1_epi16(1))
+    }
+}
+
+/// Multiplies four rows with `N` vectors. A vector's result does not depend on `N`.
+///
+/// # Safety
+/// As [`Kernels::multiply_rows`]; steps are 64 elements.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn multiply_four_rows<F: Format, const VNNI: bool, const N: usize>(product: &Product, row: usize) {
+    let has_offset = F::OFFSET != 0 && !is_signed::<F, VNNI>();
+    let mut sums = [[_mm256_setzero_ps(); 4]; N];
+    let mut minima = [[_mm256_setzero_ps(); 2]; N];
+    // SAFETY: rows are `k` elements; so are the vectors.
+    unsafe {
+        for slice in slices(product.k) {
+            let vectors = product.vectors::<N>(product.columns, slice);
+            let weights = product.row(row).add(slice.from / 64 * F::BYTES);
+            for s in 0..slice.len / 64 {
+                let first = weights.add(s * F::BYTES);
+                let mut steps = [first; 4];
+                for r in 1..4 {
+                    steps[r] = first.add(r * product.row_bytes);
+                }
+                let scales = F::scales_of_four_rows(steps);
+                let mut factors = [[_mm256_setzero_ps(); 2]; N];
+                for i in 0..N {
+                    let two = |of_blocks: *const f32| {
+                        _mm256_castpd_ps(_mm256_set1_pd(of_blocks.add(2 * s).cast::<f64>().read_unaligned()))
+                    };
+                    let (of_vector, of_sums) = (two(vectors[i].scales), two(vectors[i].sums));
+                    if F::HAS_MIN {
+                        // Beside each scale is the minimum.
+                        let of_vector = _mm256_unpacklo_ps(of_vector, of_vector);
+                        let of_sums = _mm256_unpacklo_ps(_mm256_setzero_ps(), of_sums);
+                        for h in 0..2 {
+                            factors[i][h] = _mm256_mul_ps(scales[h], of_vector);
+                            minima[i][h] = _mm256_fmadd_ps(scales[h], of_sums, minima[i][h]);
+                        }
+                    } else {
+                        factors[i][0] = _mm256_mul_ps(scales[0], of_vector);
+                        if has_offset {
+                            minima[i][0] = _mm256_fmadd_ps(scales[0], of_sums, minima[i][0]);
+                        }
+                    }
+                }
+                for r in 0..4 {
+                    // What comes in some rows is asked for now.
+                    _mm_prefetch::<_MM_HINT_T0>(steps[r].wrapping_add(4 * product.row_bytes).cast());
+                    for part in 0..2 {
+                        let numbers = unpack::<F, VNNI>(steps[r], part);
+                        let (half, lane) = if F::HAS_MIN { (r / 2, r % 2 * 4 + 2 * part) } else { (0, 2 * r + part) };
+                        let lanes = _mm256_set1_epi32(lane as i32);
+                        for i in 0..N {
+                            let x = _mm256_loadu_si256(vectors[i].numbers.add(64 * s + BLOCK * part).cast());
+                            let dot = _mm256_cvtepi32_ps(sums_of_four::<F, VNNI>(numbers, x));
+                            let factor = _mm256_permutevar8x32_ps(factors[i][half], lanes);
+                            sums[i][r] = _mm256_fmadd_ps(dot, factor, sums[i][r]);
+                        }
+                    }
+                }
+            }
+        }
+        for i in 0..N {
+            let minima = floats(minima[i]);
+            for r in 0..4 {
+                let of_row = if F::HAS_MIN {
+                    minima[4 * r + 1] + minima[4 * r + 3]
+                } else {
+                    -F::OFFSET as f32 * (minima[2 * r] + minima[2 * r + 1])
+                };
+                *product.columns[i].results.add(row + r) = sum_of_lanes(sums[i][r]) + of_row;
+            }
+        }
+    }
+}
+
 /// Multiplies a row with `N` vectors. A vector's result does not depend on `N`. Sums are kept apart for even and odd
 /// parts, so that an addition need not wait for the one before.
 ///
@@ -257,7 +354,6 @@ fn sums_of_two<F: Layout>(numbers: __m256i, x: __m256i) -> __m256i {
 unsafe fn multiply_row<F: Format, const VNNI: bool, const N: usize>(product: &Product, row: usize) {
     let parts = F::STEP / BLOCK;
     let has_offset = F::OFFSET != 0 && !is_signed::<F, VNNI>();
-    let ones = _mm256_set1_epi16(1);
     let mut sums = [[_mm256_setzero_ps(); 2]; N];
     let mut minima = [_mm256_setzero_ps(); N];
     // SAFETY: rows are `k` elements; so are the vectors.
@@ -301,12 +397,7 @@ unsafe fn multiply_row<F: Format, const VNNI: bool, const N: usize>(product: &Pr
                     };
                     for i in 0..N {
                         let x = _mm256_loadu_si256(vectors[i].numbers.add(at + BLOCK * part).cast());
-                        let fours = if VNNI {
-                            _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), numbers, x)
-                        } else {
-                            _mm256_madd_epi16(sums_of_two::<F>(numbers, x), ones)
-                        };
-                        let dot = _mm256_cvtepi32_ps(fours);
+                        let dot = _mm256_cvtepi32_ps(sums_of_four::<F, VNNI>(numbers, x));
                         let factor = _mm256_permutevar8x32_ps(factors[i][half], lanes);
                         sums[i][part % 2] = _mm256_fmadd_ps(dot, factor, sums[i][part % 2]);
                     }

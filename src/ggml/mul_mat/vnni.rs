@@ -217,7 +217,7 @@ unsafe fn multiply_four_rows<F: Format, const N: usize>(product: &Product, row: 
                 for r in 1..4 {
                     steps[r] = first.add(r * product.row_bytes);
                 }
-                let scales = F::scales_of_four_rows(steps);
+                let scales = F::scales_of_four_rows_512(steps);
                 let mut factors = [_mm512_setzero_ps(); N];
                 for i in 0..N {
                     let of_vector =

@@ -50,27 +50,54 @@ pub trait Format: Layout {
     /// As [`Format::unpack`].
     unsafe fn scales(step: *const u8) -> Scales;
 
-    /// The scales of a step of four rows, row by row, each with its minimum behind it where there is one; zeros behind all.
-    /// As it stands it is for steps of two blocks that begin with them.
+    /// The scales of a step of four rows, row by row, each with its minimum behind it where there is one: then those of two
+    /// rows are in a register, else those of all, and the second has zeros. As it stands it is for steps of two blocks that
+    /// begin with them.
+    ///
+    /// # Safety
+    /// As [`Format::unpack`], for each of the steps.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn scales_of_four_rows(steps: [*const u8; 4]) -> [__m256; 2] {
+        // SAFETY: as the caller says.
+        let [first, second] = unsafe { halves_of_four_rows::<Self>(steps) };
+        let second = if Self::HAS_MIN { _mm256_cvtph_ps(second) } else { _mm256_setzero_ps() };
+        [_mm256_cvtph_ps(first), second]
+    }
+
+    /// The same in one register.
     ///
     /// # Safety
     /// As [`Format::unpack`], for each of the steps.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c,fma")]
-    unsafe fn scales_of_four_rows(steps: [*const u8; 4]) -> __m512 {
+    unsafe fn scales_of_four_rows_512(steps: [*const u8; 4]) -> __m512 {
         // SAFETY: as the caller says.
-        unsafe {
-            if Self::HAS_MIN {
-                let both = |step: *const u8| two_words(step, step.add(Self::BYTES / 2)) as i64;
-                let first = _mm_set_epi64x(both(steps[1]), both(steps[0]));
-                let second = _mm_set_epi64x(both(steps[3]), both(steps[2]));
-                _mm512_cvtph_ps(_mm256_set_m128i(second, first))
-            } else {
-                let both = |step: *const u8| u64::from(two_halves(step, step.add(Self::BYTES / 2)));
-                let first = both(steps[0]) | both(steps[1]) << 32;
-                let second = both(steps[2]) | both(steps[3]) << 32;
-                _mm512_zextps256_ps512(_mm256_cvtph_ps(_mm_set_epi64x(second as i64, first as i64)))
-            }
+        let [first, second] = unsafe { halves_of_four_rows::<Self>(steps) };
+        if Self::HAS_MIN {
+            _mm512_cvtph_ps(_mm256_set_m128i(second, first))
+        } else {
+            _mm512_zextps256_ps512(_mm256_cvtph_ps(first))
+        }
+    }
+}
+
+/// What [`Format::scales_of_four_rows`] has, as it is stored.
+///
+/// # Safety
+/// As [`Format::unpack`], for each of the steps, which are two blocks that begin with them.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn halves_of_four_rows<F: Format + ?Sized>(steps: [*const u8; 4]) -> [__m128i; 2] {
+    // SAFETY: as the caller says.
+    unsafe {
+        if F::HAS_MIN {
+            let both = |step: *const u8| two_words(step, step.add(F::BYTES / 2)) as i64;
+            [0, 2].map(|r| _mm_set_epi64x(both(steps[r + 1]), both(steps[r])))
+        } else {
+            let both = |step: *const u8| u64::from(two_halves(step, step.add(F::BYTES / 2)));
+            let [first, second] = [0, 2].map(|r| both(steps[r]) | both(steps[r + 1]) << 32);
+            [_mm_set_epi64x(second as i64, first as i64), _mm_setzero_si128()]
         }
     }
 }

@@ -54,11 +54,18 @@ impl Format for Mxfp4 {
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c,fma")]
-    unsafe fn scales_of_four_rows(steps: [*const u8; 4]) -> __m512 {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn scales_of_four_rows(steps: [*const u8; 4]) -> [__m256; 2] {
         // SAFETY: as above.
         let both = |step: *const u8| unsafe { u64::from(*step) | u64::from(*step.add(17)) << 8 };
         let all = both(steps[0]) | both(steps[1]) << 16 | both(steps[2]) << 32 | both(steps[3]) << 48;
-        _mm512_zextps256_ps512(half_powers(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(all as i64))))
+        [half_powers(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(all as i64))), _mm256_setzero_ps()]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c,fma")]
+    unsafe fn scales_of_four_rows_512(steps: [*const u8; 4]) -> __m512 {
+        // SAFETY: as above.
+        _mm512_zextps256_ps512(unsafe { Self::scales_of_four_rows(steps) }[0])
     }
 }
