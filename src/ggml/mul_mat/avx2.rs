@@ -134,12 +134,15 @@ unsafe fn multiply_q4_k_x8<const VNNI: bool, const N: usize>(product: &Product, 
             let weights = product.row(row).add(slice.from / 256 * q4_k_x8::BYTES);
             for s in 0..slice.len / 256 {
                 let block = weights.add(s * q4_k_x8::BYTES);
+                for line in 0..q4_k_x8::NUMBERS / 64 {
+                    _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(q4_k_x8::AHEAD + 64 * line).cast());
+                }
                 for pair in 0..4 {
                     // By vector, group and half of the rows: sums of four, or of two, of at most 2 × 15 × 127, four of which fit together.
                     let mut dots = [[[_mm256_setzero_si256(); 2]; 2]; N];
                     for c in 4 * pair..4 * pair + 4 {
                         let from = block.add(q4_k_x8::NUMBERS + 64 * c);
-                        _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(2048).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(q4_k_x8::AHEAD).cast());
                         for h in 0..2 {
                             let both = _mm256_loadu_si256(from.add(32 * h).cast());
                             let upper = _mm256_and_si256(_mm256_srli_epi16::<4>(both), fifteen);

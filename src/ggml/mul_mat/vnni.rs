@@ -118,11 +118,14 @@ unsafe fn multiply_q4_k_x8<const N: usize>(product: &Product, row: usize) {
             let weights = product.row(row).add(slice.from / 256 * q4_k_x8::BYTES);
             for s in 0..slice.len / 256 {
                 let block = weights.add(s * q4_k_x8::BYTES);
+                for line in 0..q4_k_x8::NUMBERS / 64 {
+                    _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(q4_k_x8::AHEAD + 64 * line).cast());
+                }
                 for pair in 0..4 {
                     let mut dots = [[_mm512_setzero_si512(); 2]; N];
                     for c in 4 * pair..4 * pair + 4 {
                         let from = block.add(q4_k_x8::NUMBERS + 64 * c);
-                        _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(2048).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(q4_k_x8::AHEAD).cast());
                         let both = _mm512_loadu_si512(from.cast());
                         let numbers =
                             [_mm512_and_si512(both, fifteen), _mm512_and_si512(_mm512_srli_epi16::<4>(both), fifteen)];

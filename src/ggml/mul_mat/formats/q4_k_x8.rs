@@ -24,6 +24,9 @@ pub(in super::super) const BYTES: usize = ROWS * 144;
 /// Where the rows' numbers begin in it.
 pub(in super::super) const NUMBERS: usize = 128;
 
+/// How far ahead of what is multiplied memory is asked for.
+pub(in super::super) const AHEAD: usize = 4096;
+
 /// The rows' scales and minima of group `group` of a block.
 ///
 /// # Safety
