@@ -10,7 +10,7 @@ use std::{env, process::ExitCode};
 use simlayer_testkit::{RandomDecoder, Shape, Ssm, WeightType, gguf::Meta};
 
 const USAGE: &str = "usage: random_model SHAPE WEIGHTS FILE
-SHAPE    llama-3.2-1b, qwen3-8b, qwen3-30b-a3b, qwen3moe (8 of 32 experts, 1.3 thousand million weights), tiny,
+SHAPE    llama-3.2-1b, gemma-3-270m, qwen3-8b, qwen3-30b-a3b, qwen3moe (8 of 32 experts, 1.3 thousand million weights), tiny,
          qwen35 (6 delta nets, 2 layers that attend, 190 million weights)
 WEIGHTS  a type (q8_0, q6_K, iq4_xs, ...), TYPE+TYPE (the second for values, the feed-forward's output and the output in
          the layers where a mixture of medium size has more bits), or q4_K_M (q4_K+q6_K) or q5_K_M (q5_K+q6_K)";
@@ -68,6 +68,36 @@ fn qwen3_8b(shape: Shape) -> RandomDecoder {
     });
     model.key("context_length", 262_144u32);
     model.key("rope.freq_base", 1_000_000f32);
+    model
+}
+
+/// Gemma 3 270M's shape. Its rows of 640 are no whole blocks of 256: what is called Q4_K_M has them in q5_0 and q8_0.
+fn gemma3_270m(shape: Shape) -> RandomDecoder {
+    let mut model = RandomDecoder::new(
+        "gemma3",
+        Shape {
+            n_layer: 18,
+            n_embd: 640,
+            n_head: 4,
+            n_head_kv: 1,
+            head_size: 256,
+            n_ff: 2048,
+            tied: true,
+            n_vocab: 262_144,
+            ..shape
+        },
+    );
+    model.key("context_length", 32_768u32);
+    model.key("rope.freq_base", 1_000_000f32);
+    model.key("rope.freq_base_swa", 10_000f32);
+    model.key("attention.sliding_window", 512u32);
+    for layer in model.layers() {
+        model.pre_norms(layer);
+        model.post_norms(layer);
+        model.head_norms(layer);
+        model.attention(layer);
+        model.gated(layer);
+    }
     model
 }
 
@@ -184,6 +214,7 @@ fn main() -> ExitCode {
     };
     let write = match shape.as_str() {
         "llama-3.2-1b" => llama,
+        "gemma-3-270m" => gemma3_270m,
         "qwen3-8b" => qwen3_8b,
         "qwen3moe" => qwen3moe,
         "qwen3-30b-a3b" => qwen3_30b_a3b,
