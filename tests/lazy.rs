@@ -5,8 +5,8 @@ mod common;
 use std::{collections::BTreeSet, path::Path};
 
 use common::{
-    bound, lazy_f16, load, logits, nll, plain, reference::Reference, session, shorter, smollm2, steady_smollm2, story,
-    top, unquantized::smollm2_f32_path, upstreams_file,
+    attention_is_ggmls, bound, company::check_company, lazy_f16, load, logits, nll, plain, reference::Reference,
+    session, shorter, smollm2, steady_smollm2, story, top, unquantized::smollm2_f32_path, upstreams_file,
 };
 use simlayer::{
     KvRotate, Model, Session, SessionParams, Token,
@@ -331,7 +331,8 @@ fn check_rotation(model: &Model, tokens: &[Token], policy: &str, window: usize) 
     let rounding = mean_kl(&exact, &run(KvRotate::Never, Type::F16));
     let rotated = mean_kl(&exact, &run(KvRotate::Always, Type::F16));
     println!("f32 rotated {rotated_f32:.3e}; f16 {rounding:.3e}, rotated {rotated:.3e}");
-    assert!(rotated_f32 < bound(1e-7, 1e-4), "in f32: {rotated_f32}");
+    let most = if attention_is_ggmls() { 1e-4 } else { 1e-7 };
+    assert!(rotated_f32 < most, "in f32: {rotated_f32}");
     // The products that rotate are exact on the processor and not on other devices.
     assert!(rotated <= 2.0 * (rounding + rotated_f32), "f16 alone {rounding}, rotated {rotated}");
 }
@@ -656,4 +657,13 @@ fn session_with(model: &Model, policy: Policy) -> Session {
     let mut params = plain();
     params.lazy.policy = policy;
     session(model, params)
+}
+
+#[test]
+fn conversations_together_say_what_they_say_alone() {
+    let quantized = SessionParams { type_k: Type::Q8_0, type_v: Type::Q4_0, ..plain() };
+    // Four bits of a sum that is rounded otherwise are another number now and then.
+    for (params, most) in [(lazy_f16("off", 100), bound(1e-6, 1e-4)), (quantized, bound(1e-4, 2e-2))] {
+        check_company(load, &params, &[500, 500, 500, 40], most);
+    }
 }

@@ -21,7 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{ggmls_attention, logits, plain, session, story, top};
+use common::{company::check_company, ggmls_attention, logits, plain, session, story, top};
 use simlayer::{
     BatchEntry, Model, ModelParams, Outputs, Session, SessionParams, Token,
     ggml::{self, Device, Type},

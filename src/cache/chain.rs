@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use super::{Format, RowShape, Store};
+use super::{Format, RowShape, Slab, Store};
 use crate::ggml::{Error, Graph, Tensor};
 
 /// Pieces that a chain has at most: each takes a few nodes of a graph.
@@ -100,6 +100,19 @@ impl Chain {
     pub fn single(&self) -> &Store {
         assert!(self.pieces.len() == 1 && self.pieces[0].first == 0, "rows are in one store");
         &self.pieces[0].store
+    }
+
+    /// Whether no other sequence reads any of the rows.
+    pub fn is_unshared(&self) -> bool {
+        self.pieces.iter().all(Piece::is_own)
+    }
+
+    /// The slab that the rows are in, with those of other sequences, and their place there.
+    pub fn slot(&self) -> Option<(&Arc<Slab>, usize)> {
+        match &self.pieces[..] {
+            [piece] if piece.first == 0 => piece.store.slot(),
+            _ => None,
+        }
     }
 
     /// The pieces of these rows, as far as they exist.

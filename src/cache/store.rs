@@ -1,8 +1,8 @@
 //! The block of memory that holds a layer's keys and values, and in which format.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
-use super::{Lease, Meter};
+use super::{Lease, Meter, Slab};
 use crate::ggml::{BufferType, Context, Error, Graph, Tensor, Type};
 
 /// How a store keeps its rows. Rows of equal formats can be copied as they are.
@@ -119,7 +119,8 @@ impl RowShape {
     }
 }
 
-/// Key and value rows of one layer in memory of their own. Which position is in which row is the layer's span's to say.
+/// Key and value rows of one layer, in memory of their own or in a [`Slab`]. Which position is in which row is the layer's span's
+/// to say.
 #[derive(Debug)]
 pub(crate) struct Store {
     /// `[key size × KV heads, rows]`; of tiles, `[bytes of a row, rows]`.
@@ -129,7 +130,14 @@ pub(crate) struct Store {
     pub format: Format,
     n_rows: usize,
     memory: BufferType,
-    lease: Lease,
+    place: Place,
+}
+
+/// Whose the memory of a store is.
+#[derive(Debug)]
+enum Place {
+    Own(Lease),
+    Slot { slab: Arc<Slab>, index: usize },
 }
 
 impl Store {
@@ -162,13 +170,51 @@ impl Store {
         let k = context.tensor(format.k, &[key_width, n_rows]).named("cache_k");
         let v = value_width.map(|width| context.tensor(format.v, &[width, n_rows]).named("cache_v"));
         let bytes = context.alloc(memory, "the KV cache")?;
-        Ok(Store { k, v, format, n_rows, memory, lease: lease(bytes) })
+        Ok(Store { k, v, format, n_rows, memory, place: Place::Own(lease(bytes)) })
     }
 
     /// A store that differs from this one by its number of rows.
     pub fn like(&self, n_rows: usize) -> Result<Store, Error> {
-        let widths = (self.k.shape()[0], self.v.as_ref().map(|v| v.shape()[0]));
-        Store::of_widths(widths, n_rows, self.format, self.memory, |bytes| self.lease.another(bytes))
+        Store::of_widths(self.widths(), n_rows, self.format, self.memory, |bytes| self.lease().another(bytes))
+    }
+
+    /// As many stores as that, which are like this one but for their number of rows, in a slab.
+    pub fn slots(&self, n_rows: usize, n: usize) -> Result<Vec<Store>, Error> {
+        let (slab, rows) = Slab::new(self.widths(), self.format, n_rows, n, self.memory, self.lease())?;
+        let slab = Arc::new(slab);
+        let stores = rows.into_iter().enumerate().map(|(index, (k, v))| {
+            let place = Place::Slot { slab: Arc::clone(&slab), index };
+            Store { k, v, format: self.format, n_rows, memory: self.memory, place }
+        });
+        Ok(stores.collect())
+    }
+
+    /// The slab that it is in, and its place among the stores there.
+    pub fn slot(&self) -> Option<(&Arc<Slab>, usize)> {
+        match &self.place {
+            Place::Own(_) => None,
+            Place::Slot { slab, index } => Some((slab, *index)),
+        }
+    }
+
+    /// Copies the rows of another one of the same format, as many as both have, as nodes of a graph.
+    pub fn copy(&self, graph: &Graph, from: &Store) {
+        let n = self.n_rows.min(from.n_rows);
+        for tensor in 0..self.n_tensors() {
+            let [from, to] = [from, self].map(|store| graph.rows(store.tensor(tensor), 0, n));
+            graph.expand(&graph.copy(&from, &to));
+        }
+    }
+
+    fn widths(&self) -> (usize, Option<usize>) {
+        (self.k.shape()[0], self.v.as_ref().map(|v| v.shape()[0]))
+    }
+
+    fn lease(&self) -> &Lease {
+        match &self.place {
+            Place::Own(lease) => lease,
+            Place::Slot { slab, .. } => slab.lease(),
+        }
     }
 
     /// The rows that values are in: see [`RowShape::values`].
@@ -191,9 +237,10 @@ impl Store {
         used + used / 16
     }
 
-    /// Bytes of the buffers.
+    /// Bytes of the buffers, or of its share of a slab's.
     pub fn bytes(&self) -> usize {
-        self.lease.bytes()
+        let n_stores = self.slot().map_or(1, |(slab, _)| slab.n_slots());
+        self.lease().bytes() / n_stores
     }
 
     /// Tensors of rows: keys, and values where they have some of their own.

@@ -8,6 +8,7 @@ use super::{
     layer::LayerCache,
     score::{SCORE_NAME, Score, Taken},
     setup::{Kernel, LayerPlan, Setup},
+    together::{Group, groups},
 };
 use crate::{
     cache::{Chain, RowShape, Span, StateStore, Store},
@@ -128,8 +129,16 @@ impl CacheAttention<'_> {
             None => (q, own),
         };
         let mut attended: Option<Tensor> = None;
-        for part in 0..self.parts.len() {
-            let one = self.attend_part(graph, (part, layer), q, own, (options, together.is_some()));
+        let owner = self.setup.model.hparams().owner(layer);
+        let caches: Vec<&LayerCache> = self.caches.iter().map(|layers| &layers[owner]).collect();
+        for Group { parts, slab } in groups(self.plan(owner), self.parts, &caches) {
+            let is_rotated = together.is_some();
+            let one = match slab {
+                Some((slab, slots)) => {
+                    self.attend_together(graph, (parts, slab, slots), layer, q, own, (options, is_rotated))
+                }
+                None => self.attend_part(graph, (parts.start, layer), q, own, (options, is_rotated)),
+            };
             attended = Some(match attended {
                 Some(others) => graph.concat(&others, &one, 1),
                 None => one,
@@ -559,8 +568,9 @@ fn fused(
     graph.fused_attention(queries, segments, &FusedAttention { scale, soft_cap: softcap, sinks, of_heads })
 }
 
-/// Attention to keys and values, in pieces where the kernel is our own, on the layer's device. → `[value size, tokens, heads]`
-fn attention(
+/// Attention to keys and values, in pieces where the kernel is our own, on the layer's device. → `[value size, tokens, heads]`, of as
+/// many sequences as the queries are of.
+pub(super) fn attention(
     graph: &Graph,
     plan: &LayerPlan,
     queries: &Tensor,
@@ -691,7 +701,7 @@ fn weights(graph: &Graph, queries: &Tensor, keys: &Tensor, mask: &Tensor, option
 }
 
 /// The part's tokens of `[head size, heads, tokens]`.
-fn slice(graph: &Graph, all: &Tensor, part: &Part) -> Tensor {
+pub(super) fn slice(graph: &Graph, all: &Tensor, part: &Part) -> Tensor {
     let [head_size, heads, n, _] = all.shape();
     if part.n == n {
         return all.clone();
@@ -701,7 +711,7 @@ fn slice(graph: &Graph, all: &Tensor, part: &Part) -> Tensor {
 }
 
 /// `[head size, heads, tokens]` → `[head size × heads, tokens]`.
-fn rows(graph: &Graph, heads: &Tensor) -> Tensor {
+pub(super) fn rows(graph: &Graph, heads: &Tensor) -> Tensor {
     let [head_size, n_heads, n, _] = heads.shape();
     graph.reshape(heads, &[head_size * n_heads, n])
 }

@@ -9,6 +9,7 @@ use super::{
     score::{self, SCORE_NAME, Scored},
     setup::{LayerSetup, Setup},
     step::{Output, Step, Stretch},
+    together::{Company, Group, groups, rows_read},
 };
 use crate::{
     cache::{Chain, HeadLists},
@@ -25,6 +26,8 @@ pub(super) struct Executor {
     /// Rows of `n_embd` for the same tokens: hidden states after the final norm. Empty unless they are wanted.
     pub embeddings: Vec<f32>,
     pub wants_embeddings: bool,
+    /// Which sequences decode together.
+    pub company: Company,
     /// Time that scores took, where it is measured.
     pub score_time: Option<Duration>,
 }
@@ -98,6 +101,7 @@ impl Executor {
             logits: Vec::new(),
             embeddings: Vec::new(),
             wants_embeddings: false,
+            company: Company::default(),
             score_time: None,
         })
     }
@@ -200,14 +204,22 @@ impl Executor {
 
 /// Bytes of the rows that attention reads, in all layers and sequences.
 fn cache_bytes(setup: &Setup, stretch: &Stretch<'_>) -> usize {
-    let of_layer = |part: &Part, (layer, cache): (&LayerSetup, &LayerCache)| {
+    let of_layer = |(index, layer): (usize, &LayerSetup)| {
+        let caches: Vec<&LayerCache> = stretch.caches.iter().map(|layers| &layers[index]).collect();
         let bytes = |store: &Chain, n_rows: usize| n_rows * layer.plan.rows.row_bytes(store.format());
-        let main = cache.store.as_ref().map_or(0, |store| bytes(store, cache.rows_read(part.n_past + part.n)));
-        let lists = cache.lists().map_or(0, HeadLists::row_bytes);
-        main + lists + cache.exact.as_ref().map_or(0, |exact| bytes(&exact.store, exact.span.n_rows()))
+        let of_group = |group: Group<'_>| {
+            let caches = &caches[group.parts.clone()];
+            let n_rows = rows_read(&stretch.parts[group.parts], caches);
+            let of_cache = |cache: &&LayerCache| {
+                let main = cache.store.as_ref().map_or(0, |store| bytes(store, n_rows));
+                let lists = cache.lists().map_or(0, HeadLists::row_bytes);
+                main + lists + cache.exact.as_ref().map_or(0, |exact| bytes(&exact.store, exact.span.n_rows()))
+            };
+            caches.iter().map(of_cache).sum::<usize>()
+        };
+        groups(&layer.plan, stretch.parts, &caches).into_iter().map(of_group).sum::<usize>()
     };
-    let parts = stretch.parts.iter().zip(stretch.caches);
-    parts.flat_map(|(part, caches)| setup.layers.iter().zip(*caches).map(|both| of_layer(part, both))).sum()
+    setup.layers.iter().enumerate().map(of_layer).sum()
 }
 
 impl Key {

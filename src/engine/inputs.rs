@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::batch::{Embeddings, Fed, Part};
 use crate::{
-    cache::{Span, tiles_due},
+    cache::{Slots, Span, tiles_due},
     ggml::{Device, Due, Graph, TILE, Tensor, Type},
 };
 
@@ -93,6 +93,13 @@ enum Fill {
         tokens: Range<usize>,
         first: usize,
     },
+    /// The rows of a slab into which the tokens of parts with one each are written.
+    SlabRows {
+        parts: Range<usize>,
+        span: Option<Span>,
+        slots: Slots,
+        n_rows: usize,
+    },
     /// The tiles that a part's tokens finish: see [`tiles_due`].
     Due {
         part: usize,
@@ -118,13 +125,13 @@ enum Fill {
         span: Span,
         keys: Keys,
     },
-    /// Positions of a part's tokens, as f32: exact below 2^24.
+    /// Positions of parts' tokens, as f32: exact below 2^24.
     Queries {
-        part: usize,
+        parts: Range<usize>,
     },
-    /// The position in each row, as f32; [`NOWHERE`] where there is none to be seen.
+    /// The position in each row of each part, as f32; [`NOWHERE`] where there is none to be seen.
     KeyPositions {
-        part: usize,
+        parts: Range<usize>,
         keys: Vec<Keys>,
     },
 }
@@ -136,11 +143,11 @@ const TEXT_POSITIONS: usize = 3;
 const NOWHERE: f32 = (1u32 << 30) as f32;
 
 /// What a device computes by itself from positions: of the rows of `keys`, for each query that is not among the first
-/// `skipped`, 1 where it is hidden, else 0.
+/// `skipped`, 1 where it is hidden, else 0. Where there are several parts each has one query, and rows of its own.
 #[derive(Debug, Clone, PartialEq)]
 struct Hidden {
     device: Device,
-    part: usize,
+    parts: Range<usize>,
     span: Option<Span>,
     skipped: usize,
     keys: Vec<Keys>,
@@ -212,6 +219,17 @@ impl Inputs {
         self.input(graph, Type::I64, &[tokens.len()], Fill::Rows { part, span, tokens, first })
     }
 
+    /// The rows i64 `[parts]` of a slab's stores, `n_rows` each, into which the tokens of parts with one each are written.
+    pub fn slab_rows(
+        &mut self,
+        graph: &Graph,
+        parts: Range<usize>,
+        span: Option<Span>,
+        (slots, n_rows): (Slots, usize),
+    ) -> Tensor {
+        self.input(graph, Type::I64, &[parts.len()], Fill::SlabRows { parts, span, slots, n_rows })
+    }
+
     /// The list i32 `[Due::LEN, n]` of the tiles that a part's tokens finish in a store of this span, with an exact one.
     pub fn due(&mut self, graph: &Graph, part: &Part, index: usize, span: Option<Span>, exact: Span) -> Tensor {
         // One at each end that others fill as well, and two where a ring begins and ends.
@@ -235,9 +253,20 @@ impl Inputs {
             return self.input(graph, Type::F16, &[n_rows, part.n], Fill::Mask { part: index, keys: keys.to_vec() });
         };
         let span = keys.first().and_then(|keys| keys.span());
-        let hidden = Hidden { device, part: index, span, skipped: 0, keys: keys.to_vec() };
+        self.mask_of(graph, Hidden { device, parts: index..index + 1, span, skipped: 0, keys: keys.to_vec() }, part.n)
+    }
+
+    /// f16 `[rows, 1, 1, parts]`: likewise for parts with one token each, of which all have such keys.
+    pub fn mask_together(&mut self, graph: &Graph, parts: Range<usize>, keys: Keys, device: Device) -> Tensor {
+        let (n, span) = (parts.len(), keys.span());
+        let mask = self.mask_of(graph, Hidden { device, parts, span, skipped: 0, keys: vec![keys] }, n);
+        graph.reshape(&mask, &[keys.n_rows(), 1, 1, n])
+    }
+
+    /// f16 `[rows, n]` of `n` queries, computed on the device.
+    fn mask_of(&mut self, graph: &Graph, hidden: Hidden, n: usize) -> Tensor {
         // Beyond f16's numbers: the cast makes it minus infinity.
-        self.computed(graph, part, hidden, Type::F16, |hidden| graph.cast(&graph.scale(hidden, -1e9), Type::F16))
+        self.computed(graph, n, hidden, Type::F16, |hidden| graph.cast(&graph.scale(hidden, -1e9), Type::F16))
     }
 
     /// f32 `[n_score, rows]`: 1 where `span` keeps a row's key for a scored query, the part's last ones, else 0.
@@ -255,15 +284,16 @@ impl Inputs {
             return self.input(graph, Type::F32, &[part.n_score, keys.n_rows()], fill);
         };
         let keys = vec![keys];
-        let hidden = Hidden { device, part: index, span: Some(span), skipped: part.n - part.n_score, keys };
-        let kept = self.computed(graph, part, hidden, Type::F32, |hidden| graph.scale_bias(hidden, -1.0, 1.0));
+        let skipped = part.n - part.n_score;
+        let hidden = Hidden { device, parts: index..index + 1, span: Some(span), skipped, keys };
+        let kept = self.computed(graph, part.n, hidden, Type::F32, |hidden| graph.scale_bias(hidden, -1.0, 1.0));
         graph.permute(&kept, [1, 0, 2, 3])
     }
 
     fn computed(
         &mut self,
         graph: &Graph,
-        part: &Part,
+        n: usize,
         hidden: Hidden,
         ty: Type,
         finish: impl Fn(&Tensor) -> Tensor,
@@ -272,30 +302,35 @@ impl Inputs {
         if let Some((tensor, ..)) = self.computed.iter().find(known) {
             return tensor.clone();
         }
-        let tensor = finish(&self.hidden(graph, part, &hidden));
+        let tensor = finish(&self.hidden(graph, n, &hidden));
         graph.place(&tensor, hidden.device);
         self.computed.push((tensor.clone(), hidden, ty));
         tensor
     }
 
-    fn hidden(&mut self, graph: &Graph, part: &Part, hidden: &Hidden) -> Tensor {
-        let Hidden { device, part: index, span, skipped, ref keys } = *hidden;
+    /// f32 `[rows, queries]`, of queries that are `n` with those that are skipped.
+    fn hidden(&mut self, graph: &Graph, n: usize, hidden: &Hidden) -> Tensor {
+        let Hidden { device, ref parts, span, skipped, ref keys } = *hidden;
         let place = |node: Tensor| {
             graph.place(&node, device);
             node
         };
-        let n_rows = keys.iter().map(|keys| keys.n_rows()).sum();
+        let n_rows: usize = keys.iter().map(|keys| keys.n_rows()).sum();
+        let queries = self.input(graph, Type::F32, &[1, n], Fill::Queries { parts: parts.clone() });
+        let n = n - skipped;
+        let queries = graph.rows(&queries, skipped, n);
+        let alike = |positions: &Tensor| place(graph.repeat_row(positions, n));
         let positions = match keys[..] {
             // A row's number is its position; what was not written yet is after every query.
             [Keys::Stored { span: None, from: 0, exact: None, .. } | Keys::All { exact: None, .. }] => {
-                place(graph.arange(n_rows))
+                alike(&place(graph.arange(n_rows)))
             }
-            _ => self.input(graph, Type::F32, &[n_rows], Fill::KeyPositions { part: index, keys: keys.clone() }),
+            _ => {
+                let (n_parts, fill) = (parts.len(), Fill::KeyPositions { parts: parts.clone(), keys: keys.clone() });
+                let positions = self.input(graph, Type::F32, &[n_rows, n_parts], fill);
+                if n_parts > 1 { positions } else { alike(&positions) }
+            }
         };
-        let n = part.n - skipped;
-        let queries = self.input(graph, Type::F32, &[1, part.n], Fill::Queries { part: index });
-        let queries = graph.rows(&queries, skipped, n);
-        let positions = place(graph.repeat_row(&positions, n));
         let ahead = place(graph.sub(&positions, &queries));
         let later = place(graph.step(&ahead));
         let Some(Span { n_sink, n_window, chunked, .. }) = span else { return later };
@@ -346,6 +381,13 @@ impl Inputs {
                     let positions = n_past + tokens.start..n_past + tokens.end;
                     tensor.write(0, &positions.map(row).collect::<Vec<_>>());
                 }
+                &Fill::SlabRows { parts: ref written, span, slots, n_rows } => {
+                    let row = |(index, part): (usize, usize)| {
+                        let n_past = parts[part].n_past;
+                        (slots.at(index) * n_rows + span.map_or(n_past, |span| span.row(n_past))) as i64
+                    };
+                    tensor.write(0, &written.clone().enumerate().map(row).collect::<Vec<_>>());
+                }
                 &Fill::Due { part, span, exact, n } => {
                     let Part { n_past, n: more, exact_from, .. } = parts[part];
                     let due = tiles_due(span, (exact, exact_from), n_past..n_past + more);
@@ -361,13 +403,16 @@ impl Inputs {
                     fill_kept(floats, &parts[part], span, keys);
                     tensor.write(0, floats);
                 }
-                &Fill::Queries { part } => {
-                    let Part { n, n_past, .. } = parts[part];
-                    tensor.write(0, &(n_past..n_past + n).map(|position| position as f32).collect::<Vec<_>>());
+                Fill::Queries { parts: queries } => {
+                    let positions = parts[queries.clone()].iter().flat_map(|part| part.n_past..part.n_past + part.n);
+                    tensor.write(0, &positions.map(|position| position as f32).collect::<Vec<_>>());
                 }
-                Fill::KeyPositions { part, keys } => {
-                    let positions =
-                        keys.iter().flat_map(|keys| (0..keys.n_rows()).map(|row| keys.position(row, &parts[*part])));
+                Fill::KeyPositions { parts: queries, keys } => {
+                    let of_part = |part: &Part| {
+                        let of_keys = |keys: &Keys| (0..keys.n_rows()).map(|row| keys.position(row, part)).collect();
+                        keys.iter().flat_map::<Vec<Option<usize>>, _>(of_keys).collect::<Vec<_>>()
+                    };
+                    let positions = parts[queries.clone()].iter().flat_map(of_part);
                     let positions = positions.map(|position| position.map_or(NOWHERE, |position| position as f32));
                     tensor.write(0, &positions.collect::<Vec<_>>());
                 }
@@ -532,21 +577,52 @@ mod tests {
     fn computed<T: crate::ggml::Plain + Default>(
         inputs: &mut Inputs,
         graph: &Graph,
-        part: Part,
+        parts: &[Part],
         out: &Tensor,
     ) -> Vec<T> {
         graph.expand(out);
         let mut scheduler = Scheduler::new(&[Device::cpu()], 1, 64).unwrap();
         scheduler.alloc(graph).unwrap();
-        inputs.fill(&[part], [][..].into(), &[]);
+        inputs.fill(parts, [][..].into(), &[]);
         scheduler.compute(graph).unwrap();
         let mut values = vec![T::default(); out.shape().iter().product()];
         out.read(0, &mut values);
         values
     }
 
+    /// Zeros of either sign are alike.
+    fn unsigned(cells: &[u16]) -> Vec<u16> {
+        cells.iter().map(|cell| cell & 0x7fff).collect()
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Nor does it matter that parts of one token each are computed together.
+        #[test]
+        fn masks_of_several_parts_are_those_of_each(
+            span in spans(),
+            n_past in prop::collection::vec(0usize..60, 2..5),
+            slack in 0usize..10,
+        ) {
+            let part = |(first, &n_past): (usize, &usize)| Part {
+                first, n: 1, n_past, n_score: 0, exact_from: 0, state_row: 0, shift: 0, see_each_other: false
+            };
+            let parts: Vec<Part> = n_past.iter().enumerate().map(part).collect();
+            let end = 1 + n_past.iter().max().expect("some");
+            let n_rows = span.map_or(end + slack, |span| span.used_rows(end));
+            let keys = Keys::Stored { span, from: 0, n_rows, has_own: true, exact: None };
+            let (graph, mut inputs) = (Graph::new(64), Inputs::default());
+            let mask = inputs.mask_together(&graph, 0..parts.len(), keys, Device::cpu()).as_output();
+            prop_assert_eq!(mask.shape(), [n_rows, 1, 1, parts.len()]);
+            let found: Vec<u16> = computed(&mut inputs, &graph, &parts, &mask);
+            let (mut expected, mut of_part) = (Vec::new(), Vec::new());
+            for part in &parts {
+                fill_mask(&mut of_part, part, &[keys]);
+                expected.append(&mut of_part);
+            }
+            prop_assert_eq!(unsigned(&found), unsigned(&expected));
+        }
 
         /// What a device computes from positions is what is filled in for the processor.
         #[test]
@@ -567,12 +643,10 @@ mod tests {
             for keys in cases {
                 let (graph, mut inputs) = (Graph::new(64), Inputs::default());
                 let mask = inputs.mask(&graph, &part, 0, &keys, Some(Device::cpu())).as_output();
-                let found: Vec<u16> = computed(&mut inputs, &graph, part, &mask);
+                let found: Vec<u16> = computed(&mut inputs, &graph, &[part], &mask);
                 let mut expected = Vec::new();
                 fill_mask(&mut expected, &part, &keys);
-                // Zeros of either sign.
-                prop_assert_eq!(found.iter().map(|cell| cell & 0x7fff).collect::<Vec<_>>(),
-                    expected.iter().map(|cell| cell & 0x7fff).collect::<Vec<_>>());
+                prop_assert_eq!(unsigned(&found), unsigned(&expected));
                 prop_assert!(found.iter().all(|&cell| cell == HIDDEN || cell & 0x7fff == VISIBLE));
             }
             if let Some(span) = span {
@@ -581,7 +655,7 @@ mod tests {
                 let keys = Keys::Stored { span: None, from: 0, n_rows, has_own: true, exact: None };
                 let kept = inputs.kept(&graph, &part, 0, span, keys, Some(Device::cpu()));
                 let kept = graph.contiguous(&kept).as_output();
-                let found: Vec<f32> = computed(&mut inputs, &graph, part, &kept);
+                let found: Vec<f32> = computed(&mut inputs, &graph, &[part], &kept);
                 let mut expected = Vec::new();
                 fill_kept(&mut expected, &part, span, keys);
                 prop_assert_eq!(found, expected);

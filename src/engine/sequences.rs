@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{batch::SeqId, error::Error, executor::Executor, layer::LayerCache, sequence::Sequence, setup::Setup};
-use crate::cache::{Chain, Format, KvReport};
+use crate::cache::{self, Chain, Format, KvReport, Slab};
 
 /// Sequences by their numbers.
 #[derive(Debug, Default)]
@@ -107,10 +107,40 @@ impl Sequences {
         })
     }
 
+    /// One layer's caches of sequences, which are there.
+    pub fn caches(&self, seqs: &[SeqId], layer: usize) -> Vec<&LayerCache> {
+        seqs.iter().map(|&seq| &self.layers(seq)[layer]).collect()
+    }
+
+    /// One layer's rows of sequences, in their order.
+    pub fn chains(&mut self, seqs: &[SeqId], layer: usize) -> Vec<&mut Chain> {
+        let place = |seq: &SeqId| seqs.iter().position(|other| other == seq);
+        let all = self.0.iter_mut().filter_map(|(seq, sequence)| Some((place(seq)?, &mut sequence.layers[layer])));
+        let mut chains: Vec<_> = all.filter_map(|(place, layer)| Some((place, layer.store.as_mut()?))).collect();
+        chains.sort_by_key(|(place, _)| *place);
+        chains.into_iter().map(|(_, chain)| chain).collect()
+    }
+
+    /// Takes what is left of slabs which others have gone from out of them, so that their memory is free: see [`cache::apart`].
+    pub fn leave_slabs(&mut self, executor: &mut Executor) {
+        let layers = self.0.values_mut().flat_map(|sequence| &mut sequence.layers);
+        let gaps = |chain: &&mut Chain| chain.slot().is_some_and(|(slab, _)| Slab::has_gaps(slab));
+        let mut left: Vec<&mut Chain> = layers.filter_map(|layer| layer.store.as_mut()).filter(gaps).collect();
+        if left.is_empty() {
+            return;
+        }
+        executor.forget();
+        // Without memory for it they stay where they are.
+        let moved = left.iter_mut().try_for_each(|chain| cache::apart(&mut executor.scheduler, chain));
+        executor.company.note_moved(&moved);
+        executor.forget();
+    }
+
     /// Takes a sequence away.
     pub fn clear(&mut self, seq: SeqId, executor: &mut Executor) {
         self.0.remove(&seq);
         executor.forget();
+        self.leave_slabs(executor);
     }
 
     /// Takes all sequences away.
@@ -123,6 +153,7 @@ impl Sequences {
     pub fn keep(&mut self, seq: SeqId, executor: &mut Executor) {
         self.0.retain(|&other, _| other == seq);
         executor.forget();
+        self.leave_slabs(executor);
     }
 
     /// Puts a sequence, or none, where there may be another.

@@ -3,7 +3,7 @@
 use std::iter;
 
 use super::{
-    batch::{BatchEntry, Embeddings, Fed, Part},
+    batch::{BatchEntry, Embeddings, Fed, Part, SeqId},
     error::Error,
     executor::Executor,
     layer::LayerCache,
@@ -12,6 +12,7 @@ use super::{
     sequences::Sequences,
     setup::Setup,
     step::Stretch,
+    together::gather,
 };
 use crate::{lazy::At, vocab::Token};
 
@@ -62,6 +63,8 @@ fn try_ubatch(
         tokens.extend_from_slice(entry.tokens);
     }
 
+    let seqs: Vec<SeqId> = batch.iter().map(|entry| entry.seq).collect();
+    gather(setup, executor, sequences, &parts, &seqs);
     let caches: Vec<&[LayerCache]> = batch.iter().map(|entry| sequences.layers(entry.seq)).collect();
     let layers = 0..setup.layers.len();
     let stretch = Stretch {

@@ -123,6 +123,21 @@ impl Context {
         self.wrap(raw).with_type(ty)
     }
 
+    /// Rows `first..first + n` of one of this context's two-dimensional tensors, as a tensor that has its memory there once that has
+    /// some.
+    ///
+    /// # Panics
+    /// When it has no such rows, or is another context's.
+    pub fn rows(&self, a: &Tensor, first: usize, n: usize) -> Tensor {
+        assert!(Arc::ptr_eq(&self.inner, &a.context), "the tensor is of another context");
+        let (width, stride) = (a.shape()[0], a.strides()[1]);
+        let offset = first.saturating_mul(stride);
+        check_view(a, [width, n, 1, 1], [stride, 0, 0], offset);
+        // SAFETY: context and tensor are alive, and the view lies within the tensor.
+        let raw = unsafe { sys::ggml_view_2d(self.raw(), a.raw(), width as i64, n as i64, stride, offset) };
+        self.wrap(raw).with_type(a.ty())
+    }
+
     pub(super) fn wrap(&self, raw: *mut sys::ggml_tensor) -> Tensor {
         let raw = NonNull::new(raw).expect("ggml aborts rather than return null for a tensor");
         Tensor { raw, context: Arc::clone(&self.inner), tiles: None }
@@ -216,6 +231,29 @@ impl Inner {
         // The lists stay consistent if a push panics, so a poisoned lock is still good.
         self.owned.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// That a view lies within the tensor. ggml looks only whether there are as many bytes as it would have without gaps.
+pub(super) fn check_view(a: &Tensor, shape: [usize; 4], strides: [usize; 3], offset: usize) {
+    let end = || {
+        if shape.contains(&0) {
+            return Some(offset);
+        }
+        let [size, bytes] = match a.ty() {
+            ty if ty.is_tiles() => [1, 1],
+            ty => [ty.block_size(), ty.block_bytes()],
+        };
+        let row = shape[0].div_ceil(size).checked_mul(bytes)?;
+        let others = shape[1..].iter().zip(strides);
+        others
+            .map(|(n, stride)| (n - 1).checked_mul(stride))
+            .try_fold(offset.checked_add(row)?, |end, n| end.checked_add(n?))
+    };
+    assert!(
+        end().is_some_and(|end| end <= a.n_bytes()),
+        "a view {shape:?} with strides {strides:?} from byte {offset} on leaves {a:?} of {} bytes",
+        a.n_bytes()
+    );
 }
 
 fn arena_layout(bytes: usize) -> std::alloc::Layout {

@@ -14,6 +14,7 @@ use ggml_sys as sys;
 use super::{
     Adapted, Context, Device, LowRank, Tensor, Type,
     attention::{FusedAttention, KvSegment, Op, Partials},
+    context::check_view,
     mul_mat::{Kernel, Scheme},
     processor::Features,
     tiles::{PackOp, Packing, UnpackOp},
@@ -817,9 +818,21 @@ impl Graph {
     /// # Panics
     /// When some of it would lie outside of `a`.
     pub fn view(&self, a: &Tensor, shape: [usize; 3], strides: [usize; 2], offset: usize) -> Tensor {
-        check_view(a, shape, strides, offset);
+        let ([n0, n1, n2], [nb1, nb2]) = (shape, strides);
+        check_view(a, [n0, n1, n2, 1], [nb1, nb2, 0], offset);
         let ne = shape.map(|n| n as i64);
-        node!(self, [a], ggml_view_3d(a.raw(), ne[0], ne[1], ne[2], strides[0], strides[1], offset)).with_type(a.ty())
+        node!(self, [a], ggml_view_3d(a.raw(), ne[0], ne[1], ne[2], nb1, nb2, offset)).with_type(a.ty())
+    }
+
+    /// As [`Graph::view`], with a stride for the fourth dimension as well.
+    ///
+    /// # Panics
+    /// Likewise.
+    pub fn view_4d(&self, a: &Tensor, shape: [usize; 4], strides: [usize; 3], offset: usize) -> Tensor {
+        check_view(a, shape, strides, offset);
+        let (ne, nb) = (shape.map(|n| n as i64), strides);
+        node!(self, [a], ggml_view_4d(a.raw(), ne[0], ne[1], ne[2], ne[3], nb[0], nb[1], nb[2], offset))
+            .with_type(a.ty())
     }
 
     /// Rows `first..first + n` of a two-dimensional tensor.
@@ -829,7 +842,7 @@ impl Graph {
     pub fn rows(&self, a: &Tensor, first: usize, n: usize) -> Tensor {
         let (width, stride) = (a.shape()[0], a.strides()[1]);
         let offset = first.saturating_mul(stride);
-        check_view(a, [width, n, 1], [stride, 0], offset);
+        check_view(a, [width, n, 1, 1], [stride, 0, 0], offset);
         node!(self, [a], ggml_view_2d(a.raw(), width as i64, n as i64, stride, offset)).with_type(a.ty())
     }
 
@@ -838,28 +851,6 @@ impl Graph {
         let o = order.map(|i| i as i32);
         node!(self, [a], ggml_permute(a.raw(), o[0], o[1], o[2], o[3]))
     }
-}
-
-/// That a view lies within the tensor. ggml looks only whether there are as many bytes as it would have without gaps.
-fn check_view(a: &Tensor, shape: [usize; 3], strides: [usize; 2], offset: usize) {
-    let end = || {
-        if shape.contains(&0) {
-            return Some(offset);
-        }
-        let [size, bytes] = match a.ty() {
-            ty if ty.is_tiles() => [1, 1],
-            ty => [ty.block_size(), ty.block_bytes()],
-        };
-        let row = shape[0].div_ceil(size).checked_mul(bytes)?;
-        let rows = (shape[1] - 1).checked_mul(strides[0])?;
-        let planes = (shape[2] - 1).checked_mul(strides[1])?;
-        offset.checked_add(row)?.checked_add(rows)?.checked_add(planes)
-    };
-    assert!(
-        end().is_some_and(|end| end <= a.n_bytes()),
-        "a view {shape:?} with strides {strides:?} from byte {offset} on leaves {a:?} of {} bytes",
-        a.n_bytes()
-    );
 }
 
 impl fmt::Debug for Graph {

@@ -1,6 +1,7 @@
 //! What the tests of the engine share.
 #![allow(dead_code, reason = "each test binary uses some of it")]
 
+pub mod company;
 pub mod reference;
 pub mod unquantized;
 
@@ -65,6 +66,12 @@ fn test_devices() -> Option<Vec<Device>> {
 /// Whether `SIMLAYER_TEST_DEVICE` puts layers on something else than a processor's arithmetic.
 pub fn on_another_device() -> bool {
     std::env::var_os("SIMLAYER_TEST_DEVICE").is_some()
+}
+
+/// Whether ggml's flash attention reads the caches, which rounds f32 rows to f16: it does wherever layers are not in this process's
+/// memory.
+pub fn attention_is_ggmls() -> bool {
+    on_another_device() || std::env::var_os("SIMLAYER_TEST_RPC").is_some()
 }
 
 /// A bound on a difference to upstream on the processor, or between two ways to compute the same: `exact` where both are

@@ -18,6 +18,7 @@ mod parking;
 mod plot;
 mod prepare;
 mod quality;
+mod rpc_check;
 mod rss;
 mod serve_held;
 mod serve_load;
@@ -80,6 +81,8 @@ enum Command {
     CardBench(card_bench::Args),
     /// Compile and link ggml's CUDA kernels with a compiler of its own (no GPU needed; takes long).
     CudaCheck(cuda_check::Args),
+    /// Run the tests of logits and lazy layers with weights and caches on two RPC servers.
+    RpcCheck(rpc_check::Args),
     /// Compile ggml's Vulkan backend and run the tests on Mesa's software driver (no GPU needed; takes long).
     VulkanCheck(vulkan_check::Args),
     /// Run the C programs of the tests under Valgrind.
@@ -108,6 +111,7 @@ fn main() -> ExitCode {
         Command::ArmCheck => arm_check::run(),
         Command::CardBench(args) => card_bench::run(&args),
         Command::CudaCheck(args) => cuda_check::run(&args),
+        Command::RpcCheck(args) => rpc_check::run(&args),
         Command::VulkanCheck(args) => vulkan_check::run(&args),
         Command::Valgrind => valgrind::run(),
         Command::Fuzz(args) => fuzz::run(&args),

@@ -21,7 +21,7 @@ pub struct Args {
     #[arg(long)]
     no_tests: bool,
     /// Divide lengths of texts and windows of the tests on SmolLM2 by this: the software driver reads 25 tokens a second.
-    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..))]
     shorter: u32,
 }
 
