@@ -662,8 +662,10 @@ fn session_with(model: &Model, policy: Policy) -> Session {
 #[test]
 fn conversations_together_say_what_they_say_alone() {
     let quantized = SessionParams { type_k: Type::Q8_0, type_v: Type::Q4_0, ..plain() };
-    // Four bits of a sum that is rounded otherwise are another number now and then.
-    for (params, most) in [(lazy_f16("off", 100), bound(1e-6, 1e-4)), (quantized, bound(1e-4, 2e-2))] {
+    // ggml's flash attention sums values in f16, in as many parts as there are threads for a single token. Four bits of a sum that is
+    // rounded otherwise are another number now and then.
+    let exact = if attention_is_ggmls() { 1e-4 } else { 1e-6 };
+    for (params, most) in [(lazy_f16("off", 100), exact), (quantized, bound(1e-4, 2e-2))] {
         check_company(load, &params, &[500, 500, 500, 40], most);
     }
 }

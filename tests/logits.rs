@@ -10,8 +10,8 @@ mod common;
 use std::path::Path;
 
 use common::{
-    bound, ggmls_attention, load, load_as_upstream, logits, plain, session, shorter, smollm2, steady_smollm2, story,
-    top, unquantized::smollm2_f32_path, upstreams_file,
+    attention_is_ggmls, bound, ggmls_attention, load, load_as_upstream, logits, plain, session, shorter, smollm2,
+    steady_smollm2, story, top, unquantized::smollm2_f32_path, upstreams_file,
 };
 use simlayer::{Model, SessionParams, Token, ggml::Type};
 use simlayer_testkit::{
@@ -262,8 +262,10 @@ fn f32_caches_have_upstreams_logits() {
             .flat_map(|(prompt, decoded)| logits(&model, &params, prompt, decoded))
             .collect();
         let kl = mean_kl(&theirs, &ours);
-        assert!(kl <= bound(0.0, DEVICE_KL), "{k}, {v}: mean KL {kl}");
-        assert!(bound(0.0, 1.0) > 0.0 || theirs == ours, "{k}, {v}");
+        // A server has as many threads as it was started with, and ggml sums in as many parts.
+        let most = if attention_is_ggmls() { DEVICE_KL } else { 0.0 };
+        assert!(kl <= most, "{k}, {v}: mean KL {kl}");
+        assert!(most > 0.0 || theirs == ours, "{k}, {v}");
     }
 }
 
