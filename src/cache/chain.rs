@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use super::{Format, RowShape, Slab, Store};
+use super::{Format, RowShape, Store, slab::Slab};
 use crate::ggml::{Error, Graph, Tensor};
 
 /// Pieces that a chain has at most: each takes a few nodes of a graph.

@@ -3,6 +3,7 @@
 
 mod chain;
 mod due;
+mod gather;
 mod meter;
 mod pruned;
 mod rescued;
@@ -15,12 +16,13 @@ mod store;
 
 pub(crate) use chain::Chain;
 pub(crate) use due::tiles_due;
+pub(crate) use gather::{apart, slots, together};
 pub(crate) use meter::{Lease, Meter};
 pub(crate) use pruned::{HeadLists, RowScores};
 pub(crate) use rescued::{Listed, Rescued};
 pub(crate) use rotation::Rotations;
 pub(crate) use shrink::{Move, Moving, move_rows};
-pub(crate) use slab::{Slab, Slots, apart, together};
+pub(crate) use slab::{Slab, Slots};
 pub(crate) use span::Span;
 pub(crate) use state::StateStore;
 pub use store::KvRotate;

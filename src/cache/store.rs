@@ -2,7 +2,10 @@
 
 use std::{ops::Range, sync::Arc};
 
-use super::{Lease, Meter, Slab};
+use super::{
+    Lease, Meter,
+    slab::{Slab, Slots},
+};
 use crate::ggml::{BufferType, Context, Error, Graph, Tensor, Type};
 
 /// How a store keeps its rows. Rows of equal formats can be copied as they are.
@@ -107,6 +110,16 @@ impl RowShape {
         self.of_heads(graph, rows, self.value_size, some)
     }
 
+    /// The first `n` keys of each of some stores in a slab, `[key size, n, KV heads, stores]`.
+    pub fn keys_together(self, graph: &Graph, slab: &Slab, slots: Slots, n: usize) -> Tensor {
+        slab.keys(graph, [self.key_size, n, self.heads], slots)
+    }
+
+    /// The first `n` values of each, likewise.
+    pub fn values_together(self, graph: &Graph, slab: &Slab, slots: Slots, n: usize) -> Tensor {
+        slab.values(graph, [self.value_size, n, self.heads], slots)
+    }
+
     /// The first `size` elements of each head.
     fn of_heads(self, graph: &Graph, rows: &Tensor, size: usize, some: Range<usize>) -> Tensor {
         let ([width, ..], [_, row_bytes, ..]) = (rows.shape(), rows.strides());
@@ -180,7 +193,9 @@ impl Store {
 
     /// As many stores as that, which are like this one but for their number of rows, in a slab.
     pub fn slots(&self, n_rows: usize, n: usize) -> Result<Vec<Store>, Error> {
-        let (slab, rows) = Slab::new(self.widths(), self.format, n_rows, n, self.memory, self.lease())?;
+        let (key_width, value_width) = self.widths();
+        let (keys, values) = ((self.format.k, key_width), value_width.map(|width| (self.format.v, width)));
+        let (slab, rows) = Slab::new(keys, values, n_rows, n, self.memory, self.lease())?;
         let slab = Arc::new(slab);
         let stores = rows.into_iter().enumerate().map(|(index, (k, v))| {
             let place = Place::Slot { slab: Arc::clone(&slab), index };

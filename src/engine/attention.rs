@@ -4,11 +4,11 @@ use std::slice;
 
 use super::{
     batch::Part,
+    groups::{Group, groups},
     inputs::{Inputs, Keys},
     layer::LayerCache,
     score::{SCORE_NAME, Score, Taken},
     setup::{Kernel, LayerPlan, Setup},
-    together::{Group, groups},
 };
 use crate::{
     cache::{Chain, RowShape, Span, StateStore, Store},

@@ -4,12 +4,12 @@ use std::{mem, time::Duration};
 
 use super::{
     batch::{Fed, Part},
+    groups::{Company, Group, groups, rows_read},
     inputs::Inputs,
     layer::LayerCache,
     score::{self, SCORE_NAME, Scored},
     setup::{LayerSetup, Setup},
     step::{Output, Step, Stretch},
-    together::{Company, Group, groups, rows_read},
 };
 use crate::{
     cache::{Chain, HeadLists},

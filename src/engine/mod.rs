@@ -10,6 +10,8 @@ mod checkpoint;
 mod error;
 mod executor;
 mod fit;
+mod gather;
+mod groups;
 mod guard;
 mod inputs;
 mod layer;

@@ -6,13 +6,13 @@ use super::{
     batch::{BatchEntry, Embeddings, Fed, Part, SeqId},
     error::Error,
     executor::Executor,
+    gather::gather,
     layer::LayerCache,
     mark::Place,
     sequence::Sequence,
     sequences::Sequences,
     setup::Setup,
     step::Stretch,
-    together::gather,
 };
 use crate::{lazy::At, vocab::Token};
 
