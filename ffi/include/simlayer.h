@@ -15,7 +15,8 @@
 //   SIMLAYER_WINDOW     recent tokens that a lazy layer keeps
 //   SIMLAYER_WINDOWS    other windows for single layers, such as 3=256,9-12=2048
 //   SIMLAYER_QUERIES    last prompt tokens whose attention is scored
-//   SIMLAYER_LAZY_TYPE  type of the lazy layers, T or K/V, such as q4_0 or q8_0/q4_0
+//   SIMLAYER_LAZY_TYPE  type of the lazy layers, T or K/V, such as q4_0; else q8_0/q4_0, and keys as in the active layers
+//                       where those are smaller
 //   SIMLAYER_KEYS       auto: keys of active layers are q8_0, whatever the program asks for, and become q4_0 at a prompt's
 //                       end in layers that lose nothing by it which the prompt would miss
 //   SIMLAYER_AT         prefill or decode

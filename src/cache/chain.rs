@@ -115,6 +115,11 @@ impl Chain {
         }
     }
 
+    /// Whether it is in a slab that others have gone from.
+    pub fn is_left(&self) -> bool {
+        self.slot().is_some_and(|(slab, _)| Slab::has_gaps(slab))
+    }
+
     /// The pieces of these rows, as far as they exist.
     pub fn runs(&self, rows: Range<usize>) -> impl Iterator<Item = Run<'_>> {
         self.placed().filter_map(move |(start, piece)| {

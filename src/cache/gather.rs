@@ -34,7 +34,7 @@ pub(crate) fn together(scheduler: &mut Scheduler, chains: &mut [&mut Chain]) -> 
     };
     let graph = Graph::new(16 * chains.len());
     chains.iter().zip(&stores).for_each(|(chain, store)| store.copy(&graph, chain.single()));
-    compute(scheduler, &graph)?;
+    scheduler.compute_once(&graph)?;
     chains.iter_mut().zip(stores).for_each(|(chain, store)| chain.replace_from(0, store));
     Ok(())
 }
@@ -44,15 +44,8 @@ pub(crate) fn apart(scheduler: &mut Scheduler, chain: &mut Chain) -> Result<(), 
     let store = chain.single().like(chain.n_rows())?;
     let graph = Graph::new(16);
     store.copy(&graph, chain.single());
-    compute(scheduler, &graph)?;
+    scheduler.compute_once(&graph)?;
     chain.replace_from(0, store);
-    Ok(())
-}
-
-fn compute(scheduler: &mut Scheduler, graph: &Graph) -> Result<(), Error> {
-    scheduler.alloc(graph)?;
-    scheduler.compute(graph)?;
-    scheduler.release();
     Ok(())
 }
 
@@ -118,11 +111,10 @@ mod tests {
             assert_eq!(bytes(&chains[0], 128)[64 * row_bytes..].iter().filter(|&&byte| byte == 9).count(), 0);
 
             // One goes, and the others leave.
-            let has_gaps = |chain: &Chain| Slab::has_gaps(chain.slot().unwrap().0);
-            assert!(!has_gaps(&chains[0]));
+            assert!(!chains[0].is_left());
             let before = bytes(&chains[1], 128);
             drop(chains.pop());
-            assert!(has_gaps(&chains[0]));
+            assert!(chains[0].is_left());
             chains.iter_mut().for_each(|chain| apart(&mut scheduler, chain).unwrap());
             assert!(chains.iter().all(|chain| chain.slot().is_none()) && bytes(&chains[1], 128) == before);
             assert!(meter.now() <= 2 * 128 * row_bytes + 4096, "{}", meter.now());

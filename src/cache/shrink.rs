@@ -105,10 +105,7 @@ fn move_tensor(
             }
         }
     }
-    scheduler.alloc(&graph)?;
-    scheduler.compute(&graph)?;
-    scheduler.release();
-    Ok(())
+    scheduler.compute_once(&graph)
 }
 
 /// Rows as they are where they can be copied so, else as f32, turned.
@@ -165,9 +162,7 @@ fn make_tiles(
         let graph = Graph::new(4);
         let tiles = std::slice::from_ref(tensor(to, is_key));
         graph.expand(&graph.pack_tiles(&Packing { own: &elements, exact: &[], tiles, due: &list, heads }));
-        scheduler.alloc(&graph)?;
-        scheduler.compute(&graph)?;
-        scheduler.release();
+        scheduler.compute_once(&graph)?;
     }
     Ok(())
 }

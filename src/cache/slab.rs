@@ -55,7 +55,7 @@ impl Slab {
     }
 
     /// Whether stores that were in it are gone.
-    pub fn has_gaps(this: &Arc<Slab>) -> bool {
+    pub(super) fn has_gaps(this: &Arc<Slab>) -> bool {
         Arc::strong_count(this) < this.n_slots
     }
 

@@ -4,14 +4,14 @@
 use std::ops::Range;
 
 use super::{
-    batch::{Part, SeqId},
+    batch::{BatchEntry, Part, SeqId},
     executor::Executor,
     groups::may_join,
     layer::LayerCache,
     sequences::Sequences,
     setup::{LayerPlan, ROWS_STEP, Setup},
 };
-use crate::cache::{self, Chain, Slab, slots};
+use crate::cache::{self, Chain, slots};
 
 /// Brings the stores of sequences that keep decoding together into slabs, where one operation can serve several of them; and takes
 /// those out that are left of slabs which others have gone from.
@@ -19,15 +19,16 @@ pub(super) fn gather(
     setup: &Setup,
     executor: &mut Executor,
     sequences: &mut Sequences,
+    batch: &[BatchEntry<'_>],
     parts: &[Part],
-    seqs: &[SeqId],
 ) {
     if setup.layers.iter().all(|layer| layer.plan.apart.is_none()) {
         return;
     }
-    let decoding = parts.iter().zip(seqs).filter(|(part, _)| part.n == 1).map(|(_, &seq)| seq).collect();
+    let seqs: Vec<SeqId> = batch.iter().map(|entry| entry.seq).collect();
+    let decoding = parts.iter().zip(&seqs).filter(|(part, _)| part.n == 1).map(|(_, &seq)| seq).collect();
     if executor.company.is_steady(decoding) {
-        bring_together(setup, executor, sequences, parts, seqs);
+        bring_together(setup, executor, sequences, parts, &seqs);
     }
     sequences.leave_slabs(executor);
 }
@@ -86,6 +87,5 @@ fn runs(plan: &LayerPlan, parts: &[Part], caches: &[&LayerCache]) -> Vec<Range<u
 
 /// Whether one operation serves the chains already, and the slab has no room that nobody uses.
 fn is_gathered(chains: &[&mut Chain]) -> bool {
-    slots(chains.iter().map(|chain| &**chain)).is_some()
-        && !chains[0].slot().is_some_and(|(slab, _)| Slab::has_gaps(slab))
+    slots(chains.iter().map(|chain| &**chain)).is_some() && !chains[0].is_left()
 }

@@ -408,13 +408,15 @@ impl Inputs {
                     tensor.write(0, &positions.map(|position| position as f32).collect::<Vec<_>>());
                 }
                 Fill::KeyPositions { parts: queries, keys } => {
-                    let of_part = |part: &Part| {
-                        let of_keys = |keys: &Keys| (0..keys.n_rows()).map(|row| keys.position(row, part)).collect();
-                        keys.iter().flat_map::<Vec<Option<usize>>, _>(of_keys).collect::<Vec<_>>()
-                    };
-                    let positions = parts[queries.clone()].iter().flat_map(of_part);
-                    let positions = positions.map(|position| position.map_or(NOWHERE, |position| position as f32));
-                    tensor.write(0, &positions.collect::<Vec<_>>());
+                    floats.clear();
+                    for part in &parts[queries.clone()] {
+                        for keys in keys {
+                            let positions = (0..keys.n_rows()).map(|row| keys.position(row, part));
+                            floats
+                                .extend(positions.map(|position| position.map_or(NOWHERE, |position| position as f32)));
+                        }
+                    }
+                    tensor.write(0, floats);
                 }
             }
         }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{batch::SeqId, error::Error, executor::Executor, layer::LayerCache, sequence::Sequence, setup::Setup};
-use crate::cache::{self, Chain, Format, KvReport, Slab};
+use crate::cache::{self, Chain, Format, KvReport};
 
 /// Sequences by their numbers.
 #[derive(Debug, Default)]
@@ -124,8 +124,8 @@ impl Sequences {
     /// Takes what is left of slabs which others have gone from out of them, so that their memory is free: see [`cache::apart`].
     pub fn leave_slabs(&mut self, executor: &mut Executor) {
         let layers = self.0.values_mut().flat_map(|sequence| &mut sequence.layers);
-        let gaps = |chain: &&mut Chain| chain.slot().is_some_and(|(slab, _)| Slab::has_gaps(slab));
-        let mut left: Vec<&mut Chain> = layers.filter_map(|layer| layer.store.as_mut()).filter(gaps).collect();
+        let chains = layers.filter_map(|layer| layer.store.as_mut());
+        let mut left: Vec<&mut Chain> = chains.filter(|chain| chain.is_left()).collect();
         if left.is_empty() {
             return;
         }

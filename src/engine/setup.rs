@@ -578,14 +578,15 @@ pub(super) fn rows(hparams: &Hparams, layer: usize) -> RowShape {
     RowShape { heads, key_size, value_size, values_in_keys: hparams.values_in_keys }
 }
 
-/// How lazy layers keep their rows: in four bits where nothing else is asked for and the head sizes allow it.
+/// How a layer keeps its rows while it is lazy. Where nothing else is asked for and the head sizes allow it, values are in four
+/// bits, and keys in eight, or in the active layers' where those are fewer: four ruin some models' keys.
 fn lazy_format(params: &SessionParams, rows: RowShape) -> Format {
-    let fits = rows.fits(Type::Q4_0, Type::Q4_0);
-    // There are models whose keys four bits ruin: who asks for no harm gets eight.
-    let (k, v) = match &params.lazy.policy {
-        _ if !fits => (Type::F16, Type::F16),
-        Policy::Kl(_) | Policy::Auto => (Type::Q8_0, Type::Q4_0),
-        _ => (Type::Q4_0, Type::Q4_0),
+    let block = Type::Q8_0.block_size();
+    let is_narrower = |ty: Type| ty.is_tiles() || ty.row_bytes(block) < Type::Q8_0.row_bytes(block);
+    let (k, v) = match rows.fits(Type::Q8_0, Type::Q4_0) {
+        true if is_narrower(params.type_k) => (params.type_k, Type::Q4_0),
+        true => (Type::Q8_0, Type::Q4_0),
+        false => (Type::F16, Type::F16),
     };
     let (k, v) = (params.lazy.type_k.unwrap_or(k), params.lazy.type_v.unwrap_or(v));
     rows.format(k, v, params.kv_rotate)

@@ -3,7 +3,7 @@
 use std::iter;
 
 use super::{
-    batch::{BatchEntry, Embeddings, Fed, Part, SeqId},
+    batch::{BatchEntry, Embeddings, Fed, Part},
     error::Error,
     executor::Executor,
     gather::gather,
@@ -63,8 +63,7 @@ fn try_ubatch(
         tokens.extend_from_slice(entry.tokens);
     }
 
-    let seqs: Vec<SeqId> = batch.iter().map(|entry| entry.seq).collect();
-    gather(setup, executor, sequences, &parts, &seqs);
+    gather(setup, executor, sequences, batch, &parts);
     let caches: Vec<&[LayerCache]> = batch.iter().map(|entry| sequences.layers(entry.seq)).collect();
     let layers = 0..setup.layers.len();
     let stretch = Stretch {

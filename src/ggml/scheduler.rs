@@ -313,6 +313,14 @@ impl Scheduler {
         self.max_nodes
     }
 
+    /// Computes a graph that is not needed again.
+    pub fn compute_once(&mut self, graph: &Graph) -> Result<(), Error> {
+        self.alloc(graph)?;
+        self.compute(graph)?;
+        self.release();
+        Ok(())
+    }
+
     /// Takes the memory from the current graph's tensors.
     pub fn release(&mut self) {
         self.wait();

@@ -33,7 +33,8 @@ pub struct LazyParams {
     /// as a look foretells ([`Policy::Kl`]; by [`DEFAULT_KL`](super::DEFAULT_KL) under other policies). For keys of more
     /// bits, such as `q8_0`.
     pub narrow_keys: bool,
-    /// Types of the lazy layers' keys and values; `None` for q4_0, or f16 where the head size does not allow that.
+    /// Types of the lazy layers' keys and values. `None` for keys in `q8_0`, or as in the active layers where those are
+    /// smaller, and values in `q4_0`; for `f16` where the head size does not allow that.
     pub type_k: Option<Type>,
     pub type_v: Option<Type>,
 }

@@ -46,7 +46,7 @@ pub struct LazyFlags {
     /// What lazy layers see while the prompt is read [default: window where the layers are known beforehand]
     #[arg(long, value_name = "WHAT")]
     pub lazy_prefill: Option<LazyPrefill>,
-    /// Types of a lazy layer's keys and values: one for both, or K/V [default: q4_0, with keys in q8_0 under auto and kl; f16 where heads are too small]
+    /// Types of a lazy layer's keys and values: one for both, or K/V [default: keys q8_0, or as -ctk where that is smaller, values q4_0; f16 where heads are too small]
     #[arg(long, value_name = "T|K/V", value_parser = lazy_types)]
     pub lazy_type: Option<(Type, Type)>,
     /// Drop old rows of layers that are not lazy which no later token will look for: those scored below T, or auto; needs a map
