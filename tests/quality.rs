@@ -171,6 +171,8 @@ fn a_rule_has_types_of_its_own() {
     let rules = [
         ("off@q8_0/q4_0", "off", "q8_0", "q4_0"),
         ("budget:0.5@q8_0", "budget:0.5", "q8_0", "q8_0"),
+        // Keys of lazy layers are in four bits, too.
+        ("threshold:0.5@q4_0", "threshold:0.5", "q4_0", "q4_0"),
         ("auto", "auto", "f16", "f16"),
         ("output:0.5@f16/q8_0", "output:0.5", "f16", "q8_0"),
     ];

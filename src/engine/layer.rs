@@ -407,8 +407,8 @@ impl LayerCache {
     ) -> Result<LayerCache, Error> {
         let (lazy_span, n_past) = (becomes_lazy.then(|| self.span_when_lazy(setup)), at.n_past);
         let format = match format {
-            _ if becomes_lazy => setup.plan.lazy,
-            Some(format) if self.pruned.is_none() => format,
+            Some(format) if becomes_lazy || self.pruned.is_none() => format,
+            None if becomes_lazy => setup.plan.lazy,
             _ => self.format,
         };
         let store = match (&self.store, lazy_span) {

@@ -81,26 +81,26 @@ impl Sequence {
         self.layers.iter().enumerate().map(|(index, layer)| layer.report(index, self.n_past())).collect()
     }
 
-    /// A copy, in which the layers `lazy` become lazy, as far as they are active, and the active ones have the formats `active`,
-    /// one a layer, where they are given. What stays as it is both share, until one of them writes. Tokens that were cut off are
+    /// A copy, in which the layers `lazy` become lazy, as far as they are active. Where formats are given, a layer that stays
+    /// active has the first of its two, and one that becomes lazy the second. What stays as it is both share, until one of them writes. Tokens that were cut off are
     /// not in it.
     pub fn copy(
         &self,
         setup: &Setup,
         executor: &mut Executor,
         lazy: &BTreeSet<usize>,
-        active: Option<&[Format]>,
+        formats: Option<&[[Format; 2]]>,
     ) -> Result<Sequence, Error> {
         let n_past = self.n_past();
         let mut layers = Vec::with_capacity(self.layers.len());
         for (index, (layer, setup)) in self.layers.iter().zip(&setup.layers).enumerate() {
             let becomes_lazy = lazy.contains(&index) && layer.is_active();
-            let format = active.map(|formats| formats[index]).filter(|_| !layer.lazy);
+            let format = formats.map(|formats| formats[index][usize::from(becomes_lazy)]).filter(|_| !layer.lazy);
             layers.push(layer.copy(self.at(), becomes_lazy, format, setup, &mut executor.scheduler)?);
         }
         let mut copy = Sequence::of(self.place, self.tokens.clone(), layers);
         // A mark's rows fit layers that keep what these keep; and a copy has no rows after its last token.
-        let is_alike = lazy.is_empty() && active.is_none();
+        let is_alike = lazy.is_empty() && formats.is_none();
         copy.looked = self.looked;
         copy.positions = self.positions.clone();
         copy.mark = self.mark.clone().filter(|mark| is_alike && mark.place().n_past <= n_past);

@@ -217,11 +217,11 @@ impl Sequences {
         executor: &mut Executor,
         (from, to): (SeqId, SeqId),
         lazy: &BTreeSet<usize>,
-        active: Option<&[Format]>,
+        formats: Option<&[[Format; 2]]>,
     ) -> Result<(), Error> {
         self.clear(to, executor);
         if let Some(source) = self.get(from) {
-            let copy = source.copy(setup, executor, lazy, active)?;
+            let copy = source.copy(setup, executor, lazy, formats)?;
             self.0.insert(to, copy);
             executor.forget();
         }

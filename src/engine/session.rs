@@ -461,7 +461,8 @@ impl Session {
         self.fork_with(from, to, lazy, None)
     }
 
-    /// As [`Session::fork`]; the active layers of the copy have these types of keys and values, where they are given.
+    /// As [`Session::fork`]; the copy's layers have the types of keys and values that they would have with these in active
+    /// ones, where they are given.
     ///
     /// # Errors
     /// As [`Session::fork`], and when the types are no cache types of this model.
@@ -474,8 +475,8 @@ impl Session {
         types: Option<(Type, Type)>,
     ) -> Result<(), Error> {
         self.sequences.clear(to, &mut self.executor);
-        let active = types.map(|(type_k, type_v)| self.setup.active_formats(type_k, type_v)).transpose()?;
-        self.sequences.fork(&self.setup, &mut self.executor, (from, to), lazy, active.as_deref())
+        let formats = types.map(|(type_k, type_v)| self.setup.formats(type_k, type_v)).transpose()?;
+        self.sequences.fork(&self.setup, &mut self.executor, (from, to), lazy, formats.as_deref())
     }
 }
 

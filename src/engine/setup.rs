@@ -494,19 +494,19 @@ impl Setup {
         groups
     }
 
-    /// The format of each layer, were it active with these types of keys and values.
-    pub fn active_formats(&self, type_k: Type, type_v: Type) -> Result<Vec<Format>, Error> {
+    /// The formats of each layer while it is active and while it is lazy, with these types of keys and values.
+    pub fn formats(&self, type_k: Type, type_v: Type) -> Result<Vec<[Format; 2]>, Error> {
         let params = SessionParams { type_k, type_v, ..self.params.clone() };
         let hparams = self.model.hparams();
         check(&params, hparams)?;
         let format = |layer: &LayerSetup| {
-            let format = layer.plan.rows.format(type_k, type_v, params.kv_rotate);
-            check_tiles(&layer.plan, &[format], hparams)?;
-            if format.has_tiles() && layer.plan.exact_span.is_none_or(|span| span.n_window < TILE) {
+            let active = layer.plan.rows.format(type_k, type_v, params.kv_rotate);
+            check_tiles(&layer.plan, &[active], hparams)?;
+            if active.has_tiles() && layer.plan.exact_span.is_none_or(|span| span.n_window < TILE) {
                 let why = format!("other layers keep as many exact tokens as those in tiles: give --kv-exact {TILE}");
                 return Err(Error::Params(why));
             }
-            Ok(format)
+            Ok([active, lazy_format(&params, layer.plan.rows)])
         };
         self.layers.iter().map(format).collect()
     }
