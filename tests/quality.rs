@@ -253,9 +253,25 @@ fn a_calibrated_profile_is_used() {
     assert_eq!(lazy(&["--lazy", &format!("profile:kl={most}")]), beginning(6));
     assert_eq!(lazy(&["--lazy", "profile:kl=1e-12"]), beginning(0));
 
-    // A profile of another model is refused, and so is a file that is none.
+    // The prompt is read as the profile says, or as one is told.
     let profile = first["file"].as_str().expect("a path").to_owned();
-    let kept = std::fs::read(&profile).expect("the profile");
+    let kept = std::fs::read_to_string(&profile).expect("the profile");
+    let kl = |options: &[&str]| {
+        let run = ["perplexity", "-f", &story_path, "--skip", "200", "--score", "8", "--lazy-window", "64"];
+        number(&json_of(&model, &[&run[..], &["--lazy", "profile", "--kl", "--json"], options].concat()), "kl_mean")
+    };
+    let told = ["full", "window"].map(|way| kl(&["--lazy-prefill", way]));
+    assert!(told[0] != told[1], "{told:?}");
+    for (way, told) in ["full", "window"].into_iter().zip(told) {
+        let line =
+            |line: &str| if line.starts_with("prefill = ") { format!("prefill = \"{way}\"") } else { line.to_owned() };
+        let lines: Vec<String> = kept.lines().map(line).collect();
+        std::fs::write(&profile, lines.join("\n")).expect("written");
+        assert_eq!(kl(&[]), told, "{way}");
+    }
+    std::fs::write(&profile, &kept).expect("written");
+
+    // A profile of another model is refused, and so is a file that is none.
     let other = random_model(folder.path(), 2);
     let message = failure(&other, &["perplexity", "-f", &story(), "--lazy-profile", &profile]);
     assert!(message.contains(&profile) && message.contains("another model"), "{message}");

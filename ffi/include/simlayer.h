@@ -50,7 +50,7 @@ enum simlayer_at {
 };
 
 enum simlayer_prefill {
-    SIMLAYER_PREFILL_DEFAULT = 0, // window where the set of lazy layers is known beforehand, else full
+    SIMLAYER_PREFILL_DEFAULT = 0, // what a profile says; window for layers that are named; else full
     SIMLAYER_PREFILL_FULL    = 1, // lazy layers read the prompt with full attention, then shrink
     SIMLAYER_PREFILL_WINDOW  = 2, // known lazy layers see only first and recent tokens from the start
 };

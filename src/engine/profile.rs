@@ -5,7 +5,7 @@ use std::path::Path;
 use super::error::Error;
 use crate::{
     ggml::logging,
-    lazy::{Identity, LazyParams, Policy, Profile, ProfileError, Setting, Target},
+    lazy::{Identity, LazyParams, Policy, PrefillMode, Profile, ProfileError, Setting, Target},
 };
 
 /// What a profile says besides which layers are lazy.
@@ -46,6 +46,10 @@ pub(super) fn settle(lazy: &mut LazyParams, path: &Path, identity: &Identity) ->
         return Err(ProfileError::NoSetting { profile: source.to_string(), target, known: known.join(", ") }.into());
     }
     logging::info(&format!("lazy layers by profile {source}"));
+    // A windowed prefill is what rules with known layers have anyway.
+    if profile.prefill == PrefillMode::Full {
+        lazy.prefill.get_or_insert(PrefillMode::Full);
+    }
     lazy.policy = Policy::Layers(profile.lazy_layers(target));
     // Its windows were chosen in place of this one; whoever wants another for all layers does not want them.
     if lazy.n_window == profile.n_window {

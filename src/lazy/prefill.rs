@@ -11,7 +11,7 @@ pub enum At {
 }
 
 /// What the lazy layers attend to while the prompt is read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PrefillMode {
     /// Everything; the cache shrinks when the prompt has been read.

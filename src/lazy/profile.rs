@@ -28,7 +28,7 @@ pub struct Profile {
     /// First and recent tokens that the lazy layers kept in the calibration.
     pub n_sink: usize,
     pub n_window: usize,
-    /// How the prompt was read when the cuts were measured.
+    /// How the prompt was read when the cuts were measured, and is read by those who say nothing else.
     pub prefill: PrefillMode,
     /// The layers that can become lazy, the least harmful first.
     pub order: Vec<usize>,

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     engine::{BatchEntry, Error, Outputs, SeqId, Session, SessionParams},
-    lazy::{CalibrationText, Cut, LayerWindows, Policy, PrefillMode, Profile, ProfiledLayer},
+    lazy::{CalibrationText, Cut, LayerWindows, LazyParams, Policy, PrefillMode, Profile, ProfiledLayer},
     model::Model,
 };
 
@@ -30,15 +30,19 @@ use crate::{
 const CANDIDATES: usize = 4;
 
 /// Shares of lazy layers whose cost is measured in a real run.
-const CUTS: [f64; 4] = [0.25, 0.5, 0.75, 1.0];
+const CUTS: [f64; 4] = [0.25, MIDDLE_CUT, 0.75, 1.0];
+const MIDDLE_CUT: f64 = 0.5;
+
+/// How many times the harm of the middle cut a windowed prefill may do, in place of a full one.
+const WINDOWED_HARM: f64 = 1.5;
 
 const CUTS_STAGE: &str = "cuts, in real runs";
 
 /// The copy of a sequence that is continued.
 const COPY: SeqId = SeqId::MAX;
 
-/// Makes a model's profile. `params` says what lazy layers keep and in which types, and how their prompt will be read
-/// (windowed if it says nothing). With `windows`, each cut's layers may have windows of these sizes in place of
+/// Makes a model's profile. `params` says what lazy layers keep and in which types, and how their prompt will be read; if it
+/// says nothing, windowed, unless that costs more than half as much again as full attention with half of the layers lazy. With `windows`, each cut's layers may have windows of these sizes in place of
 /// `params.lazy.n_window`, where that takes no more memory and a real run shows less loss.
 ///
 /// # Errors
@@ -72,7 +76,6 @@ pub fn calibrate_on(
     let harms = run.harms()?;
     let order = run.order(&harms)?;
     let masses = run.masses.clone();
-    let prefill = params.lazy.prefill.unwrap_or(PrefillMode::Window);
     let mut proposals = Vec::new();
     for lazy in cut_sizes(n_candidates) {
         proposals.push(run.propose_windows(&order[..lazy], windows)?);
@@ -80,21 +83,31 @@ pub fn calibrate_on(
     let mut cuts = Vec::new();
     let Calibration { base, mut meter, journal, .. } = run;
     let first = excerpts.excerpts.iter().zip(&base).next().ok_or(Error::Empty)?;
+    let mut run = |lazy: usize, windows: &[usize], prefill: PrefillMode| {
+        let layers = &order[..lazy];
+        let own: LayerWindows = layers.iter().copied().zip(windows.iter().copied()).collect();
+        let trial = Trial { lazy: layers.to_vec(), windows: own.to_string(), cut: Some(prefill) };
+        if let Some(found) = journal.find(&trial) {
+            return Ok(found);
+        }
+        meter.begin();
+        let found = measure_cut(model, params, first, prefill, (layers, &own), &mut meter)?;
+        journal.note(trial, found)?;
+        meter.done(CUTS_STAGE, Step::Cut);
+        Ok::<_, Error>(found)
+    };
+    let prefill = match params.lazy.prefill {
+        Some(prefill) => prefill,
+        None => {
+            let half = cut_size(MIDDLE_CUT, n_candidates);
+            let full = run(half, &[], PrefillMode::Full)?;
+            let windowed = run(half, &[], PrefillMode::Window)?;
+            if windowed.kl > WINDOWED_HARM * full.kl { PrefillMode::Full } else { PrefillMode::Window }
+        }
+    };
     for (lazy, proposed) in cut_sizes(n_candidates).into_iter().zip(proposals) {
         let mut measure = |windows: &[usize]| {
-            let layers = &order[..lazy];
-            let own: LayerWindows = layers.iter().copied().zip(windows.iter().copied()).collect();
-            let trial = Trial { lazy: layers.to_vec(), windows: own.to_string(), cut: true };
-            let found = match journal.find(&trial) {
-                Some(found) => found,
-                None => {
-                    meter.begin();
-                    let found = measure_cut(model, params, first, prefill, (layers, &own), &mut meter)?;
-                    journal.note(trial, found)?;
-                    meter.done(CUTS_STAGE, Step::Cut);
-                    found
-                }
-            };
+            let found = run(lazy, windows, prefill)?;
             Ok::<_, Error>(Cut {
                 lazy,
                 kl_mean: found.kl,
@@ -135,8 +148,11 @@ pub fn calibrate_on(
 }
 
 fn cut_sizes(n_candidates: usize) -> Vec<usize> {
-    let sizes = CUTS.iter().map(|share| (share * n_candidates as f64).round() as usize).filter(|&n| n > 0);
-    sizes.collect::<BTreeSet<_>>().into_iter().collect()
+    CUTS.iter().map(|&share| cut_size(share, n_candidates)).collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+fn cut_size(share: f64, n_candidates: usize) -> usize {
+    ((share * n_candidates as f64).round() as usize).max(1)
 }
 
 /// The harm with all layers lazy, by which other harms are measured.
@@ -182,7 +198,7 @@ impl<'a> Calibration<'a> {
         if candidates.is_empty() {
             return Err(Error::Params("no layer of this model can become lazy".to_owned()));
         }
-        let n_window = params.lazy.n_window;
+        let LazyParams { n_window, prefill, .. } = params.lazy;
         let mut params = uncompressed(params);
         // No mass is above 1: the layers are scored, and all stay active.
         params.lazy.policy = Policy::Threshold(Some(1.0));
@@ -190,8 +206,12 @@ impl<'a> Calibration<'a> {
         let n_excerpts = excerpts.excerpts.len();
         let longest = excerpts.excerpts.iter().map(|excerpt| excerpt.rest.len()).max().unwrap_or(0);
         let mut steps = planned(n_candidates, n_excerpts, n_window, windows);
+        if prefill.is_none() {
+            // The middle cut in the other way, too.
+            steps.add(Step::Cut, 1);
+        }
         for trial in journal.trials() {
-            steps.remove(if trial.cut { Step::Cut } else { set(trial.lazy.len(), n_candidates) });
+            steps.remove(if trial.cut.is_some() { Step::Cut } else { set(trial.lazy.len(), n_candidates) });
         }
         let estimate = Estimate::new(steps, n_excerpts, excerpts.n_prompt, longest);
         let mut meter = Meter::new(estimate, progress);
@@ -224,7 +244,7 @@ impl<'a> Calibration<'a> {
 
     /// The harm when these layers are lazy, and some have windows of their own.
     fn harm(&mut self, what: &'static str, lazy: &BTreeSet<usize>, windows: &LayerWindows) -> Result<Found, Error> {
-        let trial = Trial { lazy: lazy.iter().copied().collect(), windows: windows.to_string(), cut: false };
+        let trial = Trial { lazy: lazy.iter().copied().collect(), windows: windows.to_string(), cut: None };
         if let Some(found) = self.journal.find(&trial) {
             return Ok(found);
         }

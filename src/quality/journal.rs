@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::Excerpts;
 use crate::{
     engine::{Error, SessionParams},
-    lazy::{Identity, Policy, ProfileError},
+    lazy::{Identity, Policy, PrefillMode, ProfileError},
     model::Model,
 };
 
@@ -22,9 +22,9 @@ pub(super) struct Trial {
     pub lazy: Vec<usize>,
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub windows: String,
-    /// Run from the prompt on, instead of a copy of the uncompressed run's cache.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub cut: bool,
+    /// How the prompt was read where it was, in place of a copy of the uncompressed run's cache.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cut: Option<PrefillMode>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -175,7 +175,7 @@ fn header(model: &Model, params: &SessionParams, excerpts: &Excerpts) -> Result<
     params.lazy.policy = Policy::Off;
     params.lazy.profile = None;
     let header = Header {
-        calibration: 2,
+        calibration: 3,
         model: model.identity(),
         weight_bytes: model.weight_bytes(),
         text_sha256: excerpts.sha256(),
@@ -192,9 +192,9 @@ mod tests {
 
     #[test]
     fn what_is_noted_is_read_again() {
-        let trial = Trial { lazy: vec![3, 0], windows: "3=256".to_owned(), cut: true };
+        let trial = Trial { lazy: vec![3, 0], windows: "3=256".to_owned(), cut: Some(PrefillMode::Full) };
         let found = Found { kl: 0.1 + 0.2, nll: Some(-1.0 / 7.0), compression: Some(1.0 / 3.0) };
-        let set = Trial { lazy: vec![1], windows: String::new(), cut: false };
+        let set = Trial { lazy: vec![1], windows: String::new(), cut: None };
         let kl = Found { kl: 5e-324, nll: None, compression: None };
         let text = line(&trial, &found).unwrap() + &line(&set, &kl).unwrap();
         let known = read(&text);

@@ -43,7 +43,7 @@ pub struct LazyFlags {
     /// Score the prompt's last tokens, or the first generated one
     #[arg(long, value_name = "WHEN", default_value = "prefill")]
     pub lazy_at: LazyAt,
-    /// What lazy layers see while the prompt is read [default: window where the layers are known beforehand]
+    /// What lazy layers see while the prompt is read [default: as the profile says; window where the layers are named; else full]
     #[arg(long, value_name = "WHAT")]
     pub lazy_prefill: Option<LazyPrefill>,
     /// Types of a lazy layer's keys and values: one for both, or K/V [default: keys q8_0, or as -ctk where that is smaller, values q4_0; f16 where heads are too small]
