@@ -271,7 +271,8 @@ fn a_checkpoint_is_small() {
         let start = std::time::Instant::now();
         assert_eq!(session.restore(0, &checkpoint).expect("restored").n_read, 0);
         eprintln!("{ty}: {bytes} bytes of {whole}, made in {taken:?}, restored in {:?}", start.elapsed());
-        let bound = if ty == Type::F16 { 4_500_000 } else { 5_200_000 };
+        // Keys of lazy layers are in eight bits beside f16, and in four beside q4_0, where active layers have exact tokens, too.
+        let bound = if ty == Type::F16 { 5_500_000 } else { 5_200_000 };
         assert!(bytes <= bound, "{ty}: {bytes} bytes");
     }
 }
