@@ -82,8 +82,8 @@ impl Sequence {
     }
 
     /// A copy, in which the layers `lazy` become lazy, as far as they are active. Where formats are given, a layer that stays
-    /// active has the first of its two, and one that becomes lazy the second. What stays as it is both share, until one of them writes. Tokens that were cut off are
-    /// not in it.
+    /// active has the first of its two, and one that becomes lazy the second. What stays as it is both share, until one of them
+    /// writes. Tokens that were cut off are not in it.
     pub fn copy(
         &self,
         setup: &Setup,

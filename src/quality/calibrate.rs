@@ -42,8 +42,9 @@ const CUTS_STAGE: &str = "cuts, in real runs";
 const COPY: SeqId = SeqId::MAX;
 
 /// Makes a model's profile. `params` says what lazy layers keep and in which types, and how their prompt will be read; if it
-/// says nothing, windowed, unless that costs more than half as much again as full attention with half of the layers lazy. With `windows`, each cut's layers may have windows of these sizes in place of
-/// `params.lazy.n_window`, where that takes no more memory and a real run shows less loss.
+/// says nothing, windowed, unless that costs more than half as much again as full attention with half of the layers lazy.
+/// With `windows`, each cut's layers may have windows of these sizes in place of `params.lazy.n_window`, where that takes no
+/// more memory and a real run shows less loss.
 ///
 /// # Errors
 /// [`Error::Params`] when an excerpt's prompt is not longer than sink and window, so that nothing would be dropped, or
